@@ -1,0 +1,1 @@
+"""vitquant: quantize Vision Transformers, and run the result in integers."""

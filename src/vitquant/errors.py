@@ -1,0 +1,34 @@
+"""The one family of errors that a user can cause and mend; everything else is a fault of ours."""
+
+from __future__ import annotations
+
+
+class VitquantError(Exception):
+    """A request that cannot be met, said in one line: what is wrong, where, and what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+class CaptureError(VitquantError):
+    """A model cannot be captured as one graph."""
+
+
+class RecipeError(VitquantError):
+    """A recipe, an override or a bit width is not valid, or does not fit the model."""
+
+
+class CalibrationError(VitquantError):
+    """The calibration data or what the model makes of it cannot give quantization parameters."""
+
+
+class CheckpointError(VitquantError):
+    """A saved model is damaged, incomplete, of another model or of another format."""
+
+
+class DataError(VitquantError):
+    """A data set cannot be read as asked."""
+
+
+class ModelError(VitquantError):
+    """A model, its name, its arguments or its weights do not fit together."""

@@ -1,0 +1,132 @@
+"""What a quantizer is, as frozen data: bits, sign, symmetry, granularity, scheme; and its parameters.
+
+Nothing here computes: `quantizers` turns a spec and its parameters into arithmetic, `observers`
+turn tensors into parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from vitquant.errors import RecipeError
+
+MIN_BITS = 2
+MAX_BITS = 16
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole operand."""
+
+
+@dataclass(frozen=True)
+class PerAxis:
+    """One scale per index of `axis`, counted as the reading operation sees the operand."""
+
+    axis: int
+
+
+@dataclass(frozen=True)
+class PerHead:
+    """One scale per attention head: axis -3 of query, key, probabilities and value."""
+
+
+Granularity = PerTensor | PerAxis | PerHead
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Equally spaced levels: `(code - zero_point) * scale`.
+
+    Both orders give the same values; their gradients differ within half a step of the range's ends:
+    clamp-then-round (LSQ, Q-ViT) with `clamp_before_round`, round-then-clamp (Evol-Q) without.
+    """
+
+    clamp_before_round: bool = False
+
+
+@dataclass(frozen=True)
+class PowerOfTwoScale:
+    """`Uniform` whose scale is a power of two, so that requantization is a shift."""
+
+
+@dataclass(frozen=True)
+class PowerOfTwoFactor:
+    """`Uniform` whose step in channel c is `scale * 2**factor[c]`, factor[c] in 0..factors-1.
+
+    FQ-ViT, section "Power-of-Two Factor". The axis of `factor` is the granularity's.
+    """
+
+    factors: int = 4
+
+
+@dataclass(frozen=True)
+class Log2:
+    """Powers of two, `scale * 2**-code`, for values in [0, scale]; the largest code means zero."""
+
+
+Scheme = Uniform | PowerOfTwoScale | PowerOfTwoFactor | Log2
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one operand is quantized.
+
+    Arguments:
+        bits: width of a code, 2 to 16.
+        signed: codes run from -2**(bits-1) to 2**(bits-1)-1, else from 0 to 2**bits-1.
+        symmetric: the zero point is fixed, at 0 for signed codes and at the middle for unsigned ones.
+        granularity: which elements share a scale.
+        scheme: where the levels lie.
+
+    Raises:
+        RecipeError: the combination has no meaning.
+    """
+
+    bits: int
+    signed: bool = False
+    symmetric: bool = False
+    granularity: Granularity = field(default_factory=PerTensor)
+    scheme: Scheme = field(default_factory=Uniform)
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise RecipeError(f"bits = {self.bits}: a quantizer takes {MIN_BITS} to {MAX_BITS} bits")
+        match self.scheme:
+            case Log2() if self.signed or self.bits > 8:
+                raise RecipeError("log2 codes are unsigned and have at most 8 bits: set signed = false, bits <= 8")
+            case PowerOfTwoFactor(factors) if not 1 <= factors <= 8:
+                raise RecipeError(f"factors = {factors}: a power-of-two factor chooses among 1 to 8 shifts")
+            case PowerOfTwoFactor() if not isinstance(self.granularity, PerAxis):
+                raise RecipeError('power_of_two_factor needs per = "axis": it has one factor per channel')
+            case PowerOfTwoFactor() if self.signed or self.symmetric:
+                raise RecipeError("power_of_two_factor codes are unsigned and asymmetric, as published")
+            case _:
+                pass
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code."""
+        return -(1 << (self.bits - 1)) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+
+@dataclass(frozen=True)
+class QParams:
+    """The numbers that complete a spec, on one device.
+
+    Arguments:
+        scale: float32, positive; shape () for one scale, (n,) along the granularity's axis.
+        zero_point: int32 of scale's shape, the code of the real number 0; None for log2.
+        factor: int32 (channels,), the power-of-two factors; None for every other scheme.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
