@@ -1,0 +1,277 @@
+"""A float model, unmodified, becomes one plain graph. The only user of `torch.export`."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import operator
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from vitquant.errors import CaptureError, ModelError
+from vitquant.graph.canonical import canonicalize
+from vitquant.graph.operators import aten
+
+_CHECKS = {
+    aten._assert_tensor_metadata, aten._assert_scalar, aten._assert_async, aten.sym_constrain_range,
+    aten.sym_constrain_range_for_size,
+}  # fmt: skip
+
+
+def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
+    """Capture a model as one plain `torch.fx.GraphModule` in canonical form, in evaluation mode.
+
+    The graph module has the model's state-dict keys and its own copies of the tensors, takes a batch of
+    any size, is called like the model, and gives back the library's own output type. It is checked
+    against the model before it is returned. Dropout and stochastic depth are captured as evaluation
+    has them: `train()` on the result changes nothing; to train, capture the model again.
+
+    Arguments:
+        model: any module whose forward takes one tensor first and needs nothing else.
+        example: float (batch, channels, height, width), on the model's device; height and width are fixed by it.
+
+    Raises:
+        CaptureError: the model does not take this input, cannot be captured, or is not the same once captured.
+        ModelError: a parameter holds NaN or infinity.
+    """
+    _refuse_non_finite(model)
+    example = example.detach()
+    if example.shape[0] < 2:
+        example = example.expand(2, *example.shape[1:]).clone()  # a batch of 1 would be taken for a constant
+    with _evaluating(model), torch.no_grad():
+        expected = _call(model, example)
+        program = _export(model, example)
+        graph, constants = _copy(program, _input_name(model))
+        captured = _assemble(model, graph, constants)
+        canonicalize(captured)
+        _check(model, captured, example, expected)
+    return captured
+
+
+def _refuse_non_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"{name} holds NaN or infinity; give weights that are finite")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of capture; each submodule gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _call(model: nn.Module, example: torch.Tensor) -> object:
+    try:
+        return model(example)
+    except Exception as error:
+        shape = tuple(example.shape)
+        raise CaptureError(f"the model refuses an input of shape {shape}: {_first_line(error)}") from error
+
+
+def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
+    dynamic = ({0: Dim("batch")},)
+    with warnings.catch_warnings(), _quiet_logging():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=False)
+        except Exception as error:
+            if "Constraints violated" not in str(error) and "specialized" not in str(error):
+                raise CaptureError(f"torch.export cannot capture the model: {_first_line(error)}") from error
+            # `len(x)` and its like fix the batch in non-strict mode only.
+            try:
+                program = torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=True)
+            except Exception as strict_error:
+                reason = _first_line(strict_error)
+                raise CaptureError(f"the model's forward fixes the batch size: {reason}") from strict_error
+        return program.run_decompositions({})  # functional form; nothing is decomposed
+
+
+@contextmanager
+def _quiet_logging() -> Iterator[None]:
+    """torch.export logs a page about every constraint; the error we raise says it in a line."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _input_name(model: nn.Module) -> str:
+    return next(iter(inspect.signature(model.forward).parameters), "x")
+
+
+def _copy(program: ExportedProgram, input_name: str) -> tuple[Graph, dict[str, torch.Tensor]]:
+    """The nodes of the program in a fresh graph: parameters read by name, constants computed once."""
+    signature = program.graph_signature
+    specs = {spec.arg.name: spec for spec in signature.input_specs}
+    graph, constants = Graph(), {}
+    copied: dict[Node, Node] = {}
+    known: dict[Node, object] = {}  # nodes that depend on neither input nor parameters, and their values
+
+    def argument(node: Node) -> Node:
+        if node not in copied:
+            value = known[node]
+            name = next((name for name, other in constants.items() if _identical(other, value)), None)
+            if name is None:
+                name = f"constant_{len(constants)}"
+                constants[name] = value
+            copied[node] = graph.get_attr(name)
+            copied[node].meta = _metadata(node)
+        return copied[node]
+
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs[node.name]
+            match spec.kind:
+                case InputKind.USER_INPUT:
+                    copied[node] = graph.placeholder(input_name)
+                case InputKind.CONSTANT_TENSOR:
+                    known[node] = program.constants[spec.target]
+                    continue
+                case InputKind.PARAMETER | InputKind.BUFFER:
+                    copied[node] = graph.get_attr(spec.target)
+                case _:
+                    raise CaptureError(f"the captured model takes an input of kind {spec.kind.name}: {node.name}")
+            copied[node].meta = _metadata(node)
+        elif node.op == "output":
+            outputs = node.args[0][len(program.graph_signature.output_specs) - _user_outputs(program) :]
+            results = [argument(result) if isinstance(result, Node) else result for result in outputs]
+            graph.output(results)
+        elif node.op == "call_function":
+            if node.target in _CHECKS or getattr(node.target, "overloadpacket", None) in _CHECKS:
+                continue
+            if _is_constant(node, known):
+                known[node] = node.target(*_values(node.args, known), **_values(node.kwargs, known))
+            else:
+                copied[node] = graph.node_copy(node, argument)
+                copied[node].meta = _metadata(node)
+        else:
+            raise CaptureError(f"the captured model holds a {node.op} node, {node.name}: control flow is not supported")
+    graph.set_codegen(
+        _PyTreeCodeGen(_PyTreeInfo([input_name], _in_spec(), program.call_spec.out_spec)),  # type: ignore[arg-type]
+    )
+    return graph, constants
+
+
+def _in_spec() -> pytree.TreeSpec:
+    """One positional tensor and no keywords."""
+    return pytree.tree_structure(((0,), {}))
+
+
+def _user_outputs(program: ExportedProgram) -> int:
+    return len(program.graph_signature.user_outputs)
+
+
+def _is_constant(node: Node, known: dict[Node, object]) -> bool:
+    if not all(argument in known for argument in node.all_input_nodes):
+        return False
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded not in tags
+
+
+def _values(arguments: object, known: dict[Node, object]) -> object:
+    return torch.fx.node.map_arg(arguments, lambda node: known[node])
+
+
+def _identical(left: object, right: object) -> bool:
+    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
+        return False
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
+
+
+def _metadata(node: Node) -> dict[str, object]:
+    """Shape with -1 for what grows with the batch, dtype, and the path of the module the node came from."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    found: dict[str, object] = {"module": stack[-1] if stack and node.target is not aten.sym_size.int else ""}
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        found |= {"shape": _shape(value), "dtype": value.dtype}
+    elif isinstance(value, list | tuple):
+        found["shapes"] = tuple(_shape(part) for part in value if isinstance(part, torch.Tensor))
+    return found
+
+
+def _shape(value: torch.Tensor) -> tuple[int, ...]:
+    return tuple(size if isinstance(size, int) else -1 for size in value.shape)
+
+
+def _assemble(model: nn.Module, graph: Graph, constants: dict[str, torch.Tensor]) -> GraphModule:
+    """A graph module with copies of all the model's tensors under their own names, tied ones still tied."""
+    root = nn.Module()
+    copies: dict[int, torch.Tensor] = {}
+    persistent = set(model.state_dict(keep_vars=True))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        fresh = copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+        _register(root, name, fresh, persistent=True)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        fresh = copies.setdefault(id(buffer), buffer.detach().clone())
+        _register(root, name, fresh, persistent=name in persistent)
+    for name, value in constants.items():
+        _register(root, name, value.detach().clone(), persistent=False)
+    names = [*dict(root.named_parameters(remove_duplicate=False)), *dict(root.named_buffers(remove_duplicate=False))]
+    captured = GraphModule(root, graph, class_name=type(model).__name__)
+    for name in names:  # GraphModule copies what its graph reads; the rest belongs to the state dict as well
+        value = operator.attrgetter(name)(root)
+        _register(captured, name, value, persistent=name in persistent)
+    captured.eval()
+    return captured
+
+
+def _register(module: nn.Module, name: str, value: torch.Tensor, persistent: bool) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(last, value)
+    else:
+        if hasattr(module, last):
+            delattr(module, last)
+        module.register_buffer(last, value, persistent=persistent)
+
+
+def _check(model: nn.Module, captured: GraphModule, example: torch.Tensor, expected: object) -> None:
+    """The captured graph is the model: on the example, and on a batch of another size."""
+    _compare(captured(example), expected)
+    longer = torch.cat([example.flip(0), example[:1]])
+    _compare(captured(longer), model(longer))
+
+
+def _compare(found: object, expected: object) -> None:
+    for left, right in zip(_tensors(found), _tensors(expected), strict=True):
+        if left.shape != right.shape:
+            raise CaptureError(f"captured, the model gives {tuple(left.shape)} where it gave {tuple(right.shape)}")
+        if not right.is_floating_point():
+            continue
+        bound = min(0.05, 1000 * torch.finfo(right.dtype).eps) * max(1.0, right.abs().max().item())
+        if not torch.allclose(left, right, rtol=0, atol=bound, equal_nan=True):
+            worst = (left - right).abs().max().item()
+            raise CaptureError(f"captured, the model's output differs by {worst:.2g}: does its forward use randomness?")
+
+
+def _tensors(output: object) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+

@@ -1,0 +1,1 @@
+"""Reading and rewriting captured graphs: every rewrite here preserves the function."""

@@ -1,0 +1,208 @@
+"""One form for one computation: what libraries write differently is brought to the same nodes.
+
+Each rewrite preserves the function (to the rounding of a reordered product) and keeps the metadata
+that `sites` reads: `shape` with -1 for a size that grows with the batch, `dtype`, `module`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from vitquant.errors import CaptureError
+from vitquant.graph.operators import PRODUCTS, aten, calls, is_rearrangement, packet
+from vitquant.graph.walk import root
+
+_LAST = 2**62  # `slice` writes "to the end" as the largest 64-bit integer
+
+
+def canonicalize(module: GraphModule) -> None:
+    """Bring a captured graph to canonical form, in place.
+
+    After it: attention is product, scale, mask, softmax, product; the scale of attention stands on the
+    scores; every matrix product is `linear` or `matmul`; nothing is left that does nothing.
+    """
+    graph = module.graph
+    for node in list(graph.nodes):
+        if calls(node, {aten.scaled_dot_product_attention}):
+            _decompose_attention(module, node)
+        elif calls(node, {aten.bmm}):
+            node.target = aten.matmul.default
+        elif calls(node, {aten.addmm}):
+            _addmm_to_linear(node)
+        elif calls(node, {aten.baddbmm}):
+            _decompose_baddbmm(node)
+        elif calls(node, {aten._unsafe_view, aten.reshape}):
+            node.target = aten.view.default if packet(node) is aten._unsafe_view else aten.reshape.default
+        if _does_nothing(node):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        if calls(node, PRODUCTS):
+            _scale_after_product(graph, node)
+    for node in list(graph.nodes):
+        if calls(node, {aten.view}):
+            # A view of a tensor that is no longer contiguous, now that copies are gone, needs reshape.
+            node.target = aten.reshape.default
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+
+
+def _emit(graph: Graph, like: Node, target: Callable, args: tuple, shape: tuple[int, ...] | None = None) -> Node:
+    """A new call that belongs to the module of `like`, and has its shape unless another is given."""
+    node = graph.call_function(target, args)
+    node.meta = {**like.meta, "shape": like.meta["shape"] if shape is None else shape}
+    return node
+
+
+def _decompose_attention(module: GraphModule, node: Node) -> None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    query, key, value = given["query"], given["key"], given["value"]
+    if given.get("enable_gqa") and query.meta["shape"][-3] != key.meta["shape"][-3]:
+        raise CaptureError(f"{node.meta['module']}: grouped-query attention is not supported; repeat the key heads")
+    graph, width = module.graph, query.meta["shape"][-1]
+    scale = given.get("scale")
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    scores_shape = (*query.meta["shape"][:-1], key.meta["shape"][-2])
+    swapped = (*key.meta["shape"][:-2], key.meta["shape"][-1], key.meta["shape"][-2])
+    with graph.inserting_before(node):
+        transposed = _emit(graph, key, aten.transpose.int, (key, -2, -1), swapped)
+        transposed.meta["module"] = node.meta["module"]
+        scores = _emit(graph, node, aten.matmul.default, (query, transposed), scores_shape)
+        scores = _emit(graph, node, aten.mul.Tensor, (scores, scale), scores_shape)
+        mask = given.get("attn_mask")
+        if given.get("is_causal"):
+            mask = _causal_mask(module, node, scores_shape)
+        if mask is not None and not _masks_nothing(module, mask):
+            scores = _add_mask(graph, node, scores, mask, scores_shape)
+        probs = _emit(graph, node, aten.softmax.int, (scores, -1), scores_shape)
+        context = _emit(graph, node, aten.matmul.default, (probs, value))
+    node.replace_all_uses_with(context)
+    graph.erase_node(node)
+
+
+def _add_mask(graph: Graph, like: Node, scores: Node, mask: Node, shape: tuple[int, ...]) -> Node:
+    if mask.meta["dtype"] is not torch.bool:
+        return _emit(graph, like, aten.add.Tensor, (scores, mask), shape)
+    hidden = _emit(graph, mask, aten.logical_not.default, (mask,))
+    return _emit(graph, like, aten.masked_fill.Scalar, (scores, hidden, -math.inf), shape)
+
+
+def _causal_mask(module: GraphModule, node: Node, shape: tuple[int, ...]) -> Node:
+    name = f"causal_mask_{shape[-2]}x{shape[-1]}"
+    if not hasattr(module, name):
+        module.register_buffer(name, torch.ones(shape[-2:], dtype=torch.bool).tril(), persistent=False)
+    mask = module.graph.get_attr(name)
+    mask.meta = {**node.meta, "shape": shape[-2:], "dtype": torch.bool}
+    return mask
+
+
+def _masks_nothing(module: GraphModule, mask: Node) -> bool:
+    """Whether a mask is a folded constant that lets every score through (transformers makes one per forward)."""
+    while calls(mask, {aten.expand, aten.unsqueeze, aten.view, aten.reshape}):
+        mask = mask.all_input_nodes[0]
+    if mask.op != "get_attr" or not str(mask.target).startswith("constant_"):
+        return False
+    value = getattr(module, str(mask.target))
+    return bool(value.all()) if value.dtype is torch.bool else not bool(value.any())
+
+
+def _addmm_to_linear(node: Node) -> None:
+    bias, left, right = node.args
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+        return
+    graph = node.graph
+    with graph.inserting_before(node):
+        shape = right.meta["shape"]  # type: ignore[union-attr]
+        weight = _emit(graph, right, aten.transpose.int, (right, 0, 1), (shape[1], shape[0]))  # type: ignore[arg-type]
+        # (W^T)^T is W: the usual writing of a linear layer by addmm.
+        if calls(right, {aten.t, aten.transpose}) and right.args[0].op == "get_attr":  # type: ignore[union-attr]
+            graph.erase_node(weight)
+            weight = right.args[0]  # type: ignore[union-attr]
+    node.target, node.args, node.kwargs = aten.linear.default, (left, weight, bias), {}
+
+
+def _decompose_baddbmm(node: Node) -> None:
+    graph, (added, left, right) = node.graph, node.args
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    with graph.inserting_before(node):
+        result = _emit(graph, node, aten.matmul.default, (left, right))
+        if alpha != 1:
+            result = _emit(graph, node, aten.mul.Tensor, (result, alpha))
+        if beta != 0:
+            if beta != 1:
+                added = _emit(graph, added, aten.mul.Tensor, (added, beta))  # type: ignore[arg-type]
+            result = _emit(graph, node, aten.add.Tensor, (result, added))
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _does_nothing(node: Node) -> bool:
+    """Whether the node gives its first argument unchanged."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+        return False
+    source = node.args[0]
+    same = node.meta.get("shape") == source.meta.get("shape") and node.meta.get("dtype") == source.meta.get("dtype")
+    if not same or node.meta.get("shape") is None:
+        return False
+    match packet(node):
+        case aten.clone | aten.contiguous | aten.detach | aten.alias | aten.lift_fresh_copy | aten.dropout:
+            return True
+        case aten._to_copy | aten.to:
+            return "device" not in node.kwargs or node.kwargs["device"] is None
+        case aten.slice:
+            start, stop, step = (*node.args[2:5], None, None, None)[:3]
+            return start in (0, None) and (step in (1, None)) and (stop is None or _reaches_end(node, stop))
+        case aten.pad | aten.constant_pad_nd:
+            return all(isinstance(size, int) and size == 0 for size in node.args[1])  # type: ignore[union-attr]
+        case aten.roll:
+            return all(shift == 0 for shift in node.args[1])  # type: ignore[union-attr]
+        case aten.expand:
+            return all(size == -1 or isinstance(size, int) for size in node.args[1])  # type: ignore[union-attr]
+        case _:
+            return False
+
+
+def _reaches_end(node: Node, stop: object) -> bool:
+    axis = node.args[1] if len(node.args) > 1 else 0
+    size = node.args[0].meta["shape"][axis]  # type: ignore[union-attr, index]
+    return isinstance(stop, int) and (stop >= _LAST or (size != -1 and stop >= size))
+
+
+def _scale_after_product(graph: Graph, product: Node) -> None:
+    """Move a constant factor of an operand behind the product, so that `query` means the same everywhere."""
+    factor = 1.0
+    for index in (0, 1):
+        operand = product.args[index]
+        scaled = root(operand)  # type: ignore[arg-type]
+        constant = _constant_factor(scaled)
+        if constant is None or not _only_reader_chain(operand, scaled):  # type: ignore[arg-type]
+            continue
+        scaled.replace_all_uses_with(scaled.args[0])  # type: ignore[arg-type]
+        graph.erase_node(scaled)
+        factor *= constant
+    if factor != 1.0:
+        with graph.inserting_after(product):
+            scaled = _emit(graph, product, aten.mul.Tensor, (product, factor))
+        product.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+
+def _constant_factor(node: Node) -> float | None:
+    if calls(node, {aten.mul, aten.div}) and isinstance(node.args[1], int | float) and not node.kwargs:
+        return float(node.args[1]) if packet(node) is aten.mul else 1.0 / node.args[1]
+    return None
+
+
+def _only_reader_chain(operand: Node, source: Node) -> bool:
+    """Whether nothing but this operand reads `source`, through rearrangements."""
+    node = operand
+    while node is not source:
+        if len(node.users) != 1 or not is_rearrangement(node):
+            return False
+        node = node.all_input_nodes[0]
+    return len(source.users) == 1

@@ -1,0 +1,77 @@
+"""Questions about dataflow: where does a tensor come from, what depends on what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.fx import Graph, Node
+
+from vitquant.graph.operators import JOINS, calls, is_rearrangement, is_selection
+
+
+def root(node: Node) -> Node:
+    """The node whose elements `node` only rearranges: itself, or the first ancestor that computes or selects."""
+    while is_rearrangement(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def selected_from(node: Node) -> Node | None:
+    """The root of the tensor that `node` selects from, or None when it does not select from one tensor.
+
+    A concatenation of selections of one tensor (patch merging) selects from that tensor.
+    """
+    if is_selection(node):
+        return root(node.all_input_nodes[0])
+    if calls(node, JOINS):
+        parts = {selected_from(root(part)) for part in node.args[0]}  # type: ignore[union-attr]
+        return parts.pop() if len(parts) == 1 else None
+    return None
+
+
+def ancestors(graph: Graph) -> dict[Node, int]:
+    """For each node a bit set of the nodes it depends on, itself included; bit i is the i-th node.
+
+    Python integers as bit sets keep this at one `or` per edge: a graph of 2,000 nodes takes a few milliseconds.
+    """
+    found: dict[Node, int] = {}
+    for index, node in enumerate(graph.nodes):
+        bits = 1 << index
+        for argument in node.all_input_nodes:
+            bits |= found[argument]
+        found[node] = bits
+    return found
+
+
+def positions(graph: Graph) -> dict[Node, int]:
+    """The place of each node in the graph's order: the bit that stands for it in `ancestors`."""
+    return {node: index for index, node in enumerate(graph.nodes)}
+
+
+def depends_on_input(graph: Graph) -> set[Node]:
+    """The nodes whose value changes with the network's input; the rest are parameters and what is made of them."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        is_size = node.meta.get("shape") is None and not _splits(node)
+        if node.op == "placeholder" or (not is_size and not found.isdisjoint(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _splits(node: Node) -> bool:
+    """Whether the node gives a tuple of tensors (a split), which has no single shape."""
+    return node.op == "call_function" and bool(node.meta.get("shapes"))
+
+
+def path_between(ancestor: Node, node: Node) -> list[Node]:
+    """The single-input chain from just below `ancestor` to `node`, in that order; empty when they are the same."""
+    chain: list[Node] = []
+    while node is not ancestor:
+        chain.append(node)
+        node = node.all_input_nodes[0]
+    return chain[::-1]
+
+
+def any_of(bits: int, nodes: Iterable[Node], place: dict[Node, int]) -> bool:
+    """Whether the bit set holds any of the nodes."""
+    return any(bits >> place[node] & 1 for node in nodes)
