@@ -1,0 +1,1 @@
+"""What the models are for: data, preprocessing and metrics."""

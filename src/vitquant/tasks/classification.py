@@ -1,0 +1,221 @@
+"""Accuracy of a classifier, beside its float model on the same images."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitquant.errors import DataError, ModelError
+from vitquant.tasks.images import ImageBatches
+
+Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+
+
+@dataclass(frozen=True)
+class ClassificationResult:
+    """Figures of one evaluation; shares are percentages of `images`.
+
+    Arguments:
+        engine: what computed the logits, e.g. `simulated`.
+        float_top1, agreement, top1_difference_interval: None without a float model. Agreement is
+            the share of images given the float model's class; the interval is the paired 95 % one
+            of `top1 - float_top1`, in percentage points.
+        seconds: spent in the evaluated model alone.
+    """
+
+    engine: str
+    images: int
+    top1: float
+    top5: float
+    float_top1: float | None
+    agreement: float | None
+    top1_difference_interval: tuple[float, float] | None
+    seconds: float
+
+
+def evaluate(
+    model: Callable[[Tensor], Any],
+    float_model: Callable[[Tensor], Any] | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int | None = None,
+    progress: Callable[[int], object] | None = None,
+    engine: str = "simulated",
+) -> ClassificationResult:
+    """Run a model, and its float model if given, over labelled batches, holding counts alone.
+
+    Arguments:
+        model, float_model: modules (run in eval mode, on their own device) or any callables that
+            give logits of shape (images, classes), bare or as `.logits`.
+        num_classes: how many logits there must be.
+        progress: called with the number of images done, after each batch.
+
+    Raises:
+        ModelError: logits of another shape or not finite; the first such image is named.
+        DataError: no images, or a label that is no class of the model.
+
+    Pitfall: both models run on every batch; without the float model it takes half the time.
+    """
+    counts, seconds = _Counts(), 0.0
+    with torch.inference_mode(), _eval_mode(model, float_model):
+        for images, labels in batches:
+            started = time.perf_counter()
+            logits = logits_of(model(_on_device_of(model, images))).cpu()  # the copy waits for the device
+            seconds += time.perf_counter() - started
+            reference = None
+            if float_model is not None:
+                reference = logits_of(float_model(_on_device_of(float_model, images))).cpu()
+            for who, values in (("the model", logits), ("the float model", reference)):
+                if values is not None:
+                    _check(values, who, len(labels), num_classes, batches, counts.images)
+            counts.add(logits, reference, labels)
+            if progress is not None:
+                progress(counts.images)
+    return counts.result(engine, seconds)
+
+
+def compare(
+    logits: Tensor, float_logits: Tensor | None, labels: Tensor, engine: str = "simulated", seconds: float = 0.0
+) -> ClassificationResult:
+    """The figures of logits that are at hand, (images, classes), one row per label.
+
+    Raises:
+        DataError: no images, or a label that is no class.
+    """
+    counts = _Counts()
+    counts.add(logits, float_logits, labels)
+    return counts.result(engine, seconds)
+
+
+def paired_interval(a_correct: Sequence[bool] | Tensor, b_correct: Sequence[bool] | Tensor) -> tuple[float, float]:
+    """The 95 % interval, in percentage points, of the accuracy of `a` minus that of `b` on the same images.
+
+    Tango's score interval (Statistics in Medicine 17, 1998), which stays sound when few images
+    differ: with none of n it is about +-3.84/(n+3.84), not zero.
+
+    Raises:
+        DataError: no images, or not as many of `a` as of `b`.
+    """
+    a, b = torch.as_tensor(a_correct).bool(), torch.as_tensor(b_correct).bool()
+    if a.shape != b.shape or a.numel() == 0:
+        raise DataError(f"a paired interval needs as many results of both, and one at least: {a.numel()}, {b.numel()}")
+    return _score_interval(a.numel(), int((a & ~b).sum()), int((b & ~a).sum()))
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits in what a library's classifier returns: a tensor, or an object or mapping with `logits`.
+
+    Raises:
+        ModelError: there are none.
+    """
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ModelError(
+            f"the model gives {type(output).__name__}; a classifier gives a tensor or an object with .logits"
+        )
+    return logits
+
+
+class _Counts:
+    """What the figures need of the images seen so far."""
+
+    def __init__(self) -> None:
+        self.images = self.top1 = self.top5 = self.agree = self.only_model = self.only_float = 0
+        self.compared = False
+
+    def add(self, logits: Tensor, float_logits: Tensor | None, labels: Tensor) -> None:
+        labels, classes = labels.cpu(), logits.shape[1]
+        if outside := [int(label) for label in labels if not 0 <= label < classes]:
+            raise DataError(f"class index {outside[0]} (-1: no label), but the model has {classes} classes")
+        # stable, so that ties (frequent in integer logits) fall to the lower class on every device
+        ranked = logits.sort(dim=1, descending=True, stable=True).indices[:, :5]
+        right = ranked[:, 0] == labels
+        self.images += len(labels)
+        self.top1 += int(right.sum())
+        self.top5 += int((ranked == labels[:, None]).any(dim=1).sum())
+        if float_logits is not None:
+            predicted = float_logits.sort(dim=1, descending=True, stable=True).indices[:, 0]
+            self.compared = True
+            self.agree += int((ranked[:, 0] == predicted).sum())
+            self.only_model += int((right & (predicted != labels)).sum())
+            self.only_float += int((~right & (predicted == labels)).sum())
+
+    def result(self, engine: str, seconds: float) -> ClassificationResult:
+        if not self.images:
+            raise DataError("no images to evaluate on")
+        percent = 100 / self.images
+        float_top1 = (self.top1 - self.only_model + self.only_float) * percent
+        return ClassificationResult(
+            engine=engine,
+            images=self.images,
+            top1=self.top1 * percent,
+            top5=self.top5 * percent,
+            float_top1=float_top1 if self.compared else None,
+            agreement=self.agree * percent if self.compared else None,
+            top1_difference_interval=(
+                _score_interval(self.images, self.only_model, self.only_float) if self.compared else None
+            ),
+            seconds=seconds,
+        )
+
+
+def _score_interval(n: int, only_a: int, only_b: int) -> tuple[float, float]:
+    """All differences d that the score test (observed - d)^2 <= z^2 var(d) does not reject, in percent."""
+
+    def accepted(d: float) -> bool:
+        # the probability of "only b", at its maximum likelihood under p(only a) - p(only b) = d
+        linear = (2 * n - only_a + only_b) * d - only_a - only_b
+        root = math.sqrt(max(linear * linear + 8 * n * only_b * d * (1 - d), 0.0))
+        p = max((root - linear) / (4 * n), 0.0, -d)
+        return (only_a - only_b - n * d) ** 2 <= Z95**2 * n * (2 * p + d * (1 - d))
+
+    def limit(end: float) -> float:
+        inside, outside = (only_a - only_b) / n, end
+        if accepted(end):
+            return end
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if accepted(middle) else (inside, middle)
+        return inside
+
+    return 100 * limit(-1.0), 100 * limit(1.0)
+
+
+def _check(logits: Tensor, who: str, images: int, num_classes: int | None, batches: Iterable[Any], done: int) -> None:
+    if logits.ndim != 2 or len(logits) != images or num_classes not in (None, logits.shape[1]):
+        wanted = f"({images}, {'classes' if num_classes is None else num_classes})"
+        raise ModelError(f"{who} gives logits of shape {tuple(logits.shape)}, not {wanted}")
+    finite = logits.isfinite().all(dim=1)
+    if not finite.all():
+        position = done + int(finite.logical_not().nonzero()[0])
+        name = batches.path(position) if isinstance(batches, ImageBatches) else f"image {position}"
+        raise ModelError(f"{who} gives NaN or infinite logits, first for {name}; check its weights and calibration")
+
+
+def _on_device_of(model: object, images: Tensor) -> Tensor:
+    if not isinstance(model, nn.Module):
+        return images
+    tensor = next(model.parameters(), next(model.buffers(), None))
+    return images if tensor is None else images.to(tensor.device)
+
+
+@contextmanager
+def _eval_mode(*models: object) -> Iterator[None]:
+    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    modes = [module.training for module in modules]
+    for model in models:
+        if isinstance(model, nn.Module):
+            model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode

@@ -1,0 +1,16 @@
+"""Models by name, as the libraries make them: timm, transformers, torchvision, or a user's factory."""
+
+from vitquant.zoo.build import architecture, create
+from vitquant.zoo.preprocessing import preprocessing_of
+from vitquant.zoo.source import LIBRARIES, ModelSource, parse_model_arguments
+from vitquant.zoo.weights import pinned
+
+__all__ = [
+    "LIBRARIES",
+    "ModelSource",
+    "architecture",
+    "create",
+    "parse_model_arguments",
+    "pinned",
+    "preprocessing_of",
+]

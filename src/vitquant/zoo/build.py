@@ -1,0 +1,151 @@
+"""A library's own, unmodified model from its source."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitquant.errors import ModelError
+from vitquant.zoo.failures import first_five, import_library, one_line, shown, unknown
+from vitquant.zoo.source import ModelSource
+from vitquant.zoo.weights import load_weights
+
+
+def create(source: ModelSource) -> nn.Module:
+    """Build the library's own model, with its weights, in eval mode and float32 on the CPU.
+
+    A `python:` factory with `pretrained` gives whatever weights it gives.
+
+    Raises:
+        ModelError: the library is not installed, the name or an argument is unknown, or the weights
+            cannot be had or do not fit; up to 5 keys that do not fit are named.
+
+    Pitfall: without a network, the hub's client tries for about a minute before it gives up.
+    """
+    if source.weights == "pretrained" and source.library != "python":
+        model = _pretrained(source)
+    else:
+        model = architecture(source)
+        if source.weights not in ("pretrained", "random"):
+            load_weights(model, source)
+    return model.float().eval()
+
+
+def architecture(source: ModelSource) -> nn.Module:
+    """Build the model without its weights: random ones, the same for the same seed, in eval mode.
+
+    Raises:
+        ModelError: as `create`, except for weights.
+
+    Pitfall: a transformers hub name still needs its config.json, from the hub or its cache.
+    """
+    try:
+        # a seed for this model alone; the global generators, CUDA's among them, stay as they are
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(source.seed)
+            model = _BUILDERS[source.library](source)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a library makes of bad arguments
+        raise ModelError(f"{source.name} cannot be built with {shown(source.arguments)}: {one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{source.name} gives {type(model).__name__}, not a torch.nn.Module")
+    return model.eval()
+
+
+def _build_timm(source: ModelSource, pretrained: bool = False) -> nn.Module:
+    timm = import_library("timm")
+    name = source.model.split(".")[0]  # the rest is a tag of weights
+    if ":" not in name and not timm.is_model(name):
+        raise unknown(source, name, timm.list_models())
+    return timm.create_model(source.model, pretrained=pretrained, **source.arguments)
+
+
+def _build_torchvision(source: ModelSource, pretrained: bool = False) -> nn.Module:
+    models = import_library("torchvision").models
+    if source.model not in models.list_models():
+        raise unknown(source, source.model, models.list_models())
+    return models.get_model(source.model, weights="DEFAULT" if pretrained else None, **source.arguments)
+
+
+def _build_transformers(source: ModelSource, pretrained: bool = False) -> nn.Module:
+    auto = import_library("transformers").AutoModelForImageClassification
+    config = _transformers_config(source)
+    if not pretrained:
+        return auto.from_config(config, dtype=torch.float32)
+    folder = Path(source.model).parent if Path(source.model).is_file() else source.model
+    model, info = auto.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+    # transformers gives random weights for these, with no more than a warning
+    if absent := sorted(info["missing_keys"]) + [str(key[0]) for key in info["mismatched_keys"]]:
+        raise ModelError(f"{source.name}: its checkpoint has no fitting {first_five(absent)}; give --weights FILE")
+    return model
+
+
+def _build_python(source: ModelSource) -> nn.Module:
+    module_name, _, factory_name = source.model.partition(":")
+    if not module_name or not factory_name:
+        raise ModelError(f"{source.name}: write python:package.module:factory")
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except Exception as error:  # the user's module may raise anything
+        raise ModelError(f"{source.name} cannot be imported: {one_line(error)}; is it on PYTHONPATH?") from error
+    return factory(**source.arguments)
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "timm": _build_timm,
+    "transformers": _build_transformers,
+    "torchvision": _build_torchvision,
+    "python": _build_python,
+}
+
+
+def _pretrained(source: ModelSource) -> nn.Module:
+    try:
+        model = _BUILDERS[source.library](source, pretrained=True)
+    except ModelError:
+        raise
+    except Exception as error:
+        architecture(source)  # says so where the arguments are at fault, not the weights
+        raise ModelError(
+            f"{source.name}: no pretrained weights ({one_line(error)}); give --weights FILE or --weights random"
+        ) from error
+    trained_classes = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if source.library == "timm" and source.arguments.get("num_classes", trained_classes) not in (trained_classes, 0):
+        # timm drops the head and leaves a random one
+        raise ModelError(f"{source.name}: pretrained for {trained_classes} classes; give --weights FILE for others")
+    return model
+
+
+def _transformers_config(source: ModelSource) -> Any:
+    transformers, path = import_library("transformers"), Path(source.model)
+    local = path.is_file() or (path / "config.json").is_file()
+    if not local and source.model in transformers.CONFIG_MAPPING:
+        if source.weights == "pretrained":
+            raise ModelError(f"{source.name} is a model type without weights; give --weights FILE or --weights random")
+        config = transformers.AutoConfig.for_model(source.model, **source.arguments)
+        # it would keep a misspelt argument as one more attribute
+        return _refuse_unused(source, [key for key in source.arguments if not hasattr(type(config)(), key)], config)
+    if not local and "/" not in source.model:
+        raise unknown(source, source.model, transformers.CONFIG_MAPPING)
+    try:
+        config, unused = transformers.AutoConfig.from_pretrained(
+            source.model, return_unused_kwargs=True, **source.arguments
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{source.name}: no config ({one_line(error)}); give the path of its config.json, "
+            "and --weights FILE or --weights random"
+        ) from error
+    return _refuse_unused(source, list(unused), config)
+
+
+def _refuse_unused(source: ModelSource, unused: list[str], config: Any) -> Any:
+    if unused:
+        raise unknown(source, unused[0], [key for key in config.to_dict() if key not in unused], "argument")
+    return config

@@ -1,0 +1,44 @@
+"""What other libraries report, in the words and the one line of ours."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from vitquant.errors import ModelError
+from vitquant.zoo.source import ModelSource
+
+
+def import_library(name: str) -> ModuleType:
+    """Import a library, or say which extra of vitquant installs it."""
+    extra = {"transformers": "transformers", "safetensors.torch": "checkpoint"}.get(name, "timm")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModelError(f"{name.partition('.')[0]} is not installed: pip install vitquant[{extra}]") from error
+
+
+def unknown(source: ModelSource, word: str, known: Iterable[str], what: str = "model") -> ModelError:
+    """An error for a word that a library does not know, with up to three that are close to it."""
+    near = difflib.get_close_matches(word, list(known), n=3)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    return ModelError(f"{source.name}: {source.library} has no {what} {word!r}{hint}")
+
+
+def first_five(keys: Sequence[str]) -> str:
+    """At most five of the keys, with dots for the others."""
+    return ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
+
+
+def shown(arguments: Mapping[str, Any]) -> str:
+    """Model arguments as the user wrote them."""
+    return ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
+
+
+def one_line(error: Exception) -> str:
+    """An exception's kind and text on one line of bearable length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) < 200 else text[:200] + '...'}"
