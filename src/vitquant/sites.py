@@ -1,11 +1,20 @@
-"""The places of a graph that can be quantized, as frozen data."""
+"""The places of a graph that can be quantized, found by dataflow and never by module name."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch.fx import GraphModule, Node
+
+from vitquant.graph import operators as ops
+from vitquant.graph.attention import Attention, find_attention
+from vitquant.graph.operators import aten, calls, packet
+from vitquant.graph.walk import ancestors, depends_on_input, path_between, positions, root, selected_from
+from vitquant.naming import name_operations
+
 KINDS = (
-    "linear", "conv", "layer_norm", "batch_norm", "softmax", "activation",
+    "linear", "conv", "layer_norm", "rms_norm", "group_norm", "batch_norm", "softmax", "activation",
     "scores", "context", "product", "residual", "concat", "pool", "output",
 )  # fmt: skip
 OPERANDS = ("input", "weight", "query", "key", "probs", "value", "lhs", "rhs")
@@ -54,3 +63,184 @@ class Value:
     def name(self) -> str:
         """The first reader, as `site:operand`."""
         return str(self.readers[0])
+
+
+@dataclass(frozen=True)
+class Site:
+    """One operation that integers can compute.
+
+    Arguments:
+        name: `blocks.0.attn.scores`; see `naming`.
+        kind: one of `KINDS`.
+        module: the path of the module that the operation came from, as the library names it.
+        node: the name of its graph node.
+        operands: for each operand the graph node it reads.
+        block: which transformer block it belongs to, counted from 0; None outside of them.
+    """
+
+    name: str
+    kind: str
+    module: str
+    node: str
+    operands: dict[str, str]
+    block: int | None = None
+
+    def reader(self, operand: str) -> Reader:
+        """The reader that is this site's `operand`."""
+        return Reader(self.name, self.module, self.kind, operand)
+
+
+def find_sites(module: GraphModule) -> tuple[Site, ...]:
+    """All sites of a captured graph, in graph order, each with a name of its own.
+
+    Arguments:
+        module: what `capture` returned; quantizers must not have been inserted yet.
+    """
+    graph = module.graph
+    dynamic = depends_on_input(graph)
+    attention = find_attention(graph)
+    before, place = ancestors(graph), positions(graph)
+    found: list[tuple[Node, str, dict[str, Node]]] = []
+    for node in graph.nodes:
+        if node.op == "output":
+            results = [result for result in node.args[0] if isinstance(result, Node)]
+            found += [(node, "output", {"input": result}) for result in results if _is_float(result)]
+        elif node.op == "call_function" and node in dynamic and _is_float(node):
+            kind, operands = _classify(node, dynamic, attention)
+            if kind == "residual" and before[root(operands["lhs"])] >> place[root(operands["rhs"])] & 1:
+                # The stream is `lhs` and what is added to it `rhs`, whichever way round the library wrote it.
+                operands = {"lhs": operands["rhs"], "rhs": operands["lhs"]}
+            if kind:
+                found.append((node, kind, operands))
+    names = name_operations(module, found, attention)
+    return tuple(
+        Site(
+            name=name,
+            kind=kind,
+            module=_module_path(node, operands),
+            node=node.name,
+            operands={operand: value.name for operand, value in operands.items()},
+            block=block,
+        )
+        for (node, kind, operands), (name, block) in zip(found, names, strict=True)
+    )
+
+
+def _classify(node: Node, dynamic: set[Node], attention: Attention) -> tuple[str, dict[str, Node]]:
+    """The kind of an operation and what it reads; an empty kind when it is no site."""
+    arguments = node.args
+    if calls(node, ops.LINEAR) or calls(node, ops.CONVOLUTIONS):
+        kind = "linear" if calls(node, ops.LINEAR) else "conv"
+        return kind, {"input": arguments[0], "weight": arguments[1]}  # type: ignore[dict-item]
+    if calls(node, ops.NORMS):
+        return ops.NORMS[packet(node)], {"input": arguments[0]}  # type: ignore[dict-item, index]
+    if calls(node, ops.SOFTMAX):
+        return "softmax", {"input": arguments[0]}  # type: ignore[dict-item]
+    if calls(node, ops.ACTIVATIONS):
+        return "activation", {"input": arguments[0]}  # type: ignore[dict-item]
+    if calls(node, ops.POOLS):
+        return "pool", {"input": arguments[0]}  # type: ignore[dict-item]
+    if calls(node, ops.PRODUCTS):
+        left, right = arguments[0], arguments[1]
+        if node in attention.scores:
+            return "scores", {"query": left, "key": right}  # type: ignore[dict-item]
+        if node in attention.contexts:
+            probs_first = attention.contexts[node]
+            probs, value = (left, right) if probs_first else (right, left)
+            return "context", {"probs": probs, "value": value}  # type: ignore[dict-item]
+        return "product", {"lhs": left, "rhs": right}  # type: ignore[dict-item]
+    if calls(node, ops.JOINS) and node not in attention.inside and selected_from(node) is None:
+        return "concat", {"input": node}
+    if calls(node, {aten.add, aten.mul}) and node not in attention.inside:
+        return _classify_elementwise(node, dynamic)
+    return "", {}
+
+
+def _classify_elementwise(node: Node, dynamic: set[Node]) -> tuple[str, dict[str, Node]]:
+    left, right = node.args[0], node.args[1]
+    if not (isinstance(left, Node) and isinstance(right, Node) and _is_float(left) and _is_float(right)):
+        return "", {}
+    both = left in dynamic and right in dynamic
+    if calls(node, {aten.mul}):
+        return ("product", {"lhs": left, "rhs": right}) if both else ("", {})
+    # A vector of one value per channel is a bias, not an operand.
+    is_bias = any(other not in dynamic and _is_vector(other) for other in (left, right))
+    if is_bias:
+        return "", {}
+    return "residual", {"lhs": left, "rhs": right} if left in dynamic else {"lhs": right, "rhs": left}
+
+
+def _is_vector(node: Node) -> bool:
+    return sum(size != 1 for size in node.meta["shape"]) <= 1
+
+
+def _is_float(node: Node) -> bool:
+    dtype = node.meta.get("dtype") if node.op != "output" else None
+    return dtype is not None and dtype.is_floating_point
+
+
+def _module_path(node: Node, operands: dict[str, Node]) -> str:
+    weight = operands.get("weight")
+    if weight is not None and weight.op == "get_attr":
+        return str(weight.target).rpartition(".")[0]
+    return str(node.meta.get("module", ""))
+
+
+def find_values(module: GraphModule, sites: Iterable[Site]) -> tuple[Value, ...]:
+    """The tensors that the sites read, each once, with all of its readers.
+
+    Two operands read one value when their tensors hold the same elements, only rearranged; an operand
+    that reads a part of a tensor which another site reads whole shares that tensor's value too (class
+    attention's query). Parts of a tensor that nobody reads whole (query, key and value of a joint
+    projection) are values of their own, so that they mean the same in every library.
+    """
+    nodes = {node.name: node for node in module.graph.nodes}
+    reads = [(site, operand, nodes[name]) for site in sites for operand, name in site.operands.items()]
+    whole = {root(node) for _, _, node in reads}
+    groups: dict[Node, list[tuple[Site, str, Node]]] = {}
+    for site, operand, node in reads:
+        groups.setdefault(_source(node, whole), []).append((site, operand, node))
+    return tuple(_value(source, group) for source, group in groups.items())
+
+
+def _source(node: Node, whole: set[Node]) -> Node:
+    source = root(node)
+    while (wider := selected_from(source)) is not None:
+        if wider in whole:
+            return _source(wider, whole)
+        if calls(source, ops.JOINS):
+            break
+        source = wider
+    return root(node)
+
+
+def _value(source: Node, group: list[tuple[Site, str, Node]]) -> Value:
+    read = {node for _, _, node in group}
+    node = read.pop() if len(read) == 1 else source
+    site, operand, seen = group[0]
+    channels_first = site.kind in ("conv", "batch_norm", "group_norm")
+    axis = {"weight": 0, "key": -2}.get(operand, 1 if channels_first else -1)
+    if node is not seen:
+        axis = _axis_before(node, seen, axis)
+    return Value(
+        node=node.name,
+        readers=tuple(site.reader(operand) for site, operand, _ in group),
+        shape=tuple(node.meta["shape"]),
+        channel_axis=axis,
+        parameter=str(node.target) if node.op == "get_attr" else None,
+    )
+
+
+def _axis_before(node: Node, reader: Node, axis: int) -> int:
+    """Where the axis that a reader calls `axis` lies in `node`, of which the reader sees a rearrangement or a part."""
+    axis %= len(reader.meta["shape"])
+    for step in reversed(path_between(node, reader)):
+        rank, rank_before = len(step.meta["shape"]), len(step.all_input_nodes[0].meta["shape"])
+        if calls(step, {aten.permute}):
+            axis = step.args[1][axis] % rank  # type: ignore[index]
+        elif calls(step, {aten.transpose}):
+            first, second = (int(dim) % rank for dim in step.args[1:3])  # type: ignore[arg-type]
+            axis = {first: second, second: first}.get(axis, axis)
+        elif axis == rank - 1:
+            axis = rank_before - 1
+    return -1 if axis == len(node.meta["shape"]) - 1 else axis

@@ -35,8 +35,8 @@ def canonicalize(module: GraphModule) -> None:
             _addmm_to_linear(node)
         elif calls(node, {aten.baddbmm}):
             _decompose_baddbmm(node)
-        elif calls(node, {aten._unsafe_view, aten.reshape}):
-            node.target = aten.view.default if packet(node) is aten._unsafe_view else aten.reshape.default
+        elif calls(node, {aten._native_batch_norm_legit_no_training}):
+            _single_output_batch_norm(node)
         if _does_nothing(node):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
@@ -44,7 +44,7 @@ def canonicalize(module: GraphModule) -> None:
         if calls(node, PRODUCTS):
             _scale_after_product(graph, node)
     for node in list(graph.nodes):
-        if calls(node, {aten.view}):
+        if calls(node, {aten.view, aten._unsafe_view}):
             # A view of a tensor that is no longer contiguous, now that copies are gone, needs reshape.
             node.target = aten.reshape.default
     graph.eliminate_dead_code()
@@ -104,7 +104,7 @@ def _causal_mask(module: GraphModule, node: Node, shape: tuple[int, ...]) -> Nod
 
 def _masks_nothing(module: GraphModule, mask: Node) -> bool:
     """Whether a mask is a folded constant that lets every score through (transformers makes one per forward)."""
-    while calls(mask, {aten.expand, aten.unsqueeze, aten.view, aten.reshape}):
+    while calls(mask, {aten.expand, aten.unsqueeze, aten.view}):
         mask = mask.all_input_nodes[0]
     if mask.op != "get_attr" or not str(mask.target).startswith("constant_"):
         return False
@@ -140,6 +140,18 @@ def _decompose_baddbmm(node: Node) -> None:
             result = _emit(graph, node, aten.add.Tensor, (result, added))
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+
+
+def _single_output_batch_norm(node: Node) -> None:
+    """The functional form gives saved statistics beside the result; in evaluation nobody reads them."""
+    source, weight, bias, mean, variance, momentum, epsilon = node.args
+    for user in [user for user in node.users if user.args[1] == 0]:
+        with node.graph.inserting_before(user):
+            arguments = (source, weight, bias, mean, variance, False, momentum, epsilon, False)
+            result = _emit(node.graph, user, aten.batch_norm.default, arguments)
+            result.meta["module"] = node.meta["module"]
+        user.replace_all_uses_with(result)
+        node.graph.erase_node(user)
 
 
 def _does_nothing(node: Node) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch.fx import Graph, Node
 
 from vitquant.graph.operators import JOINS, calls, is_rearrangement, is_selection
@@ -17,16 +15,25 @@ def root(node: Node) -> Node:
 
 
 def selected_from(node: Node) -> Node | None:
-    """The root of the tensor that `node` selects from, or None when it does not select from one tensor.
+    """The root of the tensor that `node` takes a part of, or None when it does not take a part of one tensor.
 
-    A concatenation of selections of one tensor (patch merging) selects from that tensor.
+    A concatenation of parts of one tensor (patch merging) is a part of that tensor.
     """
     if is_selection(node):
         return root(node.all_input_nodes[0])
     if calls(node, JOINS):
-        parts = {selected_from(root(part)) for part in node.args[0]}  # type: ignore[union-attr]
-        return parts.pop() if len(parts) == 1 else None
+        origins = {_origin(part) for part in node.args[0]}  # type: ignore[union-attr]
+        whole = {root(part) for part in node.args[0]}  # type: ignore[union-attr]
+        return origins.pop() if len(origins) == 1 and origins.isdisjoint(whole) else None
     return None
+
+
+def _origin(node: Node) -> Node:
+    """The tensor that `node` is a part of, however many selections ago."""
+    node = root(node)
+    while is_selection(node):
+        node = root(node.all_input_nodes[0])
+    return node
 
 
 def ancestors(graph: Graph) -> dict[Node, int]:
@@ -70,8 +77,3 @@ def path_between(ancestor: Node, node: Node) -> list[Node]:
         chain.append(node)
         node = node.all_input_nodes[0]
     return chain[::-1]
-
-
-def any_of(bits: int, nodes: Iterable[Node], place: dict[Node, int]) -> bool:
-    """Whether the bit set holds any of the nodes."""
-    return any(bits >> place[node] & 1 for node in nodes)

@@ -1,0 +1,257 @@
+"""Names of operations that are the same for every library where the structure is the same.
+
+`blocks.3.attn.scores` is the third block's product of query and key whether timm, transformers or
+torchvision wrote the model. What has no place in the common structure is named after its module.
+
+The structure is read off the residual additions. An addition whose one operand depends on its other
+operand closes a *branch*; a branch with attention in it begins a block, a branch without follows it
+as the block's MLP.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from vitquant.graph.attention import Attention
+from vitquant.graph.walk import ancestors, depends_on_input, positions, root
+
+Operation = tuple[Node, str, dict[str, Node]]
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """What lies between a tensor and the addition that adds to it.
+
+    Arguments:
+        addition: the residual addition.
+        members: positions of the operations on the way, as a bit set, the addition included.
+        block: number of the block, None when it lies in front of the first.
+        part: "attn", "mlp", or "" for a branch without linear layers.
+    """
+
+    addition: Node
+    members: int
+    block: int | None
+    part: str
+
+
+class _Structure:
+    """Answers where an operation stands; made once per graph."""
+
+    def __init__(self, module: GraphModule, operations: list[Operation], attention: Attention) -> None:
+        self.place = positions(module.graph)
+        self.before = ancestors(module.graph)
+        self.dynamic = depends_on_input(module.graph)
+        self.operations = operations
+        self.attention = attention
+        self.branches = self._find_branches()
+        numbered = [branch for branch in self.branches if branch.block is not None]
+        self.first = min((self.start_of(branch) for branch in numbered), default=len(self.place))
+        self.last = max((self.place[branch.addition] for branch in numbered), default=-1)
+
+    def depends(self, node: Node, on: Node) -> bool:
+        return bool(self.before[node] >> self.place[on] & 1)
+
+    def start_of(self, branch: _Branch) -> int:
+        return (branch.members & -branch.members).bit_length() - 1
+
+    def innermost(self, node: Node) -> _Branch | None:
+        holding = [branch for branch in self.branches if branch.members >> self.place[node] & 1]
+        return min(holding, key=lambda branch: branch.members.bit_count(), default=None)
+
+    def _find_branches(self) -> list[_Branch]:
+        found: list[tuple[Node, int]] = []
+        for node, kind, operands in self.operations:
+            if kind == "residual" and (members := self._members(node, operands)):
+                found.append((node, members))
+        branches, block = [], -1
+        for node, members in found:
+            nested = [other for _, other in found if other != members and other & ~members == 0]
+            own = members & ~self._union(nested)
+            kinds = [kind for operation, kind, _ in self.operations if own >> self.place[operation] & 1]
+            if "scores" in kinds:
+                block += 1
+                part = "attn"
+            else:
+                part = "mlp" if "linear" in kinds or "conv" in kinds else ""
+            branches.append(_Branch(node, members, block if block >= 0 and part else None, part))
+        return branches
+
+    def _members(self, node: Node, operands: dict[str, Node]) -> int:
+        left, right = operands["lhs"], operands["rhs"]
+        for stream, branch in ((left, right), (right, left)):
+            origin = root(stream)
+            if origin is not root(branch) and self.depends(branch, origin):
+                on_the_way = [
+                    place
+                    for other, place in self.place.items()
+                    if other is not origin and self.depends(other, origin) and self.depends(branch, other)
+                ]
+                return sum(1 << place for place in on_the_way) | 1 << self.place[node]
+        return 0
+
+    @staticmethod
+    def _union(sets: list[int]) -> int:
+        union = 0
+        for members in sets:
+            union |= members
+        return union
+
+
+def name_operations(
+    module: GraphModule, operations: list[Operation], attention: Attention
+) -> list[tuple[str, int | None]]:
+    """A unique name for each operation, and the number of its block.
+
+    Arguments:
+        module: the captured graph.
+        operations: node, kind and operands of each operation, in graph order.
+        attention: what `find_attention` found in the graph.
+    """
+    structure = _Structure(module, operations, attention)
+    taken: Counter[str] = Counter()
+    names = []
+    for operation in operations:
+        branch = structure.innermost(operation[0])
+        if branch is not None and branch.block is not None:
+            name, block = _name_in_block(operation, branch, structure), branch.block
+        else:
+            name, block = _name_outside(operation, structure, taken)
+        name = name or _fallback(operation)
+        taken[name] += 1
+        names.append((name if taken[name] == 1 else f"{name}_{taken[name]}", block))
+    return names
+
+
+def _fallback(operation: Operation) -> str:
+    node, kind, operands = operation
+    weight = operands.get("weight")
+    if weight is not None and weight.op == "get_attr":
+        return str(weight.target).rpartition(".")[0]
+    module = str(node.meta.get("module", ""))
+    return f"{module}.{kind}" if module else kind
+
+
+def _name_in_block(operation: Operation, branch: _Branch, structure: _Structure) -> str:
+    node, kind, _ = operation
+    prefix, attn = f"blocks.{branch.block}", branch.part == "attn"
+    if node is branch.addition:
+        return f"{prefix}.residual{1 if attn else 2}"
+    if not attn:
+        return _name_in_mlp(operation, branch, structure, prefix)
+    if kind in ("scores", "context", "softmax"):
+        return f"{prefix}.attn.{kind}"
+    role = _attention_role(node, branch, structure)
+    if kind.endswith("norm"):
+        inside = role in ("query", "key", "value") and _after_linear(node, branch, structure)
+        return f"{prefix}.attn.{role}_norm" if inside else f"{prefix}.norm1"
+    if kind == "linear" and role:
+        return f"{prefix}.attn.{role}"
+    return ""
+
+
+def _name_in_mlp(operation: Operation, branch: _Branch, structure: _Structure, prefix: str) -> str:
+    node, kind, _ = operation
+    if kind.endswith("norm"):
+        return f"{prefix}.norm2"
+    if kind == "activation":
+        return f"{prefix}.mlp.act"
+    if kind == "linear":
+        earlier = [
+            other
+            for other, other_kind, _ in structure.operations
+            if other_kind == "linear" and structure.innermost(other) is branch
+        ]
+        return f"{prefix}.mlp.fc{earlier.index(node) + 1}"
+    return ""
+
+
+def _attention_role(node: Node, branch: _Branch, structure: _Structure) -> str:
+    """Which operands of attention an operation makes: `qkv`, `query`, `key_value`, ...; `proj` behind it."""
+    reached: list[str] = []
+    behind = False
+    for other, kind, operands in structure.operations:
+        if kind not in ("scores", "context") or structure.innermost(other) is not branch:
+            continue
+        for operand in ("query", "key", "value"):
+            if operand in operands and structure.depends(operands[operand], node) and operand not in reached:
+                reached.append(operand)
+        behind = behind or (kind == "context" and structure.depends(node, other))
+    if behind:
+        return "proj"
+    return "qkv" if len(reached) == 3 else "_".join(reached)
+
+
+def _after_linear(node: Node, branch: _Branch, structure: _Structure) -> bool:
+    return any(
+        kind == "linear" and structure.innermost(other) is branch and structure.depends(node, other)
+        for other, kind, _ in structure.operations
+    )
+
+
+def _name_outside(operation: Operation, structure: _Structure, taken: Counter[str]) -> tuple[str, int | None]:
+    node, kind, operands = operation
+    place = structure.place[node]
+    if kind == "output":
+        return "output", None
+    if kind.endswith("norm") and (block := _post_norm_of(node, operands, structure)) is not None:
+        return block
+    if place < structure.first:
+        return _name_in_stem(operation, structure, taken), None
+    if place > structure.last:
+        return {"linear": "head", "layer_norm": "norm", "pool": "pool"}.get(kind, ""), None
+    return _name_of_merging(operation, structure), None
+
+
+def _post_norm_of(node: Node, operands: dict[str, Node], structure: _Structure) -> tuple[str, int | None] | None:
+    """A norm on a block's sum that the next branch adds to (post-norm) belongs to the block."""
+    source = root(operands["input"])
+    for branch in structure.branches:
+        if branch.addition is source and branch.block is not None:
+            adds = any(
+                kind == "residual" and node in (root(read["lhs"]), root(read["rhs"]))
+                for _, kind, read in structure.operations
+            )
+            last = branch is structure.branches[-1] and branch.part == "mlp"
+            if adds or (last and _is_post_norm(structure)):
+                return f"blocks.{branch.block}.norm{1 if branch.part == 'attn' else 2}", branch.block
+    return None
+
+
+def _is_post_norm(structure: _Structure) -> bool:
+    """Whether the first block's attention reads its input without a norm in front."""
+    return not any(
+        kind.endswith("norm") and (branch := structure.innermost(node)) is not None and branch.block == 0
+        for node, kind, _ in structure.operations
+    )
+
+
+def _name_in_stem(operation: Operation, structure: _Structure, taken: Counter[str]) -> str:
+    _, kind, operands = operation
+    if kind == "conv" and not taken["patch_embed"]:
+        return "patch_embed"
+    if kind == "layer_norm":
+        return "patch_embed.norm" if not taken["patch_embed.norm"] else ""
+    if kind == "residual" and operands["rhs"] not in structure.dynamic:
+        return "pos_embed"
+    return "tokens" if kind == "concat" else ""
+
+
+def _name_of_merging(operation: Operation, structure: _Structure) -> str:
+    """Between two blocks: a norm and a linear layer that lead from one stage to the next (patch merging)."""
+    node, kind, _ = operation
+    if kind not in ("layer_norm", "linear"):
+        return ""
+    outside = [
+        other
+        for other, other_kind, _ in structure.operations
+        if other_kind == kind
+        and structure.first < structure.place[other] < structure.last
+        and structure.innermost(other) is None
+    ]
+    if node not in outside:
+        return ""
+    return f"merge.{outside.index(node)}.{'norm' if kind == 'layer_norm' else 'reduction'}"
