@@ -1,0 +1,50 @@
+"""Find recipes: those that ship with vitquant, by name, and the user's own, by path."""
+
+from __future__ import annotations
+
+from functools import reduce
+from importlib.resources import files
+from pathlib import Path
+
+from vitquant.errors import RecipeError
+from vitquant.recipe import Overlay, Recipe, parse_toml
+from vitquant.tables import nearest, within
+
+_SHIPPED = files("vitquant") / "recipes"
+
+
+def available() -> list[Recipe]:
+    """The recipes that ship with vitquant, by name; overlays are not among them."""
+    texts = {name: (_SHIPPED / f"{name}.toml").read_text(encoding="utf-8") for name in _names()}
+    return [Recipe.from_toml(text, name) for name, text in texts.items() if "overlay" not in parse_toml(text)]
+
+
+def load_recipe(text: str) -> Recipe:
+    """Read a recipe, with overlays laid over it in the order written.
+
+    Arguments:
+        text: `fq-vit`, `path/to/file.toml`, or several joined by `+`: `vt-ptq+integer-residual`. What
+            has a slash or ends in `.toml` is a path. A path that contains `+` works alone, not in a sum.
+
+    Raises:
+        RecipeError: it is not found or not valid.
+    """
+    base, *overlays = [text] if Path(text).is_file() else text.split("+")
+    recipe = Recipe.from_toml(_read(base), base)
+    return reduce(lambda below, part: Overlay.from_toml(_read(part), part).over(below), overlays, recipe)
+
+
+def _names() -> list[str]:
+    return sorted(Path(f.name).stem for f in _SHIPPED.iterdir() if f.name.endswith(".toml"))
+
+
+def _read(part: str) -> str:
+    if "/" in part or "\\" in part or part.endswith(".toml"):
+        with within(part):
+            try:
+                return Path(part).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise RecipeError(f"cannot be read: {error}") from None
+    if part not in _names():
+        raise RecipeError(f"no recipe {part!r}; {nearest(part, _names())} A file's name ends in .toml")
+    return (_SHIPPED / f"{part}.toml").read_text(encoding="utf-8")

@@ -1,0 +1,99 @@
+"""Match the rules of a recipe with the values of a model: what each value becomes, and by which rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from vitquant.bits import Bits
+from vitquant.errors import RecipeError
+from vitquant.recipe import Recipe
+from vitquant.rule import Rule
+from vitquant.sites import Reader, Value
+from vitquant.spec import QuantSpec
+from vitquant.tables import within
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one value becomes.
+
+    Arguments:
+        spec: how it is quantized; None when it stays in float.
+        observer: the observer that calibrates it; None when it stays in float.
+        rule: the name of the rule that says so; empty when no rule matched.
+    """
+
+    spec: QuantSpec | None
+    observer: str | None
+    rule: str
+
+
+def assign(recipe: Recipe, bits: Bits, values: Sequence[Value]) -> dict[str, Assignment]:
+    """Give every value the spec of the last rule that matches one of its readers, keyed by `Value.name`.
+
+    A value has one quantizer, so the rule that wins decides for all of its readers: a rule for
+    LayerNorm inputs also sets the residual stream that a LayerNorm reads.
+
+    Arguments:
+        recipe: its rules, from general to special.
+        bits: what the symbols in the rules stand for (`recipe.bits`, or what the user asked for).
+        values: the model's.
+
+    Raises:
+        RecipeError: a rule that is not optional matches nothing; two overlays set the same value and the
+            later does not say `override = true`; or these bits do not fit a rule's scheme.
+    """
+    matches = {rule.name: [any(rule.reads(r) for r in value.readers) for value in values] for rule in recipe.rules}
+    for rule in recipe.rules:
+        if not rule.optional and not any(matches[rule.name]):
+            readers = [reader for value in values for reader in value.readers]
+            raise RecipeError(f"rule {rule.name!r} matches nothing in this model: {_why(rule, readers)}")
+    return {
+        value.name: _assignment([rule for rule in recipe.rules if matches[rule.name][i]], bits, value)
+        for i, value in enumerate(values)
+    }
+
+
+def _assignment(rules: Sequence[Rule], bits: Bits, value: Value) -> Assignment:
+    if not rules:
+        return Assignment(None, None, "")
+    *earlier, winner = rules
+    for rule in earlier:
+        if rule.overlay and rule.overlay != winner.overlay and not winner.override:
+            raise RecipeError(
+                f"{value.name}: rule {winner.name!r} of overlay {winner.overlay!r} sets what rule {rule.name!r} of "
+                f"overlay {rule.overlay!r} sets; if that is meant, add override = true to {winner.name!r}"
+            )
+    if winner.spec is None:
+        return Assignment(None, None, winner.name)
+    with within(f"rule {winner.name!r} at {value.name} with bits {bits}"):
+        return Assignment(winner.spec.resolve(bits, value.channel_axis), winner.observer, winner.name)
+
+
+def _why(rule: Rule, readers: Sequence[Reader]) -> str:
+    """Which of site, kind and operand found nothing among what the ones before it left, and what is there."""
+    named = [r for r in readers if rule.reads_name(r)]
+    if not named:
+        names = {r.site for r in readers} | {r.module for r in readers}
+        near = sorted({n for glob in rule.site for n in get_close_matches(glob, names, n=3, cutoff=0.4)})
+        hint = f"near: {', '.join(near)}" if near else f"such as {', '.join(sorted(names)[:3])}"
+        return f"no site or module is called {_any_of(rule.site)} ({hint}); {_REMEDY}"
+    of_kind = [r for r in named if not rule.kind or r.kind in rule.kind]
+    where = "" if rule.site == ("*",) else f" at {_any_of(rule.site)}"
+    if not of_kind:
+        return f"no {_any_of(rule.kind)}{where} (kinds there: {_listed(r.kind for r in named)}); {_REMEDY}"
+    where = f"{f' of {_any_of(rule.kind)}' if rule.kind else ''}{where}"
+    return f"no operand {_any_of(rule.operand)}{where} (there: {_listed(r.operand for r in of_kind)}); {_REMEDY}"
+
+
+_REMEDY = "say optional = true if it need not match"
+
+
+def _any_of(words: Iterable[str]) -> str:
+    return " or ".join(words)
+
+
+def _listed(words: Iterable[str]) -> str:
+    return ", ".join(sorted(set(words)))

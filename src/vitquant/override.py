@@ -1,0 +1,104 @@
+"""Change single keys of a recipe, as `--set rule.key=value` writes them."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+from vitquant.errors import RecipeError
+from vitquant.recipe import Recipe
+from vitquant.rule import RULE_KEYS, SCHEMES, SPEC_KEYS, scheme_keys
+from vitquant.tables import nearest, within
+
+_SPEC_KEYS = SPEC_KEYS + tuple(key for name in SCHEMES for key in scheme_keys(name))
+_RULE_KEYS = tuple(key for key in RULE_KEYS if key not in ("name", "overlay"))
+
+
+def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """The recipe with some keys set; all settings are applied before the result is checked.
+
+    A key of a rule is one of the rule's (`observer`) or of its spec (`spec.bits`, or `bits` for short).
+    Setting `scheme` drops the keys that only the former scheme has. A float rule becomes a quantizing
+    one when `scheme` and `bits` are set, and `float=true` drops spec and observer.
+
+    Arguments:
+        settings: `target.key=value`; target is a rule, a method or `calibration`. Values are TOML,
+            and a bare word is a string: `norm-inputs.observer=omse`, `weights.bits=4`.
+
+    Raises:
+        RecipeError: an unknown target or key (with the nearest), or a value that does not fit. Keys of
+            methods are free here: the method itself refuses what it does not know.
+    """
+    table = deepcopy(recipe.to_dict())
+    rules = {rule["name"]: rule for rule in table["rule"]}
+    methods = {method["name"]: method for method in table["method"]}
+    for setting in settings:
+        with within(f"--set {setting!r}"):
+            path, equals, text = setting.partition("=")
+            target, *keys = path.strip().split(".")
+            if not equals or not keys or not all(keys):
+                raise RecipeError("write target.key=value, as in weights.bits=4")
+            if target in rules:
+                _set_in_rule(rules[target], keys, _value(text))
+            elif target in methods:
+                _set_in_method(methods[target], keys, _value(text))
+            elif target == "calibration":
+                table["calibration"][".".join(keys)] = _value(text)
+            else:
+                raise RecipeError(f"no rule or method {target!r}; {nearest(target, (*rules, *methods, 'calibration'))}")
+    for rule in rules.values():
+        if "float" in rule and "spec" in rule:
+            if "scheme" not in rule["spec"]:
+                raise RecipeError(f"--set: rule {rule['name']!r} is float: to quantize it set scheme and bits too")
+            del rule["float"]
+    with within("--set"):
+        return Recipe.from_dict(table)
+
+
+def _set_in_rule(rule: dict[str, Any], keys: list[str], value: object) -> None:
+    match keys:
+        case ["float"] if value is True:
+            rule.pop("spec", None)
+            rule.pop("observer", None)
+            rule["float"] = True
+        case ["spec", key] | [key] if key in _SPEC_KEYS:
+            spec = rule.setdefault("spec", {})
+            spec[key] = value
+            if key == "scheme":
+                for foreign in set(spec) - {*SPEC_KEYS, *scheme_keys(str(value))}:
+                    del spec[foreign]
+        case ["spec"] if not isinstance(value, dict):
+            raise RecipeError(f"spec = {value!r} should be a table, as in {{ scheme = 'uniform', bits = 4 }}")
+        case [key] if key in _RULE_KEYS:
+            rule[key] = value
+        case ["spec", *rest] if rest:
+            raise RecipeError(f"unknown key {'.'.join(keys)!r}; {nearest('.'.join(rest), _SPEC_KEYS)}")
+        case _:
+            raise RecipeError(f"unknown key {'.'.join(keys)!r}; {nearest('.'.join(keys), _RULE_KEYS + _SPEC_KEYS)}")
+
+
+def _set_in_method(method: dict[str, Any], keys: list[str], value: object) -> None:
+    *path, last = keys
+    for key in path:
+        method = method.setdefault(key, {})
+        if not isinstance(method, dict):
+            raise RecipeError(f"{key!r} is {method!r} and has no keys")
+    if keys == ["name"]:
+        raise RecipeError("a method keeps its name")
+    method[last] = value
+
+
+def _value(text: str) -> object:
+    """A TOML value, or the text itself when it is a bare word."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        parsed = {}
+    if set(parsed) == {"value"}:
+        return parsed["value"]
+    word = text.strip()
+    if not word or word[0] in "[{\"'" or "\n" in word:
+        raise RecipeError(f"{word!r} is not a TOML value")
+    return word

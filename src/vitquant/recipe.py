@@ -1,0 +1,249 @@
+"""A recipe: rules that give specs to operands, and methods with their settings; TOML in and out."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vitquant.bits import Bits
+from vitquant.errors import RecipeError
+from vitquant.rule import Rule
+from vitquant.tables import check_keys, take, take_tables, within
+
+FORMAT = 1
+RECIPE_KEYS = (
+    "format", "name", "title", "source", "expected", "cost", "bits", "calibration", "rule", "method",
+)  # fmt: skip
+OVERLAY_KEYS = ("format", "overlay", "name", "title", "rule", "method")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One step of a recipe, by the name of the function that does it.
+
+    Arguments:
+        name: such as `calibrate`.
+        settings: its arguments, TOML values. Whether they fit is for the method to say.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table that `from_dict` reads back as the same method."""
+        return {"name": self.name, **self.settings}
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Method:
+        """Read one `[[method]]`: `name`, and every other key is a setting.
+
+        Raises:
+            RecipeError: it has no name.
+        """
+        with within("a method"):
+            return cls(take(table, "name", str), {key: value for key, value in table.items() if key != "name"})
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How many images observers see, and how many at a time."""
+
+    images: int = 1000
+    batch: int = 100
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.batch < 1:
+            raise RecipeError(f"calibration: images = {self.images}, batch = {self.batch}: both are at least 1")
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Calibration:
+        """Read the `calibration` table.
+
+        Raises:
+            RecipeError: an unknown key, or a number below 1.
+        """
+        with within("calibration"):
+            check_keys(table, ("images", "batch"))
+            images, batch = take(table, "images", int, cls.images), take(table, "batch", int, cls.batch)
+        return cls(images, batch)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantize a model, as published; the last rule that matches an operand wins.
+
+    Arguments:
+        name, title, source: what it is called, what it is, and the paper.
+        rules: from general to special.
+        methods: in the order in which they run.
+        bits: what the symbols in the rules stand for when the user gives no bits.
+        calibration: how much data the observers see.
+        expected, cost: the accuracy to expect, and what it takes to get it, as text.
+
+    Raises:
+        RecipeError: a name of a rule or method that is taken, or that `--set name.key` could not write.
+    """
+
+    name: str
+    title: str
+    rules: tuple[Rule, ...] = ()
+    methods: tuple[Method, ...] = ()
+    source: str = ""
+    bits: Bits = field(default_factory=Bits)
+    calibration: Calibration = field(default_factory=Calibration)
+    expected: str = ""
+    cost: str = ""
+
+    def __post_init__(self) -> None:
+        _check_names(self.rules, self.methods)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON or TOML, which `from_dict` reads back as the same recipe."""
+        texts = {"name": self.name, "title": self.title, "source": self.source}
+        texts |= {"expected": self.expected, "cost": self.cost, "bits": str(self.bits)}
+        return {
+            "format": FORMAT,
+            **texts,
+            "calibration": {"images": self.calibration.images, "batch": self.calibration.batch},
+            "rule": [rule.to_dict() for rule in self.rules],
+            "method": [method.to_dict() for method in self.methods],
+        }
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Recipe:
+        """Read what `to_dict` gave, or parsed TOML.
+
+        Raises:
+            RecipeError: an unknown key, a value of the wrong type, or a format newer than this version reads.
+        """
+        _check_format(table)
+        if "overlay" in table:
+            raise RecipeError('this is an overlay: lay it over a recipe, as in "fq-vit+overlay"')
+        check_keys(table, RECIPE_KEYS)
+        with within("bits"):
+            bits = Bits.parse(take(table, "bits", str, str(Bits())))
+        return cls(
+            name=take(table, "name", str),
+            title=take(table, "title", str),
+            rules=tuple(Rule.from_dict(t) for t in take_tables(table, "rule")),
+            methods=tuple(Method.from_dict(t) for t in take_tables(table, "method")),
+            source=take(table, "source", str, ""),
+            bits=bits,
+            calibration=Calibration.from_dict(take(table, "calibration", dict, {})),
+            expected=take(table, "expected", str, ""),
+            cost=take(table, "cost", str, ""),
+        )
+
+    def to_toml(self) -> str:
+        """The recipe as TOML, without comments; needs the extra `vitquant[recipes]`."""
+        try:
+            import tomli_w
+        except ImportError:
+            raise RecipeError("writing TOML needs tomli-w: pip install 'vitquant[recipes]'") from None
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_toml(cls, text: str, where: str) -> Recipe:
+        """Read a recipe.
+
+        Arguments:
+            text: TOML.
+            where: the file or name that errors mention.
+
+        Raises:
+            RecipeError: as `from_dict`, or no valid TOML.
+        """
+        with within(where):
+            return cls.from_dict(parse_toml(text))
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Rules and methods to lay over a recipe.
+
+    Arguments:
+        name, title: what it is called, and what it is.
+        rules: they follow the recipe's rules, so they win.
+        methods: one that the recipe has too changes its settings, another is appended.
+    """
+
+    name: str
+    title: str
+    rules: tuple[Rule, ...] = ()
+    methods: tuple[Method, ...] = ()
+
+    @classmethod
+    def from_toml(cls, text: str, where: str) -> Overlay:
+        """Read an overlay, a file that says `overlay = true`.
+
+        Raises:
+            RecipeError: as `Recipe.from_toml`, or the file is a whole recipe.
+        """
+        with within(where):
+            table = parse_toml(text)
+            _check_format(table)
+            if not take(table, "overlay", bool, False):
+                raise RecipeError("only an overlay can be laid over a recipe; this is none (overlay = true)")
+            check_keys(table, OVERLAY_KEYS)
+            name = take(table, "name", str)
+            rules = (Rule.from_dict(t) for t in take_tables(table, "rule"))
+            return cls(
+                name,
+                take(table, "title", str),
+                tuple(replace(rule, overlay=name) for rule in rules),
+                tuple(Method.from_dict(t) for t in take_tables(table, "method")),
+            )
+
+    def over(self, recipe: Recipe) -> Recipe:
+        """The recipe with this overlay on it, named `recipe+overlay`.
+
+        Raises:
+            RecipeError: a rule's name is taken. Rules that set the same operand as another overlay's
+                are found by `matching.assign`, since that takes a model.
+        """
+        methods = {method.name: method for method in recipe.methods}
+        for method in self.methods:
+            below = methods.get(method.name, method)
+            methods[method.name] = Method(method.name, {**below.settings, **method.settings})
+        with within(f"{recipe.name}+{self.name}"):
+            return replace(
+                recipe,
+                name=f"{recipe.name}+{self.name}",
+                title=f"{recipe.title}; {self.title}",
+                rules=recipe.rules + self.rules,
+                methods=tuple(methods.values()),
+            )
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML.
+
+    Raises:
+        RecipeError: it is not valid; the message has line and column.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"not valid TOML: {error}") from None
+
+
+def _check_format(table: Mapping[str, Any]) -> None:
+    found = take(table, "format", int)
+    if found > FORMAT:
+        raise RecipeError(f"format = {found} needs a newer vitquant; this one reads format {FORMAT}")
+    if found < FORMAT:
+        raise RecipeError(f"format = {found} does not exist; write format = {FORMAT}")
+
+
+def _check_names(rules: Sequence[Rule], methods: Sequence[Method]) -> None:
+    seen = {"calibration": "a table of every recipe"}
+    for kind, item in (*(("rule", r) for r in rules), *(("method", m) for m in methods)):
+        if not _NAME.fullmatch(item.name):
+            raise RecipeError(f"{kind} {item.name!r}: a name has letters, digits, - and _ only")
+        if item.name in seen:
+            raise RecipeError(f"{kind} {item.name!r}: the name is taken by {seen[item.name]}; names are used once")
+        seen[item.name] = f"another {kind}"

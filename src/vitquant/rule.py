@@ -1,0 +1,200 @@
+"""One rule of a recipe: which operands it matches, and how it quantizes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from vitquant.bits import Bits
+from vitquant.errors import RecipeError
+from vitquant.observers import OBSERVERS
+from vitquant.sites import KINDS, OPERANDS, Reader
+from vitquant.spec import (
+    Granularity,
+    Log2,
+    PerAxis,
+    PerHead,
+    PerTensor,
+    PowerOfTwoFactor,
+    PowerOfTwoScale,
+    QuantSpec,
+    Scheme,
+    Uniform,
+)
+from vitquant.tables import check_keys, nearest, take, take_strings, within
+
+SCHEMES: dict[str, type[Scheme]] = {
+    "uniform": Uniform,
+    "power_of_two_scale": PowerOfTwoScale,
+    "power_of_two_factor": PowerOfTwoFactor,
+    "log2": Log2,
+}
+GRANULARITIES = ("tensor", "axis", "head")
+SPEC_KEYS = ("scheme", "bits", "signed", "symmetric", "per")
+RULE_KEYS = ("name", "site", "kind", "operand", "float", "spec", "observer", "optional", "override", "overlay")
+
+
+def scheme_keys(scheme: str) -> tuple[str, ...]:
+    """The spec keys that belong to one scheme alone, such as `factors`."""
+    return tuple(f.name for f in fields(SCHEMES[scheme])) if scheme in SCHEMES else ()
+
+
+@dataclass(frozen=True)
+class SpecTemplate:
+    """A `QuantSpec` that is open in two places: the bits of the recipe and the operand's channel axis.
+
+    Arguments:
+        scheme: where the levels lie.
+        bits: a symbol (`w`, `a`, `s`, `r`, `input`) that the recipe's bits replace, or a number.
+        signed, symmetric: as in `QuantSpec`.
+        per: which elements share a scale: `tensor`, `axis` (one per channel) or `head`.
+
+    Raises:
+        RecipeError: it has no meaning at any bits.
+    """
+
+    scheme: Scheme
+    bits: str | int
+    signed: bool = False
+    symmetric: bool = False
+    per: str = "tensor"
+
+    def __post_init__(self) -> None:
+        if self.per not in GRANULARITIES:
+            raise RecipeError(f"per = {self.per!r}; {nearest(self.per, GRANULARITIES)}")
+        self.resolve(Bits(), channel_axis=-1)
+
+    def resolve(self, bits: Bits, channel_axis: int) -> QuantSpec:
+        """The spec for one operand.
+
+        Arguments:
+            bits: what the symbols stand for.
+            channel_axis: `Value.channel_axis` of the operand, used when `per` is `axis`.
+
+        Raises:
+            RecipeError: these bits do not fit the scheme.
+        """
+        granularity: Granularity
+        match self.per:
+            case "axis":
+                granularity = PerAxis(channel_axis)
+            case "head":
+                granularity = PerHead()
+            case _:
+                granularity = PerTensor()
+        return QuantSpec(bits.of(self.bits), self.signed, self.symmetric, granularity, self.scheme)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table that `from_dict` reads back as the same template."""
+        name = next(name for name, scheme in SCHEMES.items() if isinstance(self.scheme, scheme))
+        rest = {"bits": self.bits, "signed": self.signed, "symmetric": self.symmetric, "per": self.per}
+        return {"scheme": name, **rest, **asdict(self.scheme)}
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> SpecTemplate:
+        """Read the `spec` table of a rule.
+
+        Raises:
+            RecipeError: an unknown key or scheme, a value of the wrong type, or a spec without meaning.
+        """
+        name = take(table, "scheme", str)
+        if name not in SCHEMES:
+            raise RecipeError(f"unknown scheme {name!r}; {nearest(name, SCHEMES)}")
+        with within(f"scheme {name!r}"):
+            check_keys(table, (*SPEC_KEYS, *scheme_keys(name)))
+        own: dict[str, Any] = {f.name: take(table, f.name, type(f.default), f.default) for f in fields(SCHEMES[name])}
+        return cls(
+            SCHEMES[name](**own),
+            bits=take(table, "bits", int if isinstance(table.get("bits"), int) else str),
+            signed=take(table, "signed", bool, False),
+            symmetric=take(table, "symmetric", bool, False),
+            per=take(table, "per", str, "tensor"),
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which operands, and how each is quantized.
+
+    Arguments:
+        name: what `--set name.key=value` and the report call it.
+        site: globs, matched with the site's name or the library's module path.
+        kind: any of these `sites.KINDS`; empty for all.
+        operand: any of these `sites.OPERANDS`; empty for all.
+        spec: how to quantize; None leaves the operand in float.
+        observer: one of `observers.OBSERVERS`; None when `spec` is.
+        optional: it may match nothing.
+        override: it may set what a rule of another overlay sets.
+        overlay: the overlay that it came from, empty for the recipe's own rules.
+
+    Raises:
+        RecipeError: an unknown kind, operand or observer, or one of spec and observer without the other.
+    """
+
+    name: str
+    site: tuple[str, ...] = ("*",)
+    kind: tuple[str, ...] = ()
+    operand: tuple[str, ...] = ()
+    spec: SpecTemplate | None = None
+    observer: str | None = None
+    optional: bool = False
+    override: bool = False
+    overlay: str = ""
+
+    def __post_init__(self) -> None:
+        given = (("kind", self.kind, KINDS), ("operand", self.operand, OPERANDS))
+        observer = () if self.observer is None else (self.observer,)
+        for key, words, valid in (*given, ("observer", observer, OBSERVERS)):
+            for word in words:
+                if word not in valid:
+                    raise RecipeError(f"rule {self.name!r}: unknown {key} {word!r}; {nearest(word, valid)}")
+        if (self.spec is None) != (self.observer is None):
+            raise RecipeError(f"rule {self.name!r}: a spec needs an observer, and float takes none")
+
+    def reads(self, reader: Reader) -> bool:
+        """Whether site, kind and operand of one reader all match."""
+        in_kind = not self.kind or reader.kind in self.kind
+        return in_kind and (not self.operand or reader.operand in self.operand) and self.reads_name(reader)
+
+    def reads_name(self, reader: Reader) -> bool:
+        """Whether the site's name or the module's path matches one of the globs."""
+        return any(fnmatchcase(reader.site, glob) or fnmatchcase(reader.module, glob) for glob in self.site)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table that `from_dict` reads back as the same rule; defaults are left out."""
+        table: dict[str, Any] = {"name": self.name}
+        for key, words in (("site", self.site), ("kind", self.kind), ("operand", self.operand)):
+            if words not in ((), ("*",)):
+                table[key] = words[0] if len(words) == 1 else list(words)
+        if self.spec is None:
+            table["float"] = True
+        else:
+            table |= {"spec": self.spec.to_dict(), "observer": self.observer}
+        flags = {"optional": self.optional, "override": self.override, "overlay": self.overlay}
+        return table | {key: value for key, value in flags.items() if value}
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Rule:
+        """Read one `[[rule]]`; a rule with a spec and no observer uses `minmax`.
+
+        Raises:
+            RecipeError: it names the rule, and the key or value that is wrong.
+        """
+        with within("a rule"):
+            name = take(table, "name", str)
+        with within(f"rule {name!r}"):
+            check_keys(table, RULE_KEYS)
+            is_float = take(table, "float", bool, False)
+            if is_float == ("spec" in table):
+                raise RecipeError("say either float = true or spec = { scheme = ..., bits = ... }")
+            if is_float and "observer" in table:
+                raise RecipeError("a float rule observes nothing; remove observer")
+            spec = None if is_float else SpecTemplate.from_dict(take(table, "spec", dict))
+            observer = None if is_float else take(table, "observer", str, "minmax")
+            site = take_strings(table, "site", ("*",))
+            kind, operand = take_strings(table, "kind"), take_strings(table, "operand")
+            optional, overrides = take(table, "optional", bool, False), take(table, "override", bool, False)
+            overlay = take(table, "overlay", str, "")
+        return cls(name, site, kind, operand, spec, observer, optional, overrides, overlay)
