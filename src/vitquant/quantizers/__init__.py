@@ -1,0 +1,23 @@
+"""Quantizers: a spec and its parameters turned into arithmetic, one scheme per file."""
+
+from __future__ import annotations
+
+from vitquant.quantizers.logarithmic import Log2Quantizer
+from vitquant.quantizers.parameters import params_from_range
+from vitquant.quantizers.power_of_two_factor import PowerOfTwoFactorQuantizer
+from vitquant.quantizers.quantizer import Quantizer
+from vitquant.quantizers.uniform import UniformQuantizer
+from vitquant.spec import Log2, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec, Uniform
+
+__all__ = ["Quantizer", "build_quantizer", "params_from_range"]
+
+
+def build_quantizer(spec: QuantSpec, params: QParams) -> Quantizer:
+    """The quantizer that a spec and its parameters describe."""
+    match spec.scheme:
+        case Uniform() | PowerOfTwoScale():
+            return UniformQuantizer(spec, params)
+        case PowerOfTwoFactor():
+            return PowerOfTwoFactorQuantizer(spec, params)
+        case Log2():
+            return Log2Quantizer(spec, params)

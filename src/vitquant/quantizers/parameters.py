@@ -1,0 +1,77 @@
+"""From a range of values to the parameters of a quantizer that covers it: pure functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitquant.spec import Log2, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec
+
+SMALLEST_SCALE = torch.finfo(torch.float32).eps
+
+
+def params_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
+    """The parameters with which `spec` covers [low, high] and zero.
+
+    Arguments:
+        low, high: smallest and largest value, finite, of any floating dtype; () or (n,) along the
+            granularity's axis; always (channels,) for `PowerOfTwoFactor`.
+        spec: what the quantizer is.
+
+    Returns:
+        Scales of at least float32's eps (1.2e-7), so that a channel of zeros is harmless. Symmetric:
+        scale = max(|low|, |high|) / ((qmax - qmin) / 2), zero_point 0 or, unsigned, 2**(bits-1).
+        Asymmetric: scale = (high - low) / (qmax - qmin), zero_point = clamp(qmin - round(low / scale)).
+
+    Source: FQ-ViT's code (`observer/minmax.py`); the factors, its section "Power-of-Two Factor".
+
+    Pitfall: neither form ends exactly at the range. Symmetric codes stop half a step short of the
+    largest positive value (127 * scale for a maximum of 127.5 * scale), asymmetric ones up to half a
+    step short on the side towards which the zero point was rounded. No value is further off than that.
+    """
+    low, high = low.double().clamp(max=0.0), high.double().clamp(min=0.0)
+    match spec.scheme:
+        case Log2():
+            return QParams(_floored(high))
+        case PowerOfTwoFactor(factors):
+            return _covering_factors(low, high, spec, factors)
+    if spec.symmetric:
+        scale = _floored(torch.maximum(-low, high) / ((spec.qmax - spec.qmin) / 2))
+    else:
+        scale = _floored((high - low) / (spec.qmax - spec.qmin))
+    if isinstance(spec.scheme, PowerOfTwoScale):
+        scale = _up_to_power_of_two(scale)
+    return QParams(scale, _zero_point(low, scale, spec))
+
+
+def _floored(scale: Tensor) -> Tensor:
+    return scale.to(torch.float32).clamp(min=SMALLEST_SCALE)
+
+
+def _up_to_power_of_two(scale: Tensor) -> Tensor:
+    mantissa = torch.frexp(scale).mantissa  # 1/2 for a power of two, else between 1/2 and 1
+    power = scale / mantissa  # exact
+    return torch.where(mantissa == 0.5, power / 2, power)
+
+
+def _zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    if spec.symmetric:
+        return torch.full_like(scale, 0 if spec.signed else 1 << (spec.bits - 1), dtype=torch.int32)
+    return (spec.qmin - torch.round(low / scale.double())).clamp(spec.qmin, spec.qmax).to(torch.int32)
+
+
+def _covering_factors(low: Tensor, high: Tensor, spec: QuantSpec, factors: int) -> QParams:
+    """The smallest factor per channel that saturates no value of it, given the zero point of the coarsest step.
+
+    FQ-ViT chooses among the same factors by mean squared error on a calibration batch instead; that is
+    a method's work, since it needs the data.
+    """
+    coarsest = _floored((high.max() - low.min()) / (spec.qmax - spec.qmin))
+    zero_point = _zero_point(low.min(), coarsest, spec)
+    scale = coarsest / 2 ** (factors - 1)
+    steps = scale.double() * 2 ** torch.arange(factors, device=scale.device)[:, None]
+    covered = (torch.round(high / steps) + zero_point <= spec.qmax) & (
+        torch.round(low / steps) + zero_point >= spec.qmin
+    )
+    covered[-1] = True  # the coarsest is what there is
+    return QParams(scale, zero_point, covered.int().argmax(0).to(torch.int32))

@@ -1,0 +1,140 @@
+"""The base of every quantizer: encode, decode, and a forward that is both and has gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from vitquant.spec import Granularity, PerAxis, PerHead, PerTensor, QParams, QuantSpec
+
+
+def code_dtype(bits: int, signed: bool) -> torch.dtype:
+    """The integer type that codes are given in: uint8 or int8 up to 8 bits, else int16 or, unsigned, int32."""
+    if bits <= 8:
+        return torch.int8 if signed else torch.uint8
+    return torch.int16 if signed else torch.int32
+
+
+def channel_axis(granularity: Granularity) -> int | None:
+    """The axis along which scales differ, as the reading operation counts it; None for a single scale."""
+    match granularity:
+        case PerTensor():
+            return None
+        case PerAxis(axis):
+            return axis
+        case PerHead():
+            return -3
+
+
+def along_axis(values: Tensor, granularity: Granularity, ndim: int) -> Tensor:
+    """Shape one value per channel for broadcasting against an operand.
+
+    Arguments:
+        values: (n,) along the granularity's axis, or () which broadcasts as it is.
+        granularity: says which axis that is.
+        ndim: number of axes of the operand.
+    """
+    axis = channel_axis(granularity)
+    if values.ndim == 0 or axis is None:
+        return values
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.view(shape)
+
+
+class Quantizer(nn.Module):
+    """Map real values to integer codes and back, on a grid fixed by a spec and its parameters.
+
+    Both ways are `level = nearest(x / step)` and `x = level * step`; a scheme says what a step is, which
+    levels there are, and which code stands for which level. The arithmetic is float32 for float32,
+    bfloat16 and float16 operands and float64 for float64 ones; only the result is cast.
+
+    Arguments:
+        spec: what the quantizer is.
+        params: its numbers; copied, so that the quantizer shares no memory with its observer.
+
+    Pitfalls:
+        A bfloat16 result is the grid's value rounded to 8 significant bits. Encoding it again gives the
+        same code only while |code - zero_point| <= 128: always for up to 7 bits, for signed symmetric 8
+        bits and for powers of two, but not for every unsigned or asymmetric 8-bit code. (float16: 1024.)
+        NaN stays NaN in `forward`, but has no code: `encode` of NaN is undefined.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+    factor: Tensor | None
+
+    def __init__(self, spec: QuantSpec, params: QParams) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("scale", params.scale.detach().to(torch.float32).clone())
+        for name, value in (("zero_point", params.zero_point), ("factor", params.factor)):
+            self.register_buffer(name, None if value is None else value.detach().to(torch.int32).clone())
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The codes of `x`: an integer tensor of its shape, of dtype `code_dtype(bits, signed)`."""
+        x = x.to(_working_dtype(x.dtype))
+        return self._code(self._nearest_level(x / self._step(x))).to(code_dtype(self.spec.bits, self.spec.signed))
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values that `codes` (any integer dtype) stand for, computed as `forward` does for `dtype`."""
+        level = self._level(codes.to(_working_dtype(dtype)))
+        return (level * self._step(level)).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round `x` to the grid: `decode(encode(x), x.dtype)` bit for bit, with straight-through gradients.
+
+        The gradient to `x` is 1 inside the range and 0 outside; to `scale`, where that is a parameter,
+        level - x / scale inside and the level itself outside (LSQ, Esser et al. 2020, equation 3).
+        """
+        work = x.to(_working_dtype(x.dtype))
+        step = self._step(work)
+        return (self._nearest_level(work / step) * step).to(x.dtype)
+
+    def error_bound(self, x: Tensor) -> Tensor:
+        """The largest |forward(x) - x| that an `x` inside `range()` can have, elementwise."""
+        raise NotImplementedError
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest value on the grid: float32, () or one per channel."""
+        raise NotImplementedError
+
+    @property
+    def step(self) -> Tensor:
+        """What one level is worth: float32, () or one per channel."""
+        return self.scale
+
+    def extra_repr(self) -> str:
+        return repr(self.spec)
+
+    def _step(self, like: Tensor) -> Tensor:
+        return self._along(self.step, like)
+
+    def _nearest_level(self, ratio: Tensor) -> Tensor:
+        """The level nearest to `ratio` = x / step, differentiable."""
+        raise NotImplementedError
+
+    def _code(self, level: Tensor) -> Tensor:
+        """The code of a level, as a float."""
+        raise NotImplementedError
+
+    def _level(self, code: Tensor) -> Tensor:
+        """The level of a code, both as floats."""
+        raise NotImplementedError
+
+    def _along(self, values: Tensor, like: Tensor) -> Tensor:
+        return along_axis(values, self.spec.granularity, like.ndim).to(like.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        # model.half() must not round the scale: a cast moves parameters to its device and no more.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

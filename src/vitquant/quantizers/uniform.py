@@ -1,0 +1,70 @@
+"""Equally spaced levels: the schemes `Uniform` and `PowerOfTwoScale`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitquant.quantizers.quantizer import Quantizer
+from vitquant.spec import Uniform
+
+
+class UniformQuantizer(Quantizer):
+    """`codes = clamp(round(x / scale) + zero_point, qmin, qmax)`, `x = (codes - zero_point) * scale`.
+
+    Rounding is to nearest, halves to even. Inside `range()` the error is at most half a step.
+
+    Arguments:
+        spec: its scheme is `Uniform` or `PowerOfTwoScale` (whose scale is a power of two already).
+        params: scale and zero_point, () or (n,).
+
+    Source: Jacob et al. 2018, equation 1; gradients, LSQ, Esser et al. 2020.
+
+    Pitfall: the range seldom ends exactly at the observed extremes, because zero has a code of its own.
+    """
+
+    def error_bound(self, x: Tensor) -> Tensor:
+        """Half a step, and `eps(x.dtype) * (|x| + step)` for the arithmetic's and the cast's rounding."""
+        step = self._step(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return 0.5 * step + torch.finfo(x.dtype).eps * (x.abs().to(step.dtype) + step)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The values of codes qmin and qmax: float32, () or one per channel."""
+        assert self.zero_point is not None
+        low, high = self.spec.qmin - self.zero_point, self.spec.qmax - self.zero_point
+        return low * self.step, high * self.step
+
+    def _nearest_level(self, ratio: Tensor) -> Tensor:
+        zero = self._zero(ratio)
+        low, high = self.spec.qmin - zero, self.spec.qmax - zero
+        scheme = self.spec.scheme
+        if isinstance(scheme, Uniform) and scheme.clamp_before_round:
+            return round_straight_through(ratio.clamp(low, high))
+        return round_straight_through(ratio).clamp(low, high)
+
+    def _code(self, level: Tensor) -> Tensor:
+        return level + self._zero(level)
+
+    def _level(self, code: Tensor) -> Tensor:
+        return code - self._zero(code)
+
+    def _zero(self, like: Tensor) -> Tensor:
+        assert self.zero_point is not None
+        return self._along(self.zero_point, like)
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x).add_(0.0)  # + 0 turns -0 into 0, which is what an integer code decodes to
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    """Round to nearest even, with the gradient of the identity."""
+    return _Round.apply(x)  # type: ignore[return-value]
