@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vitquant import library
 from vitquant.bits import Bits
 from vitquant.errors import RecipeError
 from vitquant.library import available, load_recipe
@@ -361,6 +362,13 @@ class TestLibrary:
         path = tmp_path / "a+b.toml"
         path.write_text(HEAD)
         assert load_recipe(str(path)).name == "mine"
+
+    def test_overlays_are_not_listed_as_recipes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "mine.toml").write_text(HEAD)
+        (tmp_path / "over.toml").write_text(HEAD + "overlay = true")
+        monkeypatch.setattr(library, "_SHIPPED", tmp_path)
+        assert [recipe.name for recipe in available()] == ["mine"]
+        assert load_recipe("mine+over").name == "mine+mine"
 
     def test_an_unknown_name_is_refused_with_the_nearest(self) -> None:
         with refused("'minmaks'", "'minmax'"):
