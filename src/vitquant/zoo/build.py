@@ -37,7 +37,7 @@ def create(source: ModelSource) -> nn.Module:
 
 
 def architecture(source: ModelSource) -> nn.Module:
-    """Build the model without its weights: random ones, the same for the same seed, in eval mode.
+    """Build the model without its weights: random ones, the same for the same seed, else as `create`.
 
     Raises:
         ModelError: as `create`, except for weights.
@@ -55,7 +55,7 @@ def architecture(source: ModelSource) -> nn.Module:
         raise ModelError(f"{source.name} cannot be built with {shown(source.arguments)}: {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{source.name} gives {type(model).__name__}, not a torch.nn.Module")
-    return model.eval()
+    return model.float().eval()
 
 
 def _build_timm(source: ModelSource, pretrained: bool = False) -> nn.Module:
@@ -76,6 +76,7 @@ def _build_torchvision(source: ModelSource, pretrained: bool = False) -> nn.Modu
 def _build_transformers(source: ModelSource, pretrained: bool = False) -> nn.Module:
     auto = import_library("transformers").AutoModelForImageClassification
     config = _transformers_config(source)
+    config.architectures = config.architectures or []  # None, its default, breaks types with two classes (deit)
     if not pretrained:
         return auto.from_config(config, dtype=torch.float32)
     folder = Path(source.model).parent if Path(source.model).is_file() else source.model
