@@ -6,7 +6,8 @@ turn tensors into parameters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -115,6 +116,23 @@ class QuantSpec:
     def qmax(self) -> int:
         """The largest code."""
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for reports and saved models: `{"scheme": "uniform", "bits": 8, ...}`."""
+        return {
+            "scheme": _snake_case(self.scheme),
+            "bits": self.bits,
+            "signed": self.signed,
+            "symmetric": self.symmetric,
+            "per": _snake_case(self.granularity).removeprefix("per_"),
+            **asdict(self.granularity),
+            **asdict(self.scheme),
+        }
+
+
+def _snake_case(value: object) -> str:
+    words = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in type(value).__name__)
+    return words.removeprefix("_")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,174 @@
+"""Files of a saved model: written whole or not at all, and refused when they are not what was written.
+
+A checkpoint is a directory with `model.safetensors` and `config.json`. This module knows tensors and
+JSON, nothing of models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitquant.errors import CheckpointError
+
+FORMAT = 1
+TENSORS = "model.safetensors"
+CONFIG = "config.json"
+
+
+def check_target(directory: Path, force: bool = False) -> None:
+    """Refuse a directory that cannot be written, before hours of work rather than after.
+
+    Arguments:
+        directory: where the checkpoint will be.
+        force: allow to replace what is there.
+
+    Raises:
+        CheckpointError: it is a file, it is not empty and not `force`, or its parent cannot be written.
+    """
+    directory = directory.absolute()
+    if directory.is_file():
+        raise CheckpointError(f"{directory} is a file; give a directory")
+    if directory.is_dir() and any(directory.iterdir()):
+        if not force:
+            raise CheckpointError(f"{directory} is not empty; give another directory, or --force to replace it")
+        if not (directory / CONFIG).is_file():
+            raise CheckpointError(f"{directory} is not empty and holds no saved model; remove it yourself")
+    parent = next(folder for folder in directory.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{parent} cannot be written; give another directory")
+
+
+def write_checkpoint(
+    directory: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], force: bool = False
+) -> None:
+    """Write a checkpoint so that the directory holds either all of it or what it held before.
+
+    Arguments:
+        directory: made, with its parents, when missing.
+        tensors: by name, on any device.
+        config: plain JSON values; `format`, `files` and `digest` are added.
+        force: replace the checkpoint that is there.
+
+    Raises:
+        CheckpointError: see `check_target`; or the disk refuses.
+    """
+    save_file = _safetensors().save_file
+    directory = directory.absolute()
+    check_target(directory, force)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    except OSError as error:
+        raise CheckpointError(f"{directory.parent} cannot be written: {error.strerror}") from error
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
+        files = {TENSORS: {"sha256": sha256(partial / TENSORS), "bytes": (partial / TENSORS).stat().st_size}}
+        whole = {"format": FORMAT, **config, "files": files}
+        text = json.dumps({**whole, "digest": _digest(whole)}, indent=2)
+        (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+        for name in (TENSORS, CONFIG):
+            _flush(partial / name)
+        partial.chmod(0o755)
+        _put_in_place(partial, directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory} could not be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, directory: Path) -> None:
+    if not directory.exists():
+        partial.rename(directory)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".old", dir=directory.parent))
+    directory.rename(old / directory.name)
+    try:
+        partial.rename(directory)
+    except OSError:
+        (old / directory.name).rename(directory)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_checkpoint(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a checkpoint, checking every byte of it.
+
+    Returns:
+        the tensors by name, on the CPU, and the config.
+
+    Raises:
+        CheckpointError: missing, truncated, altered, or of a newer format; the message names the file.
+    """
+    config = read_config(directory)
+    path = directory / TENSORS
+    written = config["files"][TENSORS]
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; the saved model is incomplete, save it again")
+    if path.stat().st_size != written["bytes"]:
+        found = path.stat().st_size
+        raise CheckpointError(f"{path} holds {found} bytes of {written['bytes']}: it was truncated; copy it again")
+    if sha256(path) != written["sha256"]:
+        raise CheckpointError(f"{path} was altered since it was saved: its sha256 differs; copy it again")
+    try:
+        return _safetensors().load_file(path), config
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config of a checkpoint, checked against its own digest.
+
+    Raises:
+        CheckpointError: see `read_checkpoint`.
+    """
+    path = directory / CONFIG
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; give the one that `vitquant quantize` wrote")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: {directory} holds no saved model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; copy it again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
+        raise CheckpointError(f"{path} is not the config of a saved model: it has no format number")
+    if config["format"] > FORMAT:
+        raise CheckpointError(f"{path} has format {config['format']}, newer than {FORMAT}: update vitquant")
+    digest = config.pop("digest", None)
+    if digest != _digest(config):
+        raise CheckpointError(f"{path} was altered since it was saved: its digest differs; save the model again")
+    return config
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise CheckpointError("saving and loading need safetensors: pip install 'vitquant[checkpoint]'") from error
+    return safetensors.torch

@@ -1,0 +1,1 @@
+"""Published methods, one idea per file: plain functions `(model, data, settings) -> Record`."""

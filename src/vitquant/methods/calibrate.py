@@ -1,0 +1,71 @@
+"""Calibration: observers watch the float model on a few images, and quantizers are made of what they saw.
+
+Every operand is observed in float, as FQ-ViT does: no quantizer sees the error of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from vitquant.errors import CalibrationError
+from vitquant.model import QuantizedModel, Record
+from vitquant.observers import build_observer
+from vitquant.observers.observer import Observer
+from vitquant.quantizers import build_quantizer
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """Calibration has no settings of its own: each rule of a recipe names the observer of its operands."""
+
+
+def calibrate(model: QuantizedModel, data: Iterable[torch.Tensor], settings: CalibrateSettings) -> Record:
+    """Give every operand that the recipe quantizes its quantizer.
+
+    One float forward pass a batch; memory does not grow with the number of batches.
+
+    Arguments:
+        model: without quantizers.
+        data: batches of images (batch, channels, height, width), on the model's device.
+
+    Raises:
+        CalibrationError: no data, or NaN or infinity at an operand, which the message names.
+    """
+    observers = {name: _observer(model, name) for name in model.quantized_names}
+    stored = {name for name in observers if model.value(name).parameter is not None}
+    taps = {name: _tap(name, observer) for name, observer in observers.items() if name not in stored}
+    batches = images = 0
+    with torch.inference_mode():
+        for batch in data:
+            model.run(batch, taps)
+            batches, images = batches + 1, images + len(batch)
+        if not images:
+            raise CalibrationError("no calibration images: give at least one batch")
+        for name in sorted(stored):
+            _tap(name, observers[name])(model.parameter(model.value(name)))
+    decisions = {}
+    for name, observer in observers.items():
+        quantizer = build_quantizer(observer.spec, observer.estimate())
+        model.insert(name, quantizer.to(next(model.parameters()).device))
+        low, high = observer.observed_range()
+        decisions[name] = {"low": low.min().item(), "high": high.max().item()}
+    return Record("calibrate", {"images": images, "batches": batches}, decisions)
+
+
+def _observer(model: QuantizedModel, name: str) -> Observer:
+    assignment = model.assignments[name]
+    assert assignment.spec is not None and assignment.observer is not None  # quantized_names holds no others
+    return build_observer(assignment.observer, assignment.spec)
+
+
+def _tap(name: str, observer: Observer) -> Callable[[torch.Tensor], None]:
+    def update(x: torch.Tensor) -> None:
+        try:
+            observer.update(x)
+        except CalibrationError as error:
+            raise CalibrationError(f"{name}: {error}") from error
+
+    return update

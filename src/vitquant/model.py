@@ -1,0 +1,325 @@
+"""A captured model with quantizers on the operands of its sites: run, look inside, save, load."""
+
+from __future__ import annotations
+
+import operator
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from vitquant.bits import Bits
+from vitquant.checkpoint import read_checkpoint, write_checkpoint
+from vitquant.errors import CalibrationError, CaptureError, CheckpointError
+from vitquant.graph.fingerprint import structural_fingerprint
+from vitquant.matching import Assignment, assign
+from vitquant.packing import pack, unpack
+from vitquant.quantizers import Quantizer, build_quantizer
+from vitquant.recipe import Recipe
+from vitquant.sites import Site, Value, find_sites, find_values
+from vitquant.spec import QParams
+
+_QUANTIZERS = "quantizers"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a method did: for the report, and saved with the model.
+
+    Arguments:
+        method: its name.
+        summary: facts about the whole run, plain JSON values.
+        decisions: for each value's name what was decided there, plain JSON values.
+    """
+
+    method: str
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    decisions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class QuantizedModel(nn.Module):
+    """An unmodified model's graph, the sites found in it, and the quantizers that a recipe puts there.
+
+    It is called like the model it was made from and gives the same output type. Until its methods have
+    run it has no quantizers, and calling it is an error: an uncalibrated model never answers.
+
+    Arguments:
+        captured: what `capture` returned.
+        recipe: which operand gets which spec.
+        bits: what the recipe's symbols stand for.
+        input_shape: (channels, height, width) of the images.
+
+    Attributes:
+        graph_module: the graph; its parameters have the float model's state-dict keys.
+        sites, values: what can be quantized.
+        assignments: for each value's name its spec, observer and rule, from the recipe.
+        records: what each method did, in order.
+        provenance: source, preprocessing and calibration data, plain JSON values, saved with the model.
+
+    Raises:
+        RecipeError: the recipe does not fit the model.
+        CaptureError: the graph holds no attention.
+    """
+
+    def __init__(self, captured: GraphModule, recipe: Recipe, bits: Bits, input_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.graph_module = captured
+        self.recipe, self.bits, self.input_shape = recipe, bits, input_shape
+        self.sites: tuple[Site, ...] = find_sites(captured)
+        if not any(site.kind == "scores" for site in self.sites):
+            raise CaptureError("the model has no attention (no softmax between two products): is it a transformer?")
+        self.values: tuple[Value, ...] = find_values(captured, self.sites)
+        self.assignments: dict[str, Assignment] = assign(recipe, bits, self.values)
+        self.fingerprint = structural_fingerprint(captured)
+        self.records: list[Record] = []
+        self.provenance: dict[str, Any] = {}
+        self.eval()
+
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+        """The quantized model's output: for images (batch, channels, height, width), the library's own type."""
+        self._require_calibrated()
+        for images in (*args, *kwargs.values()):
+            self._check_shape(images)
+        return self.graph_module(*args, **kwargs)
+
+    def _require_calibrated(self) -> None:
+        present = self.quantizers
+        missing = [name for name in self.quantized_names if name not in present]
+        if missing:
+            raise CalibrationError(
+                f"{missing[0]} is not calibrated, one of {len(missing)} operands: run the recipe's methods first"
+            )
+
+    def _check_shape(self, images: torch.Tensor) -> None:
+        if tuple(images.shape[1:]) != self.input_shape:
+            expected, found = ("x".join(map(str, shape)) for shape in (self.input_shape, images.shape[1:]))
+            raise CaptureError(f"the model was captured for images of {expected}, these are {found}; resize them")
+
+    @property
+    def quantized_names(self) -> list[str]:
+        """The values that the recipe quantizes."""
+        return [name for name, assignment in self.assignments.items() if assignment.spec is not None]
+
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        """The quantizers there are, by the name of their value."""
+        calls = (node for node in self.graph_module.graph.nodes if node.op == "call_module")
+        return {
+            str(node.target).removeprefix(f"{_QUANTIZERS}."): self.graph_module.get_submodule(str(node.target))
+            for node in calls
+        }  # type: ignore[return-value]
+
+    @property
+    def blocks(self) -> dict[int, tuple[Site, ...]]:
+        """The sites of each transformer block."""
+        numbers = sorted({site.block for site in self.sites if site.block is not None})
+        return {number: tuple(site for site in self.sites if site.block == number) for number in numbers}
+
+    def value(self, name: str) -> Value:
+        """The value of that name (`blocks.0.attn.scores:query`); any of its readers will do."""
+        for value in self.values:
+            if name in map(str, value.readers):
+                return value
+        raise KeyError(name)
+
+    def insert(self, name: str, quantizer: Quantizer) -> None:
+        """Put a quantizer on a value, for everything that reads it; a quantizer that is there is replaced.
+
+        Arguments:
+            name: the value's name.
+            quantizer: takes and gives tensors of the value's shape.
+        """
+        target = f"{_QUANTIZERS}.{self.value(name).name}"
+        graph = self.graph_module.graph
+        present = any(node.op == "call_module" and node.target == target for node in graph.nodes)
+        if not self.graph_module.add_submodule(target, quantizer):
+            raise CaptureError(f"a quantizer cannot be named {target}: the model has an attribute of that name")
+        if present:
+            return
+        node = self._node(self.value(name).node)
+        with graph.inserting_after(node):
+            call = graph.call_module(target, (node,))
+            call.meta = dict(node.meta)
+        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+        self.graph_module.recompile()
+
+    def _node(self, name: str) -> Node:
+        return next(node for node in self.graph_module.graph.nodes if node.name == name)
+
+    def run(self, images: torch.Tensor, taps: Mapping[str, Callable[[torch.Tensor], None]]) -> Any:
+        """Run the graph as it is, calling `taps[name]` with each named value before its quantizer.
+
+        A tap's tensor is freed once its readers have run, unless the tap keeps it.
+
+        Arguments:
+            images: (batch, channels, height, width).
+            taps: by the names of values.
+        """
+        self._check_shape(images)
+        by_node = {self.value(name).node: tap for name, tap in taps.items()}
+        return _Tapped(self.graph_module, by_node).run(images)
+
+    def parameter(self, value: Value) -> torch.Tensor:
+        """The stored tensor that a value is.
+
+        Raises:
+            KeyError: the value is not a stored parameter.
+        """
+        if value.parameter is None:
+            raise KeyError(value.name)
+        return operator.attrgetter(value.parameter)(self.graph_module)
+
+    def save(self, directory: str | Path, force: bool = False) -> None:
+        """Write `model.safetensors` (weights as packed integers, scales, zero points) and `config.json`.
+
+        The directory holds all of it or, when the run is killed, nothing. Loading it gives bit-identical
+        outputs.
+
+        Raises:
+            CalibrationError: a quantizer is missing.
+            CheckpointError: the directory cannot be written, or is not empty and not `force`.
+        """
+        self._require_calibrated()
+        quantizers = self.quantizers
+        tensors = {name: tensor.clone() for name, tensor in self.graph_module.state_dict().items()}
+        packed = {}
+        for value in self._packable():
+            codes = quantizers[value.name].encode(self.parameter(value).detach())
+            tensors[str(value.parameter)] = pack(codes, quantizers[value.name].spec.bits)
+            packed[str(value.parameter)] = {"operand": value.name, "shape": list(value.shape)}
+        operands = {
+            name: {"rule": assignment.rule, "spec": assignment.spec.to_dict() if assignment.spec else None}
+            for name, assignment in self.assignments.items()
+        }
+        config = {
+            **self.provenance,
+            "versions": _versions(),
+            "input_shape": list(self.input_shape),
+            "graph_fingerprint": self.fingerprint,
+            "quantization_config": {
+                "quant_method": "vitquant",
+                "bits": str(self.bits),
+                "recipe": self.recipe.to_dict(),
+                "operands": operands,
+                "packed": packed,
+            },
+            "records": [asdict(record) for record in self.records],
+        }
+        write_checkpoint(Path(directory), tensors, config, force)
+
+    def _packable(self) -> list[Value]:
+        """Weights that nothing but one quantized operand reads: their integers are all that need be kept."""
+        uses: dict[int, int] = {}
+        for node in self.graph_module.graph.nodes:
+            if node.op == "get_attr":
+                tensor = operator.attrgetter(str(node.target))(self.graph_module)
+                uses[id(tensor)] = uses.get(id(tensor), 0) + 1
+        tied, quantizers = _tied(self.graph_module), self.quantizers
+        return [
+            value
+            for value in self.values
+            if value.name in quantizers
+            and value.parameter is not None
+            and value.readers[0].operand == "weight"
+            and uses[id(self.parameter(value))] == 1
+            and id(self.parameter(value)) not in tied
+        ]
+
+    @classmethod
+    def restore(cls, directory: str | Path, captured: GraphModule) -> QuantizedModel:
+        """The model that `save` wrote, on a capture of the same float model.
+
+        Arguments:
+            directory: what was saved.
+            captured: the float model, captured; its weights do not matter.
+
+        Raises:
+            CheckpointError: the files are damaged, or the capture is not of the model that was saved.
+        """
+        tensors, config = read_checkpoint(Path(directory))
+        quantization = config["quantization_config"]
+        recipe, bits = Recipe.from_dict(quantization["recipe"]), Bits.parse(quantization["bits"])
+        found = structural_fingerprint(captured)
+        if found != config["graph_fingerprint"]:
+            saved, here = config["versions"].get("torch"), torch.__version__
+            hint = f"it was saved with torch {saved}, this is {here}" if saved != here else "give the model it was"
+            raise CheckpointError(f"{directory}: the float model's graph is not the one that was saved; {hint}")
+        model = cls(captured, recipe, bits, tuple(config["input_shape"]))
+        specs = {name: assignment.spec for name, assignment in model.assignments.items()}
+        for name in model.quantized_names:
+            model.insert(name, build_quantizer(specs[name], _params(tensors, name, directory)))  # type: ignore[arg-type]
+        quantizers = model.quantizers
+        for key, entry in quantization["packed"].items():
+            quantizer = quantizers[entry["operand"]]
+            spec = quantizer.spec
+            codes = unpack(_take(tensors, key, directory), spec.bits, spec.signed, tuple(entry["shape"]))
+            tensors[key] = quantizer.decode(codes)
+        _load(model.graph_module, tensors, directory)
+        model.records = [Record(**record) for record in config["records"]]
+        fixed = {"format", "files", "versions", "input_shape", "graph_fingerprint", "quantization_config", "records"}
+        model.provenance = {key: value for key, value in config.items() if key not in fixed}
+        return model
+
+
+class _Tapped(Interpreter):
+    """Runs a graph node by node, showing some of the tensors on the way."""
+
+    def __init__(self, module: GraphModule, taps: Mapping[str, Callable[[torch.Tensor], None]]) -> None:
+        super().__init__(module)
+        self._taps = taps
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self._taps:
+            self._taps[n.name](result)
+        return result
+
+
+def _params(tensors: dict[str, torch.Tensor], name: str, directory: object) -> QParams:
+    prefix = f"{_QUANTIZERS}.{name}"
+    scale = _take(tensors, f"{prefix}.scale", directory)
+    return QParams(scale, tensors.get(f"{prefix}.zero_point"), tensors.get(f"{prefix}.factor"))
+
+
+def _take(tensors: dict[str, torch.Tensor], key: str, directory: object) -> torch.Tensor:
+    if key not in tensors:
+        raise CheckpointError(f"{directory}: {key} is missing; the model was not calibrated or the file is incomplete")
+    return tensors[key]
+
+
+def _load(module: GraphModule, tensors: dict[str, torch.Tensor], directory: object) -> None:
+    expected = module.state_dict()
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not part of the model"
+        raise CheckpointError(f"{directory}: {what}; it was saved from another model")
+    for key, tensor in expected.items():
+        if tensor.shape != tensors[key].shape:
+            shapes = f"{tuple(tensors[key].shape)} saved, {tuple(tensor.shape)} in the model"
+            raise CheckpointError(f"{directory}: {key} has another shape: {shapes}")
+    module.load_state_dict(tensors)
+
+
+def _tied(module: nn.Module) -> set[int]:
+    """The identities of parameters that are stored under more than one name."""
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for _, parameter in module.named_parameters(remove_duplicate=False):
+        (tied if id(parameter) in seen else seen).add(id(parameter))
+    return tied
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("vitquant", "timm", "transformers", "torchvision"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

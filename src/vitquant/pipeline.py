@@ -1,0 +1,169 @@
+"""The three verbs: quantize a model by a recipe, load what was saved, and find its float model again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitquant.bits import Bits
+from vitquant.capture import capture
+from vitquant.checkpoint import read_config
+from vitquant.errors import CalibrationError, CheckpointError, RecipeError
+from vitquant.library import load_recipe
+from vitquant.methods.calibrate import CalibrateSettings, calibrate
+from vitquant.model import QuantizedModel, Record
+from vitquant.override import override
+from vitquant.recipe import Method, Recipe
+from vitquant.zoo import ModelSource, architecture, create
+
+Batch = torch.Tensor | Sequence[Any] | Mapping[str, torch.Tensor]
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str | Recipe,
+    data: Iterable[Batch],
+    *,
+    bits: str | None = None,
+    settings: Sequence[str] = (),
+    source: ModelSource | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> QuantizedModel:
+    """Quantize a model by a recipe; the model itself is left as it is.
+
+    Arguments:
+        model: any classifier that takes one batch of images; it is captured in evaluation mode.
+        recipe: a recipe's name, the path of a TOML file, names joined by `+` to lay overlays over a
+            recipe, or a `Recipe`.
+        data: calibration batches: float tensors (batch, channels, height, width), or tuples that begin
+            with one, or mappings with `pixel_values`. Read once; image size is that of the first.
+        bits: replaces the recipe's, such as "w8a8s4".
+        settings: replaces single keys of the recipe, such as "weights.observer=omse".
+        source: where the model came from; with it `load(directory)` needs nothing else.
+        preprocessing: the model's, timm's data-configuration keys; saved with the model.
+
+    Raises:
+        VitquantError: see `capture`, `load_recipe`, `override` and the recipe's methods.
+    """
+    recipe = override(load_recipe(recipe) if isinstance(recipe, str) else recipe, settings)
+    steps = [_step(method) for method in recipe.methods]
+    batches = iter(data)
+    first = next(batches, None)
+    if first is None:
+        raise CalibrationError("no calibration images: give at least one batch")
+    example = _images(first)
+    device = next((parameter.device for parameter in model.parameters()), example.device)
+    stream = _Stream(chain([first], batches), device)
+    captured = capture(model, example[:2].to(device))
+    shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
+    quantized = QuantizedModel(captured, recipe, recipe.bits if bits is None else Bits.parse(bits), shape)
+    for step in steps:
+        quantized.records.append(step(quantized, stream))
+    quantized.provenance = {
+        "source": None if source is None else source.to_dict(),
+        "preprocessing": None if preprocessing is None else dict(preprocessing),
+        "calibration": {"images": stream.images, "sha256": stream.digest.hexdigest()},
+    }
+    return quantized
+
+
+def load(directory: str | Path, model: nn.Module | None = None, source: str | None = None) -> QuantizedModel:
+    """Load a saved model; its outputs are bit for bit those of the model that was saved.
+
+    Arguments:
+        directory: what `QuantizedModel.save` wrote.
+        model: the float model, or one of the same architecture; needed when it was saved without a source.
+        source: the name of a `python:` factory, repeated; a factory named in a file alone is never imported.
+
+    Raises:
+        CheckpointError: the files are damaged, of another model or of a newer format.
+        ModelError: the source cannot be made again.
+    """
+    config = read_config(Path(directory))
+    if model is None:
+        model = architecture(_source(Path(directory), config, source))
+    channels, height, width = config["input_shape"]
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(2, channels, height, width, generator=generator).to(parameter)
+    return QuantizedModel.restore(directory, capture(model, example))
+
+
+def float_model(directory: str | Path, weights: str | None = None, source: str | None = None) -> nn.Module:
+    """The float model that a saved model was made from, to compare with.
+
+    Arguments:
+        directory: what `QuantizedModel.save` wrote.
+        weights: where the weights file is now, when it is not where it was; its content must be the same.
+        source: see `load`.
+
+    Raises:
+        CheckpointError: it was saved without a source.
+        ModelError: the weights are gone, or are others.
+    """
+    config = read_config(Path(directory))
+    found = _source(Path(directory), config, source)
+    if weights is not None:
+        found = ModelSource.from_dict({**found.to_dict(), "weights": weights})
+    return create(found)
+
+
+def _source(directory: Path, config: Mapping[str, Any], repeated: str | None) -> ModelSource:
+    if not config.get("source"):
+        raise CheckpointError(f"{directory} was saved without the model's source: load({str(directory)!r}, model=...)")
+    source = ModelSource.from_dict(config["source"])
+    if source.library == "python" and repeated != source.name:
+        raise CheckpointError(f"{directory} was made by {source.name}; to import and run it, repeat it: --model NAME")
+    if repeated is not None and repeated != source.name:
+        raise CheckpointError(f"{directory} was made from {source.name}, not from {repeated}")
+    return source
+
+
+def _step(method: Method) -> Callable[[QuantizedModel, Iterable[torch.Tensor]], Record]:
+    """One method of a recipe, ready to run; its settings are checked before any work is done."""
+    match method.name:
+        case "calibrate":
+            run, kind = calibrate, CalibrateSettings
+        case _:
+            raise RecipeError(f"method {method.name!r} is unknown; the methods are: calibrate")
+    try:
+        settings = kind(**method.settings)
+    except TypeError:
+        known = ", ".join(kind.__dataclass_fields__) or "none"
+        raise RecipeError(f"method {method.name!r}: settings {sorted(method.settings)} do not fit; {known}") from None
+    return lambda model, data: run(model, data, settings)
+
+
+class _Stream:
+    """Calibration batches on their way: to the model's device, counted, and hashed for the record."""
+
+    def __init__(self, batches: Iterable[Batch], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self.images = 0
+        self.digest = hashlib.sha256()
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for batch in self._batches:
+            images = _images(batch)
+            self.images += len(images)
+            self.digest.update(images.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            yield images.to(self._device)
+
+
+def _images(batch: Batch) -> torch.Tensor:
+    if isinstance(batch, Mapping):
+        batch = batch.get("pixel_values", next(iter(batch.values()), ()))
+    elif isinstance(batch, Sequence) and batch:
+        batch = batch[0]
+    if not isinstance(batch, torch.Tensor) or batch.ndim != 4 or not batch.is_floating_point() or not len(batch):
+        raise CalibrationError(
+            "a calibration batch is a float tensor (batch, channels, height, width), a tuple that begins with one, "
+            f"or a mapping with pixel_values; got {type(batch).__name__}"
+        )
+    return batch
