@@ -40,9 +40,8 @@ class UniformQuantizer(Quantizer):
         zero = self._zero(ratio)
         low, high = self.spec.qmin - zero, self.spec.qmax - zero
         scheme = self.spec.scheme
-        if isinstance(scheme, Uniform) and scheme.clamp_before_round:
-            return round_straight_through(ratio.clamp(low, high))
-        return round_straight_through(ratio).clamp(low, high)
+        clamp_first = isinstance(scheme, Uniform) and scheme.clamp_before_round
+        return _NearestInteger.apply(ratio, low, high, clamp_first)  # type: ignore[return-value]
 
     def _code(self, level: Tensor) -> Tensor:
         return level + self._zero(level)
@@ -55,16 +54,22 @@ class UniformQuantizer(Quantizer):
         return self._along(self.zero_point, like)
 
 
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.round(x).add_(0.0)  # + 0 turns -0 into 0, which is what an integer code decodes to
+class _NearestInteger(torch.autograd.Function):
+    """The argument rounded and clamped to integers low..high, with the gradient of the clamp alone.
+
+    Bounds are integers, so both orders give the same values; the order decides what counts as inside.
+    Not `torch.clamp` under autograd: with tensors for bounds it halves the gradient of what lies on one,
+    which after rounding is every element of the last level.
+    """
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad
+    def forward(ctx: Any, ratio: Tensor, low: Tensor, high: Tensor, clamp_first: bool) -> Tensor:
+        ctx.save_for_backward(ratio, low, high)
+        ctx.clamp_first = clamp_first
+        return torch.round(ratio).add_(0.0).clamp_(low, high)  # + 0 turns -0 into 0, as codes know no -0
 
-
-def round_straight_through(x: Tensor) -> Tensor:
-    """Round to nearest even, with the gradient of the identity."""
-    return _Round.apply(x)  # type: ignore[return-value]
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        ratio, low, high = ctx.saved_tensors
+        clamped = ratio if ctx.clamp_first else torch.round(ratio)
+        return grad * ((clamped >= low) & (clamped <= high)), None, None, None
