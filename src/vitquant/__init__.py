@@ -1,8 +1,8 @@
 """vitquant: quantize unmodified Vision Transformers by published recipes.
 
-    model = vitquant.quantize(float_model, "minmax", calibration_batches)
-    model.save("out")
-    model = vitquant.load("out")
+model = vitquant.quantize(float_model, "minmax", calibration_batches)
+model.save("out")
+model = vitquant.load("out")
 """
 
 from vitquant.errors import VitquantError

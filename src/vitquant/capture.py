@@ -274,4 +274,3 @@ def _compare(found: object, expected: object) -> None:
 
 def _tensors(output: object) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-

@@ -14,14 +14,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from vitquant.bits import Bits
 from vitquant.checkpoint import read_checkpoint, write_checkpoint
 from vitquant.errors import CalibrationError, CaptureError, CheckpointError
 from vitquant.graph.fingerprint import structural_fingerprint
-from vitquant.matching import Assignment, assign
 from vitquant.packing import pack, unpack
 from vitquant.quantizers import Quantizer, build_quantizer
-from vitquant.recipe import Recipe
+from vitquant.recipe import Assignment, Bits, Recipe, assign
 from vitquant.sites import Site, Value, find_sites, find_values
 from vitquant.spec import QParams
 

@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitquant.bits import Bits
 from vitquant.capture import capture
 from vitquant.checkpoint import read_config
 from vitquant.errors import CalibrationError, CheckpointError, RecipeError
-from vitquant.library import load_recipe
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.model import QuantizedModel, Record
-from vitquant.override import override
-from vitquant.recipe import Method, Recipe
+from vitquant.recipe import Bits, Method, Recipe, load_recipe, override
 from vitquant.zoo import ModelSource, architecture, create
 
 Batch = torch.Tensor | Sequence[Any] | Mapping[str, torch.Tensor]

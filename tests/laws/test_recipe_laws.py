@@ -7,12 +7,12 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitquant.bits import BIT_SYMBOLS, Bits
-from vitquant.matching import assign
 from vitquant.observers import OBSERVERS
-from vitquant.override import override
-from vitquant.recipe import Calibration, Method, Recipe
-from vitquant.rule import GRANULARITIES, Rule, SpecTemplate
+from vitquant.recipe.bits import BIT_SYMBOLS, Bits
+from vitquant.recipe.matching import assign
+from vitquant.recipe.override import override
+from vitquant.recipe.recipe import Calibration, Method, Recipe
+from vitquant.recipe.rule import GRANULARITIES, Rule, SpecTemplate
 from vitquant.sites import KINDS, OPERANDS, Reader, Value
 from vitquant.spec import Log2, PowerOfTwoFactor, PowerOfTwoScale, Uniform
 

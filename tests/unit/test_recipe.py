@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from vitquant import library
-from vitquant.bits import Bits
+from vitquant.recipe import library
 from vitquant.errors import RecipeError
-from vitquant.library import available, load_recipe
-from vitquant.matching import Assignment, assign
-from vitquant.override import override
-from vitquant.recipe import Calibration, Method, Overlay, Recipe
-from vitquant.rule import Rule, SpecTemplate
+from vitquant.recipe.bits import Bits
+from vitquant.recipe.library import available, load_recipe
+from vitquant.recipe.matching import Assignment, assign
+from vitquant.recipe.override import override
+from vitquant.recipe.recipe import Calibration, Method, Overlay, Recipe
+from vitquant.recipe.rule import Rule, SpecTemplate
 from vitquant.sites import Reader, Value
 from vitquant.spec import Log2, PerAxis, PerHead, PerTensor, PowerOfTwoFactor, QuantSpec, Uniform
 

@@ -57,7 +57,8 @@ def calibrate(model: QuantizedModel, data: Iterable[torch.Tensor], settings: Cal
 
 def _observer(model: QuantizedModel, name: str) -> Observer:
     assignment = model.assignments[name]
-    assert assignment.spec is not None and assignment.observer is not None  # quantized_names holds no others
+    assert assignment.spec is not None  # quantized_names holds no others
+    assert assignment.observer is not None
     return build_observer(assignment.observer, assignment.spec)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from vitquant.bits import Bits
 from vitquant.errors import RecipeError
-from vitquant.recipe import Recipe
-from vitquant.rule import Rule
+from vitquant.recipe.bits import Bits
+from vitquant.recipe.recipe import Recipe
+from vitquant.recipe.rule import Rule
+from vitquant.recipe.tables import within
 from vitquant.sites import Reader, Value
 from vitquant.spec import QuantSpec
-from vitquant.tables import within
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vitquant.bits import Bits
 from vitquant.errors import RecipeError
-from vitquant.rule import Rule
-from vitquant.tables import check_keys, take, take_tables, within
+from vitquant.recipe.bits import Bits
+from vitquant.recipe.rule import Rule
+from vitquant.recipe.tables import check_keys, take, take_tables, within
 
 FORMAT = 1
 RECIPE_KEYS = (

@@ -7,8 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from vitquant.errors import RecipeError
-from vitquant.recipe import Overlay, Recipe, parse_toml
-from vitquant.tables import nearest, within
+from vitquant.recipe.recipe import Overlay, Recipe, parse_toml
+from vitquant.recipe.tables import nearest, within
 
 _SHIPPED = files("vitquant") / "recipes"
 

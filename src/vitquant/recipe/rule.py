@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-from vitquant.bits import Bits
 from vitquant.errors import RecipeError
 from vitquant.observers import OBSERVERS
+from vitquant.recipe.bits import Bits
+from vitquant.recipe.tables import check_keys, nearest, take, take_strings, within
 from vitquant.sites import KINDS, OPERANDS, Reader
 from vitquant.spec import (
     Granularity,
@@ -23,7 +24,6 @@ from vitquant.spec import (
     Scheme,
     Uniform,
 )
-from vitquant.tables import check_keys, nearest, take, take_strings, within
 
 SCHEMES: dict[str, type[Scheme]] = {
     "uniform": Uniform,

@@ -8,9 +8,9 @@ from copy import deepcopy
 from typing import Any
 
 from vitquant.errors import RecipeError
-from vitquant.recipe import Recipe
-from vitquant.rule import RULE_KEYS, SCHEMES, SPEC_KEYS, scheme_keys
-from vitquant.tables import nearest, within
+from vitquant.recipe.recipe import Recipe
+from vitquant.recipe.rule import RULE_KEYS, SCHEMES, SPEC_KEYS, scheme_keys
+from vitquant.recipe.tables import nearest, within
 
 _SPEC_KEYS = SPEC_KEYS + tuple(key for name in SCHEMES for key in scheme_keys(name))
 _RULE_KEYS = tuple(key for key in RULE_KEYS if key not in ("name", "overlay"))

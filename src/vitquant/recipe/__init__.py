@@ -1,0 +1,9 @@
+"""Recipes: what is quantized how, as data; read from TOML, altered by overlays and settings, matched with a model."""
+
+from vitquant.recipe.bits import Bits
+from vitquant.recipe.library import available, load_recipe
+from vitquant.recipe.matching import Assignment, assign
+from vitquant.recipe.override import override
+from vitquant.recipe.recipe import Method, Recipe
+
+__all__ = ["Assignment", "Bits", "Method", "Recipe", "assign", "available", "load_recipe", "override"]
