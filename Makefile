@@ -1,0 +1,36 @@
+# make test | lint | bench; TORCH=2.10.0 runs with another torch, in a virtual environment of its own.
+
+TORCH ?=
+VENV := .venv$(if $(TORCH),-$(TORCH))
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: test test-slow lint bench clean
+
+test: $(VENV)/.installed
+	$(BIN)/python -c "import torch; print('torch', torch.__version__)"
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow --timeout 7200
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+# Minutes each, on a quiet machine; every table in docs/ names the one it came from.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/observers.py
+	$(BIN)/python benchmarks/calibration_cost.py
+	$(BIN)/python benchmarks/calibration_memory.py
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "torch$(if $(TORCH),==$(TORCH))" torchvision timm
+	$(BIN)/python -m pip install --quiet --editable ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
