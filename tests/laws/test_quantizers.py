@@ -1,0 +1,376 @@
+"""The laws that every quantizer keeps, whatever its scheme, bits, sign, granularity and operand dtype."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vitquant.quantizers import Quantizer, build_quantizer
+from vitquant.quantizers.quantizer import along_axis, channel_axis, code_dtype
+from vitquant.spec import (
+    Log2,
+    PerAxis,
+    PerHead,
+    PerTensor,
+    PowerOfTwoFactor,
+    PowerOfTwoScale,
+    QParams,
+    QuantSpec,
+    Scheme,
+    Uniform,
+)
+
+SHAPE = (2, 3, 4, 5)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+EXACT_DTYPES = (torch.float32, torch.float64)
+UP_TO_8_BITS = st.integers(2, 8)
+SCHEMES = (Uniform(), Uniform(clamp_before_round=True), PowerOfTwoScale(), PowerOfTwoFactor(), Log2())
+
+law = settings(max_examples=60, deadline=None)
+
+
+@dataclass(frozen=True)
+class Case:
+    quantizer: Quantizer
+    x: Tensor
+
+    @property
+    def spec(self) -> QuantSpec:
+        return self.quantizer.spec
+
+    @property
+    def step(self) -> Tensor:
+        return along_axis(self.quantizer.step, self.spec.granularity, self.x.ndim)
+
+    @property
+    def zero_point(self) -> Tensor:
+        assert self.quantizer.zero_point is not None
+        return along_axis(self.quantizer.zero_point, self.spec.granularity, self.x.ndim)
+
+
+@st.composite
+def specs(draw: st.DrawFn, scheme: Scheme, bits: st.SearchStrategy[int]) -> QuantSpec:
+    axes = st.integers(-4, 3).map(PerAxis)
+    granularities = st.just(PerTensor()) | st.just(PerHead()) | axes
+    match scheme:
+        case PowerOfTwoFactor():
+            return QuantSpec(draw(bits), granularity=draw(axes), scheme=PowerOfTwoFactor(draw(st.integers(1, 8))))
+        case Log2():
+            return QuantSpec(min(draw(bits), 8), granularity=draw(granularities), scheme=scheme)
+    return QuantSpec(draw(bits), draw(st.booleans()), draw(st.booleans()), draw(granularities), scheme)
+
+
+def params_for(spec: QuantSpec, random: torch.Generator) -> QParams:
+    axis = channel_axis(spec.granularity)
+    shape = () if axis is None else (SHAPE[axis],)
+    exponent = torch.randint(-16, 9, shape, generator=random)
+    scale = torch.ldexp(1 + torch.rand(shape, generator=random), exponent)
+    if isinstance(spec.scheme, Log2):
+        return QParams(scale)
+    if isinstance(spec.scheme, PowerOfTwoScale):
+        scale = torch.ldexp(torch.ones(shape), exponent)
+    zero = torch.randint(spec.qmin, spec.qmax + 1, shape, generator=random, dtype=torch.int32)
+    if spec.symmetric:
+        zero = torch.full(shape, 0 if spec.signed else 1 << (spec.bits - 1), dtype=torch.int32)
+    if isinstance(spec.scheme, PowerOfTwoFactor):
+        factor = torch.randint(0, spec.scheme.factors, shape, generator=random, dtype=torch.int32)
+        return QParams(scale[0], zero[0], factor)
+    return QParams(scale, zero)
+
+
+def operand(quantizer: Quantizer, random: torch.Generator) -> Tensor:
+    """Float64 values on levels, on thresholds between them, around them, beyond the range, and special ones."""
+    spec = quantizer.spec
+    step = along_axis(quantizer.step, spec.granularity, len(SHAPE)).double()
+    offsets = torch.stack([torch.zeros(SHAPE), torch.full(SHAPE, 0.5), torch.rand(SHAPE, generator=random)])
+    offset = offsets.gather(0, torch.randint(0, 3, (1, *SHAPE), generator=random))[0].double()
+    if isinstance(spec.scheme, Log2):
+        code = torch.randint(-1, min(spec.qmax + 2, 120), SHAPE, generator=random)
+        x = step * torch.exp2(-(code + offset)) * torch.where(torch.rand(SHAPE, generator=random) < 0.1, -1, 1)
+    else:
+        assert quantizer.zero_point is not None
+        zero = along_axis(quantizer.zero_point, spec.granularity, len(SHAPE))
+        x = (torch.randint(spec.qmin - 3, spec.qmax + 4, SHAPE, generator=random) - zero + offset) * step
+    x.view(-1)[:5] = torch.tensor([0.0, -0.0, 1e30, -1e30, torch.inf])
+    return x.flatten()[torch.randperm(x.numel(), generator=random)].view(SHAPE)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn, bits: st.SearchStrategy[int] = UP_TO_8_BITS, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> Case:
+    spec = draw(specs(draw(st.sampled_from(SCHEMES)), bits))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    quantizer = build_quantizer(spec, params_for(spec, random))
+    return Case(quantizer, operand(quantizer, random).to(draw(st.sampled_from(dtypes))))
+
+
+ALL = cases() | cases(st.integers(9, 16), EXACT_DTYPES)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal to the last bit, the sign of zero included."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(integer), b.view(integer))
+
+
+def survives_cast(case: Case, codes: Tensor) -> Tensor:
+    """Where a result rounded to the operand's dtype must still encode to the same code."""
+    if case.x.dtype != torch.bfloat16 or isinstance(case.spec.scheme, Log2 | PowerOfTwoScale):
+        return torch.ones_like(codes, dtype=torch.bool)
+    return (codes.int() - case.zero_point).abs() <= 128
+
+
+@law
+@given(ALL)
+def test_codes_are_integers_of_the_spec(case: Case) -> None:
+    codes = case.quantizer.encode(case.x)
+    assert codes.dtype == code_dtype(case.spec.bits, case.spec.signed)
+    assert codes.shape == case.x.shape
+    assert int(codes.min()) >= case.spec.qmin
+    assert int(codes.max()) <= case.spec.qmax
+
+
+@law
+@given(ALL)
+def test_codes_are_those_of_the_nearest_level(case: Case) -> None:
+    ratio = case.x.double() / case.step.double()
+    if isinstance(case.spec.scheme, Log2):
+        exponent = -torch.log2(ratio.clamp(1e-300, 1.0))
+        expected = exponent.round().clamp(max=case.spec.qmax)
+        clear = (exponent - exponent.floor() - 0.5).abs() > 1e-4
+    else:
+        expected = (ratio.round() + case.zero_point).clamp(case.spec.qmin, case.spec.qmax)
+        clear = ((ratio - ratio.floor() - 0.5).abs() > 1e-2) | ratio.isinf()
+    assert torch.equal(case.quantizer.encode(case.x)[clear].double(), expected[clear])
+
+
+@law
+@given(ALL)
+def test_output_is_on_the_grid(case: Case) -> None:
+    codes = case.quantizer.encode(case.x).double()
+    if isinstance(case.spec.scheme, Log2):
+        grid = torch.where(codes == case.spec.qmax, 0.0, case.step.double() * 2.0**-codes)
+    else:
+        grid = (codes - case.zero_point) * case.step.double()
+    if case.x.dtype != torch.float64:
+        grid = grid.float()  # one rounding, as in the float32 product
+    assert torch.equal(case.quantizer(case.x), grid.to(case.x.dtype))
+
+
+@law
+@given(ALL)
+def test_forward_is_decode_of_encode_bit_for_bit(case: Case) -> None:
+    decoded = case.quantizer.decode(case.quantizer.encode(case.x), case.x.dtype)
+    assert same_bits(case.quantizer(case.x), decoded)
+    assert case.quantizer.decode(case.quantizer.encode(case.x)).dtype == torch.float32
+
+
+@law
+@given(ALL)
+def test_codes_are_canonical(case: Case) -> None:
+    codes = case.quantizer.encode(case.x)
+    again = case.quantizer.encode(case.quantizer.decode(codes, case.x.dtype))
+    kept = survives_cast(case, codes)
+    assert torch.equal(again[kept], codes[kept])
+
+
+@law
+@given(ALL)
+def test_forward_is_idempotent(case: Case) -> None:
+    once = case.quantizer(case.x)
+    kept = survives_cast(case, case.quantizer.encode(case.x))
+    assert same_bits(case.quantizer(once)[kept], once[kept])
+
+
+@law
+@given(ALL)
+def test_forward_is_monotone(case: Case) -> None:
+    axis = channel_axis(case.spec.granularity)
+    rows = case.x.reshape(1, -1) if axis is None else case.x.movedim(axis, 0).flatten(1)
+    params = QParams(case.quantizer.scale, case.quantizer.zero_point, case.quantizer.factor)
+    by_row = build_quantizer(replace(case.spec, granularity=PerAxis(0)), params)
+    y = by_row(rows.sort(dim=1).values)
+    assert bool((y[:, 1:] >= y[:, :-1]).all())
+
+
+@law
+@given(ALL)
+def test_error_is_within_its_bound_inside_the_range(case: Case) -> None:
+    low, high = (along_axis(end, case.spec.granularity, case.x.ndim) for end in case.quantizer.range())
+    inside = (case.x >= low) & (case.x <= high)
+    error = (case.quantizer(case.x).double() - case.x.double()).abs()
+    assert bool((error <= case.quantizer.error_bound(case.x))[inside].all())
+
+
+@law
+@given(ALL)
+def test_error_bound_is_not_idle(case: Case) -> None:
+    half_step = case.step.double() / 2
+    if isinstance(case.spec.scheme, Log2):
+        half_step = case.x.double().abs()
+    eps = torch.finfo(case.x.dtype).eps
+    rounding = eps * (case.x.double().abs() + 2 * half_step)
+    bound = case.quantizer.error_bound(case.x).double()
+    assert bool((bound <= (half_step + rounding) * (1 + 1e-6)).all())
+
+
+@law
+@given(ALL)
+def test_range_is_where_codes_saturate(case: Case) -> None:
+    low, high = case.quantizer.range()
+    low, high = (along_axis(end, case.spec.granularity, case.x.ndim) for end in (low, high))
+    y = case.quantizer(case.x.float())
+    assert bool(((y >= low) & (y <= high)).all())
+    assert same_bits(case.quantizer(torch.full_like(y, 1e35)), high.expand_as(y).contiguous())
+    assert torch.equal(case.quantizer(torch.full_like(y, -1e35)), low.expand_as(y))
+
+
+@law
+@given(cases(st.integers(2, 16), EXACT_DTYPES))
+def test_a_channel_is_quantized_as_if_alone(case: Case) -> None:
+    axis = channel_axis(case.spec.granularity)
+    if axis is None or isinstance(case.spec.scheme, PowerOfTwoFactor):
+        return
+    y = case.quantizer(case.x)
+    spec = replace(case.spec, granularity=PerTensor())
+    for i in range(SHAPE[axis]):
+        zero = None if case.quantizer.zero_point is None else case.quantizer.zero_point[i]
+        alone = build_quantizer(spec, QParams(case.quantizer.scale[i], zero))
+        assert same_bits(y.select(axis, i).contiguous(), alone(case.x.select(axis, i)))
+
+
+def test_per_head_means_axis_minus_three() -> None:
+    spec = QuantSpec(8, signed=True, symmetric=True, granularity=PerHead())
+    quantizer = build_quantizer(spec, QParams(torch.tensor([1.0, 2.0, 4.0]), torch.zeros(3, dtype=torch.int32)))
+    x = torch.full((2, 6, 3, 5, 5), 2.9)
+    expected = torch.tensor([3.0, 2.0, 4.0])  # 2.9 is 1.45 steps of 2 and 0.725 steps of 4
+    assert torch.equal(quantizer(x), expected.view(3, 1, 1).expand_as(x))
+    assert torch.equal(quantizer(x[0]), expected.view(3, 1, 1).expand_as(x[0]))
+
+
+def test_bfloat16_results_of_wide_codes_do_not_encode_to_themselves() -> None:
+    """The limit stated in `Quantizer`: rounding 193 levels to 8 significant bits moves it to another level."""
+    quantizer = build_quantizer(QuantSpec(8), QParams(torch.tensor(1.9), torch.tensor(0)))
+    codes = torch.arange(256).to(torch.uint8)
+    again = quantizer.encode(quantizer.decode(codes, torch.bfloat16))
+    assert torch.equal(again[:129], codes[:129])
+    assert not torch.equal(again, codes)
+
+
+@law
+@given(ALL)
+def test_state_survives(case: Case) -> None:
+    model = nn.Sequential(case.quantizer, nn.Linear(2, 2))
+    expected = case.quantizer(case.x)
+    state = {name: value.clone() for name, value in case.quantizer.state_dict().items()}
+    for convert in (lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.double(), lambda m: m.to(torch.float16)):
+        convert(model)
+        assert model[1].weight.dtype != torch.float32
+        assert same_bits(case.quantizer(case.x), expected)
+    for name, value in case.quantizer.state_dict().items():
+        assert value.dtype == state[name].dtype
+        assert torch.equal(value, state[name])
+    assert same_bits(copy.deepcopy(case.quantizer)(case.x), expected)
+    blank = QParams(
+        torch.ones_like(case.quantizer.scale),
+        None if case.quantizer.zero_point is None else torch.zeros_like(case.quantizer.zero_point),
+        None if case.quantizer.factor is None else torch.zeros_like(case.quantizer.factor),
+    )
+    loaded = build_quantizer(case.spec, blank)
+    loaded.load_state_dict(state)
+    assert same_bits(loaded(case.x), expected)
+
+
+def test_quantizer_shares_no_memory_with_its_parameters() -> None:
+    params = QParams(torch.tensor(0.5), torch.tensor(0, dtype=torch.int32))
+    quantizer = build_quantizer(QuantSpec(8, signed=True), params)
+    params.scale.fill_(7.0)
+    assert float(quantizer.scale) == 0.5
+
+
+def test_moving_to_a_device_keeps_dtypes() -> None:
+    quantizer = build_quantizer(QuantSpec(8), QParams(torch.tensor(0.5), torch.tensor(3)))
+    moved = quantizer.to("meta", torch.float16)
+    assert moved.scale.device.type == "meta"
+    assert (moved.scale.dtype, moved.zero_point.dtype) == (torch.float32, torch.int32)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("scheme", [Uniform(), Uniform(clamp_before_round=True), PowerOfTwoScale()])
+def test_gradient_is_one_inside_and_zero_outside(scheme: Scheme) -> None:
+    quantizer = build_quantizer(QuantSpec(4, scheme=scheme), QParams(torch.tensor(0.5), torch.tensor(5)))
+    x = torch.tensor([-9.0, -3.01, -2.4, -0.2, 0.0, 0.3, 4.9, 5.9, 90.0], requires_grad=True)  # range [-2.5, 5]
+    quantizer(x).backward(torch.full_like(x, 3.0))
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 0, 3, 3, 3, 3, 3, 0, 0]
+
+
+def test_clamp_order_decides_the_gradient_within_half_a_step_of_the_ends() -> None:
+    for clamp_first, expected in ((True, [0.0, 0.0]), (False, [1.0, 1.0])):
+        spec = QuantSpec(4, scheme=Uniform(clamp_before_round=clamp_first))
+        quantizer = build_quantizer(spec, QParams(torch.tensor(0.5), torch.tensor(5)))
+        x = torch.tensor([-2.6, 5.2], requires_grad=True)
+        y = quantizer(x)
+        assert y.tolist() == [-2.5, 5.0]
+        y.sum().backward()
+        assert x.grad is not None
+        assert x.grad.tolist() == expected
+
+
+@law
+@given(st.integers(2, 8), st.booleans(), st.integers(0, 2**31))
+def test_scale_gradient_is_that_of_lsq(bits: int, signed: bool, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    spec = QuantSpec(bits, signed, True, PerHead(), Uniform(clamp_before_round=True))
+    quantizer = build_quantizer(spec, params_for(spec, random))
+    x = operand(quantizer, random).float().clamp(-1e4, 1e4)
+    scale = nn.Parameter(quantizer.scale.clone())
+    del quantizer.scale
+    quantizer.scale = scale
+    upstream = torch.randn(SHAPE, generator=random)
+    quantizer(x).backward(upstream)
+
+    step, zero = scale.detach().double().view(3, 1, 1), 0 if signed else 1 << (bits - 1)
+    ratio = (x / scale.detach().view(3, 1, 1)).double()
+    low, high = spec.qmin - zero, spec.qmax - zero
+    inside = (ratio >= low) & (ratio <= high)
+    slope = torch.where(inside, ratio.round() - x.double() / step, ratio.clamp(low, high))
+    expected = (slope * upstream).sum((0, 2, 3))
+    assert scale.grad is not None
+    torch.testing.assert_close(scale.grad.double(), expected, rtol=1e-4, atol=1e-4 * (1 << bits))
+    quantizer.half()
+    assert isinstance(quantizer.scale, nn.Parameter)
+    assert quantizer.scale.dtype == torch.float32
+
+
+def test_log2_gradient_is_zero_where_saturated_or_zero() -> None:
+    quantizer = build_quantizer(QuantSpec(3, scheme=Log2()), QParams(torch.tensor(0.5)))
+    x = torch.tensor([-1.0, 0.0, 0.5 * 2**-6.6, 0.5 * 2**-6.4, 0.3, 0.5, 0.51], requires_grad=True)
+    y = quantizer(x)
+    assert y.tolist() == [0, 0, 0, 0.5 * 2**-6, 0.25, 0.5, 0.5]
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 0, 0, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_log2_is_exact_at_powers_of_two(bits: int) -> None:
+    spec = QuantSpec(bits, scheme=Log2())
+    quantizer = build_quantizer(spec, QParams(torch.tensor(1.0)))
+    codes = torch.arange(min(spec.qmax, 127))
+    x = torch.tensor([2.0 ** -int(k) for k in codes])
+    assert torch.equal(quantizer.encode(x).long(), codes)
+    assert torch.equal(quantizer(x), x)
+
+
+def test_nan_stays_nan() -> None:
+    for scheme in (Uniform(), Log2()):
+        zero = None if isinstance(scheme, Log2) else torch.tensor(0)
+        quantizer = build_quantizer(QuantSpec(8, scheme=scheme), QParams(torch.tensor(0.5), zero))
+        assert bool(quantizer(torch.tensor([torch.nan])).isnan().all())
