@@ -33,7 +33,7 @@ def truncate(path):
 
 def test_a_labels_file_gives_files_in_its_order_and_ignores_other_columns(tmp_path):
     (tmp_path / "labels.csv").write_text(
-        "\ufeffauthor,class_index,file\nx,7,b/two.jpg\ny,0,one.jpg\n", encoding="utf-8"
+        "\ufefffile,author,class_index\nb/two.jpg,x,7\none.jpg,y,0\n", encoding="utf-8"
     )
     assert load_listing(tmp_path) == [Item(tmp_path / "b/two.jpg", 7), Item(tmp_path / "one.jpg", 0)]
 

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from PIL import Image
 from vitquant.errors import DataError
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.zoo import ModelSource, architecture, preprocessing_of
+from vitquant.zoo.preprocessing import _crop_pct
 
 
 @pytest.fixture
@@ -58,6 +61,12 @@ def test_the_transform_normalizes_and_sizes():
     result = Preprocessing((3, 96, 128), mean=(0.1, 0.2, 0.3), std=(0.1, 0.2, 0.5)).transform()(grey)
     assert result.shape == (3, 96, 128)
     torch.testing.assert_close(result[:, 40, 40], torch.tensor([1.0, 0.0, -0.2]), atol=1e-6, rtol=0)
+
+
+def test_the_crop_share_gives_back_every_resize():
+    for crop in range(32, 600, 7):
+        for resized in range(crop, 2 * crop):
+            assert math.floor(crop / _crop_pct(crop, resized)) == resized
 
 
 @pytest.mark.parametrize("model_type", ["vit", "deit", "levit", "dinov2", "swin"])

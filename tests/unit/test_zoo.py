@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -211,6 +212,16 @@ def test_weights_that_do_not_fit_are_listed_up_to_five_of_a_kind(tmp_path, train
     assert "\n" not in said
 
 
+class RunsWhenUnpickled:
+    """What a weights file from a stranger may hold."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.made),)
+
+
 def test_damaged_or_foreign_files_are_refused_by_name(tmp_path, trained):
     whole = tmp_path / "whole.safetensors"
     save_file(trained.state_dict(), whole)
@@ -218,13 +229,14 @@ def test_damaged_or_foreign_files_are_refused_by_name(tmp_path, trained):
     (tmp_path / "text.safetensors").write_text("not weights")
     torch.save(trained.state_dict(), tmp_path / "whole.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-1000])
-    torch.save(trained, tmp_path / "pickled.pth")  # code, which weights_only refuses
+    torch.save({"w": RunsWhenUnpickled(tmp_path / "made")}, tmp_path / "code.pth")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "weights.npz").write_text("")
-    for name in ("cut.safetensors", "text.safetensors", "cut.pth", "pickled.pth", "list.pt", "weights.npz", "no.pth"):
+    for name in ("cut.safetensors", "text.safetensors", "cut.pth", "code.pth", "list.pt", "weights.npz", "no.pth"):
         with pytest.raises(ModelError, match=name) as error:
             create(ModelSource(TIMM, ONE_BLOCK, str(tmp_path / name)))
         assert "\n" not in str(error.value)
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_pinned_weights_file_must_stay_the_same(tmp_path, trained):
