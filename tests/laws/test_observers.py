@@ -180,7 +180,7 @@ def test_half_of_the_bins_are_in_use(seed: int, bins: int, magnitude: float, one
         assert abs(float(centers[used[-1]]) - float(x.max())) <= width / 2
 
 
-@law
+@settings(max_examples=15, deadline=None)
 @given(
     SEEDS,
     st.sampled_from(GRANULARITIES),
@@ -194,6 +194,7 @@ def test_omse_is_the_best_candidate_on_its_histogram(
 ) -> None:
     spec = QuantSpec(bits, signed, symmetric, granularity, scheme)
     observer, minmax = Omse(spec), build_observer("minmax", spec)
+    observer.histogram = Histogram(512)  # the law does not depend on the bins; the time does
     for x in batches(seed, spread=1.0):
         observer.update(x)
         minmax.update(x)
@@ -209,8 +210,9 @@ def test_omse_is_the_best_candidate_on_its_histogram(
         [error(params_from_range(factor * low, factor * high, spec)) for factor in shrink_factors(low.device)]
     )
     # candidates that all but tie may be told apart differently in float32
-    assert bool((error(observer.estimate()) <= candidates.amin(0) * (1 + 1e-4)).all())
-    assert bool((error(observer.estimate()) <= error(minmax.estimate()) * (1 + 1e-4)).all())
+    chosen = error(observer.estimate())
+    assert bool((chosen <= candidates.amin(0) * (1 + 1e-4)).all())
+    assert bool((chosen <= error(minmax.estimate()) * (1 + 1e-4)).all())
 
 
 def test_omse_tries_the_published_factors() -> None:

@@ -246,6 +246,12 @@ def test_a_channel_is_quantized_as_if_alone(case: Case) -> None:
         assert same_bits(y.select(axis, i).contiguous(), alone(case.x.select(axis, i)))
 
 
+def test_halves_go_to_the_even_level() -> None:
+    quantizer = build_quantizer(QuantSpec(8), QParams(torch.tensor(2.0), torch.tensor(7)))
+    x = torch.tensor([-5.0, -3.0, -1.0, 1.0, 3.0, 5.0])
+    assert quantizer.encode(x).tolist() == [5, 5, 7, 7, 9, 9]
+
+
 def test_per_head_means_axis_minus_three() -> None:
     spec = QuantSpec(8, signed=True, symmetric=True, granularity=PerHead())
     quantizer = build_quantizer(spec, QParams(torch.tensor([1.0, 2.0, 4.0]), torch.zeros(3, dtype=torch.int32)))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitquant.quantizers import build_quantizer, params_from_range
-from vitquant.spec import Log2, PerAxis, PowerOfTwoFactor, PowerOfTwoScale, QuantSpec, Scheme, Uniform
+from vitquant.spec import Log2, PerAxis, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec, Scheme, Uniform
 
 EPS = torch.finfo(torch.float32).eps
 UNIFORM = [
@@ -22,45 +22,45 @@ UNIFORM = [
 ]
 
 
-def tensors(*values: float) -> list[torch.Tensor]:
-    return [torch.tensor(value) for value in values]
+def params_of(low: float, high: float, spec: QuantSpec) -> QParams:
+    return params_from_range(torch.tensor(low), torch.tensor(high), spec)
 
 
 def test_unsigned_asymmetric() -> None:
-    params = params_from_range(*tensors(-1.0, 4.1), QuantSpec(8))
+    params = params_of(-1.0, 4.1, QuantSpec(8))
     assert float(params.scale) == pytest.approx(5.1 / 255)
     assert (params.zero_point.item(), params.zero_point.dtype) == (50, torch.int32)  # type: ignore[union-attr]
     assert (params.scale.dtype, params.factor) == (torch.float32, None)
 
 
 def test_signed_asymmetric() -> None:
-    params = params_from_range(*tensors(-1.0, 4.1), QuantSpec(8, signed=True))
+    params = params_of(-1.0, 4.1, QuantSpec(8, signed=True))
     assert float(params.scale) == pytest.approx(5.1 / 255)
     assert params.zero_point == 50 - 128
 
 
 def test_signed_symmetric_is_that_of_fq_vit() -> None:
-    params = params_from_range(*tensors(-1.0, 4.1), QuantSpec(8, signed=True, symmetric=True))
+    params = params_of(-1.0, 4.1, QuantSpec(8, signed=True, symmetric=True))
     assert float(params.scale) == pytest.approx(4.1 / 127.5)
     assert params.zero_point == 0
 
 
 def test_unsigned_symmetric_has_zero_in_the_middle() -> None:
-    params = params_from_range(*tensors(-4.1, 1.0), QuantSpec(4, symmetric=True))
+    params = params_of(-4.1, 1.0, QuantSpec(4, symmetric=True))
     assert float(params.scale) == pytest.approx(4.1 / 7.5)
     assert params.zero_point == 8
 
 
 @pytest.mark.parametrize(("low", "high", "zero_point"), [(2.0, 5.1, 0), (-5.1, -2.0, 255)])
 def test_range_is_widened_to_hold_zero(low: float, high: float, zero_point: int) -> None:
-    params = params_from_range(*tensors(low, high), QuantSpec(8))
+    params = params_of(low, high, QuantSpec(8))
     assert float(params.scale) == pytest.approx(5.1 / 255)
     assert params.zero_point == zero_point
 
 
 @pytest.mark.parametrize("spec", UNIFORM)
 def test_zeros_get_the_smallest_scale_and_stay_zero(spec: QuantSpec) -> None:
-    params = params_from_range(*tensors(0.0, 0.0), spec)
+    params = params_of(0.0, 0.0, spec)
     assert float(params.scale) == EPS
     assert build_quantizer(spec, params)(torch.zeros(2)).tolist() == [0.0, 0.0]
 
@@ -82,8 +82,8 @@ def test_nothing_in_the_range_is_more_than_half_a_step_off(spec: QuantSpec, a: f
 @given(st.floats(2**-20, 1e6, width=32), st.booleans())
 def test_power_of_two_scale_is_the_next_power_of_two(high: float, symmetric: bool) -> None:
     spec = QuantSpec(8, symmetric=symmetric)
-    exact = params_from_range(*tensors(-high / 3, high), spec).scale
-    scale = params_from_range(*tensors(-high / 3, high), replace(spec, scheme=PowerOfTwoScale())).scale
+    exact = params_of(-high / 3, high, spec).scale
+    scale = params_of(-high / 3, high, replace(spec, scheme=PowerOfTwoScale())).scale
     assert torch.frexp(scale).mantissa == 0.5
     assert exact <= scale < 2 * exact
 
@@ -95,7 +95,7 @@ def test_power_of_two_scale_keeps_a_power_of_two(exponent: int) -> None:
 
 
 def test_power_of_two_zero_point_is_that_of_the_rounded_scale() -> None:
-    params = params_from_range(*tensors(-3.0, 5.0), QuantSpec(4, scheme=PowerOfTwoScale()))
+    params = params_of(-3.0, 5.0, QuantSpec(4, scheme=PowerOfTwoScale()))
     assert (params.scale, params.zero_point) == (1.0, 3)
 
 
@@ -113,7 +113,7 @@ def test_factors_are_the_smallest_that_cover_each_channel() -> None:
     assert params.zero_point == 121
     # 134 codes and a half above zero: the step of 15.2 / 255 / 2 reaches to 4.0085
     assert params.factor is not None
-    assert params.factor.tolist() == [3, 3, 3, 2, 1, 0, 0]
+    assert params.factor.tolist() == [3, 3, 2, 1, 0, 0, 0]
     assert params.factor.dtype == torch.int32
 
 
@@ -126,11 +126,12 @@ def test_factors_cover_and_no_smaller_one_would(bits: int, factors: int, seed: i
     low, high = center - width, center + width
     params = params_from_range(low, high, spec)
     assert params.factor is not None
-    assert params.zero_point is not None
+    zero_point = params.zero_point
+    assert zero_point is not None
     ends = torch.stack([low.clamp(max=0), high.clamp(min=0)]).double()
 
     def saturates(factor: torch.Tensor) -> torch.Tensor:
-        codes = (ends / (params.scale.double() * 2.0**factor)).round() + params.zero_point
+        codes = (ends / (params.scale.double() * 2.0**factor)).round() + zero_point
         return ((codes < 0) | (codes > spec.qmax)).any(0)
 
     assert not bool((saturates(params.factor) & (params.factor < factors - 1)).any())
