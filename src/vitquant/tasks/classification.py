@@ -151,15 +151,14 @@ class _Counts:
     def result(self, engine: str, seconds: float) -> ClassificationResult:
         if not self.images:
             raise DataError("no images to evaluate on")
-        percent = 100 / self.images
-        float_top1 = (self.top1 - self.only_model + self.only_float) * percent
+        float_top1 = 100 * (self.top1 - self.only_model + self.only_float) / self.images
         return ClassificationResult(
             engine=engine,
             images=self.images,
-            top1=self.top1 * percent,
-            top5=self.top5 * percent,
+            top1=100 * self.top1 / self.images,
+            top5=100 * self.top5 / self.images,
             float_top1=float_top1 if self.compared else None,
-            agreement=self.agree * percent if self.compared else None,
+            agreement=100 * self.agree / self.images if self.compared else None,
             top1_difference_interval=(
                 _score_interval(self.images, self.only_model, self.only_float) if self.compared else None
             ),
