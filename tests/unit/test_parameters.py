@@ -117,6 +117,15 @@ def test_factors_are_the_smallest_that_cover_each_channel() -> None:
     assert params.factor.dtype == torch.int32
 
 
+def test_a_channel_that_no_factor_covers_gets_the_coarsest() -> None:
+    """The step is 1 and both ends are halves that round away from zero: 244 + 12 is one code too many."""
+    spec = QuantSpec(8, granularity=PerAxis(-1), scheme=PowerOfTwoFactor(4))
+    params = params_from_range(torch.tensor([-11.5, -1.0]), torch.tensor([243.5, 1.0]), spec)
+    assert (params.scale, params.zero_point) == (1 / 8, 12)
+    assert params.factor is not None
+    assert params.factor.tolist() == [3, 0]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 16), st.integers(1, 8), st.integers(0, 2**31))
 def test_factors_cover_and_no_smaller_one_would(bits: int, factors: int, seed: int) -> None:

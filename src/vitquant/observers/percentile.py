@@ -20,7 +20,7 @@ class Percentile(MovingAverage):
     """The moving average over batches of the quantiles 1 - alpha and alpha of each channel.
 
     The quantiles are exact, interpolated linearly at position (n - 1) * alpha as numpy and torch do, and
-    cost little more than the extremes do: see `tails`.
+    cost about twice what the extremes do: see `tails`.
 
     Arguments:
         spec: what the quantizer will be.
@@ -28,8 +28,10 @@ class Percentile(MovingAverage):
 
     Source: FQ-ViT's code (`observer/percentile.py`, alpha = 0.99999, sigma = 0.01).
 
-    Pitfall: a channel of fewer than about 1 / (1 - alpha) values has its extremes trimmed by a fraction
-    of the gap to the next value only; per channel this is then close to "moving-average".
+    Pitfalls:
+        A channel of fewer than about 1 / (1 - alpha) values has its extremes trimmed by a fraction of the
+        gap to the next value only; per channel this is then close to "moving-average".
+        One scale per channel copies the operand, to lay out each channel in one row.
     """
 
     def __init__(self, spec: QuantSpec, alpha: float = ALPHA) -> None:
