@@ -1,0 +1,345 @@
+"""From a float model to a saved one and back, on models of every library, tiny and with random weights."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import vitquant
+from vitquant.capture import capture
+from vitquant.errors import CalibrationError, CaptureError, CheckpointError, ModelError, RecipeError
+from vitquant.model import QuantizedModel
+from vitquant.recipe import Bits, load_recipe
+from vitquant.zoo import create
+
+
+def timm_vit(**arguments):
+    import timm
+
+    return timm.create_model(
+        "vit_tiny_patch16_224", **{"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 7, **arguments}
+    ).eval()  # fmt: skip
+
+
+def timm_swin():
+    import timm
+
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        depths=(2, 2),
+        embed_dim=24,
+        num_heads=(2, 4),
+        img_size=64,
+        window_size=4,
+        num_classes=7,
+    ).eval()
+
+
+def transformers_deit():
+    from transformers import DeiTConfig, DeiTForImageClassification
+
+    return DeiTForImageClassification(
+        DeiTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=64)
+    ).eval()
+
+
+def transformers_swin():
+    from transformers import SwinConfig, SwinForImageClassification
+
+    return SwinForImageClassification(
+        SwinConfig(embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=4, image_size=64)
+    ).eval()
+
+
+def torchvision_vit():
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(64, 16, 2, 3, 48, 96, num_classes=7).eval()
+
+
+def torchvision_swin():
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    return SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=7).eval()
+
+
+class Own(nn.Module):
+    """A user's module: post-norm, sequence first, ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 16, 16)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 7)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.patches(x).flatten(2).permute(2, 0, 1)).mean(0))
+
+
+MODELS = [timm_vit, timm_swin, transformers_deit, transformers_swin, torchvision_vit, torchvision_swin, lambda: Own()]
+RECIPES = ["minmax", "moving-average", "percentile", "omse"]
+
+
+def photos(count=6, size=64, seed=0):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(output):
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_quantized_is_close_saved_and_reloaded_bit_for_bit(make, tmp_path):
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    quantized = vitquant.quantize(model, "minmax", photos().split(3))
+    x = photos(3, seed=1)
+    with torch.no_grad():
+        expected, found = model(x), quantized(x)
+    assert type(found) is type(expected)
+    cosine = torch.cosine_similarity(logits(found).flatten(), logits(expected).flatten(), 0)
+    assert 0.9 < cosine < 0.999999
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    quantized.save(tmp_path / "out")
+    with torch.no_grad():
+        for parameter in model.parameters():  # the architecture is enough
+            parameter.normal_()
+        again = vitquant.load(tmp_path / "out", model=model)
+        assert torch.equal(logits(again(x)), logits(found))
+        assert torch.equal(logits(again(x[:1])), logits(quantized(x[:1])))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_observer_is_close_at_8_bits_and_worse_at_4(recipe):
+    model, x = timm_vit(), photos(8, seed=1)
+    errors = {}
+    with torch.no_grad():
+        for bits in ("w8a8", "w4a4"):
+            quantized = vitquant.quantize(model, recipe, photos().split(3), bits=bits)
+            errors[bits] = (quantized(x) - model(x)).norm() / model(x).norm()
+    assert 0 < errors["w8a8"] < 0.2
+    assert errors["w8a8"] < errors["w4a4"]
+
+
+@pytest.mark.parametrize("bits", ["w2a8", "w3a5", "w4a4s4r8", "w8a8", "w6a16"])
+def test_packed_weights_have_their_size_and_come_back(bits, tmp_path):
+    quantized = vitquant.quantize(timm_vit(), "minmax", photos().split(3), bits=bits)
+    quantized.save(tmp_path / "out")
+    from safetensors.torch import load_file
+
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    weight = quantized.graph_module.blocks.get_submodule("0.mlp.fc1").weight
+    width = Bits.parse(bits).weights
+    assert stored["blocks.0.mlp.fc1.weight"].numel() == weight.numel() * width // 8
+    x = photos(2, seed=3)
+    assert torch.equal(vitquant.load(tmp_path / "out", model=timm_vit())(x), quantized(x))
+
+
+def test_the_same_input_gives_the_same_file(tmp_path):
+    for name in ("first", "second"):
+        torch.manual_seed(0)
+        vitquant.quantize(timm_vit(), "percentile", photos().split(3)).save(tmp_path / name)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_batches_may_be_tuples_or_mappings():
+    model, x = timm_vit(), photos(2, seed=1)
+    forms = [[photos()], [(photos(), torch.zeros(6))], [{"pixel_values": photos()}]]
+    first, *others = [vitquant.quantize(model, "minmax", form)(x) for form in forms]
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_a_source_is_enough_to_reload(tmp_path):
+    arguments = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 7}
+    source = vitquant.ModelSource("timm:vit_tiny_patch16_224", arguments, weights="random", seed=3)
+    model = create(source)
+    quantized = vitquant.quantize(model, "minmax", [photos()], source=source)
+    quantized.save(tmp_path / "out")
+    x = photos(2, seed=1)
+    assert torch.equal(vitquant.load(tmp_path / "out")(x), quantized(x))
+    assert torch.equal(vitquant.float_model(tmp_path / "out")(x), model(x))
+
+
+def test_half_the_model_in_bfloat16_reloads_bit_for_bit(tmp_path):
+    model = timm_vit().bfloat16()
+    quantized = vitquant.quantize(model, "minmax", [photos().bfloat16()])
+    quantized.save(tmp_path / "out")
+    x = photos(2, seed=1).bfloat16()
+    assert torch.equal(vitquant.load(tmp_path / "out", model=model)(x), quantized(x))
+
+
+def test_a_tied_weight_stays_tied(tmp_path):
+    model = timm_vit()
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    quantized = vitquant.quantize(model, "minmax", [photos()])
+    quantized.save(tmp_path / "out")
+    x = photos(2, seed=1)
+    assert torch.equal(vitquant.load(tmp_path / "out", model=model)(x), quantized(x))
+
+
+def test_values_read_several_times_have_one_quantizer():
+    quantized = vitquant.quantize(transformers_deit(), "minmax", [photos()])
+    assert "blocks.0.attn.query:input" in quantized.quantizers
+    assert "blocks.0.attn.key:input" not in quantized.quantizers
+    calls = [node for node in quantized.graph_module.graph.nodes if node.op == "call_module"]
+    assert len(calls) == len(quantized.quantizers) == len(set(quantized.quantizers.values()))
+
+
+def test_weights_are_on_their_grid():
+    quantized = vitquant.quantize(timm_vit(), "minmax", [photos()], bits="w3a8")
+    quantizer = quantized.quantizers["blocks.0.attn.qkv:weight"]
+    weight = quantizer(quantized.graph_module.blocks.get_submodule("0.attn.qkv").weight)
+    steps = weight / quantizer.scale[:, None]
+    assert torch.equal(steps, steps.round())
+    assert len(steps.unique()) == 8
+
+
+def test_a_tap_sees_the_value_before_its_quantizer():
+    model = timm_vit()
+    quantized = vitquant.quantize(model, "minmax", [photos()])
+    seen = []
+    quantized.run(photos(2, seed=1), {"patch_embed:input": seen.append})
+    assert torch.equal(seen[0], photos(2, seed=1))
+
+
+def test_a_layer_norm_gain_of_zero_is_nothing_special():
+    model = timm_vit()
+    with torch.no_grad():
+        model.blocks[0].norm1.weight[:2] = 0
+    quantized = vitquant.quantize(model, "omse", [photos()])
+    assert torch.isfinite(quantized(photos(2, seed=1))).all()
+
+
+def test_an_uncalibrated_model_does_not_answer_and_is_not_saved(tmp_path):
+    captured = capture(timm_vit(), photos(2))
+    model = QuantizedModel(captured, load_recipe("minmax"), Bits(), (3, 64, 64))
+    with pytest.raises(CalibrationError, match="patch_embed:input is not calibrated"):
+        model(photos(2))
+    with pytest.raises(CalibrationError, match="not calibrated"):
+        model.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_image_size_is_refused():
+    quantized = vitquant.quantize(timm_vit(), "minmax", [photos()])
+    with pytest.raises(CaptureError, match="images of 3x64x64, these are 3x32x32"):
+        quantized(photos(2, size=32))
+    with pytest.raises(CaptureError, match="3x32x32"):
+        vitquant.quantize(timm_vit(), "minmax", [photos(), photos(size=32)])
+
+
+def test_bad_values_are_named_by_site():
+    broken = photos()
+    broken[2, 0, 0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match="patch_embed:input: NaN or infinity"):
+        vitquant.quantize(timm_vit(), "minmax", [photos(), broken])
+    model = timm_vit()
+    with torch.no_grad():
+        model.blocks[1].attn.proj.weight[0, 0] = float("inf")
+    with pytest.raises(ModelError, match=r"blocks\.1\.attn\.proj\.weight holds NaN or infinity"):
+        vitquant.quantize(model, "minmax", [photos()])
+
+
+def test_activations_that_overflow_are_named_by_site():
+    model = timm_vit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight.mul_(1e38)
+    with pytest.raises(CalibrationError, match=r"blocks\.1\.mlp\.[a-z0-9]+:input: NaN or infinity"):
+        vitquant.quantize(model, "minmax", [photos()], settings=["activation-inputs.float=true"])
+
+
+def test_no_data_is_refused():
+    for data in ([], [torch.empty(0, 3, 64, 64)], [torch.zeros(2, 3)], ["image.png"]):
+        with pytest.raises(CalibrationError):
+            vitquant.quantize(timm_vit(), "minmax", data)
+
+
+def test_a_model_without_attention_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.Flatten(), nn.Linear(128, 7))
+    with pytest.raises(CaptureError, match="no attention"):
+        vitquant.quantize(model, "minmax", [photos()])
+
+
+def test_unknown_methods_and_settings_are_refused_before_any_work():
+    recipe = load_recipe("minmax")
+    from dataclasses import replace
+
+    from vitquant.recipe import Method
+
+    with pytest.raises(RecipeError, match="'distil' is unknown"):
+        vitquant.quantize(timm_vit(), replace(recipe, methods=(Method("distil"),)), [photos()])
+    with pytest.raises(RecipeError, match="calibrate.*momentum"):
+        vitquant.quantize(timm_vit(), "minmax", [photos()], settings=["calibrate.momentum=0.1"])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    vitquant.quantize(timm_vit(), "minmax", [photos()]).save(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def rewrite(saved, change):
+    """Alter a saved model as somebody would who repairs the digests afterwards."""
+    from vitquant.checkpoint import read_checkpoint, write_checkpoint
+
+    tensors, config = read_checkpoint(saved)
+    change(tensors, config)
+    config = {key: value for key, value in config.items() if key not in ("format", "files")}
+    write_checkpoint(saved, tensors, config, force=True)
+
+
+def test_a_saved_model_without_scales_is_refused(saved):
+    key = "quantizers.blocks.0.attn.scores:query.scale"
+    rewrite(saved, lambda tensors, _: tensors.pop(key))
+    with pytest.raises(CheckpointError, match="blocks.0.attn.scores:query.scale is missing"):
+        vitquant.load(saved, model=timm_vit())
+
+
+def test_a_saved_model_with_scales_that_cannot_be_is_refused(saved):
+    key = "quantizers.blocks.0.attn.scores:query.scale"
+    for value in (float("nan"), 0.0, -1.0):
+        rewrite(saved, lambda tensors, _, value=value: tensors.update({key: torch.tensor(value)}))
+        with pytest.raises(CheckpointError, match=r"scores:query"):
+            vitquant.load(saved, model=timm_vit())
+
+
+def test_a_saved_model_of_other_shapes_is_refused(saved):
+    rewrite(saved, lambda tensors, _: tensors.update({"blocks.0.attn.qkv.bias": torch.zeros(3)}))
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv\.bias"):
+        vitquant.load(saved, model=timm_vit())
+
+
+def test_another_model_or_a_changed_graph_is_refused(saved):
+    for other in (timm_vit(depth=1), timm_vit(num_heads=4), timm_vit(act_layer=nn.ReLU), timm_vit(num_classes=8)):
+        with pytest.raises(CheckpointError, match="graph is not the one that was saved"):
+            vitquant.load(saved, model=other)
+
+
+def test_a_saved_model_without_source_says_what_to_do(saved):
+    with pytest.raises(CheckpointError, match=r"load\(.*model="):
+        vitquant.load(saved)
+
+
+def test_a_factory_named_in_a_file_is_not_imported(saved):
+    rewrite(saved, lambda _, config: config.update(source={"name": "python:os.path:join"}))
+    with pytest.raises(CheckpointError, match="python:os.path:join.*repeat it"):
+        vitquant.load(saved)
+
+
+def test_the_record_tells_what_calibration_saw(saved):
+    config = json.loads((saved / "config.json").read_text())
+    assert config["records"][0]["summary"] == {"images": 6, "batches": 1}
+    decision = config["records"][0]["decisions"]["patch_embed:input"]
+    assert decision == {"low": photos().min().item(), "high": photos().max().item()}
+    assert config["calibration"]["images"] == 6
+    assert config["quantization_config"]["quant_method"] == "vitquant"
