@@ -221,6 +221,19 @@ def test_omse_tries_the_published_factors() -> None:
     assert (float(factors[0]), float(factors[-1])) == (1.0, pytest.approx(0.11))
 
 
+def test_omse_fits_each_of_many_channels_by_itself() -> None:
+    """50 channels are more than one block of the search holds."""
+    x = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    spec = QuantSpec(4, signed=True, symmetric=True, granularity=PerAxis(0))
+    together = Omse(spec)
+    together.update(x)
+    scale = together.estimate().scale
+    for i in (0, 22, 49):
+        alone = Omse(spec)
+        alone.update(x[i : i + 1])
+        assert torch.equal(alone.estimate().scale, scale[i : i + 1])
+
+
 def test_omse_cuts_an_outlier_and_says_how_much() -> None:
     x = torch.cat([torch.linspace(-1, 1, 100_000), torch.tensor([10.0])])
     spec = QuantSpec(4, signed=True, symmetric=True)
