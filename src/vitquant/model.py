@@ -270,6 +270,7 @@ class _Tapped(Interpreter):
 
     def __init__(self, module: GraphModule, taps: Mapping[str, Callable[[torch.Tensor], None]]) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # it would add a page to a message of one line
         self._taps = taps
 
     def run_node(self, n: Node) -> Any:
@@ -282,6 +283,8 @@ class _Tapped(Interpreter):
 def _params(tensors: dict[str, torch.Tensor], name: str, directory: object) -> QParams:
     prefix = f"{_QUANTIZERS}.{name}"
     scale = _take(tensors, f"{prefix}.scale", directory)
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise CheckpointError(f"{directory}: {name} has a scale that is not positive; quantize the model again")
     return QParams(scale, tensors.get(f"{prefix}.zero_point"), tensors.get(f"{prefix}.factor"))
 
 

@@ -83,6 +83,22 @@ MODELS = [timm_vit, timm_swin, transformers_deit, transformers_swin, torchvision
 RECIPES = ["minmax", "moving-average", "percentile", "omse"]
 
 
+def trained(model):
+    """Weights of a size that training would give them: libraries begin with tokens and heads of zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                parameter.copy_(centre + 0.1 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.shape[0] == 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            else:
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+    return model
+
+
 def photos(count=6, size=64, seed=0):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
@@ -98,7 +114,7 @@ def _seed():
 
 @pytest.mark.parametrize("make", MODELS)
 def test_quantized_is_close_saved_and_reloaded_bit_for_bit(make, tmp_path):
-    model = make()
+    model = trained(make())
     before = copy.deepcopy(model.state_dict())
     quantized = vitquant.quantize(model, "minmax", photos().split(3))
     x = photos(3, seed=1)
@@ -106,7 +122,7 @@ def test_quantized_is_close_saved_and_reloaded_bit_for_bit(make, tmp_path):
         expected, found = model(x), quantized(x)
     assert type(found) is type(expected)
     cosine = torch.cosine_similarity(logits(found).flatten(), logits(expected).flatten(), 0)
-    assert 0.9 < cosine < 0.999999
+    assert 0.95 < cosine < 0.999999
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     quantized.save(tmp_path / "out")
@@ -120,7 +136,7 @@ def test_quantized_is_close_saved_and_reloaded_bit_for_bit(make, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_observer_is_close_at_8_bits_and_worse_at_4(recipe):
-    model, x = timm_vit(), photos(8, seed=1)
+    model, x = trained(timm_vit()), photos(8, seed=1)
     errors = {}
     with torch.no_grad():
         for bits in ("w8a8", "w4a4"):
@@ -199,9 +215,9 @@ def test_weights_are_on_their_grid():
     quantized = vitquant.quantize(timm_vit(), "minmax", [photos()], bits="w3a8")
     quantizer = quantized.quantizers["blocks.0.attn.qkv:weight"]
     weight = quantizer(quantized.graph_module.blocks.get_submodule("0.attn.qkv").weight)
-    steps = weight / quantizer.scale[:, None]
-    assert torch.equal(steps, steps.round())
-    assert len(steps.unique()) == 8
+    codes = quantizer.encode(weight)
+    assert torch.equal(weight, codes * quantizer.scale[:, None])
+    assert sorted(codes.unique().tolist()) == list(range(-4, 4))
 
 
 def test_a_tap_sees_the_value_before_its_quantizer():
@@ -253,9 +269,11 @@ def test_bad_values_are_named_by_site():
 def test_activations_that_overflow_are_named_by_site():
     model = timm_vit()
     with torch.no_grad():
-        model.blocks[1].mlp.fc1.weight.mul_(1e38)
-    with pytest.raises(CalibrationError, match=r"blocks\.1\.mlp\.[a-z0-9]+:input: NaN or infinity"):
-        vitquant.quantize(model, "minmax", [photos()], settings=["activation-inputs.float=true"])
+        model.blocks[1].mlp.fc1.weight.fill_(1e30)
+        model.blocks[1].mlp.fc2.weight.fill_(1e30)
+    with pytest.raises(CalibrationError) as refused:
+        vitquant.quantize(model, "minmax", [photos()])
+    assert str(refused.value) == "blocks.1.residual2:rhs: NaN or infinity in the calibration data"
 
 
 def test_no_data_is_refused():
