@@ -5,10 +5,30 @@ model.save("out")
 model = vitquant.load("out")
 """
 
-from vitquant.errors import VitquantError
-from vitquant.model import QuantizedModel
-from vitquant.pipeline import float_model, load, quantize
-from vitquant.zoo import ModelSource
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitquant.errors import VitquantError
+    from vitquant.model import QuantizedModel
+    from vitquant.pipeline import float_model, load, quantize
+    from vitquant.zoo import ModelSource
 
 __all__ = ["ModelSource", "QuantizedModel", "VitquantError", "float_model", "load", "quantize"]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ModelSource": "vitquant.zoo",
+    "QuantizedModel": "vitquant.model",
+    "VitquantError": "vitquant.errors",
+    "float_model": "vitquant.pipeline",
+    "load": "vitquant.pipeline",
+    "quantize": "vitquant.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch takes seconds, which `vitquant --help` need not wait for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

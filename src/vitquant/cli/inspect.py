@@ -1,0 +1,48 @@
+"""`vitquant inspect`: what became of every operation."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vitquant.cli import options
+from vitquant.cli.terminal import Terminal
+
+
+def inspect(
+    out: options.Saved,
+    model: options.Repeated = None,
+    every: Annotated[bool, typer.Option("--all", help="List also what only moves data or is constant.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show every operation of a quantized model: integer or float and why, bits, scheme, scales."""
+    with Terminal(json, quiet) as terminal:
+        with terminal.progress("loading"):
+            from vitquant.pipeline import load
+            from vitquant.report.operations import CONSTANT, DATA, list_operations, summarize
+            from vitquant.report.tables import facts, operations_table, summary_text
+
+            quantized = load(out, source=model)
+            operations = list_operations(quantized)
+        source = (quantized.provenance.get("source") or {}).get("name")
+        summary = summarize(operations)
+        about = {
+            "model": source,
+            "recipe": quantized.recipe.name,
+            "bits": str(quantized.bits),
+            "engine": "simulated",
+            "summary": summary,
+            "operations": [operation.to_dict() for operation in operations],
+        }
+        shown = [operation for operation in operations if every or operation.arithmetic not in (CONSTANT, DATA)]
+        rows = {
+            "model": source or "given in Python",
+            "recipe": f"{quantized.recipe.name}, {quantized.bits}",
+            "summary": summary_text(summary),
+        }
+        if len(shown) < len(operations):
+            rows["not shown"] = f"{len(operations) - len(shown)} that move data or are constant: --all or --json"
+        terminal.result(about, operations_table(shown), facts(rows))

@@ -1,0 +1,61 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitquant.errors import VitquantError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Device(StrEnum):
+    """Where to compute; `auto` is CUDA when there is one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+Saved = Annotated[Path, typer.Argument(metavar="OUT", help="What `quantize` wrote.")]
+Repeated = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="Repeat the python: factory that made the model.")
+]
+Batch = Annotated[int | None, typer.Option(min=1, help="Images in a batch.")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto: CUDA when there is one.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: this one.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads that compute; torch's choice when not given.")]
+SkipBadImages = Annotated[bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be read.")]
+PreprocessingFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--preprocessing",
+        metavar="FILE.toml",
+        help="Replaces the model's own: input_size, interpolation, crop_pct, mean, std; absent keys stay.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no notes, no tables: errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
+
+
+def choose_device(device: Device, threads: int | None) -> torch.device:
+    """The device to compute on, with the number of threads set.
+
+    Raises:
+        VitquantError: CUDA is asked for and there is none.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise VitquantError("--device cuda: torch finds no CUDA device here; give --device cpu")
+    if device is Device.AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)

@@ -1,0 +1,183 @@
+"""`vitquant quantize`: from a name and a directory of images to a saved model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitquant.cli import options
+from vitquant.cli.terminal import Terminal
+from vitquant.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vitquant.tasks.images import Item
+    from vitquant.tasks.preprocessing import Preprocessing
+    from vitquant.zoo import ModelSource
+
+Name = Annotated[
+    str, typer.Argument(help="timm:NAME, transformers:NAME, torchvision:NAME or python:package.module:factory.")
+]
+Weights = Annotated[str, typer.Option(metavar="PATH|pretrained|random", help="A state dict, or where from.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name or TOML file; + lays overlays over it.")]
+BitWidths = Annotated[str | None, typer.Option("--bits", help="Replaces the recipe's, as in w8a8 or w4a8s4.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="RULE.KEY=VALUE", help="Replaces one key of the recipe; repeat.")
+]
+CalibrationFolder = Annotated[Path, typer.Option(metavar="DIR", help="Images to calibrate on; labels are not read.")]
+Images = Annotated[int | None, typer.Option(min=1, help="How many of them; the recipe's number when not given.")]
+ModelArguments = Annotated[
+    list[str] | None, typer.Option("--model-arg", metavar="KEY=VALUE", help="An argument of the model; repeat.")
+]
+Output = Annotated[Path, typer.Option(metavar="OUT", help="The directory to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a saved model that is there.")]
+Seed = Annotated[int, typer.Option(help="Of random weights and of the choice of images.")]
+
+
+def quantize(
+    model: Name,
+    calibration: CalibrationFolder,
+    output: Output,
+    weights: Weights = "pretrained",
+    recipe: RecipeName = "minmax",
+    bits: BitWidths = None,
+    settings: Settings = None,
+    images: Images = None,
+    batch: options.Batch = None,
+    preprocessing: options.PreprocessingFile = None,
+    model_arguments: ModelArguments = None,
+    force: Force = False,
+    seed: Seed = 0,
+    device: options.DeviceOption = options.Device.AUTO,
+    workers: options.Workers = 0,
+    skip_bad_images: options.SkipBadImages = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Quantize MODEL by a recipe and write it to OUT."""
+    started = time.perf_counter()
+    with Terminal(json, quiet) as terminal:
+        with terminal.progress("loading"):
+            import torch
+
+            from vitquant import pipeline
+            from vitquant.checkpoint import TENSORS, check_target
+            from vitquant.recipe import Bits, load_recipe, override
+            from vitquant.report.tables import ends_text, facts
+            from vitquant.tasks.images import batches, load_listing
+            from vitquant.zoo import ModelSource, create, parse_model_arguments, pinned
+
+            # What is wrong is said before what takes long.
+            check_target(output, force)
+            chosen = override(load_recipe(recipe), settings or ())
+            widths = str(chosen.bits if bits is None else Bits.parse(bits))
+            where = options.choose_device(device, threads)
+            torch.manual_seed(seed)
+            size = batch or chosen.calibration.batch
+            items = _choose(load_listing(calibration), calibration, images, chosen.calibration.images, size, seed)
+            if images is None and len(items) < chosen.calibration.images:
+                terminal.note(
+                    f"{calibration} has {len(items)} images; recipe {chosen.name} asks for more, all are used"
+                )
+            if weights not in ("pretrained", "random"):
+                weights = str(Path(weights).absolute())  # it is saved, and `evaluate` may run elsewhere
+            source = pinned(ModelSource(model, parse_model_arguments(model_arguments or ()), weights, seed))
+            network = create(source).to(where)
+            steps = _preprocessing(network, source, preprocessing)
+            data = batches(items, steps, size, workers, skip_bad_images)
+            _refuse_less_than_a_batch(len(data.items), size, calibration)
+        with terminal.progress("capturing, first batch", len(data.items)) as update:
+            stream = _watched(data, update)
+            quantized = pipeline.quantize(
+                network, chosen, stream, bits=widths, source=source, preprocessing=steps.to_dict()
+            )
+            quantized.provenance["calibration"] |= {
+                "directory": str(calibration.absolute()),
+                "seed": seed,
+                "batch": size,
+            }
+            update(description="writing")
+            quantized.save(output, force)
+        if data.skipped:
+            first = data.skipped[0]
+            terminal.note(f"{len(data.skipped)} images were left out, first: {first.path}: {first.reason}")
+        used = quantized.provenance["calibration"]["images"]
+        sizes = {
+            "float_bytes": sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()),
+            "bytes": (output / TENSORS).stat().st_size,
+        }
+        seconds = time.perf_counter() - started
+        count = len(quantized.quantized_names)
+        values = {
+            "output": str(output.absolute()),
+            "model": source.name,
+            "recipe": chosen.name,
+            "bits": widths,
+            "calibration": quantized.provenance["calibration"],
+            "values": len(quantized.values),
+            "quantized_values": count,
+            **sizes,
+            "skipped_images": len(data.skipped),
+            "seconds": seconds,
+        }
+        rows = {
+            "model": source.name,
+            "recipe": f"{chosen.name}, {widths}",
+            "calibrated on": f"{used} images of {calibration}, {size} in a batch",
+            "quantized": f"{count} of {len(quantized.values)} tensors that operations read",
+            "ends": ends_text(quantized),
+            "size": f"{sizes['bytes'] / 1e6:.1f} MB, float {sizes['float_bytes'] / 1e6:.1f} MB",
+            "written to": f"{output}, after {seconds:.1f} s",
+        }
+        terminal.result(values, facts(rows))
+
+
+def _choose(items: list[Item], directory: Path, asked: int | None, usual: int, batch: int, seed: int) -> list[Item]:
+    """The images to calibrate on: as many as asked for, or else the recipe's number or all there are."""
+    from vitquant.tasks.images import subset
+
+    if asked is not None and asked > len(items):
+        raise DataError(
+            f"{directory}: {asked} images asked for, {len(items)} there; give --images {len(items)} or less"
+        )
+    count = asked or min(usual, len(items))
+    _refuse_less_than_a_batch(count, batch, directory)
+    return subset(items, count, seed)
+
+
+def _refuse_less_than_a_batch(count: int, batch: int, directory: Path) -> None:
+    if count < batch:
+        raise DataError(
+            f"{directory}: {count} calibration images are less than a batch of {batch}; give more, or --batch {count}"
+        )
+
+
+def _preprocessing(network: nn.Module, source: ModelSource, file: Path | None) -> Preprocessing:
+    """The model's own preprocessing, with the keys of a file laid over it."""
+    from vitquant.tasks.preprocessing import Preprocessing
+    from vitquant.zoo import preprocessing_of
+
+    if file is None:
+        return preprocessing_of(network, source)
+    try:
+        own = preprocessing_of(network, source)
+    except ModelError:  # it says to give a file, and here is one
+        own = None
+    return Preprocessing.from_toml(file, own)
+
+
+def _watched(batches: Iterable[tuple[Tensor, Tensor]], update: Callable[..., None]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, with progress; capture happens between the first and the second."""
+    done = 0
+    for images, labels in batches:
+        yield images, labels
+        done += len(images)
+        update(description="calibrating", completed=done)
+    update(description="choosing scales")

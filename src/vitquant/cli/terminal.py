@@ -1,0 +1,79 @@
+"""Where a command's words go: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from typing import Any, TextIO
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+_FILE_WIDTH = 140  # columns of a table that goes to a file or a pipe
+
+
+class Terminal:
+    """The output of one command; inside its `with`, whatever else prints to stdout goes to stderr.
+
+    Arguments:
+        json: the result is one JSON object, alone on stdout.
+        quiet: nothing but that object and errors.
+    """
+
+    def __init__(self, json: bool, quiet: bool) -> None:
+        self._json, self._quiet = json, quiet
+        self._stdout = sys.stdout
+        self._stderr = Console(file=sys.stderr)
+
+    def __enter__(self) -> Terminal:
+        self._redirection = redirect_stdout(sys.stderr)  # a library or a user's factory may print
+        self._redirection.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._redirection.__exit__(*error)
+
+    def result(self, values: Mapping[str, Any], *tables: RenderableType) -> None:
+        """Show the result: its values as JSON, or the tables."""
+        if self._json:
+            print(json.dumps(values, indent=2, allow_nan=False), file=self._stdout)
+        elif not self._quiet:
+            console = Console(file=self._stdout, width=_width(self._stdout), highlight=False)
+            for table in tables:
+                console.print(table)
+
+    def note(self, text: str) -> None:
+        """Say something that the user should know, on stderr."""
+        if not self._quiet:
+            self._stderr.print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
+
+    @contextmanager
+    def progress(self, description: str, images: int | None = None) -> Iterator[Callable[..., None]]:
+        """A spinner, or a bar when the number of images is known; shown on a terminal only.
+
+        Yields a function that takes what rich's `Progress.update` takes: `description`, `total`, `completed`.
+        """
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Images(), TimeRemainingColumn())
+        hidden = self._quiet or not self._stderr.is_terminal
+        with Progress(*columns, console=self._stderr, transient=True, disable=hidden) as progress:
+            yield partial(progress.update, progress.add_task(description, total=images))
+
+
+class _Images(ProgressColumn):
+    """How many images are done, and how many a second."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("")
+        speed = f", {task.speed:.0f} images/s" if task.speed else ""
+        return Text(f"{task.completed:.0f}/{task.total:.0f}{speed}")
+
+
+def _width(stream: TextIO) -> int | None:
+    """None leaves it to rich: the width of the terminal, or COLUMNS."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else _FILE_WIDTH

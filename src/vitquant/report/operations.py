@@ -1,0 +1,246 @@
+"""Every operation of a quantized model: integer or float, why, and how its operands are quantized.
+
+Today all arithmetic is simulated in float. `integer` says that integers *can* compute an operation,
+since all of its operands are quantized so; that they do is for lowering to prove.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from vitquant.graph import operators as ops
+from vitquant.graph.operators import calls, is_rearrangement, is_selection, packet
+from vitquant.graph.walk import depends_on_input
+from vitquant.model import QuantizedModel
+from vitquant.quantizers import Quantizer
+from vitquant.recipe import Assignment
+from vitquant.spec import PerAxis, QuantSpec, Uniform
+
+INTEGER, FLOAT, FUSED, CONSTANT, DATA = "integer", "float", "fused", "constant", "moves data"
+
+# What has no integer kernel before lowering gives it one.
+_FLOAT_KINDS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "softmax", "activation")
+# Operands whose channels are summed: with a scale of its own for each, no integer accumulator can hold the sum.
+_SUMMED = {
+    "linear": ("input",),
+    "conv": ("input",),
+    "scores": ("query", "key"),
+    "context": ("probs",),
+    "product": ("lhs",),
+}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One operand of an operation, and its quantizer.
+
+    Arguments:
+        name: `input`, `query`, ...
+        value: the value it reads; operands that read one value share its quantizer.
+        rule: the recipe's rule that decided; empty when no rule matched.
+        spec: None when it stays in float, and so are the others.
+        scale: the smallest and the largest step from level to level.
+        zero_point: the smallest and the largest; None for a scheme without.
+        range: the smallest and the largest real number on the grid.
+    """
+
+    name: str
+    value: str
+    rule: str
+    spec: QuantSpec | None = None
+    scale: tuple[float, float] | None = None
+    zero_point: tuple[int, int] | None = None
+    range: tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the spec's among them."""
+        spec = {"bits": None} if self.spec is None else self.spec.to_dict()
+        numbers = {"scale": self.scale, "zero_point": self.zero_point, "range": self.range}
+        return {"operand": self.name, "value": self.value, "rule": self.rule or None, **spec, **numbers}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of the graph.
+
+    Arguments:
+        name: the site's name, or the graph node's where the operation is no site.
+        kind: the site's kind, or the operator's name.
+        module: the path of the module that it came from, as the library names it.
+        arithmetic: `integer`, `float`, `fused` into another operation, `constant` (the same for every
+            image) or `moves data`.
+        reason: why.
+        operands: a site's; empty elsewhere.
+        macs: multiply-accumulates for one image.
+    """
+
+    name: str
+    kind: str
+    module: str
+    arithmetic: str
+    reason: str
+    operands: tuple[Operand, ...] = ()
+    macs: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        texts = {"name": self.name, "kind": self.kind, "module": self.module}
+        operands = [operand.to_dict() for operand in self.operands]
+        return {**texts, "arithmetic": self.arithmetic, "reason": self.reason, "macs": self.macs, "operands": operands}
+
+
+def list_operations(model: QuantizedModel) -> tuple[Operation, ...]:
+    """Every operation of a calibrated model, in the graph's order.
+
+    Pitfall: it runs one image through the model, to learn how often an operation repeats per image
+    (Swin's windows stand in the batch dimension).
+    """
+    graph = model.graph_module.graph
+    sites = {site.node: site for site in model.sites}
+    dynamic, owners, macs = depends_on_input(graph), _owners(model), _count_macs(model)
+    value_of = {str(reader): value.name for value in model.values for reader in value.readers}
+    quantized, quantizers = _quantized_results(model), model.quantizers
+    found = []
+    for node in graph.nodes:
+        count = macs.get(node, 0)
+        if node.name in sites:
+            site = sites[node.name]
+            read = {operand: value_of[str(site.reader(operand))] for operand in site.operands}
+            assignments = {operand: model.assignments[value] for operand, value in read.items()}
+            arithmetic, reason = classify(site.kind, assignments, node in quantized)
+            operands = tuple(_operand(name, read[name], assignments[name], quantizers) for name in read)
+            found.append(Operation(site.name, site.kind, site.module, arithmetic, reason, operands, count))
+        elif node.op == "call_function" and ("shape" in node.meta or "shapes" in node.meta):
+            arithmetic, reason = _classify_other(node, dynamic, owners)
+            kind = str(getattr(packet(node), "__name__", packet(node)))
+            found.append(Operation(node.name, kind, str(node.meta.get("module", "")), arithmetic, reason, macs=count))
+    return tuple(found)
+
+
+def summarize(operations: Sequence[Operation]) -> dict[str, Any]:
+    """Counts, and the share of multiply-accumulates whose operands are all quantized, as plain values."""
+    counts = Counter(operation.arithmetic for operation in operations)
+    operands = [operand for operation in operations for operand in operation.operands]
+    quantized = [o for o in operations if o.operands and all(operand.spec is not None for operand in o.operands)]
+    macs, quantized_macs = sum(o.macs for o in operations), sum(o.macs for o in quantized)
+    return {
+        "operations": {arithmetic: counts[arithmetic] for arithmetic in (INTEGER, FLOAT, FUSED, CONSTANT, DATA)},
+        "operands": len(operands),
+        "quantized_operands": sum(operand.spec is not None for operand in operands),
+        "macs": macs,
+        "quantized_macs": quantized_macs,
+        "quantized_macs_percent": 100 * quantized_macs / macs if macs else 0.0,
+    }
+
+
+def classify(kind: str, operands: Mapping[str, Assignment], quantized_result: bool) -> tuple[str, str]:
+    """Whether integers can compute a site, and why.
+
+    Arguments:
+        kind: the site's.
+        operands: what each of its operands became.
+        quantized_result: whether what it computes is quantized next.
+    """
+    for name, assignment in operands.items():
+        if assignment.spec is None:
+            by = f"is left in float by rule {assignment.rule}" if assignment.rule else "is matched by no rule"
+            return FLOAT, f"its {name} {by}"
+    for name, assignment in operands.items():
+        spec = assignment.spec
+        assert spec is not None
+        if spec.bits > 8:
+            return FLOAT, f"its {name} has {spec.bits} bits: above 8 is simulated only"
+        per_axis = isinstance(spec.granularity, PerAxis) and isinstance(spec.scheme, Uniform)
+        if per_axis and name in _SUMMED.get(kind, ()):
+            return FLOAT, f"its {name} has a scale for each channel that it sums"
+    if kind in _FLOAT_KINDS:
+        return FLOAT, "between quantized tensors" if quantized_result else "on a quantized tensor"
+    return INTEGER, "all of its operands are quantized"
+
+
+def _classify_other(node: Node, dynamic: set[Node], owners: Mapping[Node, str]) -> tuple[str, str]:
+    """An operation that is no site."""
+    if node not in dynamic:
+        return CONSTANT, "the same for every image"
+    if is_rearrangement(node) or is_selection(node) or calls(node, ops.JOINS):
+        return DATA, "moves data"
+    if node in owners:
+        return FUSED, f"part of {owners[node]}"
+    dtype = node.meta.get("dtype")
+    if dtype is not None and not dtype.is_floating_point:
+        return DATA, "masks or indices"
+    return FLOAT, "not a site"
+
+
+def _owners(model: QuantizedModel) -> dict[Node, str]:
+    """For each operation between a product of query and key and its softmax, that product's name."""
+    scores = {site.node: site.name for site in model.sites if site.kind == "scores"}
+    owners: dict[Node, str] = {}
+    for node in model.graph_module.graph.nodes:
+        if node.name in scores:
+            owners[node] = scores[node.name]
+        elif calls(node, ops.ON_SCORES) or is_rearrangement(node) or is_selection(node) or node.op == "call_module":
+            from_scores = [owners[argument] for argument in node.all_input_nodes if argument in owners]
+            if from_scores:
+                owners[node] = from_scores[0]
+    return owners
+
+
+def _quantized_results(model: QuantizedModel) -> set[Node]:
+    """The operations whose result is quantized, as it is, rearranged or in part."""
+    nodes = {node.name: node for node in model.graph_module.graph.nodes}
+    return {_origin(nodes[value.node]) for value in model.values if model.assignments[value.name].spec is not None}
+
+
+def _origin(node: Node) -> Node:
+    while is_rearrangement(node) or is_selection(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _operand(name: str, value: str, assignment: Assignment, quantizers: Mapping[str, Quantizer]) -> Operand:
+    if assignment.spec is None:
+        return Operand(name, value, assignment.rule)
+    quantizer = quantizers[value]
+    low, high = quantizer.range()
+    zero_point = quantizer.zero_point
+    return Operand(
+        name,
+        value,
+        assignment.rule,
+        spec=assignment.spec,
+        scale=(quantizer.step.min().item(), quantizer.step.max().item()),
+        zero_point=None if zero_point is None else (int(zero_point.min()), int(zero_point.max())),
+        range=(low.min().item(), high.max().item()),
+    )
+
+
+def _count_macs(model: QuantizedModel) -> dict[Node, int]:
+    parameter = next(model.parameters())
+    counter = _MacCounter(model.graph_module)
+    with torch.inference_mode():
+        counter.run(torch.zeros(1, *model.input_shape, dtype=parameter.dtype, device=parameter.device))
+    return counter.macs
+
+
+class _MacCounter(Interpreter):
+    """Runs a graph, counting the multiply-accumulates of its products that depend on the image."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
+        self.macs: dict[Node, int] = {}
+        self._dynamic = depends_on_input(module.graph)
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n in self._dynamic and calls(n, ops.LINEAR | ops.CONVOLUTIONS | ops.PRODUCTS):
+            left, right = (self.env[argument] for argument in n.args[:2])  # type: ignore[index]
+            summed = right[0].numel() if calls(n, ops.CONVOLUTIONS) else left.shape[-1]
+            self.macs[n] = result.numel() * summed
+        return result

@@ -1,0 +1,148 @@
+"""Results as tables for a terminal; they fold where it is narrow and are never cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from vitquant.model import QuantizedModel
+from vitquant.recipe import Recipe
+from vitquant.report.operations import CONSTANT, DATA, FLOAT, FUSED, INTEGER, Operand, Operation
+from vitquant.tasks.classification import ClassificationResult
+
+_STYLES = {INTEGER: "green", FLOAT: "yellow", FUSED: "dim", CONSTANT: "dim", DATA: "dim"}
+
+
+def facts(rows: Mapping[str, str]) -> Table:
+    """Names and what they are, one to a line."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows.items():
+        table.add_row(name, Text(text))
+    return table
+
+
+def operations_table(operations: Iterable[Operation]) -> Table:
+    """One line for each operation, and below it one for each of its operands."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("operation", no_wrap=True)
+    table.add_column("kind, spec")
+    for header in ("scale", "zero", "range"):
+        table.add_column(header, justify="right")
+    table.add_column("why, rule")
+    for operation in operations:
+        table.add_row(
+            Text(operation.name, style="bold" if operation.operands else "dim"),
+            Text(operation.kind),
+            "",
+            "",
+            "",
+            _why(operation),
+        )
+        for operand in operation.operands:
+            table.add_row(*_operand_row(operand))
+    return table
+
+
+def _why(operation: Operation) -> Text:
+    style = _STYLES[operation.arithmetic]
+    if operation.arithmetic == INTEGER:  # the reason is always the same
+        return Text(INTEGER, style=style)
+    said = (f"{FLOAT}: ", style) if operation.arithmetic == FLOAT else ""
+    return Text.assemble(said, operation.reason)
+
+
+def _operand_row(operand: Operand) -> tuple[Text | str, ...]:
+    name = Text(f"  {operand.name}")
+    rule = operand.rule or "no rule"
+    if operand.spec is None:
+        return name, "float", "", "", "", Text(rule)
+    return (
+        name,
+        Text(spec_text(operand)),
+        _span(operand.scale, "{:.3g}"),
+        _span(operand.zero_point, "{}"),
+        _span(operand.range, "{:.3g}"),
+        Text(rule),
+    )
+
+
+def spec_text(operand: Operand) -> str:
+    """A spec in few words: `u8 uniform`, `s8 uniform symmetric per axis`; per tensor is not said."""
+    if operand.spec is None:
+        return "float"
+    spec = operand.spec.to_dict()
+    words = [f"{'s' if spec['signed'] else 'u'}{spec['bits']}", spec["scheme"]]
+    words += ["symmetric"] * spec["symmetric"]
+    words += [f"per {spec['per']}"] * (spec["per"] != "tensor")
+    return " ".join(words)
+
+
+def _span(ends: Sequence[float] | None, form: str) -> str:
+    if ends is None:
+        return ""
+    low, high = (form.format(end) for end in ends)
+    return low if low == high else f"{low} .. {high}"
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """Counts of operations, operands and multiply-accumulates in words."""
+    counts = summary["operations"]
+    return (
+        f"{counts[INTEGER]} operations integer, {counts[FLOAT]} float, {counts[FUSED]} fused into one of them, "
+        f"{counts[CONSTANT]} the same for every image, {counts[DATA]} that only move data; "
+        f"{summary['quantized_operands']} of {summary['operands']} operands quantized; "
+        f"{summary['quantized_macs_percent']:.1f} % of {summary['macs'] / 1e6:,.1f} million multiply-accumulates "
+        "on quantized operands alone. Integer means that integers can compute it; today all arithmetic is simulated."
+    )
+
+
+def ends_text(model: QuantizedModel) -> str:
+    """The bits of the first and of the last layer, which papers often keep apart from the others."""
+    layers = [site for site in model.sites if "weight" in site.operands]
+    assigned = {str(r): model.assignments[value.name].spec for value in model.values for r in value.readers}
+    texts = []
+    for site in (layers[0], layers[-1]):
+        specs = {operand: assigned[str(site.reader(operand))] for operand in site.operands}
+        bits = ", ".join(f"{operand} {f'{spec.bits} bits' if spec else 'float'}" for operand, spec in specs.items())
+        texts.append(f"{site.name} ({bits})")
+    return "; ".join(texts)
+
+
+def result_rows(result: ClassificationResult) -> dict[str, str]:
+    """The figures of an evaluation, in words."""
+    rows = {
+        "images": f"{result.images}",
+        "top-1": f"{result.top1:.2f} %",
+        "top-5": f"{result.top5:.2f} %",
+    }
+    if result.top1_difference_interval is None:
+        rows["float top-1"] = "not compared"
+    else:
+        low, high = result.top1_difference_interval
+        difference = result.top1 - (result.float_top1 or 0.0)
+        rows["float top-1"] = f"{result.float_top1:.2f} %"
+        rows["difference"] = f"{difference:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
+        rows["agreement"] = f"{result.agreement:.2f} % of the images get the float model's class"
+    rows["engine"] = (
+        f"{result.engine}, {result.seconds:.1f} s, {result.images / max(result.seconds, 1e-9):.0f} images/s"
+    )
+    return rows
+
+
+def recipes_table(recipes: Iterable[Recipe]) -> Table:
+    """What recipes there are."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("recipe", no_wrap=True, style="bold")
+    table.add_column("bits", no_wrap=True)
+    for header in ("paper", "cost", "expected accuracy"):
+        table.add_column(header, overflow="fold")
+    for recipe in recipes:
+        texts = (recipe.source, recipe.cost, recipe.expected)
+        table.add_row(recipe.name, str(recipe.bits), *map(Text, texts))
+    return table
