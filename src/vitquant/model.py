@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from vitquant.checkpoint import read_checkpoint, write_checkpoint
 from vitquant.errors import CalibrationError, CaptureError, CheckpointError
 from vitquant.graph.fingerprint import structural_fingerprint
+from vitquant.graph.operators import PRODUCTS, calls
 from vitquant.packing import pack, unpack
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.recipe import Assignment, Bits, Recipe, assign
@@ -70,8 +71,8 @@ class QuantizedModel(nn.Module):
         self.graph_module = captured
         self.recipe, self.bits, self.input_shape = recipe, bits, input_shape
         self.sites: tuple[Site, ...] = find_sites(captured)
-        if not any(site.kind == "scores" for site in self.sites):
-            raise CaptureError("the model has no attention (no softmax between two products): is it a transformer?")
+        if not any(calls(node, PRODUCTS) for node in captured.graph.nodes):
+            raise CaptureError("the model has no attention (no matrix product of activations): is it a transformer?")
         self.values: tuple[Value, ...] = find_values(captured, self.sites)
         self.assignments: dict[str, Assignment] = assign(recipe, bits, self.values)
         self.fingerprint = structural_fingerprint(captured)
