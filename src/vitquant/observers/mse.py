@@ -62,7 +62,14 @@ class Omse(Observer):
         blocks = (
             [values[start : start + channels] for values in per_channel] for start in range(0, low.numel(), channels)
         )
-        return torch.cat([candidate_errors(*block, spec=self.spec) for block in blocks], dim=1)
+        return torch.cat([candidate_errors(*_occupied(*block), spec=self.spec) for block in blocks], dim=1)
+
+
+def _occupied(low: Tensor, high: Tensor, x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As many of the fullest bins as the fullest channel needs: a weight's row leaves most of them empty."""
+    used = int((counts > 0).sum(dim=1).amax())
+    kept = counts.topk(used, dim=1).indices
+    return low, high, x.gather(1, kept), counts.gather(1, kept)
 
 
 def shrink_factors(device: torch.device) -> Tensor:
