@@ -62,6 +62,8 @@ def write_checkpoint(
         CheckpointError: see `check_target`; or the disk refuses.
     """
     save_file = _safetensors().save_file
+    from safetensors import SafetensorError  # its own word for a full disk
+
     directory = directory.absolute()
     check_target(directory, force)
     try:
@@ -79,8 +81,9 @@ def write_checkpoint(
             _flush(partial / name)
         partial.chmod(0o755)
         _put_in_place(partial, directory)
-    except OSError as error:
-        raise CheckpointError(f"{directory} could not be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{directory} could not be written: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -93,8 +96,9 @@ def _put_in_place(partial: Path, directory: Path) -> None:
     directory.rename(old / directory.name)
     try:
         partial.rename(directory)
-    except OSError:
-        (old / directory.name).rename(directory)
+    except BaseException:  # an interrupt among them: what was there comes back
+        if not directory.exists():
+            (old / directory.name).rename(directory)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from vitquant.errors import DataError, ModelError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from vitquant.model import QuantizedModel
     from vitquant.tasks.images import Item
     from vitquant.tasks.preprocessing import Preprocessing
     from vitquant.zoo import ModelSource
@@ -68,7 +69,7 @@ def quantize(
             import torch
 
             from vitquant import pipeline
-            from vitquant.checkpoint import TENSORS, check_target
+            from vitquant.checkpoint import check_target
             from vitquant.recipe import Bits, load_recipe, override
             from vitquant.report.tables import ends_text, facts
             from vitquant.tasks.images import batches, load_listing
@@ -98,45 +99,42 @@ def quantize(
             quantized = pipeline.quantize(
                 network, chosen, stream, bits=widths, source=source, preprocessing=steps.to_dict()
             )
-            quantized.provenance["calibration"] |= {
-                "directory": str(calibration.absolute()),
-                "seed": seed,
-                "batch": size,
-            }
+            origin = {"directory": str(calibration.absolute()), "seed": seed, "batch": size}
+            quantized.provenance["calibration"] |= origin
             update(description="writing")
             quantized.save(output, force)
         if data.skipped:
             first = data.skipped[0]
             terminal.note(f"{len(data.skipped)} images were left out, first: {first.path}: {first.reason}")
-        used = quantized.provenance["calibration"]["images"]
-        sizes = {
-            "float_bytes": sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()),
-            "bytes": (output / TENSORS).stat().st_size,
-        }
+        values = _facts(quantized, network, source, output)
         seconds = time.perf_counter() - started
-        count = len(quantized.quantized_names)
-        values = {
-            "output": str(output.absolute()),
-            "model": source.name,
-            "recipe": chosen.name,
-            "bits": widths,
-            "calibration": quantized.provenance["calibration"],
-            "values": len(quantized.values),
-            "quantized_values": count,
-            **sizes,
-            "skipped_images": len(data.skipped),
-            "seconds": seconds,
-        }
         rows = {
             "model": source.name,
             "recipe": f"{chosen.name}, {widths}",
-            "calibrated on": f"{used} images of {calibration}, {size} in a batch",
-            "quantized": f"{count} of {len(quantized.values)} tensors that operations read",
+            "calibrated on": f"{values['calibration']['images']} images of {calibration}, {size} in a batch",
+            "quantized": f"{values['quantized_values']} of {values['values']} tensors that operations read",
             "ends": ends_text(quantized),
-            "size": f"{sizes['bytes'] / 1e6:.1f} MB, float {sizes['float_bytes'] / 1e6:.1f} MB",
+            "size": f"{values['bytes'] / 1e6:.1f} MB, float {values['float_bytes'] / 1e6:.1f} MB",
             "written to": f"{output}, after {seconds:.1f} s",
         }
-        terminal.result(values, facts(rows))
+        terminal.result({**values, "skipped_images": len(data.skipped), "seconds": seconds}, facts(rows))
+
+
+def _facts(quantized: QuantizedModel, network: nn.Module, source: ModelSource, output: Path) -> dict[str, Any]:
+    """What was made of what, as plain values."""
+    from vitquant.checkpoint import TENSORS
+
+    return {
+        "output": str(output.absolute()),
+        "model": source.name,
+        "recipe": quantized.recipe.name,
+        "bits": str(quantized.bits),
+        "calibration": quantized.provenance["calibration"],
+        "values": len(quantized.values),
+        "quantized_values": len(quantized.quantized_names),
+        "bytes": (output / TENSORS).stat().st_size,
+        "float_bytes": sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()),
+    }
 
 
 def _choose(items: list[Item], directory: Path, asked: int | None, usual: int, batch: int, seed: int) -> list[Item]:

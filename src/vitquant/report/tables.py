@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -29,12 +28,12 @@ def facts(rows: Mapping[str, str]) -> Table:
 
 def operations_table(operations: Iterable[Operation]) -> Table:
     """One line for each operation, and below it one for each of its operands."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     table.add_column("operation", no_wrap=True)
-    table.add_column("kind, spec")
+    table.add_column("kind or spec")
     for header in ("scale", "zero", "range"):
         table.add_column(header, justify="right")
-    table.add_column("why, rule")
+    table.add_column("why or rule", overflow="fold")
     for operation in operations:
         table.add_row(
             Text(operation.name, style="bold" if operation.operands else "dim"),
@@ -73,13 +72,12 @@ def _operand_row(operand: Operand) -> tuple[Text | str, ...]:
 
 
 def spec_text(operand: Operand) -> str:
-    """A spec in few words: `u8 uniform`, `s8 uniform symmetric per axis`; per tensor is not said."""
+    """A spec in few words: `u8 uniform`, `s8 uniform per axis`; per tensor is not said."""
     if operand.spec is None:
         return "float"
     spec = operand.spec.to_dict()
     words = [f"{'s' if spec['signed'] else 'u'}{spec['bits']}", spec["scheme"]]
-    words += ["symmetric"] * spec["symmetric"]
-    words += [f"per {spec['per']}"] * (spec["per"] != "tensor")
+    words += [f"per {spec['per']}"] if spec["per"] != "tensor" else []
     return " ".join(words)
 
 
@@ -137,7 +135,7 @@ def result_rows(result: ClassificationResult) -> dict[str, str]:
 
 def recipes_table(recipes: Iterable[Recipe]) -> Table:
     """What recipes there are."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     table.add_column("recipe", no_wrap=True, style="bold")
     table.add_column("bits", no_wrap=True)
     for header in ("paper", "cost", "expected accuracy"):
