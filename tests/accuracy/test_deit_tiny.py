@@ -20,7 +20,9 @@ def photographs(shared, name, count):
     return batches(subset(load_listing(shared / "images" / name), count, 0), Preprocessing(), 25)
 
 
-@pytest.mark.parametrize(("recipe", "bits", "agreement", "top1_loss"), [("minmax", "w8a8", 87, 6), ("omse", "w8a8", 87, 6)])
+@pytest.mark.parametrize(
+    ("recipe", "bits", "agreement", "top1_loss"), [("minmax", "w8a8", 87, 6), ("omse", "w8a8", 87, 6)]
+)
 def test_w8a8_stays_close_to_float(deit, shared, recipe, bits, agreement, top1_loss):
     quantized = vitquant.quantize(deit, recipe, photographs(shared, "photos_calibration", 100), bits=bits)
     result = evaluate(quantized, deit, photographs(shared, "photos_eval", 100))
