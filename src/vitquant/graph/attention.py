@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from vitquant.graph.operators import JOINS, LINEAR, ON_SCORES, PRODUCTS, SOFTMAX, calls, is_rearrangement, is_selection
+from vitquant.graph.walk import depends_on_input
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,13 @@ def find_attention(graph: Graph) -> Attention:
     A softmax that has none (a classifier's, a gate's) is no attention.
     """
     found = Attention(set(), {}, {}, set())
+    dynamic = depends_on_input(graph)
     for softmax in graph.nodes:
         if not calls(softmax, SOFTMAX):
             continue
         products, between = _products_before(softmax.args[0])
+        # A query's product with a table of positions is a bias; a learned query (attention pooling) is a query.
+        products = {product for product in products if product.args[1] in dynamic}
         contexts = _products_after(softmax)
         if products and contexts:
             found.scores.update(products)

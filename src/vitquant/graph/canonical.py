@@ -13,6 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from vitquant.errors import CaptureError
+from vitquant.graph.einsum import einsum_to_matmul
 from vitquant.graph.operators import PRODUCTS, aten, calls, is_rearrangement, packet
 from vitquant.graph.walk import root
 
@@ -35,9 +36,14 @@ def canonicalize(module: GraphModule) -> None:
             _addmm_to_linear(node)
         elif calls(node, {aten.baddbmm}):
             _decompose_baddbmm(node)
+        elif calls(node, {aten.einsum}):
+            einsum_to_matmul(node)
         elif calls(node, {aten._native_batch_norm_legit_no_training}):
             _single_output_batch_norm(node)
-        if _does_nothing(node):
+        elif _overwrites(node):
+            node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
+            graph.erase_node(node)
+        elif _does_nothing(node):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
     for node in list(graph.nodes):
@@ -178,6 +184,14 @@ def _does_nothing(node: Node) -> bool:
             return all(size == -1 or isinstance(size, int) for size in node.args[1])  # type: ignore[union-attr]
         case _:
             return False
+
+
+def _overwrites(node: Node) -> bool:
+    """Whether the node gives its second argument unchanged: `x[:] = y`, written functionally."""
+    if not calls(node, {aten.copy, aten.slice_scatter}) or not isinstance(node.args[1], Node):
+        return False
+    source = node.args[1]
+    return node.meta.get("shape") == source.meta.get("shape") and node.meta.get("dtype") == source.meta.get("dtype")
 
 
 def _reaches_end(node: Node, stop: object) -> bool:

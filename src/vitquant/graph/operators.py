@@ -48,7 +48,7 @@ POOLS = {
 # These scale, bias or mask scores between their product and the softmax, and rotate query and key before it.
 ON_SCORES = {
     aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.clamp, aten.where, aten.masked_fill, aten.to, aten._to_copy,
-    aten.type_as,
+    aten.type_as, aten.slice_scatter, aten.select_scatter,
 }  # fmt: skip
 
 
