@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import operator
+import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 import torch
 from torch import nn
@@ -41,7 +43,7 @@ def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
 
     Raises:
         CaptureError: the model does not take this input, cannot be captured, or is not the same once captured.
-        ModelError: a parameter holds NaN or infinity.
+        ModelError: a parameter holds NaN or infinity, or a buffer NaN.
     """
     _refuse_non_finite(model)
     example = example.detach()
@@ -61,6 +63,9 @@ def _refuse_non_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"{name} holds NaN or infinity; give weights that are finite")
+    for name, buffer in model.named_buffers():  # infinity is well in a mask
+        if torch.isnan(buffer).any():
+            raise ModelError(f"{name} holds NaN; give weights that are finite")
 
 
 @contextmanager
@@ -85,11 +90,13 @@ def _call(model: nn.Module, example: torch.Tensor) -> object:
 
 def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
     dynamic = ({0: Dim("batch")},)
-    with warnings.catch_warnings(), _quiet_logging():
+    with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=False)
         except Exception as error:
+            if "data-dependent" in str(error):
+                raise CaptureError(f"the model's forward depends on the values of its input{_place(error)}") from error
             if "Constraints violated" not in str(error) and "specialized" not in str(error):
                 raise CaptureError(f"torch.export cannot capture the model: {_first_line(error)}") from error
             # `len(x)` and its like fix the batch in non-strict mode only.
@@ -102,13 +109,14 @@ def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
 
 
 @contextmanager
-def _quiet_logging() -> Iterator[None]:
-    """torch.export logs a page about every constraint; the error we raise says it in a line."""
+def _quiet() -> Iterator[None]:
+    """torch.export logs and prints pages about every constraint; the error we raise says it in a line."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
 
@@ -116,6 +124,12 @@ def _quiet_logging() -> Iterator[None]:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _place(error: Exception) -> str:
+    """The line of the model's code that torch.export blames."""
+    blamed = re.search(r"raised this error:\n(?:.*\n)*? *File .*\n +(.+)\n(?! *File)", str(error))
+    return f": {blamed.group(1)}" if blamed else ""
 
 
 def _input_name(model: nn.Module) -> str:
