@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         with _sigterm_as_interrupt(), _silence(debug):
             code = app(words, prog_name="vitquant", standalone_mode=False)
+            if code == INTERRUPTED:  # what typer makes of an interrupt
+                raise KeyboardInterrupt
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -83,10 +83,6 @@ def quantize(
             torch.manual_seed(seed)
             size = batch or chosen.calibration.batch
             items = _choose(load_listing(calibration), calibration, images, chosen.calibration.images, size, seed)
-            if images is None and len(items) < chosen.calibration.images:
-                terminal.note(
-                    f"{calibration} has {len(items)} images; recipe {chosen.name} asks for more, all are used"
-                )
             if weights not in ("pretrained", "random"):
                 weights = str(Path(weights).absolute())  # it is saved, and `evaluate` may run elsewhere
             source = pinned(ModelSource(model, parse_model_arguments(model_arguments or ()), weights, seed))
@@ -103,6 +99,8 @@ def quantize(
             quantized.provenance["calibration"] |= origin
             update(description="writing")
             quantized.save(output, force)
+        if images is None and len(items) < (usual := chosen.calibration.images):
+            terminal.note(f"all {len(items)} images of {calibration} were used; {chosen.name} asks for {usual}")
         if data.skipped:
             first = data.skipped[0]
             terminal.note(f"{len(data.skipped)} images were left out, first: {first.path}: {first.reason}")

@@ -1,0 +1,500 @@
+"""The command line as a user meets it: what it writes where, what it refuses, and how it ends."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from vitquant.checkpoint import write_checkpoint
+from vitquant.cli import main
+from vitquant.errors import CheckpointError
+
+ARGUMENTS = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 10}
+MODEL = ["timm:vit_tiny_patch16_224"] + [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]
+FIGURES = ["engine", "images", "top1", "top5", "float_top1", "agreement", "top1_difference_interval", "seconds"]
+FACTORIES = """
+import torch
+from torch import nn
+
+def vit(**arguments):
+    import timm
+    print("a factory that prints")
+    return timm.create_model("vit_tiny_patch16_224", **arguments)
+
+def convolutions():
+    return nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+"""
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with images of 10 classes, weights of a tiny ViT, and that ViT quantized."""
+    folder = tmp_path_factory.mktemp("cli")
+    generator = torch.Generator().manual_seed(0)
+    for index in range(20):
+        path = folder / "images" / f"class_{index % 10}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (80, 72, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(path)
+    save_file(state_dict(), folder / "weights.safetensors")
+    command = quantize_words(folder / "images", folder / "out", weights=folder / "weights.safetensors")
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--quiet"])
+    assert ended.value.code == 0
+    return folder
+
+
+def state_dict(**arguments):
+    import timm
+
+    torch.manual_seed(1)
+    model = timm.create_model("vit_tiny_patch16_224", **{**ARGUMENTS, **arguments})
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def quantize_words(images, out, *words, weights="random", model=MODEL):
+    given = ["--weights", str(weights), "--calibration", str(images), "--output", str(out)]
+    sizes = [] if "--batch" in words else ["--batch", "10"]
+    return ["quantize", *model, *given, *sizes, *map(str, words)]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run one command in this process: exit code, stdout, stderr."""
+
+    def run(*words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """Run a command that must be refused in one line with exit code 2, leaving `tmp_path` as it was."""
+
+    def refused(*words):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        code, out, err = run(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        return err
+
+    return refused
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch):
+    (tmp_path / "my_factories.py").write_text(FACTORIES)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "python:my_factories"
+    sys.modules.pop("my_factories", None)
+
+
+# What the commands do
+
+
+def test_importing_the_command_line_imports_no_torch():
+    code = "import sys, vitquant.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_quantize_writes_a_model_with_all_that_made_it(run, workshop, tmp_path):
+    out = tmp_path / "out"
+    words = quantize_words(
+        workshop / "images", out, "--images", 12, "--bits", "w4a8", weights=workshop / "weights.safetensors"
+    )
+    code, printed, err = run(*words, "--set", "weights.bits=6", "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(printed)
+    assert (facts["recipe"], facts["bits"], facts["calibration"]["images"]) == ("minmax", "w4a8", 12)
+    assert facts["bytes"] < facts["float_bytes"] / 2
+    config = json.loads((out / "config.json").read_text())
+    assert config["source"]["weights"] == str(workshop / "weights.safetensors")
+    assert len(config["source"]["weights_sha256"]) == 64
+    assert config["preprocessing"]["input_size"] == [3, 64, 64]
+    recorded = {key: config["calibration"][key] for key in ("images", "batch", "seed", "directory")}
+    assert recorded == {"images": 12, "batch": 10, "seed": 0, "directory": str(workshop / "images")}
+    assert config["quantization_config"]["operands"]["head:weight"]["spec"]["bits"] == 6
+
+
+def test_fewer_images_than_the_recipe_asks_for_are_all_used_and_that_is_said(run, workshop, tmp_path):
+    code, out, err = run(*quantize_words(workshop / "images", tmp_path / "out"))
+    assert code == 0
+    assert err == f"note: all 20 images of {workshop / 'images'} were used; minmax asks for 1000\n"
+    assert "20 images of" in out
+    assert "patch_embed (input 8 bits, weight 8 bits); head (input 8 bits, weight 8 bits)" in out
+
+
+def test_the_seed_decides_every_byte(run, workshop, tmp_path):
+    written = {}
+    for name, seed in (("first", 3), ("again", 3), ("other", 4)):
+        words = quantize_words(workshop / "images", tmp_path / name, "--seed", seed, "--images", 10)
+        assert run(*words, "--quiet") == (0, "", "")
+        written[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert written["first"] == written["again"]
+    assert written["first"] != written["other"]
+    configs = [(tmp_path / name / "config.json").read_bytes() for name in ("first", "again")]
+    assert configs[0] == configs[1]
+
+
+def test_evaluate_prints_the_figures_and_nothing_else(run, workshop):
+    code, out, err = run("evaluate", workshop / "out", "--data", workshop / "images", "--json", "--batch", 7)
+    assert (code, err) == (0, "")
+    figures = json.loads(out)
+    assert list(figures) == FIGURES
+    assert (figures["engine"], figures["images"]) == ("simulated", 20)
+    low, high = figures["top1_difference_interval"]
+    assert low <= figures["top1"] - figures["float_top1"] <= high
+
+
+def test_evaluate_shows_a_table(run, workshop):
+    code, out, err = run("evaluate", workshop / "out", "--data", workshop / "images")
+    assert (code, err) == (0, "")
+    assert {"images", "top-1", "float", "agreement", "engine"} <= {line.split()[0] for line in out.splitlines()}
+
+
+def test_float_weights_that_are_gone_are_noted_and_those_given_are_used(run, workshop, refused):
+    weights, moved = workshop / "weights.safetensors", workshop / "moved.safetensors"
+    words = ("evaluate", workshop / "out", "--data", workshop / "images", "--json")
+    weights.rename(moved)
+    try:
+        code, out, err = run(*words)
+        assert code == 0
+        assert err.count("\n") == 1
+        assert str(weights) in err
+        figures = json.loads(out)
+        assert [figures[key] for key in ("float_top1", "agreement", "top1_difference_interval")] == [None] * 3
+        assert json.loads(run(*words, "--weights", moved)[1])["float_top1"] is not None
+        assert "absent.safetensors" in refused(*words, "--weights", "absent.safetensors")
+    finally:
+        moved.rename(weights)
+
+
+def test_inspect_lists_operations_as_json_and_as_a_table(run, workshop):
+    code, out, err = run("inspect", workshop / "out", "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    names = [operation["name"] for operation in report["operations"]]
+    assert "blocks.0.attn.scores" in names
+    assert report["engine"] == "simulated"
+    assert sum(report["summary"]["operations"].values()) == len(names)
+    code, out, err = run("inspect", workshop / "out")
+    assert (code, err) == (0, "")
+    assert "blocks.0.attn.scores" in out
+    assert "permute" not in out
+    assert "permute" in run("inspect", workshop / "out", "--all")[1]
+
+
+def test_recipes(run):
+    code, out, err = run("recipes", "--json")
+    assert (code, err) == (0, "")
+    recipes = {recipe["name"]: recipe for recipe in json.loads(out)["recipes"]}
+    assert recipes["minmax"]["bits"] == "w8a8"
+    assert {"paper", "cost", "expected"} <= set(recipes["minmax"])
+    assert "minmax" in run("recipes")[1]
+
+
+def test_a_factory_is_imported_again_only_when_its_name_is_repeated(run, refused, workshop, tmp_path, factories):
+    name = f"{factories}:vit"
+    arguments = [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]
+    steps = tmp_path / "steps.toml"
+    steps.write_text("input_size = [3, 64, 64]\n")
+    out = tmp_path / "out"
+    words = quantize_words(workshop / "images", out, "--preprocessing", steps, model=[name, *arguments])
+    code, printed, err = run(*words, "--json")
+    assert code == 0
+    assert json.loads(printed)["model"] == name  # what the factory printed is not there
+    assert "a factory that prints" in err
+    assert "repeat it: --model" in refused("inspect", out)
+    assert run("inspect", out, "--model", name, "--json")[0] == 0
+    assert "repeat it: --model" in refused("inspect", out, "--model", "python:my_factories:broken")
+
+
+def test_preprocessing_of_a_file_replaces_keys_and_is_saved(run, workshop, tmp_path):
+    steps = tmp_path / "steps.toml"
+    steps.write_text('interpolation = "bilinear"\nmean = [0.1, 0.2, 0.3]\n')
+    run(*quantize_words(workshop / "images", tmp_path / "out", "--preprocessing", steps))
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())["preprocessing"]
+    assert (saved["interpolation"], saved["mean"], saved["input_size"]) == ("bilinear", [0.1, 0.2, 0.3], [3, 64, 64])
+
+
+def test_quiet_says_nothing_and_version_its_number(run):
+    assert run("recipes", "--quiet") == (0, "", "")
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.startswith("vitquant 0.")
+    code, out, _ = run()
+    assert code == 2
+    assert "quantize" in out
+
+
+# Bad input
+
+
+def test_missing_images_are_named_and_counted_or_left_out(run, refused, workshop, tmp_path):
+    listing = ["file,class_index\n", *(f"{p},{p.parent.name[-1]}\n" for p in (workshop / "images").rglob("*.png"))]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "labels.csv").write_text("".join([*listing, "absent.png,3\n"]))
+    err = refused("evaluate", workshop / "out", "--data", tmp_path / "data")
+    assert "1 of 21 images cannot be read" in err
+    assert "absent.png" in err
+    code, out, err = run("evaluate", workshop / "out", "--data", tmp_path / "data", "--skip-bad-images", "--json")
+    assert (code, json.loads(out)["images"]) == (0, 20)
+    assert "1 images were left out" in err
+    assert "absent.png" in err
+
+
+def test_unreadable_images_are_named_and_counted_or_left_out(run, refused, workshop, tmp_path):
+    shutil.copytree(workshop / "images", tmp_path / "images")
+    (tmp_path / "images" / "class_3" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing of an image")
+    words = quantize_words(tmp_path / "images", tmp_path / "out", "--images", 21)
+    err = refused(*words)
+    assert "1 of the first" in err
+    assert "bad.png" in err
+    code, out, err = run(*words, "--skip-bad-images", "--json")
+    assert (code, json.loads(out)["calibration"]["images"]) == (0, 20)
+    assert "bad.png" in err
+
+
+def test_labels_out_of_range_are_refused_before_the_run(refused, workshop, tmp_path):
+    image = next((workshop / "images").rglob("*.png"))
+    (tmp_path / "labels.csv").write_text(f"file,class_index\n{image},10\n")
+    err = refused("evaluate", workshop / "out", "--data", tmp_path)
+    assert "class index 10, but the model has 10 classes" in err
+
+
+def test_images_without_labels_are_refused(refused, workshop, tmp_path):
+    shutil.copy(next((workshop / "images").rglob("*.png")), tmp_path / "one.png")
+    assert "no label" in refused("evaluate", workshop / "out", "--data", tmp_path)
+
+
+def test_an_empty_directory_is_refused(refused, workshop, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refused("evaluate", workshop / "out", "--data", tmp_path / "empty")
+    assert str(tmp_path / "empty") in refused(*quantize_words(tmp_path / "empty", tmp_path / "out"))
+
+
+def test_fewer_calibration_images_than_a_batch_are_refused(refused, workshop, tmp_path):
+    err = refused(*quantize_words(workshop / "images", tmp_path / "out", "--batch", 21))
+    assert "20 calibration images are less than a batch of 21" in err
+    err = refused(*quantize_words(workshop / "images", tmp_path / "out", "--images", 9))
+    assert "9 calibration images are less than a batch of 10" in err
+    assert "21 images asked for, 20 there" in refused(
+        *quantize_words(workshop / "images", tmp_path / "out", "--images", 21)
+    )
+
+
+def test_weights_that_do_not_fit_are_refused_by_their_keys(refused, workshop, tmp_path):
+    save_file(state_dict(depth=2), tmp_path / "deep.safetensors")
+    err = refused(*quantize_words(workshop / "images", tmp_path / "out", weights=tmp_path / "deep.safetensors"))
+    assert "unexpected: blocks.1." in err
+    err = refused(*quantize_words(workshop / "images", tmp_path / "out", weights=tmp_path / "absent.safetensors"))
+    assert "absent.safetensors" in err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(refused, workshop, tmp_path, value):
+    weights = load_file(workshop / "weights.safetensors")
+    weights["blocks.0.mlp.fc1.weight"][3, 5] = value
+    save_file(weights, tmp_path / "weights.safetensors")
+    err = refused(*quantize_words(workshop / "images", tmp_path / "out", weights=tmp_path / "weights.safetensors"))
+    assert "blocks.0.mlp.fc1.weight" in err
+
+
+def test_activations_that_are_not_finite_are_refused_by_site(refused, workshop, tmp_path):
+    weights = load_file(workshop / "weights.safetensors")
+    weights["blocks.0.mlp.fc1.bias"][:] = 3e38
+    weights["blocks.0.mlp.fc2.weight"][:] = 3e38
+    save_file(weights, tmp_path / "weights.safetensors")
+    err = refused(*quantize_words(workshop / "images", tmp_path / "out", weights=tmp_path / "weights.safetensors"))
+    assert "blocks.0." in err
+
+
+def test_a_layer_norm_gain_of_zero_simply_works(run, workshop, tmp_path):
+    weights = load_file(workshop / "weights.safetensors")
+    weights["blocks.0.norm1.weight"][[0, 7]] = 0
+    weights["norm.weight"][:] = 0
+    save_file(weights, tmp_path / "weights.safetensors")
+    out = tmp_path / "out"
+    code, _, _ = run(*quantize_words(workshop / "images", out, weights=tmp_path / "weights.safetensors"))
+    assert code == 0
+    code, printed, _ = run("evaluate", out, "--data", workshop / "images", "--json")
+    assert (code, json.loads(printed)["agreement"]) == (0, 100.0)  # the head sees the same for every image
+
+
+def test_a_model_without_attention_is_refused(refused, workshop, tmp_path, factories):
+    words = quantize_words(workshop / "images", tmp_path / "out", model=[f"{factories}:convolutions"])
+    assert "no attention" in refused(*words)
+
+
+def test_images_of_another_size_are_refused(refused, workshop, tmp_path):
+    steps = tmp_path / "steps.toml"
+    steps.write_text("input_size = [3, 96, 96]\n")
+    err = refused(*quantize_words(workshop / "images", tmp_path / "out", "--preprocessing", steps))
+    assert "96" in err
+    err = refused("evaluate", workshop / "out", "--data", workshop / "images", "--preprocessing", steps)
+    assert str(steps) in err
+    assert "[3, 64, 64]" in err
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_the_work(refused, workshop, tmp_path):
+    (tmp_path / "file").write_text("")
+    # The weights do not exist: the directory is looked at first.
+    err = refused(*quantize_words(workshop / "images", tmp_path / "file" / "out", weights="absent.safetensors"))
+    assert str(tmp_path / "file") in err
+    assert str(tmp_path / "file") in refused(*quantize_words(workshop / "images", tmp_path / "file"))
+
+
+def test_a_directory_that_is_not_empty_needs_force(run, refused, workshop, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(workshop / "out", out)
+    words = quantize_words(workshop / "images", out, "--images", 10, weights=workshop / "weights.safetensors")
+    assert "--force" in refused(*words)
+    code, _, _ = run(*words, "--force", "--quiet")
+    assert code == 0
+    assert (out / "model.safetensors").read_bytes() != (workshop / "out" / "model.safetensors").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    assert "thesis" not in refused(*quantize_words(workshop / "images", tmp_path / "other", "--force"))
+
+
+@pytest.mark.parametrize(
+    ("words", "culprit"),
+    [
+        (["--recipe", "minmaks"], "minmax"),
+        (["--bits", "w1a8"], "w1a8"),
+        (["--set", "weihgts.bits=4"], "weights"),
+        (["--preprocessing", "absent.toml"], "absent.toml"),
+        (["--model-arg", "depth"], "depth"),
+        (["--imagse", "3"], "--imagse"),
+        (["--images", "none"], "--images"),
+        (["--device", "tpu"], "tpu"),
+    ],
+)
+def test_words_that_are_not_understood_are_named(refused, workshop, tmp_path, words, culprit):
+    assert culprit in refused(*quantize_words(workshop / "images", tmp_path / "out", *words))
+
+
+def test_commands_and_models_that_do_not_exist_are_named(refused, workshop, tmp_path):
+    assert "'quantise'" in refused("quantise")
+    assert "--calibration" in refused("quantize", "timm:deit_tiny_patch16_224", "--output", tmp_path / "out")
+    err = refused(*quantize_words(workshop / "images", tmp_path / "out", model=["timm:deit_tiny_patch16_225"]))
+    assert "deit_tiny_patch16_224" in err
+    assert str(tmp_path) in refused("inspect", tmp_path / "out")
+
+
+def test_a_fault_of_ours_is_one_line_and_a_traceback_only_with_debug(run, workshop, monkeypatch):
+    def fault(*_, **__):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("vitquant.pipeline.load", fault)
+    code, out, err = run("inspect", workshop / "out")
+    assert (code, out) == (1, "")
+    assert err == "internal error: RuntimeError: two lines; run with --debug\n"
+    code, _, err = run("inspect", workshop / "out", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_a_refusal_shows_a_traceback_with_debug(run, workshop):
+    code, _, err = run("inspect", workshop / "absent", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert "error: " in err.splitlines()[-1]
+
+
+# Runs that end early
+
+
+def test_an_interrupt_is_said_in_one_line(run, workshop, monkeypatch):
+    monkeypatch.setattr("vitquant.pipeline.load", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert run("inspect", workshop / "out") == (130, "", "interrupted; nothing was written\n")
+
+
+PAUSE = """
+import pathlib, sys, time
+import vitquant.checkpoint as checkpoint
+from vitquant.cli import main
+
+def pause(path):
+    pathlib.Path(sys.argv[1]).write_text("")
+    time.sleep(60)
+
+checkpoint._flush = pause
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_while_it_writes_leaves_what_was_there(workshop, tmp_path, end):
+    out, marker = tmp_path / "out", tmp_path / "marker"
+    replaces = end is signal.SIGTERM
+    if replaces:
+        shutil.copytree(workshop / "out", out)
+    words = quantize_words(workshop / "images", out, *(["--force"] if replaces else []))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PAUSE, marker, *words, "--quiet"], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        waited = time.monotonic() + 120
+        while not marker.exists() and process.poll() is None and time.monotonic() < waited:
+            time.sleep(0.05)
+        assert marker.exists()
+        process.send_signal(end)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    if end is not signal.SIGKILL:
+        assert (process.returncode, err) == (130, "interrupted; nothing was written\n")
+        assert {path.name for path in tmp_path.iterdir()} <= {"out", "marker"}
+    if replaces:
+        assert (out / "config.json").read_bytes() == (workshop / "out" / "config.json").read_bytes()
+    else:
+        assert not out.exists()
+
+
+def test_an_interrupt_between_old_and_new_gives_the_old_back(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "out", {"a": torch.zeros(3)}, {})
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path / "out", {"a": torch.ones(3)}, {}, force=True)
+    assert load_file(tmp_path / "out" / "model.safetensors")["a"].tolist() == [0, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_is_full_is_an_error_of_ours_and_leaves_nothing(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written"):
+            write_checkpoint(tmp_path / "out", {"a": torch.zeros(1_000_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any(tmp_path.iterdir())
