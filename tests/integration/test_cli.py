@@ -200,7 +200,6 @@ def test_inspect_lists_operations_as_json_and_as_a_table(run, workshop):
     assert (code, err) == (0, "")
     assert "blocks.0.attn.scores" in out
     assert "permute" not in out
-    assert "permute" in run("inspect", workshop / "out", "--all")[1]
 
 
 def test_recipes(run):
@@ -224,7 +223,9 @@ def test_a_factory_is_imported_again_only_when_its_name_is_repeated(run, refused
     assert json.loads(printed)["model"] == name  # what the factory printed is not there
     assert "a factory that prints" in err
     assert "repeat it: --model" in refused("inspect", out)
-    assert run("inspect", out, "--model", name, "--json")[0] == 0
+    code, printed, _ = run("inspect", out, "--model", name, "--all")
+    assert code == 0
+    assert "permute" in printed  # moves data
     assert "repeat it: --model" in refused("inspect", out, "--model", "python:my_factories:broken")
 
 
@@ -310,10 +311,9 @@ def test_weights_that_do_not_fit_are_refused_by_their_keys(refused, workshop, tm
     assert "absent.safetensors" in err
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_by_name(refused, workshop, tmp_path, value):
+def test_weights_that_are_not_finite_are_refused_by_name(refused, workshop, tmp_path):
     weights = load_file(workshop / "weights.safetensors")
-    weights["blocks.0.mlp.fc1.weight"][3, 5] = value
+    weights["blocks.0.mlp.fc1.weight"][3, 5] = float("nan")
     save_file(weights, tmp_path / "weights.safetensors")
     err = refused(*quantize_words(workshop / "images", tmp_path / "out", weights=tmp_path / "weights.safetensors"))
     assert "blocks.0.mlp.fc1.weight" in err
