@@ -26,6 +26,7 @@ NAMES = [
 
 @pytest.fixture
 def photographs(tmp_path):
+    generator = torch.Generator().manual_seed(0)
     for label in range(2):
         folder = tmp_path / "photographs" / str(label)
         folder.mkdir(parents=True)
