@@ -31,9 +31,7 @@ def photographs(tmp_path):
         folder = tmp_path / "photographs" / str(label)
         folder.mkdir(parents=True)
         for number in range(2):
-            pixels = torch.randint(
-                0, 256, (256, 256, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(label)
-            )
+            pixels = torch.randint(0, 256, (256, 256, 3), dtype=torch.uint8, generator=generator)
             Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
     return tmp_path / "photographs"
 
