@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from vitquant.errors import CaptureError, ModelError
@@ -162,10 +164,10 @@ def _copy(program: ExportedProgram, input_name: str) -> tuple[Graph, dict[str, t
                 case InputKind.USER_INPUT:
                     copied[node] = graph.placeholder(input_name)
                 case InputKind.CONSTANT_TENSOR:
-                    known[node] = program.constants[spec.target]
+                    known[node] = program.constants[str(spec.target)]
                     continue
                 case InputKind.PARAMETER | InputKind.BUFFER:
-                    copied[node] = graph.get_attr(spec.target)
+                    copied[node] = graph.get_attr(str(spec.target))
                 case _:
                     raise CaptureError(f"the captured model takes an input of kind {spec.kind.name}: {node.name}")
             copied[node].meta = _metadata(node)
@@ -184,7 +186,7 @@ def _copy(program: ExportedProgram, input_name: str) -> tuple[Graph, dict[str, t
         else:
             raise CaptureError(f"the captured model holds a {node.op} node, {node.name}: control flow is not supported")
     graph.set_codegen(
-        _PyTreeCodeGen(_PyTreeInfo([input_name], _in_spec(), program.call_spec.out_spec)),  # type: ignore[arg-type]
+        _PyTreeCodeGen(_PyTreeInfo([input_name], _in_spec(), program.call_spec.out_spec)),
     )
     return graph, constants
 
@@ -205,8 +207,8 @@ def _is_constant(node: Node, known: dict[Node, object]) -> bool:
     return torch.Tag.nondeterministic_seeded not in tags
 
 
-def _values(arguments: object, known: dict[Node, object]) -> object:
-    return torch.fx.node.map_arg(arguments, lambda node: known[node])
+def _values(arguments: Any, known: dict[Node, Any]) -> Any:
+    return map_arg(arguments, lambda node: known[node])
 
 
 def _identical(left: object, right: object) -> bool:

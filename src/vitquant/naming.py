@@ -5,7 +5,7 @@ torchvision wrote the model. What has no place in the common structure is named 
 
 The structure is read off the residual additions. An addition whose one operand depends on its other
 operand closes a *branch*; a branch with attention in it begins a block, a branch without follows it
-as the block's MLP.
+as the block's MLP. Attention outside of a branch (attention pooling, a change of stage) is no block.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from vitquant.graph.attention import Attention
 from vitquant.graph.walk import ancestors, depends_on_input, positions, root
 
 Operation = tuple[Node, str, dict[str, Node]]
+
+_BARE_ATTENTION = {"scores", "softmax", "context", "residual"}
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class _Structure:
         self.operations = operations
         self.attention = attention
         self.branches = self._find_branches()
-        numbered = [branch for branch in self.branches if branch.block is not None]
-        self.first = min((self.start_of(branch) for branch in numbered), default=len(self.place))
-        self.last = max((self.place[branch.addition] for branch in numbered), default=-1)
+        self.numbered = [branch for branch in self.branches if branch.block is not None]
+        self.first = min((self.start_of(branch) for branch in self.numbered), default=len(self.place))
+        self.last = max((self.place[branch.addition] for branch in self.numbered), default=-1)
 
     def depends(self, node: Node, on: Node) -> bool:
         return bool(self.before[node] >> self.place[on] & 1)
@@ -62,23 +64,47 @@ class _Structure:
         holding = [branch for branch in self.branches if branch.members >> self.place[node] & 1]
         return min(holding, key=lambda branch: branch.members.bit_count(), default=None)
 
+    def beside_attention(self, node: Node) -> bool:
+        """Whether an attention that is no block stands between the same two blocks as the node."""
+        place = self.place[node]
+        start = max((end for b in self.numbered if (end := self.place[b.addition]) < place), default=-1)
+        stop = min((begin for b in self.numbered if (begin := self.start_of(b)) > place), default=len(self.place))
+        return self._attention_between(start, stop, [(b.addition, b.members) for b in self.branches])
+
     def _find_branches(self) -> list[_Branch]:
-        found: list[tuple[Node, int]] = []
-        for node, kind, operands in self.operations:
-            if kind == "residual" and (members := self._members(node, operands)):
+        additions = [(node, operands) for node, kind, operands in self.operations if kind == "residual"]
+        found = [(node, members) for node, operands in additions if (members := self._members(node, operands))]
+        # A query added to its own context (MViTv2) is a part of the attention around it.
+        found = [(node, members) for node, members in found if self._kinds(members) != _BARE_ATTENTION]
+        around = self._union([members for _, members in found])
+        for node, operands in additions:
+            members = self._members_beside_shortcut(node, operands)
+            if "scores" in self._kinds(members & ~around):
                 found.append((node, members))
-        branches, block = [], -1
+        found.sort(key=lambda branch: self.place[branch[0]])
+        branches, block, attended = [], -1, -1
         for node, members in found:
             nested = [other for _, other in found if other != members and other & ~members == 0]
-            own = members & ~self._union(nested)
-            kinds = [kind for operation, kind, _ in self.operations if own >> self.place[operation] & 1]
+            kinds = self._kinds(members & ~self._union(nested))
+            numbered = True
             if "scores" in kinds:
-                block += 1
+                block, attended = block + 1, self.place[node]
                 part = "attn"
             else:
                 part = "mlp" if "linear" in kinds or "conv" in kinds else ""
-            branches.append(_Branch(node, members, block if block >= 0 and part else None, part))
+                numbered = part != "" and block >= 0 and not self._attention_between(attended, self.place[node], found)
+            branches.append(_Branch(node, members, block if numbered else None, part))
         return branches
+
+    def _kinds(self, members: int) -> set[str]:
+        kinds = {kind for operation, kind, _ in self.operations if members >> self.place[operation] & 1}
+        return kinds - {"product"}  # a bias by position
+
+    def _attention_between(self, start: int, stop: int, found: list[tuple[Node, int]]) -> bool:
+        """Whether an attention between two places of the graph lies in no branch."""
+        inside = self._union([members for _, members in found])
+        places = [self.place[node] for node, kind, _ in self.operations if kind == "scores"]
+        return any(start < place < stop and not inside >> place & 1 for place in places)
 
     def _members(self, node: Node, operands: dict[str, Node]) -> int:
         left, right = operands["lhs"], operands["rhs"]
@@ -92,6 +118,20 @@ class _Structure:
                 ]
                 return sum(1 << place for place in on_the_way) | 1 << self.place[node]
         return 0
+
+    def _members_beside_shortcut(self, node: Node, operands: dict[str, Node]) -> int:
+        """Where the stream is projected or pooled as well: all from the norm in front of both ways."""
+        left, right = operands["lhs"], operands["rhs"]
+        shared = [other for other in self.dynamic if self.depends(left, other) and self.depends(right, other)]
+        origin = max(shared, key=self.place.__getitem__, default=node)
+        if origin in (root(left), root(right), node):
+            return 0
+        members = 1 << self.place[node]
+        for other, place in self.place.items():
+            if other is not origin and self.depends(other, origin) and self.depends(node, other):
+                members |= 1 << place
+        is_norm = any(other is origin and kind.endswith("norm") for other, kind, _ in self.operations)
+        return members | 1 << self.place[origin] if is_norm else members
 
     @staticmethod
     def _union(sets: list[int]) -> int:
@@ -146,7 +186,7 @@ def _name_in_block(operation: Operation, branch: _Branch, structure: _Structure)
         return f"{prefix}.attn.{kind}"
     role = _attention_role(node, branch, structure)
     if kind.endswith("norm"):
-        inside = role in ("query", "key", "value") and _after_linear(node, branch, structure)
+        inside = role not in ("", "proj") and _after_linear(node, branch, structure)
         return f"{prefix}.attn.{role}_norm" if inside else f"{prefix}.norm1"
     if kind == "linear" and role:
         return f"{prefix}.attn.{role}"
@@ -202,7 +242,7 @@ def _name_outside(operation: Operation, structure: _Structure, taken: Counter[st
     if place < structure.first:
         return _name_in_stem(operation, structure, taken), None
     if place > structure.last:
-        return {"linear": "head", "layer_norm": "norm", "pool": "pool"}.get(kind, ""), None
+        return _name_behind(operation, structure), None
     return _name_of_merging(operation, structure), None
 
 
@@ -240,6 +280,18 @@ def _name_in_stem(operation: Operation, structure: _Structure, taken: Counter[st
     return "tokens" if kind == "concat" else ""
 
 
+def _name_behind(operation: Operation, structure: _Structure) -> str:
+    """Behind the last block: the norm on its sum, pooling, and the linear layers that nothing but the output reads."""
+    node, kind, operands = operation
+    if kind in ("linear", "layer_norm"):
+        weighed = [other for other, other_kind, _ in structure.operations if other_kind in ("linear", "conv", "scores")]
+        if kind == "linear":
+            return "" if any(other is not node and structure.depends(other, node) for other in weighed) else "head"
+        behind = [other for other in weighed if structure.place[other] > structure.last]
+        return "" if any(structure.depends(operands["input"], other) for other in behind) else "norm"
+    return "pool" if kind == "pool" else ""
+
+
 def _name_of_merging(operation: Operation, structure: _Structure) -> str:
     """Between two blocks: a norm and a linear layer that lead from one stage to the next (patch merging)."""
     node, kind, _ = operation
@@ -251,6 +303,7 @@ def _name_of_merging(operation: Operation, structure: _Structure) -> str:
         if other_kind == kind
         and structure.first < structure.place[other] < structure.last
         and structure.innermost(other) is None
+        and not structure.beside_attention(other)
     ]
     if node not in outside:
         return ""

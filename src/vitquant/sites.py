@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from vitquant.graph import operators as ops
 from vitquant.graph.attention import Attention, find_attention
-from vitquant.graph.operators import aten, calls, packet
+from vitquant.graph.operators import arguments, aten, calls, packet
 from vitquant.graph.walk import ancestors, depends_on_input, path_between, positions, root, selected_from
 from vitquant.naming import name_operations
 
@@ -103,7 +103,7 @@ def find_sites(module: GraphModule) -> tuple[Site, ...]:
     found: list[tuple[Node, str, dict[str, Node]]] = []
     for node in graph.nodes:
         if node.op == "output":
-            results = [result for result in node.args[0] if isinstance(result, Node)]
+            results = [result for result in arguments(node)[0] if isinstance(result, Node)]
             found += [(node, "output", {"input": result}) for result in results if _is_float(result)]
         elif node.op == "call_function" and node in dynamic and _is_float(node):
             kind, operands = _classify(node, dynamic, attention)
@@ -128,27 +128,27 @@ def find_sites(module: GraphModule) -> tuple[Site, ...]:
 
 def _classify(node: Node, dynamic: set[Node], attention: Attention) -> tuple[str, dict[str, Node]]:
     """The kind of an operation and what it reads; an empty kind when it is no site."""
-    arguments = node.args
+    read = arguments(node)
     if calls(node, ops.LINEAR) or calls(node, ops.CONVOLUTIONS):
         kind = "linear" if calls(node, ops.LINEAR) else "conv"
-        return kind, {"input": arguments[0], "weight": arguments[1]}  # type: ignore[dict-item]
+        return kind, {"input": read[0], "weight": read[1]}
     if calls(node, ops.NORMS):
-        return ops.NORMS[packet(node)], {"input": arguments[0]}  # type: ignore[dict-item, index]
+        return ops.NORMS[packet(node)], {"input": read[0]}
     if calls(node, ops.SOFTMAX):
-        return "softmax", {"input": arguments[0]}  # type: ignore[dict-item]
+        return "softmax", {"input": read[0]}
     if calls(node, ops.ACTIVATIONS):
-        return "activation", {"input": arguments[0]}  # type: ignore[dict-item]
+        return "activation", {"input": read[0]}
     if calls(node, ops.POOLS):
-        return "pool", {"input": arguments[0]}  # type: ignore[dict-item]
+        return "pool", {"input": read[0]}
     if calls(node, ops.PRODUCTS):
-        left, right = arguments[0], arguments[1]
+        left, right = read[0], read[1]
         if node in attention.scores:
-            return "scores", {"query": left, "key": right}  # type: ignore[dict-item]
+            return "scores", {"query": left, "key": right}
         if node in attention.contexts:
             probs_first = attention.contexts[node]
             probs, value = (left, right) if probs_first else (right, left)
-            return "context", {"probs": probs, "value": value}  # type: ignore[dict-item]
-        return "product", {"lhs": left, "rhs": right}  # type: ignore[dict-item]
+            return "context", {"probs": probs, "value": value}
+        return "product", {"lhs": left, "rhs": right}
     if calls(node, ops.JOINS) and node not in attention.inside and selected_from(node) is None:
         return "concat", {"input": node}
     if calls(node, {aten.add, aten.mul}) and node not in attention.inside:
@@ -157,7 +157,7 @@ def _classify(node: Node, dynamic: set[Node], attention: Attention) -> tuple[str
 
 
 def _classify_elementwise(node: Node, dynamic: set[Node]) -> tuple[str, dict[str, Node]]:
-    left, right = node.args[0], node.args[1]
+    left, right = arguments(node)[0], arguments(node)[1]
     if not (isinstance(left, Node) and isinstance(right, Node) and _is_float(left) and _is_float(right)):
         return "", {}
     both = left in dynamic and right in dynamic
@@ -237,9 +237,9 @@ def _axis_before(node: Node, reader: Node, axis: int) -> int:
     for step in reversed(path_between(node, reader)):
         rank, rank_before = len(step.meta["shape"]), len(step.all_input_nodes[0].meta["shape"])
         if calls(step, {aten.permute}):
-            axis = step.args[1][axis] % rank  # type: ignore[index]
+            axis = arguments(step)[1][axis] % rank
         elif calls(step, {aten.transpose}):
-            first, second = (int(dim) % rank for dim in step.args[1:3])  # type: ignore[arg-type]
+            first, second = (int(dim) % rank for dim in arguments(step)[1:3])
             axis = {first: second, second: first}.get(axis, axis)
         elif axis == rank - 1:
             axis = rank_before - 1

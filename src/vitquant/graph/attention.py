@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from vitquant.graph.operators import JOINS, LINEAR, ON_SCORES, PRODUCTS, SOFTMAX, calls, is_rearrangement, is_selection
+from vitquant.graph.operators import (
+    JOINS,
+    LINEAR,
+    ON_SCORES,
+    PRODUCTS,
+    SOFTMAX,
+    arguments,
+    calls,
+    is_rearrangement,
+    is_selection,
+)
 from vitquant.graph.walk import depends_on_input
 
 
@@ -16,14 +26,12 @@ class Attention:
 
     Arguments:
         scores: products of query and key.
-        softmax_of: for each product of query and key its softmax.
         contexts: products of probabilities and value; True where the probabilities are the left operand.
         inside: what lies between a product and its softmax (scaling, bias, mask), and between the projections
             and their product (rotary position embedding, normalization of query and key).
     """
 
     scores: set[Node]
-    softmax_of: dict[Node, Node]
     contexts: dict[Node, bool]
     inside: set[Node]
 
@@ -33,18 +41,17 @@ def find_attention(graph: Graph) -> Attention:
 
     A softmax that has none (a classifier's, a gate's) is no attention.
     """
-    found = Attention(set(), {}, {}, set())
+    found = Attention(set(), {}, set())
     dynamic = depends_on_input(graph)
     for softmax in graph.nodes:
         if not calls(softmax, SOFTMAX):
             continue
-        products, between = _products_before(softmax.args[0])
+        products, between = _products_before(arguments(softmax)[0])
         # A query's product with a table of positions is a bias; a learned query (attention pooling) is a query.
-        products = {product for product in products if product.args[1] in dynamic}
+        products = {product for product in products if arguments(product)[1] in dynamic}
         contexts = _products_after(softmax)
         if products and contexts:
             found.scores.update(products)
-            found.softmax_of.update(dict.fromkeys(products, softmax))
             found.contexts.update(contexts)
             found.inside.update(between)
             for product in products:
@@ -66,7 +73,7 @@ def _products_before(node: Node) -> tuple[set[Node], set[Node]]:
             between.add(node)
             pending += [(argument, mixed) for argument in node.all_input_nodes]
         elif _mixes_heads(node) and not mixed:
-            pending.append((node.args[0], True))  # type: ignore[arg-type]
+            pending.append((arguments(node)[0], True))
     return products, between
 
 
@@ -91,7 +98,7 @@ def _products_after(node: Node) -> dict[Node, bool]:
                 continue
             seen.add(user)
             if calls(user, PRODUCTS):
-                products[user] = user.args[0] is node
+                products[user] = arguments(user)[0] is node
             elif calls(user, ON_SCORES) or is_rearrangement(user) or is_selection(user) or _mixes_heads(user):
                 pending.append(user)
     return products
@@ -101,5 +108,5 @@ def _mixes_heads(node: Node) -> bool:
     """Whether the node is a talking-heads projection: a square linear map over the heads."""
     if not calls(node, LINEAR):
         return False
-    rows, columns = node.args[1].meta["shape"]  # type: ignore[union-attr]
+    rows, columns = arguments(node)[1].meta["shape"]
     return rows == columns and rows <= 64

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from vitquant.errors import CaptureError
 from vitquant.graph.einsum import einsum_to_matmul
-from vitquant.graph.operators import PRODUCTS, aten, calls, is_rearrangement, packet
+from vitquant.graph.operators import PRODUCTS, arguments, aten, calls, is_rearrangement, packet
 from vitquant.graph.walk import root
 
 _LAST = 2**62  # `slice` writes "to the end" as the largest 64-bit integer
@@ -41,10 +42,10 @@ def canonicalize(module: GraphModule) -> None:
         elif calls(node, {aten._native_batch_norm_legit_no_training}):
             _single_output_batch_norm(node)
         elif _overwrites(node):
-            node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
+            node.replace_all_uses_with(arguments(node)[1])
             graph.erase_node(node)
         elif _does_nothing(node):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(arguments(node)[0])
             graph.erase_node(node)
     for node in list(graph.nodes):
         if calls(node, PRODUCTS):
@@ -67,7 +68,7 @@ def _emit(graph: Graph, like: Node, target: Callable, args: tuple, shape: tuple[
 
 def _decompose_attention(module: GraphModule, node: Node) -> None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given: dict[str, Any] = {**dict(zip(names, arguments(node), strict=False)), **node.kwargs}
     query, key, value = given["query"], given["key"], given["value"]
     if given.get("enable_gqa") and query.meta["shape"][-3] != key.meta["shape"][-3]:
         raise CaptureError(f"{node.meta['module']}: grouped-query attention is not supported; repeat the key heads")
@@ -119,22 +120,22 @@ def _masks_nothing(module: GraphModule, mask: Node) -> bool:
 
 
 def _addmm_to_linear(node: Node) -> None:
-    bias, left, right = node.args
+    bias, left, right = arguments(node)
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
         return
     graph = node.graph
     with graph.inserting_before(node):
-        shape = right.meta["shape"]  # type: ignore[union-attr]
-        weight = _emit(graph, right, aten.transpose.int, (right, 0, 1), (shape[1], shape[0]))  # type: ignore[arg-type]
+        shape = right.meta["shape"]
+        weight = _emit(graph, right, aten.transpose.int, (right, 0, 1), (shape[1], shape[0]))
         # (W^T)^T is W: the usual writing of a linear layer by addmm.
-        if calls(right, {aten.t, aten.transpose}) and right.args[0].op == "get_attr":  # type: ignore[union-attr]
+        if calls(right, {aten.t, aten.transpose}) and arguments(right)[0].op == "get_attr":
             graph.erase_node(weight)
-            weight = right.args[0]  # type: ignore[union-attr]
+            weight = arguments(right)[0]
     node.target, node.args, node.kwargs = aten.linear.default, (left, weight, bias), {}
 
 
 def _decompose_baddbmm(node: Node) -> None:
-    graph, (added, left, right) = node.graph, node.args
+    graph, (added, left, right) = node.graph, arguments(node)
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
     with graph.inserting_before(node):
         result = _emit(graph, node, aten.matmul.default, (left, right))
@@ -142,7 +143,7 @@ def _decompose_baddbmm(node: Node) -> None:
             result = _emit(graph, node, aten.mul.Tensor, (result, alpha))
         if beta != 0:
             if beta != 1:
-                added = _emit(graph, added, aten.mul.Tensor, (added, beta))  # type: ignore[arg-type]
+                added = _emit(graph, added, aten.mul.Tensor, (added, beta))
             result = _emit(graph, node, aten.add.Tensor, (result, added))
     node.replace_all_uses_with(result)
     graph.erase_node(node)
@@ -150,11 +151,11 @@ def _decompose_baddbmm(node: Node) -> None:
 
 def _single_output_batch_norm(node: Node) -> None:
     """The functional form gives saved statistics beside the result; in evaluation nobody reads them."""
-    source, weight, bias, mean, variance, momentum, epsilon = node.args
-    for user in [user for user in node.users if user.args[1] == 0]:
+    source, weight, bias, mean, variance, momentum, epsilon = arguments(node)
+    for user in [user for user in node.users if arguments(user)[1] == 0]:
         with node.graph.inserting_before(user):
-            arguments = (source, weight, bias, mean, variance, False, momentum, epsilon, False)
-            result = _emit(node.graph, user, aten.batch_norm.default, arguments)
+            call = (source, weight, bias, mean, variance, False, momentum, epsilon, False)
+            result = _emit(node.graph, user, aten.batch_norm.default, call)
             result.meta["module"] = node.meta["module"]
         user.replace_all_uses_with(result)
         node.graph.erase_node(user)
@@ -162,9 +163,9 @@ def _single_output_batch_norm(node: Node) -> None:
 
 def _does_nothing(node: Node) -> bool:
     """Whether the node gives its first argument unchanged."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+    if node.op != "call_function" or not arguments(node) or not isinstance(arguments(node)[0], Node):
         return False
-    source = node.args[0]
+    source = arguments(node)[0]
     same = node.meta.get("shape") == source.meta.get("shape") and node.meta.get("dtype") == source.meta.get("dtype")
     if not same or node.meta.get("shape") is None:
         return False
@@ -174,29 +175,29 @@ def _does_nothing(node: Node) -> bool:
         case aten._to_copy | aten.to:
             return "device" not in node.kwargs or node.kwargs["device"] is None
         case aten.slice:
-            start, stop, step = (*node.args[2:5], None, None, None)[:3]
+            start, stop, step = (*arguments(node)[2:5], None, None, None)[:3]
             return start in (0, None) and (step in (1, None)) and (stop is None or _reaches_end(node, stop))
         case aten.pad | aten.constant_pad_nd:
-            return all(isinstance(size, int) and size == 0 for size in node.args[1])  # type: ignore[union-attr]
+            return all(isinstance(size, int) and size == 0 for size in arguments(node)[1])
         case aten.roll:
-            return all(shift == 0 for shift in node.args[1])  # type: ignore[union-attr]
+            return all(shift == 0 for shift in arguments(node)[1])
         case aten.expand:
-            return all(size == -1 or isinstance(size, int) for size in node.args[1])  # type: ignore[union-attr]
+            return all(size == -1 or isinstance(size, int) for size in arguments(node)[1])
         case _:
             return False
 
 
 def _overwrites(node: Node) -> bool:
     """Whether the node gives its second argument unchanged: `x[:] = y`, written functionally."""
-    if not calls(node, {aten.copy, aten.slice_scatter}) or not isinstance(node.args[1], Node):
+    if not calls(node, {aten.copy, aten.slice_scatter}) or not isinstance(arguments(node)[1], Node):
         return False
-    source = node.args[1]
+    source = arguments(node)[1]
     return node.meta.get("shape") == source.meta.get("shape") and node.meta.get("dtype") == source.meta.get("dtype")
 
 
 def _reaches_end(node: Node, stop: object) -> bool:
-    axis = node.args[1] if len(node.args) > 1 else 0
-    size = node.args[0].meta["shape"][axis]  # type: ignore[union-attr, index]
+    axis = arguments(node)[1] if len(arguments(node)) > 1 else 0
+    size = arguments(node)[0].meta["shape"][axis]
     return isinstance(stop, int) and (stop >= _LAST or (size != -1 and stop >= size))
 
 
@@ -204,12 +205,12 @@ def _scale_after_product(graph: Graph, product: Node) -> None:
     """Move a constant factor of an operand behind the product, so that `query` means the same everywhere."""
     factor = 1.0
     for index in (0, 1):
-        operand = product.args[index]
-        scaled = root(operand)  # type: ignore[arg-type]
+        operand = arguments(product)[index]
+        scaled = root(operand)
         constant = _constant_factor(scaled)
-        if constant is None or not _only_reader_chain(operand, scaled):  # type: ignore[arg-type]
+        if constant is None or not _only_reader_chain(operand, scaled):
             continue
-        scaled.replace_all_uses_with(scaled.args[0])  # type: ignore[arg-type]
+        scaled.replace_all_uses_with(arguments(scaled)[0])
         graph.erase_node(scaled)
         factor *= constant
     if factor != 1.0:
@@ -219,8 +220,8 @@ def _scale_after_product(graph: Graph, product: Node) -> None:
 
 
 def _constant_factor(node: Node) -> float | None:
-    if calls(node, {aten.mul, aten.div}) and isinstance(node.args[1], int | float) and not node.kwargs:
-        return float(node.args[1]) if packet(node) is aten.mul else 1.0 / node.args[1]
+    if calls(node, {aten.mul, aten.div}) and isinstance(arguments(node)[1], int | float) and not node.kwargs:
+        return float(arguments(node)[1]) if packet(node) is aten.mul else 1.0 / arguments(node)[1]
     return None
 
 

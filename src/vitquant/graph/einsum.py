@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch.fx import Node
 
-from vitquant.graph.operators import aten
+from vitquant.graph.operators import arguments, aten
 
 
 def einsum_to_matmul(node: Node) -> None:
@@ -14,7 +15,7 @@ def einsum_to_matmul(node: Node) -> None:
 
     One of another form (an ellipsis, a diagonal, three operands, an axis summed on its own) is left as it is.
     """
-    equation, operands = node.args[:2]
+    equation, operands = arguments(node)[:2]
     inputs, arrow, output = str(equation).replace(" ", "").partition("->")
     terms = inputs.split(",")
     if not arrow or "." in inputs or len(terms) != 2 or any(len(set(term)) != len(term) for term in terms):
@@ -28,15 +29,15 @@ def einsum_to_matmul(node: Node) -> None:
     if set().union(*groups) != set(left + right):
         return
     sizes: dict[str, int] = {}
-    for term, operand in zip(terms, operands, strict=True):  # type: ignore[arg-type]
-        for label, size in zip(term, operand.meta["shape"], strict=True):  # type: ignore[union-attr]
+    for term, operand in zip(terms, operands, strict=True):
+        for label, size in zip(term, operand.meta["shape"], strict=True):
             if sizes.setdefault(label, size) != size:
                 return  # an axis of size 1 that is repeated
     if sum(size == -1 for size in sizes.values()) > 1:
         return
     with node.graph.inserting_before(node):
-        first = _arranged(node, operands[0], left, [*([label] for label in batch), rows, summed], sizes)  # type: ignore[index]
-        second = _arranged(node, operands[1], right, [*([label] for label in batch), summed, columns], sizes)  # type: ignore[index]
+        first = _arranged(node, operands[0], left, [*([label] for label in batch), rows, summed], sizes)
+        second = _arranged(node, operands[1], right, [*([label] for label in batch), summed, columns], sizes)
         shape = (*(sizes[label] for label in batch), _size(rows, sizes), _size(columns, sizes))
         result = _call(node, aten.matmul.default, (first, second), shape)
         labels = [*batch, *rows, *columns]
@@ -70,7 +71,7 @@ def _size(labels: list[str], sizes: dict[str, int]) -> int:
     return max(-1, math.prod(sizes[label] for label in labels))
 
 
-def _call(like: Node, target: object, args: tuple, shape: tuple[int, ...]) -> Node:
-    node = like.graph.call_function(target, args)  # type: ignore[arg-type]
+def _call(like: Node, target: Any, args: tuple, shape: tuple[int, ...]) -> Node:
+    node = like.graph.call_function(target, args)
     node.meta = {**like.meta, "shape": shape}
     return node

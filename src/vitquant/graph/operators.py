@@ -6,6 +6,8 @@ Sets hold operator packets, so that one entry stands for all overloads.
 from __future__ import annotations
 
 import operator
+from collections.abc import Container
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -52,14 +54,19 @@ ON_SCORES = {
 }  # fmt: skip
 
 
-def packet(node: Node) -> object:
+def packet(node: Node) -> Any:
     """The operator of a node without its overload; the function itself for a Python function."""
     return getattr(node.target, "overloadpacket", node.target)
 
 
-def calls(node: object, operators: object) -> bool:
+def arguments(node: Node) -> tuple[Any, ...]:
+    """The positional arguments; fx types them as a union of everything, while the operator says what they are."""
+    return node.args
+
+
+def calls(node: object, operators: Container[object]) -> bool:
     """Whether `node` is a call of one of `operators`."""
-    return isinstance(node, Node) and node.op == "call_function" and packet(node) in operators  # type: ignore[operator]
+    return isinstance(node, Node) and node.op == "call_function" and packet(node) in operators
 
 
 def is_rearrangement(node: Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from vitquant.graph.operators import JOINS, calls, is_rearrangement, is_selection
+from vitquant.graph.operators import JOINS, arguments, calls, is_rearrangement, is_selection
 
 
 def root(node: Node) -> Node:
@@ -22,8 +22,8 @@ def selected_from(node: Node) -> Node | None:
     if is_selection(node):
         return root(node.all_input_nodes[0])
     if calls(node, JOINS):
-        origins = {_origin(part) for part in node.args[0]}  # type: ignore[union-attr]
-        whole = {root(part) for part in node.args[0]}  # type: ignore[union-attr]
+        origins = {_origin(part) for part in arguments(node)[0]}
+        whole = {root(part) for part in arguments(node)[0]}
         return origins.pop() if len(origins) == 1 and origins.isdisjoint(whole) else None
     return None
 
