@@ -170,8 +170,10 @@ def _does_nothing(node: Node) -> bool:
     if not same or node.meta.get("shape") is None:
         return False
     match packet(node):
-        case aten.clone | aten.contiguous | aten.detach | aten.alias | aten.lift_fresh_copy | aten.dropout:
+        case aten.clone | aten.contiguous | aten.detach | aten.alias | aten.lift_fresh_copy:
             return True
+        case aten.dropout:
+            return node.args[2] is False
         case aten._to_copy | aten.to:
             return "device" not in node.kwargs or node.kwargs["device"] is None
         case aten.slice:
