@@ -17,6 +17,7 @@ KINDS = (
     "linear", "conv", "layer_norm", "rms_norm", "group_norm", "batch_norm", "softmax", "activation",
     "scores", "context", "product", "residual", "concat", "pool", "output",
 )  # fmt: skip
+_ON_AXIS_1 = ("conv", "batch_norm", "group_norm")
 OPERANDS = ("input", "weight", "query", "key", "probs", "value", "lhs", "rhs")
 
 
@@ -48,8 +49,8 @@ class Value:
         node: the graph node that makes the tensor as its readers see it.
         readers: every operand that reads it, in graph order; the first gives the value its name.
         shape: sizes; -1 stands for a size that grows with the batch.
-        channel_axis: the axis that `per = "axis"` means: 0 for a weight, 1 for a convolution's
-            input, -1 elsewhere.
+        channel_axis: the axis that `per = "axis"` means: 0 for a weight, 1 around convolutions,
+            -1 elsewhere.
         parameter: state-dict key when the tensor is a parameter as stored, else None.
     """
 
@@ -200,7 +201,7 @@ def find_values(module: GraphModule, sites: Iterable[Site]) -> tuple[Value, ...]
     groups: dict[Node, list[tuple[Site, str, Node]]] = {}
     for site, operand, node in reads:
         groups.setdefault(_source(node, whole), []).append((site, operand, node))
-    return tuple(_value(source, group) for source, group in groups.items())
+    return tuple(_value(source, group, nodes[group[0][0].node]) for source, group in groups.items())
 
 
 def _source(node: Node, whole: set[Node]) -> Node:
@@ -214,12 +215,11 @@ def _source(node: Node, whole: set[Node]) -> Node:
     return root(node)
 
 
-def _value(source: Node, group: list[tuple[Site, str, Node]]) -> Value:
+def _value(source: Node, group: list[tuple[Site, str, Node]], operation: Node) -> Value:
     read = {node for _, _, node in group}
     node = read.pop() if len(read) == 1 else source
     site, operand, seen = group[0]
-    channels_first = site.kind in ("conv", "batch_norm", "group_norm")
-    axis = {"weight": 0, "key": -2}.get(operand, 1 if channels_first else -1)
+    axis = {"weight": 0, "key": -2}.get(operand, 1 if _channels_first(site.kind, operation, seen) else -1)
     if node is not seen:
         axis = _axis_before(node, seen, axis)
     return Value(
@@ -229,6 +229,21 @@ def _value(source: Node, group: list[tuple[Site, str, Node]]) -> Value:
         channel_axis=axis,
         parameter=str(node.target) if node.op == "get_attr" else None,
     )
+
+
+def _channels_first(kind: str, operation: Node, read: Node) -> bool:
+    """Whether the channels of what an operation reads are axis 1: it says so, or a convolution made them."""
+    if kind in _ON_AXIS_1:
+        return True
+    if kind == "pool":
+        if not calls(operation, {aten.mean, aten.amax}):
+            return True
+        rank, axes = len(read.meta["shape"]), arguments(operation)[1:2]
+        reduced = {axis % rank for axis in axes[0]} if axes and axes[0] else set()
+        return 1 not in reduced and rank - 1 in reduced
+    while calls(read, ops.ACTIVATIONS | {aten.add, aten.mul}):
+        read = max(read.all_input_nodes, key=lambda source: len(source.meta.get("shape") or ()))
+    return calls(read, ops.CONVOLUTIONS) or (calls(read, ops.NORMS) and ops.NORMS[packet(read)] in _ON_AXIS_1)
 
 
 def _axis_before(node: Node, reader: Node, axis: int) -> int:

@@ -63,6 +63,24 @@ class Rotary(nn.Module):
         return self.fc((x + self.o((probs @ v).transpose(1, 2).flatten(2))).mean(1))
 
 
+class ConvolutionalStem(nn.Module):
+    """Convolutions with a residual addition in front of attention, pooled over the image at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.BatchNorm2d(32), nn.ReLU())
+        self.conv, self.gain = nn.Conv2d(32, 32, 3, padding=1), nn.Parameter(torch.ones(32, 1, 1))
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+        self.fc = nn.Linear(32, CLASSES)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.gain * self.conv(x)
+        y = x.flatten(2).transpose(1, 2)
+        y = y + (self.q(y) @ self.k(y).mT * 0.2).softmax(-1) @ self.v(y)
+        return self.fc(y.transpose(1, 2).unflatten(2, (4, 4)).mean((2, 3)))
+
+
 def timm_vit():
     return timm.create_model(
         "deit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=2, img_size=32, patch_size=8, num_classes=CLASSES
@@ -117,6 +135,7 @@ MODELS = {
     "torchvision swin": (torchvision_swin, 64),
     "transformers swin": (transformers_swin, 64),
     "rotary": (Rotary, 32),
+    "convolutional stem": (ConvolutionalStem, 32),
     "registers": timm_model("vit_small_patch14_reg4_dinov2", 28),
     "distilled": timm_model("deit_tiny_distilled_patch16_224"),
     "cait": timm_model("cait_xxs24_224"),
@@ -444,6 +463,27 @@ def test_shapes_and_channel_axes(name, reader, shape, axis):
     value = value_named(name, reader)
     assert shape is None or value.shape == shape
     assert value.channel_axis == axis
+
+
+@pytest.mark.parametrize(
+    ("name", "reader", "axis"),
+    [
+        ("timm swin", "pool:input", -1),  # (batch, height, width, channels)
+        ("torchvision swin", "pool:input", 1),  # (batch, channels, height, width)
+        ("transformers swin", "pool:input", 1),  # (batch, channels, tokens)
+        ("mean pooling", "pool:input", -1),
+        ("levit", "stem.act1.activation:input", 1),
+        ("levit", "stem.conv2.linear:input", 1),
+        ("levit", "stem.conv2.bn.batch_norm:input", 1),
+        ("convolutional stem", "stem.2.activation:input", 1),
+        ("convolutional stem", "residual:lhs", 1),
+        ("convolutional stem", "residual:rhs", 1),
+        ("convolutional stem", "pool:input", 1),
+        ("convolutional stem", "blocks.0.attn.query:input", -1),
+    ],
+)
+def test_channels_are_axis_1_around_convolutions(name, reader, axis):
+    assert value_named(name, reader).channel_axis == axis
 
 
 @pytest.mark.parametrize("name", MODELS)
