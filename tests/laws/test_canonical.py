@@ -289,6 +289,25 @@ def test_what_does_something_stays(call):
     assert assert_preserved(module, *inputs.values(), bound=0) == [call[0].overloadpacket, aten.relu]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        (aten.slice.Tensor, ["x", 0, 1, END]),
+        (aten.slice.Tensor, ["x", 0, 0, END, 2]),
+        (aten.slice.Tensor, ["x", 0, 0, 2]),
+        (aten.slice_scatter.default, ["x", "y", 0, 1, END]),
+        (aten.slice_scatter.default, ["x", "y", 0, 0, 2]),
+    ],
+)
+def test_a_part_of_the_batch_is_not_the_batch(call):
+    inputs = {"x": randn(3, 4), "y": randn(2, 4)}
+    module = graph_of(call, (aten.relu.default, ["%0"]), **inputs)
+    for node in module.graph.nodes:
+        if "shape" in node.meta:
+            node.meta["shape"] = (-1, 4)
+    assert assert_preserved(module, *inputs.values(), bound=0) == [call[0].overloadpacket, aten.relu]
+
+
 def test_a_view_may_follow_a_dropped_copy():
     inputs = {"x": randn(2, 3, 4)}
     module = graph_of(

@@ -177,8 +177,7 @@ def _does_nothing(node: Node) -> bool:
         case aten._to_copy | aten.to:
             return "device" not in node.kwargs or node.kwargs["device"] is None
         case aten.slice:
-            start, stop, step = (*arguments(node)[2:5], None, None, None)[:3]
-            return start in (0, None) and (step in (1, None)) and (stop is None or _reaches_end(node, stop))
+            return _takes_all(*arguments(node))
         case aten.pad | aten.constant_pad_nd:
             return all(isinstance(size, int) and size == 0 for size in arguments(node)[1])
         case aten.roll:
@@ -193,14 +192,16 @@ def _overwrites(node: Node) -> bool:
     """Whether the node gives its second argument unchanged: `x[:] = y`, written functionally."""
     if not calls(node, {aten.copy, aten.slice_scatter}) or not isinstance(arguments(node)[1], Node):
         return False
-    source = arguments(node)[1]
-    return node.meta.get("shape") == source.meta.get("shape") and node.meta.get("dtype") == source.meta.get("dtype")
+    target, source, *rest = arguments(node)
+    same = node.meta.get("shape") == source.meta.get("shape") and node.meta.get("dtype") == source.meta.get("dtype")
+    return same and (packet(node) is aten.copy or _takes_all(target, *rest))
 
 
-def _reaches_end(node: Node, stop: object) -> bool:
-    axis = arguments(node)[1] if len(arguments(node)) > 1 else 0
-    size = arguments(node)[0].meta["shape"][axis]
-    return isinstance(stop, int) and (stop >= _LAST or (size != -1 and stop >= size))
+def _takes_all(source: Node, axis: int = 0, start: object = None, stop: object = None, step: int | None = None) -> bool:
+    """Whether a slice of a tensor is the tensor; along the batch two sizes of -1 do not say so."""
+    size = source.meta["shape"][axis]
+    reaches_end = stop is None or (isinstance(stop, int) and (stop >= _LAST or (size != -1 and stop >= size)))
+    return start in (0, None) and step in (1, None) and reaches_end
 
 
 def _scale_after_product(graph: Graph, product: Node) -> None:
