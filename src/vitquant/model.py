@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from vitquant.checkpoint import read_checkpoint, write_checkpoint
 from vitquant.errors import CalibrationError, CaptureError, CheckpointError
@@ -127,29 +127,25 @@ class QuantizedModel(nn.Module):
                 return value
         raise KeyError(name)
 
-    def insert(self, name: str, quantizer: Quantizer) -> None:
-        """Put a quantizer on a value, for everything that reads it; a quantizer that is there is replaced.
+    def insert(self, quantizers: Mapping[str, Quantizer]) -> None:
+        """Put quantizers on values, each for everything that reads its value; those that are there are replaced.
 
         Arguments:
-            name: the value's name.
-            quantizer: takes and gives tensors of the value's shape.
-        """
-        target = f"{_QUANTIZERS}.{self.value(name).name}"
-        graph = self.graph_module.graph
-        present = any(node.op == "call_module" and node.target == target for node in graph.nodes)
-        if not self.graph_module.add_submodule(target, quantizer):
-            raise CaptureError(f"a quantizer cannot be named {target}: the model has an attribute of that name")
-        if present:
-            return
-        node = self._node(self.value(name).node)
-        with graph.inserting_after(node):
-            call = graph.call_module(target, (node,))
-            call.meta = dict(node.meta)
-        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-        self.graph_module.recompile()
+            quantizers: by the name of the value; each takes and gives tensors of the value's shape.
 
-    def _node(self, name: str) -> Node:
-        return next(node for node in self.graph_module.graph.nodes if node.name == name)
+        Pitfall: every call compiles the graph anew, which takes longer than a forward pass of a small model;
+            insert what belongs together at once.
+        """
+        graph, present = self.graph_module.graph, self.quantizers
+        nodes = {node.name: node for node in graph.nodes}
+        for name, quantizer in quantizers.items():
+            value = self.value(name)
+            target, node = f"{_QUANTIZERS}.{value.name}", nodes[value.node]
+            if not self.graph_module.add_submodule(target, quantizer):
+                raise CaptureError(f"a quantizer cannot be named {target}: the model has an attribute of that name")
+            if value.name not in present:
+                _route_through(graph, node, target)
+        self.graph_module.recompile()
 
     def run(self, images: torch.Tensor, taps: Mapping[str, Callable[[torch.Tensor], None]]) -> Any:
         """Run the graph as it is, calling `taps[name]` with each named value before its quantizer.
@@ -251,9 +247,10 @@ class QuantizedModel(nn.Module):
             raise CheckpointError(f"{directory}: the float model's graph is not the one that was saved; {hint}")
         model = cls(captured, recipe, bits, tuple(config["input_shape"]))
         specs = {name: assignment.spec for name, assignment in model.assignments.items()}
-        for name in model.quantized_names:
-            model.insert(name, build_quantizer(specs[name], _params(tensors, name, directory)))  # type: ignore[arg-type]
-        quantizers = model.quantizers
+        quantizers = {
+            name: build_quantizer(spec, _params(tensors, name, directory)) for name, spec in specs.items() if spec
+        }
+        model.insert(quantizers)
         for key, entry in quantization["packed"].items():
             quantizer = quantizers[entry["operand"]]
             spec = quantizer.spec
@@ -264,6 +261,14 @@ class QuantizedModel(nn.Module):
         fixed = {"format", "files", "versions", "input_shape", "graph_fingerprint", "quantization_config", "records"}
         model.provenance = {key: value for key, value in config.items() if key not in fixed}
         return model
+
+
+def _route_through(graph: Graph, node: Node, target: str) -> None:
+    """Let everything that reads `node` read the module `target` of it instead."""
+    with graph.inserting_after(node):
+        call = graph.call_module(target, (node,))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
 
 
 class _Tapped(Interpreter):

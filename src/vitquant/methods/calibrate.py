@@ -46,10 +46,9 @@ def calibrate(model: QuantizedModel, data: Iterable[torch.Tensor], settings: Cal
             raise CalibrationError("no calibration images: give at least one batch")
         for name in sorted(stored):
             _tap(name, observers[name])(model.parameter(model.value(name)))
+    model.insert({name: build_quantizer(observer.spec, observer.estimate()) for name, observer in observers.items()})
     decisions = {}
     for name, observer in observers.items():
-        quantizer = build_quantizer(observer.spec, observer.estimate())
-        model.insert(name, quantizer.to(next(model.parameters()).device))
         low, high = observer.observed_range()
         decisions[name] = {"low": low.min().item(), "high": high.max().item()}
     return Record("calibrate", {"images": images, "batches": batches}, decisions)

@@ -42,17 +42,20 @@ class Omse(Observer):
         if not isinstance(spec.scheme, Uniform | PowerOfTwoScale):
             raise RecipeError("omse shrinks the range of a uniform scheme: choose another observer")
         self.histogram = Histogram(BINS if isinstance(spec.granularity, PerTensor) else CHANNEL_BINS)
+        self._best: Tensor | None = None  # factors for what was seen, which take longer to find than to use
 
     def update(self, x: Tensor) -> None:
         low, high = extremes(x, self.spec.granularity)
         self.histogram.update(x.detach(), low, high, self.spec.granularity)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
+        self._best = None
 
     def observed_range(self) -> tuple[Tensor, Tensor]:
         low, high = super().observed_range()
-        best = shrink_factors(low.device)[self.errors().argmin(0)].view(low.shape)
-        return low * best, high * best
+        if self._best is None:
+            self._best = shrink_factors(low.device)[self.errors().argmin(0)].view(low.shape)
+        return low * self._best, high * self._best
 
     def errors(self) -> Tensor:
         """The sum of squared errors of every candidate: float64 (90, channels), the whole range first."""
