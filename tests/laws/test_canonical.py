@@ -330,10 +330,12 @@ def test_canonical_form_is_its_own_canonical_form():
 
 
 class Net(nn.Module):
-    def __init__(self, width=8, depth=2, eps=1e-5, activation="relu"):
+    def __init__(self, width=8, depth=2, eps=1e-5, activation="relu", hidden=16):
         super().__init__()
         self.proj = nn.Conv2d(3, width, 4, 4)
-        layer = nn.TransformerEncoderLayer(width, 2, 16, activation=activation, layer_norm_eps=eps, batch_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, 2, hidden, activation=activation, layer_norm_eps=eps, batch_first=True
+        )
         self.layers = nn.TransformerEncoder(layer, depth)
         self.eval()
 
@@ -414,10 +416,10 @@ def test_the_fingerprint_tells_structures_apart_and_nothing_else():
     assert fingerprint() == first  # other weights
     assert structural_fingerprint(capture(Net().double(), randn(3, 3, 8, 8))) != first
     others = [
-        fingerprint(depth=3), fingerprint(eps=1e-6), fingerprint(activation="gelu"), fingerprint(width=16),
+        fingerprint(depth=3), fingerprint(eps=1e-6), fingerprint(activation="gelu"), fingerprint(width=16), fingerprint(hidden=24),
         fingerprint(size=12),
     ]  # fmt: skip
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 7
 
 
 def test_the_fingerprint_does_not_read_names_or_values(captured):
