@@ -416,8 +416,8 @@ def test_the_fingerprint_tells_structures_apart_and_nothing_else():
     assert fingerprint() == first  # other weights
     assert structural_fingerprint(capture(Net().double(), randn(3, 3, 8, 8))) != first
     others = [
-        fingerprint(depth=3), fingerprint(eps=1e-6), fingerprint(activation="gelu"), fingerprint(width=16), fingerprint(hidden=24),
-        fingerprint(size=12),
+        fingerprint(depth=3), fingerprint(eps=1e-6), fingerprint(activation="gelu"), fingerprint(width=16),
+        fingerprint(hidden=24), fingerprint(size=12),
     ]  # fmt: skip
     assert len({first, *others}) == 7
 
