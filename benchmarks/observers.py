@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -53,27 +54,52 @@ def main() -> None:
     evaluation = batches(load_listing(SHARED / "images" / "photos_eval"), PREPROCESSING, 100)
     labels = torch.cat([label for _, label in evaluation])
     reference = run(model, evaluation)
-    print("| recipe | top-1 by order | agreement by order | top-1 - float, 95 % | official top-1 | official agreement "
-          "| top-1 - official, 95 % |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|")
+    columns = (
+        "recipe", "top-1", "agreement", "cosine", "top-1 - float, 95 %",
+        "official top-1", "agreement", "cosine", "top-1 - official, 95 %",
+    )  # fmt: skip
+    print(row(columns))
+    print("|---" * len(columns) + "|")
+    print(row(("float", f"{compare(reference, None, labels).top1:.1f}", *[""] * (len(columns) - 2))))
     for recipe in arguments.recipes:
-        results, logits = [], []
+        results, cosines, ours = [], [], None
         for seed in range(arguments.seeds):
             listing = subset(load_listing(SHARED / "images" / "photos_calibration"), 1000, seed)
             with console.status(f"{recipe}, order {seed}"):
                 data = batches(listing, PREPROCESSING, 100)
                 quantized = vitquant.quantize(model, recipe, data, settings=arguments.settings)
-                logits.append(run(quantized, evaluation))
-            results.append(compare(logits[-1], reference, labels))
-            console.print(json.dumps({"recipe": recipe, "order": seed, **vars(results[-1])}))
-        official = torch.from_numpy(np.load(SHARED / "reference" / "logits" / f"{OFFICIAL[recipe]}.npz")["logits"])
-        their = compare(official.float(), reference, labels)
-        ours_right, their_right = logits[0].argmax(1) == labels, official.float().argmax(1) == labels
-        print(
-            f"| {recipe} | {spread([r.top1 for r in results])} | {spread([r.agreement for r in results])} "
-            f"| {interval(results[0].top1_difference_interval)} | {their.top1:.1f} | {their.agreement:.1f} "
-            f"| {interval(paired_interval(ours_right, their_right))} |"
-        )
+                logits = run(quantized, evaluation)
+            ours = logits if ours is None else ours
+            results.append(compare(logits, reference, labels))
+            cosines.append(cosine(logits, reference))
+            console.print(json.dumps({"recipe": recipe, "order": seed, "cosine": cosines[-1], **vars(results[-1])}))
+        assert ours is not None
+        stored = np.load(SHARED / "reference" / "logits" / f"{OFFICIAL[recipe]}.npz")["logits"]
+        official = torch.from_numpy(stored).float()
+        their = compare(official, reference, labels)
+        difference = paired_interval(ours.argmax(1) == labels, official.argmax(1) == labels)
+        cells = [
+            recipe,
+            spread([result.top1 for result in results], 1),
+            spread([result.agreement for result in results], 1),
+            spread(cosines, 4),
+            interval(results[0].top1_difference_interval),
+            f"{their.top1:.1f}",
+            f"{their.agreement:.1f}",
+            f"{cosine(official, reference):.4f}",
+            interval(difference),
+        ]
+        print(row(cells), flush=True)
+
+
+def row(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def cosine(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """The mean cosine of each image's logits with the float model's."""
+    return torch.cosine_similarity(logits, reference, dim=1).mean().item()
 
 
 def run(model: torch.nn.Module, evaluation: object) -> torch.Tensor:
@@ -82,9 +108,10 @@ def run(model: torch.nn.Module, evaluation: object) -> torch.Tensor:
         return torch.cat([logits_of(model(images)) for images, _ in evaluation])
 
 
-def spread(values: list[float]) -> str:
-    """Mean, and every value."""
-    return f"{statistics.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and the smallest and largest value when there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}..{max(values):.{digits}f})"
 
 
 def interval(limits: tuple[float, float]) -> str:

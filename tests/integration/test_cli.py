@@ -428,8 +428,12 @@ def test_a_refusal_shows_a_traceback_with_debug(run, workshop):
 
 
 def test_an_interrupt_is_said_in_one_line(run, workshop, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     monkeypatch.setattr("vitquant.pipeline.load", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    assert run("inspect", workshop / "out") == (130, "", "interrupted; nothing was written\n")
+    try:
+        assert run("inspect", workshop / "out") == (130, "", "interrupted; nothing was written\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 PAUSE = """

@@ -425,7 +425,7 @@ class TestShippedRecipes:
         observers = {a.observer for a in found.values() if a.spec not in (None, weight)}
         assert observers == {name}
         weights = {a.observer for a in found.values() if a.spec == weight}
-        assert weights == {"omse" if name == "omse" else "minmax"}
+        assert weights == {"minmax"}
 
     @pytest.mark.parametrize("name", plain)
     def test_what_gelu_shares_with_another_reader_is_quantized(self, name: str) -> None:
