@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from vitquant.checkpoint import read_checkpoint, write_checkpoint
 from vitquant.errors import CalibrationError, CaptureError, CheckpointError
 from vitquant.graph.fingerprint import structural_fingerprint
-from vitquant.graph.operators import PRODUCTS, calls
+from vitquant.graph.operators import PRODUCTS, aten, calls
 from vitquant.packing import pack, unpack
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.recipe import Assignment, Bits, Recipe, assign
@@ -280,10 +280,28 @@ class _Tapped(Interpreter):
         self._taps = taps
 
     def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
+        result = self._scale_in_place(n) if self._may_scale_in_place(n) else super().run_node(n)
         if n.name in self._taps:
             self._taps[n.name](result)
         return result
+
+    def _may_scale_in_place(self, n: Node) -> bool:
+        """Whether the node scales a product that nothing else sees.
+
+        Fused attention never writes the scores; here they are needed, but not a second copy of them, which
+        costs more than observing them does.
+        """
+        if not calls(n, {aten.mul}) or torch.is_grad_enabled():
+            return False
+        product, factor = n.args[:2]
+        return calls(product, PRODUCTS) and isinstance(factor, float) and self._alone(product)  # type: ignore[arg-type]
+
+    def _alone(self, product: Node) -> bool:
+        return len(product.users) == 1 and product.name not in self._taps
+
+    def _scale_in_place(self, n: Node) -> torch.Tensor:
+        product, factor = n.args[:2]
+        return self.env[product].mul_(factor)  # type: ignore[index]
 
 
 def _params(tensors: dict[str, torch.Tensor], name: str, directory: object) -> QParams:

@@ -18,9 +18,8 @@ from vitquant.zoo import create
 def timm_vit(**arguments):
     import timm
 
-    return timm.create_model(
-        "vit_tiny_patch16_224", **{"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 7, **arguments}
-    ).eval()  # fmt: skip
+    tiny = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 7}
+    return timm.create_model("vit_tiny_patch16_224", **{**tiny, **arguments}).eval()
 
 
 def timm_swin():
@@ -296,7 +295,7 @@ def test_unknown_methods_and_settings_are_refused_before_any_work():
 
     with pytest.raises(RecipeError, match="'distil' is unknown"):
         vitquant.quantize(timm_vit(), replace(recipe, methods=(Method("distil"),)), [photos()])
-    with pytest.raises(RecipeError, match="calibrate.*momentum"):
+    with pytest.raises(RecipeError, match=r"calibrate.*momentum"):
         vitquant.quantize(timm_vit(), "minmax", [photos()], settings=["calibrate.momentum=0.1"])
 
 
@@ -319,7 +318,7 @@ def rewrite(saved, change):
 def test_a_saved_model_without_scales_is_refused(saved):
     key = "quantizers.blocks.0.attn.scores:query.scale"
     rewrite(saved, lambda tensors, _: tensors.pop(key))
-    with pytest.raises(CheckpointError, match="blocks.0.attn.scores:query.scale is missing"):
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.scores:query\.scale is missing"):
         vitquant.load(saved, model=timm_vit())
 
 
@@ -350,7 +349,7 @@ def test_a_saved_model_without_source_says_what_to_do(saved):
 
 def test_a_factory_named_in_a_file_is_not_imported(saved):
     rewrite(saved, lambda _, config: config.update(source={"name": "python:os.path:join"}))
-    with pytest.raises(CheckpointError, match="python:os.path:join.*repeat it"):
+    with pytest.raises(CheckpointError, match=r"python:os\.path:join.*repeat it"):
         vitquant.load(saved)
 
 

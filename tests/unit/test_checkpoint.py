@@ -1,5 +1,4 @@
 import json
-import os
 
 import pytest
 import torch
@@ -19,7 +18,10 @@ def saved(tmp_path):
 def test_what_is_written_is_read(saved):
     tensors, config = read_checkpoint(saved)
     assert config["note"] == "x"
-    assert all(torch.equal(tensors[name], TENSOR[name]) and tensors[name].dtype == TENSOR[name].dtype for name in TENSOR)
+    assert tensors.keys() == TENSOR.keys()
+    for name, tensor in TENSOR.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
 
 
 def test_the_same_content_gives_the_same_bytes(saved, tmp_path):
@@ -82,12 +84,12 @@ def test_a_directory_that_is_not_there_is_named(tmp_path):
 
 
 def test_nothing_is_overwritten_without_force(saved):
-    with pytest.raises(CheckpointError, match="not empty.*--force"):
+    with pytest.raises(CheckpointError, match=r"not empty.*--force"):
         write_checkpoint(saved, TENSOR, {"note": "new"})
     assert read_config(saved)["note"] == "x"
     write_checkpoint(saved, TENSOR, {"note": "new"}, force=True)
     assert read_config(saved)["note"] == "new"
-    assert os.listdir(saved.parent) == ["out"]
+    assert [path.name for path in saved.parent.iterdir()] == ["out"]
 
 
 def test_force_does_not_delete_what_is_no_saved_model(tmp_path):
@@ -115,4 +117,4 @@ def test_a_write_that_fails_leaves_what_was_there(saved, monkeypatch, step):
         write_checkpoint(saved, TENSOR, {"note": "new"}, force=True)
     monkeypatch.undo()
     assert read_checkpoint(saved)[1]["note"] == "x"
-    assert [name for name in os.listdir(saved.parent) if name.endswith(".partial")] == []
+    assert list(saved.parent.glob(".*.partial")) == []

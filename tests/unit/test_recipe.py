@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vitquant.recipe import library
 from vitquant.errors import RecipeError
+from vitquant.recipe import library
 from vitquant.recipe.bits import Bits
 from vitquant.recipe.library import available, load_recipe
 from vitquant.recipe.matching import Assignment, assign
