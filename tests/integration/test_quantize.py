@@ -227,6 +227,23 @@ def test_a_tap_sees_the_value_before_its_quantizer():
     assert torch.equal(seen[0], photos(2, seed=1))
 
 
+@pytest.mark.parametrize("make", [timm_vit, timm_swin])
+def test_taps_change_nothing_and_see_the_same_with_and_without_gradients(make):
+    quantized = vitquant.quantize(trained(make()), "minmax", [photos()])
+    x, seen = photos(2, seed=1), {True: [], False: []}
+    expected = quantized(x)
+    for gradients, values in seen.items():
+        taps = {
+            value.name: lambda tensor, values=values: values.append(tensor.detach().clone())
+            for value in quantized.values
+        }
+        with torch.set_grad_enabled(gradients):
+            assert torch.equal(quantized.run(x, taps), expected)
+            assert torch.equal(quantized.run(x, {}), expected)
+    assert len(seen[True]) == len(seen[False]) == len(quantized.values)
+    assert all(torch.equal(left, right) for left, right in zip(seen[True], seen[False], strict=True))
+
+
 def test_a_layer_norm_gain_of_zero_is_nothing_special():
     model = timm_vit()
     with torch.no_grad():
