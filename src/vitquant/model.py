@@ -108,10 +108,9 @@ class QuantizedModel(nn.Module):
     @property
     def quantizers(self) -> dict[str, Quantizer]:
         """The quantizers there are, by the name of their value."""
-        calls = (node for node in self.graph_module.graph.nodes if node.op == "call_module")
+        targets = [str(node.target) for node in self.graph_module.graph.nodes if node.op == "call_module"]
         return {
-            str(node.target).removeprefix(f"{_QUANTIZERS}."): self.graph_module.get_submodule(str(node.target))
-            for node in calls
+            target.removeprefix(f"{_QUANTIZERS}."): self.graph_module.get_submodule(target) for target in targets
         }  # type: ignore[return-value]
 
     @property
@@ -185,8 +184,11 @@ class QuantizedModel(nn.Module):
         tensors = {name: tensor.clone() for name, tensor in self.graph_module.state_dict().items()}
         packed = {}
         for value in self._packable():
-            codes = quantizers[value.name].encode(self.parameter(value).detach())
-            tensors[str(value.parameter)] = pack(codes, quantizers[value.name].spec.bits)
+            quantizer, weight = quantizers[value.name], self.parameter(value).detach()
+            codes = quantizer.encode(weight)
+            if not torch.equal(quantizer.encode(quantizer.decode(codes, weight.dtype)), codes):
+                continue  # bfloat16 is too coarse for this grid: only the weight itself gives these codes again
+            tensors[str(value.parameter)] = pack(codes, quantizer.spec.bits)
             packed[str(value.parameter)] = {"operand": value.name, "shape": list(value.shape)}
         operands = {
             name: {"rule": assignment.rule, "spec": assignment.spec.to_dict() if assignment.spec else None}
@@ -243,7 +245,7 @@ class QuantizedModel(nn.Module):
         found = structural_fingerprint(captured)
         if found != config["graph_fingerprint"]:
             saved, here = config["versions"].get("torch"), torch.__version__
-            hint = f"it was saved with torch {saved}, this is {here}" if saved != here else "give the model it was"
+            hint = f"it was saved with torch {saved}, this is {here}" if saved != here else "give the model it was made from"
             raise CheckpointError(f"{directory}: the float model's graph is not the one that was saved; {hint}")
         model = cls(captured, recipe, bits, tuple(config["input_shape"]))
         specs = {name: assignment.spec for name, assignment in model.assignments.items()}

@@ -193,6 +193,23 @@ def test_half_the_model_in_bfloat16_reloads_bit_for_bit(tmp_path):
     assert torch.equal(vitquant.load(tmp_path / "out", model=model)(x), quantized(x))
 
 
+def test_a_grid_too_fine_for_bfloat16_reloads_bit_for_bit_too(tmp_path):
+    model = trained(timm_vit()).bfloat16()
+    settings = ["weights.signed=false", "weights.symmetric=false"]  # codes up to 255 steps from zero
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.abs_()
+    quantized = vitquant.quantize(model, "minmax", [photos().bfloat16()], settings=settings)
+    quantized.save(tmp_path / "out")
+    x = photos(2, seed=1).bfloat16()
+    reloaded = vitquant.load(tmp_path / "out", model=model)
+    assert torch.equal(reloaded(x), quantized(x))
+    for name, quantizer in quantized.quantizers.items():
+        if name.endswith(":weight"):
+            value = quantized.value(name)
+            codes = quantizer.encode(quantized.parameter(value))
+            assert torch.equal(reloaded.quantizers[name].encode(reloaded.parameter(value)), codes), name
+
+
 def test_a_tied_weight_stays_tied(tmp_path):
     model = timm_vit()
     model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
