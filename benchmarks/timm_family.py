@@ -318,7 +318,7 @@ def document(findings: Iterable[Finding]) -> str:
         f"timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}.",
         "`tests/zoo/test_timm_family.py` checks it.",
         "",
-        f"{len(findings)} names: {captured} captured, {attention} of them with a softmax between two products (attention).",
+        f"{len(findings)} names: {captured} captured, {attention} of them with a softmax between two products.",
         "Each is made by its own entry point with the fewest layers, width and image size that it accepts, with random",
         "weights, and compared with its capture in float32 at batch 1, 2 and 5; names that give the same modules with",
         "the same settings are captured once. *Difference* is the largest one of an output, over the largest output,",

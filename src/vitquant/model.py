@@ -109,9 +109,7 @@ class QuantizedModel(nn.Module):
     def quantizers(self) -> dict[str, Quantizer]:
         """The quantizers there are, by the name of their value."""
         targets = [str(node.target) for node in self.graph_module.graph.nodes if node.op == "call_module"]
-        return {
-            target.removeprefix(f"{_QUANTIZERS}."): self.graph_module.get_submodule(target) for target in targets
-        }  # type: ignore[return-value]
+        return {target.removeprefix(f"{_QUANTIZERS}."): self.graph_module.get_submodule(target) for target in targets}  # type: ignore[return-value]
 
     @property
     def blocks(self) -> dict[int, tuple[Site, ...]]:
@@ -245,7 +243,7 @@ class QuantizedModel(nn.Module):
         found = structural_fingerprint(captured)
         if found != config["graph_fingerprint"]:
             saved, here = config["versions"].get("torch"), torch.__version__
-            hint = f"it was saved with torch {saved}, this is {here}" if saved != here else "give the model it was made from"
+            hint = f"it was saved with torch {saved}, this is {here}" if saved != here else "give that model"
             raise CheckpointError(f"{directory}: the float model's graph is not the one that was saved; {hint}")
         model = cls(captured, recipe, bits, tuple(config["input_shape"]))
         specs = {name: assignment.spec for name, assignment in model.assignments.items()}

@@ -194,20 +194,20 @@ def test_half_the_model_in_bfloat16_reloads_bit_for_bit(tmp_path):
 
 
 def test_a_grid_too_fine_for_bfloat16_reloads_bit_for_bit_too(tmp_path):
-    model = trained(timm_vit()).bfloat16()
-    settings = ["weights.signed=false", "weights.symmetric=false"]  # codes up to 255 steps from zero
-    with torch.no_grad():
-        model.blocks[0].mlp.fc1.weight.abs_()
+    model, name = trained(timm_vit()).bfloat16(), "blocks.0.mlp.fc1:weight"
+    settings = ["weights.signed=false", "weights.symmetric=false"]
     quantized = vitquant.quantize(model, "minmax", [photos().bfloat16()], settings=settings)
+    quantizer = quantized.quantizers[name]
+    quantizer.scale.fill_((1 + 0.99 * 2**-8) / 255)  # the largest level rounds to 1.0 in bfloat16, a code lower
+    quantizer.zero_point.fill_(0)
+    with torch.no_grad():
+        quantized.parameter(quantized.value(name)).fill_(2.0)  # clipped, as a searched scale clips
+    codes = quantizer.encode(quantized.parameter(quantized.value(name)))
     quantized.save(tmp_path / "out")
-    x = photos(2, seed=1).bfloat16()
     reloaded = vitquant.load(tmp_path / "out", model=model)
+    assert torch.equal(reloaded.quantizers[name].encode(reloaded.parameter(reloaded.value(name))), codes)
+    x = photos(2, seed=1).bfloat16()
     assert torch.equal(reloaded(x), quantized(x))
-    for name, quantizer in quantized.quantizers.items():
-        if name.endswith(":weight"):
-            value = quantized.value(name)
-            codes = quantizer.encode(quantized.parameter(value))
-            assert torch.equal(reloaded.quantizers[name].encode(reloaded.parameter(value)), codes), name
 
 
 def test_a_tied_weight_stays_tied(tmp_path):
