@@ -10,36 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Iterable
-from pathlib import Path
 
-import numpy as np
 import torch
+from real_deit import PREPROCESSING, SHARED, cosine, float_deit, interval, official_logits, row, run, spread
 from rich.console import Console
 
 import vitquant
-from vitquant.tasks.classification import compare, logits_of, paired_interval
+from vitquant.tasks.classification import compare, paired_interval
 from vitquant.tasks.images import batches, load_listing, subset
-from vitquant.tasks.preprocessing import Preprocessing
-from vitquant.zoo import ModelSource, create
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-WEIGHTS = SHARED / "weights" / "deit_tiny_patch16_224.safetensors"
 OFFICIAL = {
     "minmax": "fqvit_minmax_888",
     "moving-average": "fqvit_ema_888",
     "percentile": "fqvit_percentile_888",
     "omse": "fqvit_omse_888",
 }
-# The one the official runs used; timm's own configuration of DeiT-Tiny crops to 0.9 instead.
-PREPROCESSING = Preprocessing(
-    input_size=(3, 224, 224),
-    interpolation="bicubic",
-    crop_pct=0.875,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-)
 console = Console(stderr=True)
 
 
@@ -50,7 +35,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings", help="as vitquant quantize --set")
     parser.add_argument("--recipes", nargs="*", default=list(OFFICIAL))
     arguments = parser.parse_args()
-    model = create(ModelSource("timm:deit_tiny_patch16_224", weights=str(WEIGHTS)))
+    model = float_deit()
     evaluation = batches(load_listing(SHARED / "images" / "photos_eval"), PREPROCESSING, 100)
     labels = torch.cat([label for _, label in evaluation])
     reference = run(model, evaluation)
@@ -74,8 +59,7 @@ def main() -> None:
             cosines.append(cosine(logits, reference))
             console.print(json.dumps({"recipe": recipe, "order": seed, "cosine": cosines[-1], **vars(results[-1])}))
         assert ours is not None
-        stored = np.load(SHARED / "reference" / "logits" / f"{OFFICIAL[recipe]}.npz")["logits"]
-        official = torch.from_numpy(stored).float()
+        official = official_logits(OFFICIAL[recipe])
         their = compare(official, reference, labels)
         difference = paired_interval(ours.argmax(1) == labels, official.argmax(1) == labels)
         cells = [
@@ -90,33 +74,6 @@ def main() -> None:
             interval(difference),
         ]
         print(row(cells), flush=True)
-
-
-def row(cells: Iterable[str]) -> str:
-    """A row of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def cosine(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    """The mean cosine of each image's logits with the float model's."""
-    return torch.cosine_similarity(logits, reference, dim=1).mean().item()
-
-
-def run(model: torch.nn.Module, evaluation: object) -> torch.Tensor:
-    """The logits of every evaluation image."""
-    with torch.inference_mode():
-        return torch.cat([logits_of(model(images)) for images, _ in evaluation])
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean, and the smallest and largest value when there are several."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}..{max(values):.{digits}f})"
-
-
-def interval(limits: tuple[float, float]) -> str:
-    """An interval in percentage points."""
-    return f"{limits[0]:+.1f} to {limits[1]:+.1f}"
 
 
 if __name__ == "__main__":

@@ -147,11 +147,12 @@ class QuantizedModel(nn.Module):
     def run(self, images: torch.Tensor, taps: Mapping[str, Callable[[torch.Tensor], None]]) -> Any:
         """Run the graph as it is, calling `taps[name]` with each named value before its quantizer.
 
-        A tap's tensor is freed once its readers have run, unless the tap keeps it.
-
         Arguments:
             images: (batch, channels, height, width).
             taps: by the names of values.
+
+        Pitfall: a tap's tensor is lent for the call. Without gradients what comes after may overwrite it; a tap
+            that keeps it keeps a clone.
         """
         self._check_shape(images)
         by_node = {self.value(name).node: tap for name, tap in taps.items()}
@@ -272,7 +273,12 @@ def _route_through(graph: Graph, node: Node, target: str) -> None:
 
 
 class _Tapped(Interpreter):
-    """Runs a graph node by node, showing some of the tensors on the way."""
+    """Runs a graph node by node, showing some of the tensors on the way.
+
+    Fused attention never writes scores and probabilities; here they are needed, but not in three tensors.
+    Writing to fresh memory costs several times what computing or observing them does, so without gradients the
+    scale and the softmax overwrite what only they read.
+    """
 
     def __init__(self, module: GraphModule, taps: Mapping[str, Callable[[torch.Tensor], None]]) -> None:
         super().__init__(module)
@@ -280,28 +286,28 @@ class _Tapped(Interpreter):
         self._taps = taps
 
     def run_node(self, n: Node) -> Any:
-        result = self._scale_in_place(n) if self._may_scale_in_place(n) else super().run_node(n)
+        result = self._overwrite(n)
+        if result is None:
+            result = super().run_node(n)
         if n.name in self._taps:
             self._taps[n.name](result)
         return result
 
-    def _may_scale_in_place(self, n: Node) -> bool:
-        """Whether the node scales a product that nothing else sees.
+    def _overwrite(self, n: Node) -> torch.Tensor | None:
+        """The node's result in its argument's memory; None where that is not possible."""
+        if torch.is_grad_enabled() or not n.args or not isinstance(n.args[0], Node) or len(n.args[0].users) > 1:
+            return None
+        source = n.args[0]
+        if calls(n, {aten.mul}) and calls(source, PRODUCTS) and isinstance(n.args[1], float):
+            return self.env[source].mul_(n.args[1])
+        if calls(n, {aten.softmax}) and len(n.args) == 2 and _is_scaled_product(source):
+            scores = self.env[source]
+            return aten._softmax.out(scores, n.args[1], False, out=scores)
+        return None
 
-        Fused attention never writes the scores; here they are needed, but not a second copy of them, which
-        costs more than observing them does.
-        """
-        if not calls(n, {aten.mul}) or torch.is_grad_enabled():
-            return False
-        product, factor = n.args[:2]
-        return calls(product, PRODUCTS) and isinstance(factor, float) and self._alone(product)  # type: ignore[arg-type]
 
-    def _alone(self, product: Node) -> bool:
-        return len(product.users) == 1 and product.name not in self._taps
-
-    def _scale_in_place(self, n: Node) -> torch.Tensor:
-        product, factor = n.args[:2]
-        return self.env[product].mul_(factor)  # type: ignore[index]
+def _is_scaled_product(node: Node) -> bool:
+    return calls(node, {aten.mul}) and isinstance(node.args[1], float) and calls(node.args[0], PRODUCTS)  # type: ignore[arg-type]
 
 
 def _params(tensors: dict[str, torch.Tensor], name: str, directory: object) -> QParams:

@@ -1,0 +1,65 @@
+"""The real DeiT-Tiny and its photographs, as the benchmarks that measure accuracy use them.
+
+Data: ../shared. Its preprocessing is the one of the official runs; timm's own configuration of DeiT-Tiny crops to
+0.9 instead.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vitquant.tasks.classification import logits_of
+from vitquant.tasks.preprocessing import Preprocessing
+from vitquant.zoo import ModelSource, create
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+WEIGHTS = SHARED / "weights" / "deit_tiny_patch16_224.safetensors"
+PREPROCESSING = Preprocessing(
+    input_size=(3, 224, 224),
+    interpolation="bicubic",
+    crop_pct=0.875,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
+
+
+def float_deit() -> torch.nn.Module:
+    """DeiT-Tiny with its trained weights."""
+    return create(ModelSource("timm:deit_tiny_patch16_224", weights=str(WEIGHTS)))
+
+
+def official_logits(name: str) -> torch.Tensor:
+    """The logits that an official run gave on `photos_eval`, in the order of its labels.csv."""
+    return torch.from_numpy(np.load(SHARED / "reference" / "logits" / f"{name}.npz")["logits"]).float()
+
+
+def row(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def cosine(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """The mean cosine of each image's logits with the float model's."""
+    return torch.cosine_similarity(logits, reference, dim=1).mean().item()
+
+
+def run(model: torch.nn.Module, evaluation: object) -> torch.Tensor:
+    """The logits of every evaluation image."""
+    with torch.inference_mode():
+        return torch.cat([logits_of(model(images)) for images, _ in evaluation])
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and the smallest and largest value when there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}..{max(values):.{digits}f})"
+
+
+def interval(limits: tuple[float, float]) -> str:
+    """An interval in percentage points."""
+    return f"{limits[0]:+.1f} to {limits[1]:+.1f}"
