@@ -1,0 +1,108 @@
+"""LayerNorm of integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitquant.integer.arithmetic import Rescaling, shift_right, square_root
+
+NORMALIZED_BITS = 16  # normalized values are integers times 2**-16
+_ROOT_BITS = 62
+_RECIPROCAL_BITS = 50
+
+
+def integer_epsilon(epsilon: float, scale: float, channels: int) -> int:
+    """LayerNorm's epsilon in units of `spread`: at least 1, so that a constant row divides by no zero.
+
+    Arguments:
+        epsilon: of the float LayerNorm, added to the variance.
+        scale: what an input of 1 stands for.
+        channels: how many are normalized.
+    """
+    return max(1, min(round(epsilon * channels**2 / scale**2), 2**40))
+
+
+def guard_bits(channels: int, largest: int) -> int:
+    """How many binary digits the standard deviation can have after the point within 64 bits.
+
+    Arguments:
+        channels: how many are normalized.
+        largest: a bound on |x|.
+    """
+    return max(0, min(12, (_ROOT_BITS - ((channels * largest) ** 2 + 2**40).bit_length()) // 2))
+
+
+def normalize(x: Tensor, epsilon: int, largest: int) -> Tensor:
+    """(x - mean) / sqrt(variance + epsilon) over the last axis, times 2**16.
+
+    Arguments:
+        x: int64 (..., channels).
+        epsilon: from `integer_epsilon`.
+        largest: a bound on |x|; channels * largest must stay below 2**30.
+
+    Returns:
+        int64, at most sqrt(channels) * 2**16 in absolute value. Its error is below 2**-17 for the rounding, and
+        2**-guard of the value for the root where the standard deviation is at least 1.
+    """
+    channels, guard = x.shape[-1], guard_bits(x.shape[-1], largest)
+    total = x.sum(-1, keepdim=True)
+    spread = channels * (x * x).sum(-1, keepdim=True) - total * total  # channels**2 * variance
+    deviation = square_root((spread + epsilon) << (2 * guard))  # channels * deviation * 2**guard, at least 1
+    reciprocal = torch.div(1 << (_RECIPROCAL_BITS + guard), deviation, rounding_mode="floor")
+    return shift_right((channels * x - total) * reciprocal, _RECIPROCAL_BITS - NORMALIZED_BITS)
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """Everything that an integer LayerNorm is made of, but its input.
+
+    Arguments:
+        epsilon: from `integer_epsilon`.
+        largest: a bound on |x|.
+        affine: gain and bias, and from normalized values to the output's codes.
+        low, high: the output's codes.
+    """
+
+    epsilon: int
+    largest: int
+    affine: Rescaling
+    low: int
+    high: int
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The codes of the normalized x, an int64 tensor (..., channels) on one scale."""
+        return self.affine.apply(normalize(x, self.epsilon, self.largest), self.low, self.high)
+
+
+def published_layer_norm(x: Tensor, gain: Tensor, bias: Tensor, scale: float, output_scale: float) -> Tensor:
+    """LayerNorm as FQ-ViT's code computes it: integer input, float statistics, 8-bit multipliers, no epsilon.
+
+    For each element, gain / (deviation * output_scale) becomes M / 2**N with 128 <= M <= 255 rounded down, and the
+    bias an integer times 2**-N.
+
+    Arguments:
+        x: int64 (..., channels) on one scale.
+        gain, bias: float64 (channels,).
+        scale: what an x of 1 stands for.
+        output_scale: of the output.
+
+    Returns:
+        int64: the output in units of its scale, without zero point and clamp.
+
+    Source: FQ-ViT's code (`models/ptq/layers.py`, `QIntLayerNorm`, mode "int").
+
+    Pitfalls: a constant row has no deviation and gives what a deviation of one step would. Float square root and
+    per-element multipliers make it a simulation; no integer program is made of it.
+    """
+    channels, integers = x.shape[-1], x.double()
+    mean = integers.mean(-1, keepdim=True) * scale
+    spread = channels * integers.square().sum(-1, keepdim=True) - integers.sum(-1, keepdim=True).square()
+    deviation = spread.sqrt().clamp(min=1.0) * (scale / channels)
+    slope = scale / deviation * gain / output_scale
+    shift = (7 - torch.floor(torch.log2(slope.abs()))).clamp(0, 31)  # 31 for a gain of zero
+    multiplier = torch.floor(slope.abs() * torch.exp2(shift)).clamp(0, 255)
+    offset = torch.round((bias - mean / deviation * gain) / output_scale * torch.exp2(shift))
+    return torch.round((slope.sign() * multiplier * integers + offset) / torch.exp2(shift)).to(torch.int64)

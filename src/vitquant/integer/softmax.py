@@ -1,0 +1,94 @@
+"""Softmax of integer codes: to powers of two, or to equally spaced levels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitquant.integer.arithmetic import logarithm, shift_right
+from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS, Exponential
+
+_ROW_BITS = 16
+
+
+def distances(codes: Tensor, hidden: Tensor | None, exponential: Exponential) -> Tensor:
+    """How far each score lies below the largest of its row.
+
+    Arguments:
+        codes: int64 (..., row).
+        hidden: bool, broadcastable to codes, True where a mask hides an entry; a row may be hidden whole.
+        exponential: says what a hidden entry is.
+
+    Returns:
+        int64 of the shape of codes: an index into the tables of `exponential`.
+    """
+    if hidden is None:
+        return codes.amax(-1, keepdim=True) - codes
+    largest = codes.masked_fill(hidden, torch.iinfo(codes.dtype).min).amax(-1, keepdim=True)
+    return (largest - codes).masked_fill(hidden, exponential.hidden)
+
+
+def row_sums(distance: Tensor, exponential: Exponential) -> Tensor:
+    """The sum of the exponentials of each row: int64 (..., 1), at least 1, times 2**15."""
+    return exponential.values.take(distance).sum(-1, keepdim=True).clamp(min=1)
+
+
+def log_int_softmax(distance: Tensor, exponential: Exponential, zero: int) -> Tensor:
+    """Probabilities as powers of two: the code k of 2**-k, rounded to nearest by the logarithm.
+
+    -log2(probability) = log2(row sum) + octaves, so no element is divided and none is taken the logarithm of.
+
+    Arguments:
+        distance: from `distances`.
+        zero: the code that means zero, at most 15; so do all exponents from there on.
+
+    Returns:
+        int64 codes 0..zero. Where -log2(probability) is further than 2**-11 from the middle between two integers,
+        they are those of the real quotient (for exponentials that `octaves` holds, 16 octaves).
+
+    Source: FQ-ViT, Lin et al. 2022, section "Log-Int-Softmax", which divides, rounds the quotient to an integer,
+    and rounds that up from 1.5 times a power of two on.
+    """
+    total = logarithm(row_sums(distance, exponential), OCTAVE_BITS) - (VALUE_BITS << OCTAVE_BITS)
+    return shift_right(exponential.octaves.take(distance) + total, OCTAVE_BITS).clamp(0, zero)
+
+
+def published_log_int_softmax(distance: Tensor, exponential: Exponential, zero: int) -> Tensor:
+    """`log_int_softmax` with the rounding of FQ-ViT's code.
+
+    The inverse probability is rounded to an integer, halves up, and its logarithm up from 1.5 * 2**k on.
+
+    Source: FQ-ViT's code (`models/ptq/layers.py`, `log_round`).
+    """
+    value = exponential.values.take(distance)
+    inverse = torch.div(
+        2 * row_sums(distance, exponential) + value, (2 * value).clamp(min=1), rounding_mode="floor"
+    ).clamp(max=2**16)
+    code = _LOG_ROUND.to(inverse.device).take(inverse).masked_fill(value == 0, zero)
+    return code.clamp(max=zero)
+
+
+def integer_softmax(distance: Tensor, exponential: Exponential, multiplier: int, shift: int) -> Tensor:
+    """Probabilities on equally spaced levels, in units of the output's scale, without zero point and clamp.
+
+    Arguments:
+        distance: from `distances`.
+        multiplier, shift: 1 / (scale of the output) = multiplier / 2**shift, multiplier below 2**31.
+
+    Returns:
+        int64, the rounded quotient; off by at most half a step and 2**-12 of one for rows of up to 2**15 entries.
+    """
+    reciprocal = torch.div(multiplier << _ROW_BITS, row_sums(distance, exponential), rounding_mode="floor")
+    return shift_right(exponential.values.take(distance) * reciprocal, shift + _ROW_BITS)
+
+
+def _log_round() -> Tensor:
+    """round(log2 x) for x = 0..2**16, up from 1.5 * 2**k on; 0 is never asked for."""
+    x = torch.arange(2**16 + 1)
+    whole = torch.zeros_like(x)
+    for k in range(1, 17):
+        whole += x >= 1 << k
+    return whole + (2 * (x - (1 << whole)) >= 1 << whole).to(torch.int64) * (x > 0)
+
+
+_LOG_ROUND = _log_round()
