@@ -18,6 +18,8 @@ from vitquant.checkpoint import read_checkpoint, write_checkpoint
 from vitquant.errors import CalibrationError, CaptureError, CheckpointError
 from vitquant.graph.fingerprint import structural_fingerprint
 from vitquant.graph.operators import PRODUCTS, aten, calls
+from vitquant.operations import Arithmetic, IntegerOperation
+from vitquant.operations.replacement import operation_at, reconnect_operations, replace_operations
 from vitquant.packing import pack, unpack
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.recipe import Assignment, Bits, Recipe, assign
@@ -58,6 +60,8 @@ class QuantizedModel(nn.Module):
         graph_module: the graph; its parameters have the float model's state-dict keys.
         sites, values: what can be quantized.
         assignments: for each value's name its spec, observer and rule, from the recipe.
+        arithmetic: how softmax, LayerNorm and activations are computed on codes; None when all of them are float.
+        float_reasons: for each of their sites that stays in float all the same, why.
         records: what each method did, in order.
         provenance: source, preprocessing and calibration data, plain JSON values, saved with the model.
 
@@ -76,6 +80,8 @@ class QuantizedModel(nn.Module):
         self.values: tuple[Value, ...] = find_values(captured, self.sites)
         self.assignments: dict[str, Assignment] = assign(recipe, bits, self.values)
         self.fingerprint = structural_fingerprint(captured)
+        self.arithmetic: Arithmetic | None = None
+        self.float_reasons: dict[str, str] = {}
         self.records: list[Record] = []
         self.provenance: dict[str, Any] = {}
         self.eval()
@@ -108,8 +114,16 @@ class QuantizedModel(nn.Module):
     @property
     def quantizers(self) -> dict[str, Quantizer]:
         """The quantizers there are, by the name of their value."""
-        targets = [str(node.target) for node in self.graph_module.graph.nodes if node.op == "call_module"]
+        called = [str(node.target) for node in self.graph_module.graph.nodes if node.op == "call_module"]
+        targets = [target for target in called if target.startswith(f"{_QUANTIZERS}.")]
         return {target.removeprefix(f"{_QUANTIZERS}."): self.graph_module.get_submodule(target) for target in targets}  # type: ignore[return-value]
+
+    @property
+    def integer_operations(self) -> dict[str, IntegerOperation]:
+        """The operations that are computed on codes, by the name of their site."""
+        nodes = {node.name: node for node in self.graph_module.graph.nodes}
+        found = {site.name: operation_at(self.graph_module, nodes[site.node]) for site in self.sites}
+        return {name: operation for name, operation in found.items() if operation is not None}
 
     @property
     def blocks(self) -> dict[int, tuple[Site, ...]]:
@@ -142,21 +156,41 @@ class QuantizedModel(nn.Module):
                 raise CaptureError(f"a quantizer cannot be named {target}: the model has an attribute of that name")
             if value.name not in present:
                 _route_through(graph, node, target)
+        reconnect_operations(self.graph_module)
         self.graph_module.recompile()
 
-    def run(self, images: torch.Tensor, taps: Mapping[str, Callable[[torch.Tensor], None]]) -> Any:
-        """Run the graph as it is, calling `taps[name]` with each named value before its quantizer.
+    def compute_in_integers(self, arithmetic: Arithmetic) -> None:
+        """Compute softmax, LayerNorm and activations on codes, wherever their quantizers allow it.
+
+        The scales are those of the quantizers, whenever they change. `float_reasons` says what stayed in float.
+
+        Arguments:
+            arithmetic: how.
+
+        Raises:
+            CalibrationError: a quantizer is missing.
+        """
+        self._require_calibrated()
+        self.float_reasons = replace_operations(self.graph_module, self.sites, arithmetic)
+        self.arithmetic = arithmetic
+        self.graph_module.recompile()
+
+    def run(
+        self, images: torch.Tensor, taps: Mapping[str, Callable[[torch.Tensor], None]], quantized: bool = True
+    ) -> Any:
+        """Run the graph, calling `taps[name]` with each named value before its quantizer.
 
         Arguments:
             images: (batch, channels, height, width).
             taps: by the names of values.
+            quantized: False leaves out every quantizer and integer operation: the float model.
 
         Pitfall: a tap's tensor is lent for the call. Without gradients what comes after may overwrite it; a tap
             that keeps it keeps a clone.
         """
         self._check_shape(images)
         by_node = {self.value(name).node: tap for name, tap in taps.items()}
-        return _Tapped(self.graph_module, by_node).run(images)
+        return _Tapped(self.graph_module, by_node, quantized).run(images)
 
     def parameter(self, value: Value) -> torch.Tensor:
         """The stored tensor that a value is.
@@ -201,6 +235,7 @@ class QuantizedModel(nn.Module):
             "quantization_config": {
                 "quant_method": "vitquant",
                 "bits": str(self.bits),
+                "arithmetic": None if self.arithmetic is None else asdict(self.arithmetic),
                 "recipe": self.recipe.to_dict(),
                 "operands": operands,
                 "packed": packed,
@@ -258,6 +293,8 @@ class QuantizedModel(nn.Module):
             codes = unpack(_take(tensors, key, directory), spec.bits, spec.signed, tuple(entry["shape"]))
             tensors[key] = quantizer.decode(codes)
         _load(model.graph_module, tensors, directory)
+        if quantization["arithmetic"] is not None:
+            model.compute_in_integers(Arithmetic(**quantization["arithmetic"]))
         model.records = [Record(**record) for record in config["records"]]
         fixed = {"format", "files", "versions", "input_shape", "graph_fingerprint", "quantization_config", "records"}
         model.provenance = {key: value for key, value in config.items() if key not in fixed}
@@ -280,10 +317,12 @@ class _Tapped(Interpreter):
     scale and the softmax overwrite what only they read.
     """
 
-    def __init__(self, module: GraphModule, taps: Mapping[str, Callable[[torch.Tensor], None]]) -> None:
+    def __init__(
+        self, module: GraphModule, taps: Mapping[str, Callable[[torch.Tensor], None]], quantized: bool
+    ) -> None:
         super().__init__(module)
         self.extra_traceback = False  # it would add a page to a message of one line
-        self._taps = taps
+        self._taps, self._quantized = taps, quantized
 
     def run_node(self, n: Node) -> Any:
         result = self._overwrite(n)
@@ -292,6 +331,12 @@ class _Tapped(Interpreter):
         if n.name in self._taps:
             self._taps[n.name](result)
         return result
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        called = self.fetch_attr(str(target))
+        if self._quantized:
+            return called(*args, **kwargs)
+        return called.reference(*args) if isinstance(called, IntegerOperation) else args[0]
 
     def _overwrite(self, n: Node) -> torch.Tensor | None:
         """The node's result in its argument's memory; None where that is not possible."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,10 +16,14 @@ from vitquant.capture import capture
 from vitquant.checkpoint import read_config
 from vitquant.errors import CalibrationError, CheckpointError, RecipeError
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
+from vitquant.methods.integer_operations import integer_operations
+from vitquant.methods.power_of_two_factor import ChooseFactorsSettings, choose_factors
 from vitquant.model import QuantizedModel, Record
+from vitquant.operations import Arithmetic
 from vitquant.recipe import Bits, Method, Recipe, load_recipe, override
 from vitquant.zoo import ModelSource, architecture, create
 
+Settings = TypeVar("Settings")
 Batch = torch.Tensor | Sequence[Any] | Mapping[str, torch.Tensor]
 
 
@@ -39,7 +44,8 @@ def quantize(
         recipe: a recipe's name, the path of a TOML file, names joined by `+` to lay overlays over a
             recipe, or a `Recipe`.
         data: calibration batches: float tensors (batch, channels, height, width), or tuples that begin
-            with one, or mappings with `pixel_values`. Read once; image size is that of the first.
+            with one, or mappings with `pixel_values`. A recipe of several methods reads them several times, which
+            a list or a DataLoader allows and a generator does not; image size is that of the first.
         bits: replaces the recipe's, such as "w8a8s4".
         settings: replaces single keys of the recipe, such as "weights.observer=omse".
         source: where the model came from; with it `load(directory)` needs nothing else.
@@ -56,7 +62,7 @@ def quantize(
         raise CalibrationError("no calibration images: give at least one batch")
     example = _images(first)
     device = next((parameter.device for parameter in model.parameters()), example.device)
-    stream = _Stream(chain([first], batches), device)
+    stream = _Stream(data, first, batches, device)
     captured = capture(model, example[:2].to(device))
     shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
     quantized = QuantizedModel(captured, recipe, recipe.bits if bits is None else Bits.parse(bits), shape)
@@ -126,31 +132,55 @@ def _step(method: Method) -> Callable[[QuantizedModel, Iterable[torch.Tensor]], 
     """One method of a recipe, ready to run; its settings are checked before any work is done."""
     match method.name:
         case "calibrate":
-            run, kind = calibrate, CalibrateSettings
+            return _with_settings(calibrate, CalibrateSettings, method)
+        case "choose-factors":
+            return _with_settings(choose_factors, ChooseFactorsSettings, method)
+        case "integer-operations":
+            return _with_settings(integer_operations, Arithmetic, method)
         case _:
-            raise RecipeError(f"method {method.name!r} is unknown; the methods are: calibrate")
+            known = "calibrate, choose-factors, integer-operations"
+            raise RecipeError(f"method {method.name!r} is unknown; the methods are: {known}")
+
+
+def _with_settings(
+    run: Callable[[QuantizedModel, Iterable[torch.Tensor], Settings], Record], kind: type[Settings], method: Method
+) -> Callable[[QuantizedModel, Iterable[torch.Tensor]], Record]:
     try:
         settings = kind(**method.settings)
     except TypeError:
-        known = ", ".join(kind.__dataclass_fields__) or "none"
+        known = ", ".join(field.name for field in fields(kind)) or "none"  # type: ignore[arg-type]
         raise RecipeError(f"method {method.name!r}: settings {sorted(method.settings)} do not fit; {known}") from None
     return lambda model, data: run(model, data, settings)
 
 
 class _Stream:
-    """Calibration batches on their way: to the model's device, counted, and hashed for the record."""
+    """Calibration batches on their way: to the model's device, and the first time counted and hashed for the record."""
 
-    def __init__(self, batches: Iterable[Batch], device: torch.device) -> None:
-        self._batches, self._device = batches, device
+    def __init__(self, data: Iterable[Batch], first: Batch, rest: Iterator[Batch], device: torch.device) -> None:
+        self._data, self._begun, self._device = data, chain([first], rest), device
         self.images = 0
         self.digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for batch in self._batches:
+        if self._begun is None:
+            for batch in self._again():
+                yield _images(batch).to(self._device)
+            return
+        batches, self._begun = self._begun, None
+        for batch in batches:
             images = _images(batch)
             self.images += len(images)
             self.digest.update(images.detach().cpu().contiguous().view(torch.uint8).numpy().data)
             yield images.to(self._device)
+
+    def _again(self) -> Iterator[Batch]:
+        again = iter(self._data)
+        if again is self._data:
+            raise CalibrationError(
+                "the recipe reads the calibration images more than once, and these can be read once only; "
+                "give a list of batches or a DataLoader"
+            )
+        return again
 
 
 def _images(batch: Batch) -> torch.Tensor:

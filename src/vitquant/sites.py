@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from vitquant.graph import operators as ops
 from vitquant.graph.attention import Attention, find_attention
+from vitquant.graph.masks import unmasked
 from vitquant.graph.operators import arguments, aten, calls, packet
 from vitquant.graph.walk import ancestors, depends_on_input, path_between, positions, root, selected_from
 from vitquant.naming import name_operations
@@ -108,6 +109,8 @@ def find_sites(module: GraphModule) -> tuple[Site, ...]:
             found += [(node, "output", {"input": result}) for result in results if _is_float(result)]
         elif node.op == "call_function" and node in dynamic and _is_float(node):
             kind, operands = _classify(node, dynamic, attention)
+            if kind == "softmax":
+                operands = {"input": unmasked(module, operands["input"])}
             if kind == "residual" and before[root(operands["lhs"])] >> place[root(operands["rhs"])] & 1:
                 # The stream is `lhs` and what is added to it `rhs`, whichever way round the library wrote it.
                 operands = {"lhs": operands["rhs"], "rhs": operands["lhs"]}

@@ -65,7 +65,14 @@ class PowerOfTwoFactor:
 
 @dataclass(frozen=True)
 class Log2:
-    """Powers of two, `scale * 2**-code`, for values in [0, scale]; the largest code means zero."""
+    """Powers of two, `scale * 2**-code`, for values in [0, scale]; the largest code means zero.
+
+    Arguments:
+        separate_zero: zero has a code of its own after the 2**bits powers, as in FQ-ViT's code: 2**bits + 1 levels,
+            which `bits` bits cannot hold.
+    """
+
+    separate_zero: bool = False
 
 
 Scheme = Uniform | PowerOfTwoScale | PowerOfTwoFactor | Log2

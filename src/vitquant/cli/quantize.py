@@ -91,7 +91,7 @@ def quantize(
             data = batches(items, steps, size, workers, skip_bad_images)
             _refuse_less_than_a_batch(len(data.items), size, calibration)
         with terminal.progress("capturing, first batch", len(data.items)) as update:
-            stream = _watched(data, update)
+            stream = _Watched(data, update)
             quantized = pipeline.quantize(
                 network, chosen, stream, bits=widths, source=source, preprocessing=steps.to_dict()
             )
@@ -169,11 +169,18 @@ def _preprocessing(network: nn.Module, source: ModelSource, file: Path | None) -
     return Preprocessing.from_toml(file, own)
 
 
-def _watched(batches: Iterable[tuple[Tensor, Tensor]], update: Callable[..., None]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, with progress; capture happens between the first and the second."""
-    done = 0
-    for images, labels in batches:
-        yield images, labels
-        done += len(images)
-        update(description="calibrating", completed=done)
-    update(description="choosing scales")
+class _Watched:
+    """Calibration batches with progress, every time they are gone through; capture follows the very first."""
+
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], update: Callable[..., None]) -> None:
+        self._batches, self._update = batches, update
+        self._passes = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._passes += 1
+        done, what = 0, "calibrating" if self._passes == 1 else f"pass {self._passes} over the images"
+        for images, labels in self._batches:
+            yield images, labels
+            done += len(images)
+            self._update(description=what, completed=done)
+        self._update(description="choosing scales")

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from vitquant.quantizers.quantizer import Quantizer
+from vitquant.spec import Log2
 
 SQRT_HALF = sqrt(0.5)
 
 
 class Log2Quantizer(Quantizer):
     """`code = round(-log2(x / scale))`, `x = scale * 2**-code`; the largest code means exactly zero.
+
+    With `Log2(separate_zero=True)` all 2**bits codes are powers and zero is one more, 2**bits.
 
     Rounding is to the nearest exponent, so the thresholds lie at sqrt(1/2) times a level. What is nearer
     (in this sense) to the level after the last one, or not positive, becomes zero; what exceeds `scale`
@@ -30,8 +33,8 @@ class Log2Quantizer(Quantizer):
     Source: FQ-ViT, Lin et al. 2022, section "Log-Int-Softmax".
 
     Pitfalls:
-        b bits hold 2**b - 1 powers and zero. FQ-ViT's code has 2**b powers and zero, one level more than
-        b bits can hold, and rounds at 1.5 times a level.
+        b bits hold 2**b - 1 powers and zero. FQ-ViT's code has 2**b powers and zero (`separate_zero`), one level
+        more than b bits can hold, and rounds at 1.5 times a level.
         float32 cannot hold every level of 7 or 8 bits: those below its smallest subnormal number
         (2**-149) are zero, and among the subnormal ones a code need not decode to itself.
     """
@@ -48,18 +51,20 @@ class Log2Quantizer(Quantizer):
         return torch.zeros_like(self.scale), self.scale
 
     @property
-    def _zero_code(self) -> int:
-        return self.spec.qmax
+    def zero_code(self) -> int:
+        """The code of zero: the largest of b bits, or the one after them, if a byte still holds it."""
+        scheme = self.spec.scheme
+        return min(255, self.spec.qmax + (isinstance(scheme, Log2) and scheme.separate_zero))
 
     def _nearest_level(self, ratio: Tensor) -> Tensor:
-        return _NearestPower.apply(ratio, self._zero_code - 1)  # type: ignore[return-value]
+        return _NearestPower.apply(ratio, self.zero_code - 1)  # type: ignore[return-value]
 
     def _code(self, level: Tensor) -> Tensor:
         exponent = torch.frexp(level).exponent  # of 2**-k: 1 - k
-        return torch.where(level == 0, self._zero_code, 1 - exponent)
+        return torch.where(level == 0, self.zero_code, 1 - exponent)
 
     def _level(self, code: Tensor) -> Tensor:
-        return torch.where(code == self._zero_code, 0.0, torch.ldexp(torch.ones_like(code), -code))
+        return torch.where(code == self.zero_code, 0.0, torch.ldexp(torch.ones_like(code), -code))
 
 
 class _NearestPower(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """Every operation of a quantized model: integer or float, why, and how its operands are quantized.
 
-Today all arithmetic is simulated in float. `integer` says that integers *can* compute an operation,
-since all of its operands are quantized so; that they do is for lowering to prove.
+Softmax, LayerNorm and activations are computed on codes where the recipe asks for it. The other arithmetic is
+simulated in float: there `integer` says that integers *can* compute an operation, since all of its operands are
+quantized so; that they do is for lowering to prove.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from vitquant.spec import PerAxis, QuantSpec, Uniform
 
 INTEGER, FLOAT, FUSED, CONSTANT, DATA = "integer", "float", "fused", "constant", "moves data"
 
-# What has no integer kernel before lowering gives it one.
+# Float, unless the recipe has them computed on codes.
 _FLOAT_KINDS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "softmax", "activation")
 # Operands whose channels are summed: with a scale of its own for each, no integer accumulator can hold the sum.
 _SUMMED = {
@@ -105,7 +106,7 @@ def list_operations(model: QuantizedModel) -> tuple[Operation, ...]:
     sites = {site.node: site for site in model.sites}
     dynamic, owners, macs = depends_on_input(graph), _owners(model), _count_macs(model)
     value_of = {str(reader): value.name for value in model.values for reader in value.readers}
-    quantized, quantizers = _quantized_results(model), model.quantizers
+    quantized, quantizers, on_codes = _quantized_results(model), model.quantizers, model.integer_operations
     found = []
     for node in graph.nodes:
         count = macs.get(node, 0)
@@ -113,7 +114,11 @@ def list_operations(model: QuantizedModel) -> tuple[Operation, ...]:
             site = sites[node.name]
             read = {operand: value_of[str(site.reader(operand))] for operand in site.operands}
             assignments = {operand: model.assignments[value] for operand, value in read.items()}
-            arithmetic, reason = classify(site.kind, assignments, node in quantized)
+            if site.name in on_codes:
+                arithmetic, reason = INTEGER, on_codes[site.name].description
+            else:
+                refused = model.float_reasons.get(site.name, "")
+                arithmetic, reason = classify(site.kind, assignments, node in quantized, refused)
             operands = tuple(_operand(name, read[name], assignments[name], quantizers) for name in read)
             found.append(Operation(site.name, site.kind, site.module, arithmetic, reason, operands, count))
         elif node.op == "call_function" and ("shape" in node.meta or "shapes" in node.meta):
@@ -139,13 +144,16 @@ def summarize(operations: Sequence[Operation]) -> dict[str, Any]:
     }
 
 
-def classify(kind: str, operands: Mapping[str, Assignment], quantized_result: bool) -> tuple[str, str]:
-    """Whether integers can compute a site, and why.
+def classify(
+    kind: str, operands: Mapping[str, Assignment], quantized_result: bool, refused: str = ""
+) -> tuple[str, str]:
+    """Whether integers can compute a site that is simulated in float, and why.
 
     Arguments:
         kind: the site's.
         operands: what each of its operands became.
         quantized_result: whether what it computes is quantized next.
+        refused: why it is not computed on codes although the recipe asks for it.
     """
     for name, assignment in operands.items():
         if assignment.spec is None:
@@ -160,6 +168,8 @@ def classify(kind: str, operands: Mapping[str, Assignment], quantized_result: bo
         if per_axis and name in _SUMMED.get(kind, ()):
             return FLOAT, f"its {name} has a scale for each channel that it sums"
     if kind in _FLOAT_KINDS:
+        if refused:
+            return FLOAT, refused
         return FLOAT, "between quantized tensors" if quantized_result else "on a quantized tensor"
     return INTEGER, "all of its operands are quantized"
 

@@ -1,0 +1,45 @@
+"""An activation function on codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vitquant.integer.activation import look_up
+from vitquant.operations.operation import IntegerOperation, NotIntegerError
+from vitquant.quantizers import Quantizer
+from vitquant.quantizers.quantizer import channel_axis
+
+
+class TableActivation(IntegerOperation):
+    """Any elementwise function, by a table with an entry for each code of its input.
+
+    Arguments:
+        source, result: see `IntegerOperation`.
+        function: the float operation.
+    """
+
+    description = "table with an entry for each code"
+
+    def __init__(self, source: Quantizer, result: Quantizer, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(source, result)
+        self._function = function
+
+    def check(self, source: Quantizer, result: Quantizer) -> None:
+        for quantizer, which in ((source, "input"), (result, "result")):
+            if channel_axis(quantizer.spec.granularity) is not None:
+                raise NotIntegerError(f"its {which} has more than one scale, and one table serves all elements")
+
+    def reference(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        return self._function(x)
+
+    def codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        return look_up(self.source.encode(x).to(torch.int64), self.table(x.dtype), self.source.spec.qmin)
+
+    def table(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The result's code for each of the input's, from the lowest: int64 (2**bits,)."""
+        spec = self.source.spec
+        every = torch.arange(spec.qmin, spec.qmax + 1, device=self.source.scale.device)
+        return self.result.encode(self._function(self.source.decode(every, dtype))).to(torch.int64)

@@ -1,0 +1,42 @@
+"""How softmax, LayerNorm and activations are computed, as frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitquant.errors import RecipeError
+
+_CHOICES = {
+    "exponential": ("exact", "polynomial"),
+    "softmax": ("integer", "published", "float"),
+    "layer_norm": ("integer", "published", "float"),
+    "activation": ("table", "float"),
+}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What computes each kind of operation whose operands are quantized.
+
+    Arguments:
+        exponential: what fills the softmax's table: `exact`, or the `polynomial` of I-BERT that FQ-ViT uses.
+        softmax: `integer`; `published`, FQ-ViT's log-int-softmax with its rounding, which leaves a softmax on
+            equally spaced levels in float; or `float`.
+        layer_norm: `integer`; `published`, FQ-ViT's with float statistics, which leaves inputs without
+            power-of-two factors in float; or `float`.
+        activation: `table`, one entry for each code; or `float`.
+
+    Raises:
+        RecipeError: another word.
+    """
+
+    exponential: str = "exact"
+    softmax: str = "integer"
+    layer_norm: str = "integer"
+    activation: str = "table"
+
+    def __post_init__(self) -> None:
+        for key, choices in _CHOICES.items():
+            value = getattr(self, key)
+            if value not in choices:
+                raise RecipeError(f"{key} = {value!r}: it is one of {', '.join(choices)}")

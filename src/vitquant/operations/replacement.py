@@ -1,0 +1,146 @@
+"""Put integer operations into a graph in place of float ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from vitquant.graph.masks import hide_exactly, masks_between, unmasked
+from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, is_selection
+from vitquant.operations.activation import TableActivation
+from vitquant.operations.arithmetic import Arithmetic
+from vitquant.operations.layer_norm import IntegerLayerNorm, PublishedLayerNorm
+from vitquant.operations.operation import IntegerOperation, NotIntegerError
+from vitquant.operations.softmax import IntegerSoftmax, LogIntSoftmax
+from vitquant.quantizers import Quantizer
+from vitquant.quantizers.logarithmic import Log2Quantizer
+from vitquant.sites import Site
+
+ROOT = "operations"
+KINDS = ("softmax", "layer_norm", "activation")
+
+
+def replace_operations(module: GraphModule, sites: Iterable[Site], arithmetic: Arithmetic) -> dict[str, str]:
+    """Compute every softmax, LayerNorm and activation on codes, where its quantizers allow it.
+
+    Arguments:
+        module: the graph, with its quantizers; changed in place, and has to be recompiled.
+        sites: all of the graph's.
+        arithmetic: how.
+
+    Returns:
+        For each site that stays in float, why.
+    """
+    nodes = {node.name: node for node in module.graph.nodes}
+    refused: dict[str, str] = {}
+    for site in sites:
+        if site.kind not in KINDS:
+            continue
+        node = nodes[site.node]
+        try:
+            operation, parameters = _build(module, site.kind, node, arithmetic)
+        except NotIntegerError as reason:
+            refused[site.name] = str(reason)
+            continue
+        for mask in masks_between(module, _scores(module, node), arguments(node)[0]) if site.kind == "softmax" else ():
+            hide_exactly(module, mask)
+        target = f"{ROOT}.{site.name}"
+        module.add_submodule(target, operation)
+        node.op, node.target, node.args, node.kwargs = "call_module", target, (arguments(node)[0], *parameters), {}
+    return refused
+
+
+def reconnect_operations(module: GraphModule) -> None:
+    """Give every integer operation the quantizers that stand around it now."""
+    for node in module.graph.nodes:
+        operation = operation_at(module, node)
+        if operation is not None:
+            operation.connect(_source(module, node), _result(module, node))
+
+
+def operation_at(module: GraphModule, node: Node) -> IntegerOperation | None:
+    """The integer operation that a node calls, if it calls one."""
+    called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return called if isinstance(called, IntegerOperation) else None
+
+
+def _build(
+    module: GraphModule, kind: str, node: Node, arithmetic: Arithmetic
+) -> tuple[IntegerOperation, tuple[Any, ...]]:
+    """The operation for a node, and the nodes of its parameters."""
+    if getattr(arithmetic, kind) == "float":
+        raise NotIntegerError("the recipe computes it in float")
+    source, result = _source(module, node), _result(module, node)
+    match kind:
+        case "softmax":
+            return _softmax(node, source, result, arithmetic), ()
+        case "layer_norm":
+            given = dict(zip(("shape", "weight", "bias", "epsilon"), arguments(node)[1:], strict=False))
+            if not calls(node, {aten.layer_norm}) or len(given["shape"]) != 1:
+                raise NotIntegerError("it normalizes other than the last axis")
+            form = PublishedLayerNorm if arithmetic.layer_norm == "published" else IntegerLayerNorm
+            return form(source, result, given.get("epsilon", 1e-5)), (given.get("weight"), given.get("bias"))
+        case _:
+            if node.all_input_nodes[1:]:
+                raise NotIntegerError("it has parameters")
+            function = partial(_call_on, node.target, arguments(node)[1:], dict(node.kwargs))
+            return TableActivation(source, result, function), ()
+
+
+def _call_on(target: Any, rest: tuple[Any, ...], keywords: dict[str, Any], x: Any) -> Any:
+    return target(x, *rest, **keywords)
+
+
+def _softmax(node: Node, source: Quantizer, result: Quantizer, arithmetic: Arithmetic) -> IntegerOperation:
+    if arguments(node)[1] not in (-1, len(node.meta["shape"]) - 1):
+        raise NotIntegerError("it does not run over the last axis")
+    if isinstance(result, Log2Quantizer):
+        return LogIntSoftmax(source, result, arithmetic.exponential, arithmetic.softmax == "published")
+    if arithmetic.softmax == "published":
+        raise NotIntegerError("the published code keeps softmax in float where probabilities are no powers of two")
+    return IntegerSoftmax(source, result, arithmetic.exponential)
+
+
+def _scores(module: GraphModule, node: Node) -> Node:
+    """The quantizer's node that a softmax reads through rearrangements and masks."""
+    scores = unmasked(module, arguments(node)[0])
+    while is_rearrangement(scores):
+        scores = scores.all_input_nodes[0]
+    return scores
+
+
+def _source(module: GraphModule, node: Node) -> Quantizer:
+    """The quantizer of what a node reads."""
+    origin = _scores(module, node)
+    while is_selection(origin) or is_rearrangement(origin):
+        origin = origin.all_input_nodes[0]
+    quantizer = _quantizer_at(module, origin)
+    if quantizer is None:
+        raise NotIntegerError("its input is in float")
+    return quantizer
+
+
+def _result(module: GraphModule, node: Node) -> Quantizer:
+    """The one quantizer that everything which a node gives goes through."""
+    found: set[Quantizer] = set()
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            quantizer = _quantizer_at(module, user)
+            if quantizer is not None:
+                found.add(quantizer)
+            elif is_rearrangement(user) or is_selection(user):
+                pending.append(user)
+            else:
+                raise NotIntegerError("its result is read in float")
+    if len(found) != 1:
+        raise NotIntegerError("its result has several quantizers" if found else "nothing reads its result")
+    return found.pop()
+
+
+def _quantizer_at(module: GraphModule, node: Node) -> Quantizer | None:
+    called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return called if isinstance(called, Quantizer) else None
