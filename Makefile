@@ -1,11 +1,11 @@
-# make test | lint | bench; TORCH=2.10.0 runs with another torch, in a virtual environment of its own.
+# make test | demo | lint | bench; TORCH=2.10.0 runs with another torch, in a virtual environment of its own.
 
 TORCH ?=
 VENV := .venv$(if $(TORCH),-$(TORCH))
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: test test-slow lint bench clean
+.PHONY: test test-slow demo lint bench clean
 
 test: $(VENV)/.installed
 	$(BIN)/python -c "import torch; print('torch', torch.__version__)"
@@ -13,6 +13,10 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow --timeout 7200
+
+# What an earlier demo wrote is replaced.
+demo: $(VENV)/.installed
+	$(BIN)/vitquant demo --force
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

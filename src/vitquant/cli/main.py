@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from vitquant import __version__
+from vitquant.cli.demo import demo
 from vitquant.cli.evaluate import evaluate
 from vitquant.cli.inspect import inspect
 from vitquant.cli.quantize import quantize
@@ -27,7 +28,7 @@ OK, INTERNAL, WRONG, INTERRUPTED = 0, 1, 2, 130
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(name="vitquant", add_completion=False, pretty_exceptions_enable=False)
-for command in (quantize, evaluate, inspect, recipes):
+for command in (quantize, evaluate, inspect, recipes, demo):
     app.command()(command)
 
 

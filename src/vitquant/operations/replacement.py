@@ -39,17 +39,20 @@ def replace_operations(module: GraphModule, sites: Iterable[Site], arithmetic: A
     for site in sites:
         if site.kind not in KINDS:
             continue
-        node = nodes[site.node]
         try:
-            operation, parameters = _build(module, site.kind, node, arithmetic)
+            parts = _one_for_each_result(module, nodes[site.node])
+            built = [(part, *_build(module, site.kind, part, arithmetic)) for part in parts]
         except NotIntegerError as reason:
             refused[site.name] = str(reason)
             continue
-        for mask in masks_between(module, _scores(module, node), arguments(node)[0]) if site.kind == "softmax" else ():
-            hide_exactly(module, mask)
-        target = f"{ROOT}.{site.name}"
-        module.add_submodule(target, operation)
-        node.op, node.target, node.args, node.kwargs = "call_module", target, (arguments(node)[0], *parameters), {}
+        for number, (node, operation, parameters) in enumerate(built):
+            if site.kind == "softmax":
+                for mask in masks_between(module, _scores(module, node), arguments(node)[0]):
+                    hide_exactly(module, mask)
+            target = f"{ROOT}.{site.name}" + (f".part{number}" if number else "")
+            module.add_submodule(target, operation)
+            node.op, node.target, node.args, node.kwargs = "call_module", target, (arguments(node)[0], *parameters), {}
+    module.graph.lint()
     return refused
 
 
@@ -90,6 +93,23 @@ def _build(
             return TableActivation(source, result, function), ()
 
 
+def _one_for_each_result(module: GraphModule, node: Node) -> list[Node]:
+    """The node, and a copy of it for each further quantizer that its result goes to.
+
+    A model with two heads reads a token each of its last LayerNorm, on scales of their own.
+    """
+    users: dict[Quantizer, list[Node]] = {}
+    for user in list(node.users):
+        users.setdefault(_result_through(module, user), []).append(user)
+    parts = [node]
+    for group in list(users.values())[1:]:
+        with module.graph.inserting_after(node):
+            parts.append(module.graph.node_copy(node))
+        for user in group:
+            user.replace_input_with(node, parts[-1])
+    return parts
+
+
 def _call_on(target: Any, rest: tuple[Any, ...], keywords: dict[str, Any], x: Any) -> Any:
     return target(x, *rest, **keywords)
 
@@ -125,20 +145,20 @@ def _source(module: GraphModule, node: Node) -> Quantizer:
 
 def _result(module: GraphModule, node: Node) -> Quantizer:
     """The one quantizer that everything which a node gives goes through."""
-    found: set[Quantizer] = set()
-    pending = [node]
-    while pending:
-        for user in pending.pop().users:
-            quantizer = _quantizer_at(module, user)
-            if quantizer is not None:
-                found.add(quantizer)
-            elif is_rearrangement(user) or is_selection(user):
-                pending.append(user)
-            else:
-                raise NotIntegerError("its result is read in float")
+    found = {_result_through(module, user) for user in node.users}
     if len(found) != 1:
         raise NotIntegerError("its result has several quantizers" if found else "nothing reads its result")
     return found.pop()
+
+
+def _result_through(module: GraphModule, user: Node) -> Quantizer:
+    """The quantizer that `user` is, or that everything it passes on goes through."""
+    quantizer = _quantizer_at(module, user)
+    if quantizer is not None:
+        return quantizer
+    if is_rearrangement(user) or is_selection(user):
+        return _result(module, user)
+    raise NotIntegerError("its result is read in float")
 
 
 def _quantizer_at(module: GraphModule, node: Node) -> Quantizer | None:

@@ -36,6 +36,10 @@ _SUMMED = {
     "product": ("lhs",),
 }
 
+# Their sums are rescaled before they are quantized.
+_SUMS = ("linear", "conv", "scores", "context", "product", "residual", "pool")
+_AFFINE = {ops.aten.mul, ops.aten.div, ops.aten.add, ops.aten.sub}
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -189,16 +193,26 @@ def _classify_other(node: Node, dynamic: set[Node], owners: Mapping[Node, str]) 
 
 
 def _owners(model: QuantizedModel) -> dict[Node, str]:
-    """For each operation between a product of query and key and its softmax, that product's name."""
-    scores = {site.node: site.name for site in model.sites if site.kind == "scores"}
+    """For each operation that rescaling another one's sums does as well, the name of that one.
+
+    Between a product of query and key and its softmax that is everything: scale, bias, mask. Elsewhere it is what
+    scales or shifts a sum by constants before it is quantized (LayerScale).
+    """
+    scores = {site.name for site in model.sites if site.kind == "scores"}
+    sums = {site.node: site.name for site in model.sites if site.kind in _SUMS}
+    dynamic = depends_on_input(model.graph_module.graph)
     owners: dict[Node, str] = {}
     for node in model.graph_module.graph.nodes:
-        if node.name in scores:
-            owners[node] = scores[node.name]
-        elif calls(node, ops.ON_SCORES) or is_rearrangement(node) or is_selection(node) or node.op == "call_module":
-            from_scores = [owners[argument] for argument in node.all_input_nodes if argument in owners]
-            if from_scores:
-                owners[node] = from_scores[0]
+        if node.name in sums:
+            owners[node] = sums[node.name]
+            continue
+        owned = [argument for argument in node.all_input_nodes if argument in owners]
+        if not owned:
+            continue
+        on_scores = owners[owned[0]] in scores and (calls(node, ops.ON_SCORES) or node.op == "call_module")
+        affine = calls(node, _AFFINE) and sum(argument in dynamic for argument in node.all_input_nodes) == 1
+        if on_scores or affine or is_rearrangement(node) or is_selection(node):
+            owners[node] = owners[owned[0]]
     return owners
 
 

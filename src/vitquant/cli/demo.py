@@ -1,0 +1,212 @@
+"""`vitquant demo`: every recipe that fits the time, on a trained model and images that the package carries."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from vitquant.cli import options
+from vitquant.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vitquant.model import QuantizedModel
+    from vitquant.recipe import Recipe
+    from vitquant.tasks.classification import ClassificationResult
+
+    Batches = Sequence[tuple[Tensor, Tensor]]
+
+_BATCH = 32  # makes eight calibration batches, for what averages over batches
+_IMAGES = "test-images"  # no recipe is called so
+
+Output = Annotated[Path, typer.Option(metavar="DIR", help="Where to write the models, a directory each.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace saved models that are there.")]
+Minutes = Annotated[float, typer.Option(min=0, help="Leave out the recipes that do not fit into this time together.")]
+Seed = Annotated[int, typer.Option(help="Of recipes that draw at random.")]
+
+
+def demo(
+    output: Output = Path("vitquant-demo"),
+    force: Force = False,
+    minutes: Minutes = 3.0,
+    seed: Seed = 0,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Quantize a small trained model by every recipe that fits the time, and compare each with float."""
+    started = time.perf_counter()
+    with Terminal(json, quiet) as terminal:
+        with terminal.progress("loading"):
+            from vitquant.checkpoint import check_target
+            from vitquant.demo import batches, check_folder, estimated_seconds, model, source, write_folder
+            from vitquant.recipe import available
+            from vitquant.report.tables import facts
+            from vitquant.tasks.classification import evaluate
+
+            recipes = sorted(available(), key=lambda recipe: (recipe.passes, recipe.name))
+            for recipe in recipes:
+                check_target(output / recipe.name, force)
+            check_folder(output / _IMAGES)
+            options.choose_device(options.Device.CPU, threads)
+            network, calibration, test = model(), batches("train", _BATCH), batches("test", _BATCH)
+            seen, asked = (sum(len(classes) for _, classes in data) for data in (calibration, test))
+        with terminal.progress("float", asked) as update:
+            reference = evaluate(network, None, test, progress=lambda done: update(completed=done))
+        tried: list[_Trial] = []
+        left_out = []
+        for recipe in recipes:
+            estimate = estimated_seconds(recipe.passes, seen, asked, reference.seconds / asked)
+            left = max(60 * minutes - (time.perf_counter() - started), 0.0)
+            if estimate > left:
+                left_out.append(_left_out(recipe, estimate, left, 60 * minutes))
+                continue
+            with terminal.progress(recipe.name, recipe.passes * seen + asked) as update:
+                tried.append(_try(recipe, network, calibration, test, seed, update))
+        with terminal.progress("writing"):  # last, since an interrupted command says that nothing was written
+            for trial in tried:
+                trial.quantized.save(output / trial.quantized.recipe.name, force)
+            write_folder(output / _IMAGES)
+        values = {
+            "model": source().name,
+            "calibration_images": seen,
+            "test_images": asked,
+            "float_top1": reference.top1,
+            "float_bytes": sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()),
+            "recipes": [_facts(trial, output) for trial in tried],
+            "left_out": left_out,
+            "images": str(output / _IMAGES),
+            "seconds": time.perf_counter() - started,
+        }
+        terminal.result(values, _table(values), facts(_rows(values)))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What one recipe made of the model, and how long it took."""
+
+    quantized: QuantizedModel
+    result: ClassificationResult
+    seconds: float
+
+
+def _try(
+    recipe: Recipe, network: nn.Module, calibration: Batches, test: Batches, seed: int, update: Callable[..., None]
+) -> _Trial:
+    """Quantize by a recipe and evaluate beside the float model, with progress."""
+    import torch
+
+    from vitquant import pipeline
+    from vitquant.demo import PREPROCESSING, source
+    from vitquant.tasks.classification import evaluate
+
+    started = time.perf_counter()
+    torch.manual_seed(seed)  # for each recipe, so that none depends on which others ran
+    stream, steps = _Watched(calibration, update), PREPROCESSING.to_dict()
+    quantized = pipeline.quantize(network, recipe, stream, source=source(), preprocessing=steps)
+    calibrated = recipe.passes * sum(len(images) for images, _ in calibration)
+    result = evaluate(quantized, network, test, progress=lambda done: update(completed=calibrated + done))
+    return _Trial(quantized, result, time.perf_counter() - started)
+
+
+class _Watched:
+    """Batches with progress, as often as a recipe asks for them."""
+
+    def __init__(self, batches: Batches, update: Callable[..., None]) -> None:
+        self._batches, self._update = batches, update
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self._batches:
+            yield images, labels
+            self._update(advance=len(images))
+
+
+def _left_out(recipe: Recipe, estimate: float, left: float, budget: float) -> dict[str, Any]:
+    reason = f"would take about {estimate:.0f} s, and {left:.0f} s of {budget:g} s are left"
+    return {
+        "recipe": recipe.name,
+        "bits": str(recipe.bits),
+        "passes": recipe.passes,
+        "estimated_seconds": estimate,
+        "reason": reason,
+    }
+
+
+def _facts(trial: _Trial, output: Path) -> dict[str, Any]:
+    """What became of the model by one recipe, as plain values."""
+    from vitquant.checkpoint import TENSORS
+    from vitquant.report.operations import FLOAT, INTEGER, list_operations, summarize
+
+    quantized, result = trial.quantized, trial.result
+    directory = output / quantized.recipe.name
+    summary = summarize(list_operations(quantized))
+    counts = summary["operations"]
+    assert result.float_top1 is not None  # it was compared
+    return {
+        "recipe": quantized.recipe.name,
+        "bits": str(quantized.bits),
+        "passes": quantized.recipe.passes,
+        "top1": result.top1,
+        "difference": result.top1 - result.float_top1,
+        "difference_interval": result.top1_difference_interval,
+        "agreement": result.agreement,
+        "bytes": (directory / TENSORS).stat().st_size,
+        "integer_operations": counts[INTEGER],
+        "arithmetic_operations": counts[INTEGER] + counts[FLOAT],
+        "quantized_macs_percent": summary["quantized_macs_percent"],
+        "directory": str(directory),
+        "seconds": trial.seconds,
+    }
+
+
+def _table(values: Mapping[str, Any]) -> Table:
+    """The float model and below it a line for each recipe."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
+    table.add_column("recipe", no_wrap=True, style="bold")
+    table.add_column("bits", no_wrap=True)
+    for header in ("top-1 %", "difference (95 %)", "agreement %", "MB", "integer operations", "quantized MACs"):
+        table.add_column(header, justify="right")
+    table.add_column("written to", overflow="fold")
+    table.add_row("float", "", f"{values['float_top1']:.1f}", "", "", f"{values['float_bytes'] / 1e6:.1f}")
+    for one in values["recipes"]:
+        low, high = one["difference_interval"]
+        table.add_row(
+            one["recipe"],
+            one["bits"],
+            f"{one['top1']:.1f}",
+            f"{one['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
+            f"{one['agreement']:.1f}",
+            f"{one['bytes'] / 1e6:.1f}",
+            f"{one['integer_operations']} of {one['arithmetic_operations']}",
+            f"{one['quantized_macs_percent']:.0f} %",
+            Text(one["directory"]),
+        )
+    return table
+
+
+def _rows(values: Mapping[str, Any]) -> dict[str, str]:
+    """What the table means, what is not in it, and how to look further."""
+    rows = {
+        "data": f"CIFAR-10: {values['test_images']} test images, {values['calibration_images']} others to calibrate on",
+        "difference": "top-1 minus float top-1, in points, with its paired 95 % interval",
+        "integer": "operations that integers can compute, of all that compute; accuracy is simulated in float",
+        "MACs": "multiply-accumulates; quantized where both operands are",
+        "time": f"{values['seconds']:.0f} s",
+    }
+    for one in values["left_out"]:
+        rows[f"no {one['recipe']}"] = one["reason"]
+    if values["recipes"]:
+        directory = values["recipes"][0]["directory"]
+        rows["operations"] = shlex.join(["vitquant", "inspect", directory])
+        rows["again"] = shlex.join(["vitquant", "evaluate", directory, "--data", values["images"]])
+    return rows

@@ -1,0 +1,106 @@
+"""The trained model and the images of CIFAR-10 that the package carries; README.md says where they come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from vitquant.errors import DataError
+from vitquant.tasks.preprocessing import Preprocessing
+from vitquant.zoo import ModelSource, create, pinned
+from vitquant.zoo.failures import import_library
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ARCHITECTURE = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3, "num_classes": 10}
+PREPROCESSING = Preprocessing(
+    input_size=(3, 32, 32), crop_pct=1.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+)
+
+Split = Literal["test", "train"]
+_FOLDER = Path(__file__).parent
+_SIZE = 32
+_BYTES = 3 * _SIZE * _SIZE  # of one image, which is one row of a sheet
+
+
+def source() -> ModelSource:
+    """Where the float model comes from: timm's plain Vision Transformer and the weights beside this file.
+
+    By timm's own name, so that what was made of it is loaded without repeating a factory.
+    """
+    return pinned(ModelSource("timm:vit_tiny_patch16_224", ARCHITECTURE, str(_FOLDER / "weights.safetensors")))
+
+
+def model() -> nn.Module:
+    """The float model, in eval mode and float32.
+
+    Raises:
+        ModelError: timm or safetensors is not installed, or the weights are not in the package.
+    """
+    return create(source())
+
+
+def batches(split: Split, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Images as the model takes them, normalized float32 (size, 3, 32, 32), with their classes; the last are fewer.
+
+    Raises:
+        ModelError: Pillow is not installed.
+    """
+    pixels = torch.frombuffer(bytearray(_pixels(split)), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PREPROCESSING.mean, PREPROCESSING.std))
+    images = (pixels.view(-1, _SIZE, _SIZE, 3).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return list(zip(images.split(size), torch.tensor(_labels(split)).split(size), strict=True))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse to write images to a folder that holds anything but them.
+
+    Raises:
+        DataError: it is a file, or holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file; remove it, or give another directory")
+    listing = folder / "labels.csv"
+    ours = listing.is_file() and listing.read_text(encoding="utf-8", errors="replace") == _listing()
+    if not ours and folder.is_dir() and any(folder.iterdir()):
+        raise DataError(f"{folder} is not empty and not written by vitquant; remove it, or give another directory")
+
+
+def write_folder(folder: Path) -> None:
+    """Write the test images as `vitquant evaluate --data` reads them: a PNG file each, and a labels.csv.
+
+    Raises:
+        DataError: see `check_folder`; or the disk refuses.
+    """
+    check_folder(folder)
+    image, pixels = import_library("PIL.Image"), _pixels("test")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "labels.csv").write_text(_listing(), encoding="utf-8")
+        for number in range(len(pixels) // _BYTES):
+            row = pixels[number * _BYTES : (number + 1) * _BYTES]
+            image.frombytes("RGB", (_SIZE, _SIZE), row).save(folder / _file(number))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _pixels(split: Split) -> bytes:
+    with import_library("PIL.Image").open(_FOLDER / f"{split}.png") as sheet:
+        return sheet.convert("RGB").tobytes()
+
+
+def _labels(split: Split) -> list[int]:
+    return json.loads((_FOLDER / "labels.json").read_text(encoding="utf-8"))[split]
+
+
+def _listing() -> str:
+    rows = (f"{_file(number)},{label}" for number, label in enumerate(_labels("test")))
+    return "\n".join(["file,class_index", *rows]) + "\n"
+
+
+def _file(number: int) -> str:
+    return f"{number:04}.png"

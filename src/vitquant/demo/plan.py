@@ -1,0 +1,20 @@
+"""How long a recipe will take, from how long the float model takes."""
+
+from __future__ import annotations
+
+# In float passes over the same images: percentile and omse calibrate in 1.3 to 1.5, minmax in 1.1; the simulated model
+# answers in 1.4 to 1.5, and the float model runs beside it. Capturing, inserting and saving took 1.2 s. One thread of
+# the machine of docs/results.md, which was busy, batches of 32.
+CALIBRATION, EVALUATION, CAPTURE_SECONDS = 1.5, 2.5, 1.5
+
+
+def estimated_seconds(passes: int, calibration_images: int, test_images: int, seconds_per_image: float) -> float:
+    """The time to capture, calibrate, and evaluate beside the float model.
+
+    Arguments:
+        passes: what the recipe declares: how often the calibration images go through the model.
+        calibration_images, test_images: how many there are.
+        seconds_per_image: of the float model, here and now.
+    """
+    images = CALIBRATION * passes * calibration_images + EVALUATION * test_images
+    return CAPTURE_SECONDS + images * seconds_per_image
