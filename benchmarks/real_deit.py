@@ -60,6 +60,6 @@ def spread(values: list[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}..{max(values):.{digits}f})"
 
 
-def interval(limits: tuple[float, float]) -> str:
+def interval(limits: tuple[float, float], digits: int = 1) -> str:
     """An interval in percentage points."""
-    return f"{limits[0]:+.1f} to {limits[1]:+.1f}"
+    return f"{limits[0]:+.{digits}f} to {limits[1]:+.{digits}f}"
