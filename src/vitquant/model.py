@@ -293,7 +293,7 @@ class QuantizedModel(nn.Module):
             codes = unpack(_take(tensors, key, directory), spec.bits, spec.signed, tuple(entry["shape"]))
             tensors[key] = quantizer.decode(codes)
         _load(model.graph_module, tensors, directory)
-        if quantization["arithmetic"] is not None:
+        if quantization.get("arithmetic") is not None:
             model.compute_in_integers(Arithmetic(**quantization["arithmetic"]))
         model.records = [Record(**record) for record in config["records"]]
         fixed = {"format", "files", "versions", "input_shape", "graph_fingerprint", "quantization_config", "records"}

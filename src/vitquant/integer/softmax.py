@@ -8,6 +8,7 @@ from torch import Tensor
 from vitquant.integer.arithmetic import logarithm, shift_right
 from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS, Exponential
 
+LONGEST_ROW = 2**15  # a row of exponentials of at most 2**15 sums to less than 2**31
 _ROW_BITS = 16
 
 

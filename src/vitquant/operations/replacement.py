@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from vitquant.graph.masks import hide_exactly, masks_between, unmasked
 from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, is_selection
+from vitquant.integer.softmax import LONGEST_ROW
 from vitquant.operations.activation import TableActivation
 from vitquant.operations.arithmetic import Arithmetic
 from vitquant.operations.layer_norm import IntegerLayerNorm, PublishedLayerNorm
@@ -117,6 +118,8 @@ def _call_on(target: Any, rest: tuple[Any, ...], keywords: dict[str, Any], x: An
 def _softmax(node: Node, source: Quantizer, result: Quantizer, arithmetic: Arithmetic) -> IntegerOperation:
     if arguments(node)[1] not in (-1, len(node.meta["shape"]) - 1):
         raise NotIntegerError("it does not run over the last axis")
+    if node.meta["shape"][-1] > LONGEST_ROW:
+        raise NotIntegerError(f"its rows have {node.meta['shape'][-1]} entries: sums are proved up to {LONGEST_ROW}")
     if isinstance(result, Log2Quantizer):
         return LogIntSoftmax(source, result, arithmetic.exponential, arithmetic.softmax == "published")
     if arithmetic.softmax == "published":
