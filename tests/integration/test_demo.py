@@ -25,12 +25,12 @@ SIZES = {"test": 1000, "train": 256}
 
 @pytest.fixture
 def run(capsys):
-    """Run the demo in this process: exit code, stdout, stderr."""
+    """Run the demo in this process, with an hour for a busy machine: exit code, stdout, stderr."""
 
     def run(*words):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main(["demo", "--threads", "1", *map(str, words)])
+            main(["demo", "--threads", "1", "--minutes", "60", *map(str, words)])
         printed = capsys.readouterr()
         return ended.value.code, printed.out, printed.err
 
@@ -155,8 +155,8 @@ def test_recipes_that_do_not_fit_are_listed_with_the_reason(small, run, tmp_path
     facts = json.loads(run("--output", tmp_path / "out", "--json")[1])
     (left,) = facts["left_out"]
     assert (left["recipe"], left["passes"]) == ("all-day", 10**6)
-    assert left["estimated_seconds"] > 180
-    assert "of 180 s are left" in left["reason"]
+    assert left["estimated_seconds"] > 3600
+    assert "of 3600 s are left" in left["reason"]
     assert not (tmp_path / "out" / "all-day").exists()
 
 
@@ -174,7 +174,7 @@ def test_the_table_says_how_to_go_on_and_it_works(small, run, tmp_path, capsys, 
     assert (code, err) == (0, "")
     lines = out.splitlines()
     row = next(line for line in lines if line.startswith("minmax "))
-    assert row.split()[-1] == "vitquant-demo/minmax"
+    assert any(line.split() == ["written", "to", "vitquant-demo/minmax"] for line in lines)
     assert any(line.startswith("no all-day ") and "would take about" in line for line in lines)
     for name in ("inspect", "evaluate"):
         words = next(line for line in lines if f"vitquant {name} " in line).split("vitquant ", 1)[1].split()

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from vitquant.cli import options
 from vitquant.cli.terminal import Terminal
@@ -170,13 +169,12 @@ def _facts(trial: _Trial, output: Path) -> dict[str, Any]:
 
 
 def _table(values: Mapping[str, Any]) -> Table:
-    """The float model and below it a line for each recipe."""
+    """The float model and below it a line for each recipe; it fits into 80 columns."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     table.add_column("recipe", no_wrap=True, style="bold")
     table.add_column("bits", no_wrap=True)
-    for header in ("top-1 %", "difference (95 %)", "agreement %", "MB", "integer operations", "quantized MACs"):
-        table.add_column(header, justify="right")
-    table.add_column("written to", overflow="fold")
+    for header in ("top-1", "difference, 95 %", "agree", "MB", "integer", "MACs"):
+        table.add_column(header, justify="right", overflow="fold")
     table.add_row("float", "", f"{values['float_top1']:.1f}", "", "", f"{values['float_bytes'] / 1e6:.1f}")
     for one in values["recipes"]:
         low, high = one["difference_interval"]
@@ -189,24 +187,24 @@ def _table(values: Mapping[str, Any]) -> Table:
             f"{one['bytes'] / 1e6:.1f}",
             f"{one['integer_operations']} of {one['arithmetic_operations']}",
             f"{one['quantized_macs_percent']:.0f} %",
-            Text(one["directory"]),
         )
     return table
 
 
 def _rows(values: Mapping[str, Any]) -> dict[str, str]:
-    """What the table means, what is not in it, and how to look further."""
+    """What the columns mean, what is not in the table, and how to look further."""
     rows = {
-        "data": f"CIFAR-10: {values['test_images']} test images, {values['calibration_images']} others to calibrate on",
+        "top-1": f"percent of {values['test_images']} test images of CIFAR-10; simulated in float",
         "difference": "top-1 minus float top-1, in points, with its paired 95 % interval",
-        "integer": "operations that integers can compute, of all that compute; accuracy is simulated in float",
-        "MACs": "multiply-accumulates; quantized where both operands are",
-        "time": f"{values['seconds']:.0f} s",
+        "agree": "percent of the images that get the float model's class",
+        "integer": "operations that integers can compute, of all that compute",
+        "MACs": "share of the multiply-accumulates whose operands are all quantized",
+        "calibrated on": f"{values['calibration_images']} training images; all in {values['seconds']:.0f} s",
     }
-    for one in values["left_out"]:
-        rows[f"no {one['recipe']}"] = one["reason"]
+    rows |= {f"no {one['recipe']}": one["reason"] for one in values["left_out"]}
     if values["recipes"]:
+        rows["written to"] = ", ".join(one["directory"] for one in values["recipes"])
         directory = values["recipes"][0]["directory"]
-        rows["operations"] = shlex.join(["vitquant", "inspect", directory])
-        rows["again"] = shlex.join(["vitquant", "evaluate", directory, "--data", values["images"]])
+        rows["look further"] = shlex.join(["vitquant", "inspect", directory])
+        rows["evaluate again"] = shlex.join(["vitquant", "evaluate", directory, "--data", values["images"]])
     return rows
