@@ -131,7 +131,7 @@ class _Watched:
 
 
 def _left_out(recipe: Recipe, estimate: float, left: float, budget: float) -> dict[str, Any]:
-    reason = f"would take about {estimate:.0f} s, and {left:.0f} s of {budget:g} s are left"
+    reason = f"would take about {estimate:.0f} s, and {left:.0f} s of {budget:g} s are left; --minutes gives more"
     return {
         "recipe": recipe.name,
         "bits": str(recipe.bits),
