@@ -26,6 +26,10 @@ class CheckpointError(VitquantError):
     """A saved model is damaged, incomplete, of another model or of another format."""
 
 
+class LoweringError(VitquantError):
+    """An operation cannot be computed in integers."""
+
+
 class DataError(VitquantError):
     """A data set cannot be read as asked."""
 

@@ -25,7 +25,7 @@ class _Softmax(IntegerOperation):
 
     def __init__(self, source: Quantizer, result: Quantizer, exponential: str) -> None:
         super().__init__(source, result)
-        self._exponential = exact_exponential if exponential == "exact" else polynomial_exponential
+        self._table = exact_exponential if exponential == "exact" else polynomial_exponential
 
     def check(self, source: Quantizer, result: Quantizer) -> None:
         uniform = isinstance(source, UniformQuantizer) and not isinstance(source.spec.scheme, PowerOfTwoFactor)
@@ -35,10 +35,15 @@ class _Softmax(IntegerOperation):
     def reference(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         return torch.softmax(x, -1)
 
+    @property
+    def exponential(self) -> Exponential:
+        """The table for the scale of the scores."""
+        source = self.source
+        table = self._table(source.scale.item(), source.spec.qmax - source.spec.qmin + 1)
+        return Exponential(table.values.to(source.scale.device), table.octaves.to(source.scale.device))
+
     def codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        spec = self.source.spec
-        table = self._exponential(self.source.scale.item(), spec.qmax - spec.qmin + 1)
-        table = Exponential(table.values.to(x.device), table.octaves.to(x.device))
+        table = self.exponential
         hidden = torch.isneginf(x)
         codes = self.source.encode(x).to(torch.int64)
         return self.probabilities(distances(codes, hidden if bool(hidden.any()) else None, table), table)
@@ -59,7 +64,7 @@ class LogIntSoftmax(_Softmax):
 
     def __init__(self, source: Quantizer, result: Quantizer, exponential: str, published: bool = False) -> None:
         super().__init__(source, result, exponential)
-        self._softmax = published_log_int_softmax if published else log_int_softmax
+        self.published = published
         self.description = "table of exponentials, powers of two" + (" rounded as published" if published else "")
 
     def check(self, source: Quantizer, result: Quantizer) -> None:
@@ -73,7 +78,8 @@ class LogIntSoftmax(_Softmax):
 
     def probabilities(self, distance: Tensor, exponential: Exponential) -> Tensor:
         assert isinstance(self.result, Log2Quantizer)
-        return self._softmax(distance, exponential, self.result.zero_code)
+        softmax = published_log_int_softmax if self.published else log_int_softmax
+        return softmax(distance, exponential, self.result.zero_code)
 
 
 class IntegerSoftmax(_Softmax):
@@ -90,6 +96,10 @@ class IntegerSoftmax(_Softmax):
     def probabilities(self, distance: Tensor, exponential: Exponential) -> Tensor:
         result = self.result
         assert result.zero_point is not None
-        steps = rescaling(1.0 / result.scale.double(), torch.zeros((), dtype=torch.float64))
-        codes = integer_softmax(distance, exponential, int(steps.multiplier), steps.shift)
+        codes = integer_softmax(distance, exponential, *self.steps())
         return (codes + result.zero_point).clamp(result.spec.qmin, result.spec.qmax)
+
+    def steps(self) -> tuple[int, int]:
+        """How many steps of the result a probability of 1 has: multiplier / 2**shift."""
+        found = rescaling(1.0 / self.result.scale.double(), torch.zeros((), dtype=torch.float64))
+        return int(found.multiplier), found.shift

@@ -1,0 +1,101 @@
+"""Real tensors written as integers times real scales, which is what a quantized graph computes with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Term:
+    """scale * (register - zero).
+
+    Arguments:
+        register: its name.
+        zero: int64, broadcastable to the register.
+        scale: float64, broadcastable to the register.
+    """
+
+    register: str
+    zero: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The sum of some terms and a constant.
+
+    Arguments:
+        terms: all of one shape.
+        constant: float64, broadcastable to that shape.
+    """
+
+    terms: tuple[Term, ...]
+    constant: Tensor
+
+    @property
+    def single(self) -> Term | None:
+        """The only term, if there is one only and no constant."""
+        return self.terms[0] if len(self.terms) == 1 and not bool(self.constant.any()) else None
+
+    def times(self, factor: Tensor) -> Scaled:
+        """Multiplied by a constant, broadcastable to the shape."""
+        factor = factor.double()
+        terms = tuple(replace(term, scale=term.scale * factor) for term in self.terms)
+        return Scaled(terms, self.constant * factor)
+
+    def plus(self, other: Scaled | Tensor) -> Scaled:
+        """With another of the same shape, or a broadcastable constant, added."""
+        if isinstance(other, Tensor):
+            return Scaled(self.terms, self.constant + other.double())
+        return Scaled(self.terms + other.terms, self.constant + other.constant)
+
+
+@dataclass(frozen=True)
+class Static:
+    """A tensor that is the same for every image: float64."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Parts that a concatenation puts side by side, before one quantizer stands behind it."""
+
+    parts: tuple[Scaled | Static, ...]
+    axis: int
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Scores of which a mask hides some.
+
+    Arguments:
+        scores: all of them.
+        hidden: bool, broadcastable to them, True where hidden.
+        node: the graph's, whose shape they have.
+        moved: nodes that rearranged them since. A mask repeats with the batch only in the shape in which it was
+            applied, so the softmax is computed in that shape, and its result is rearranged.
+    """
+
+    scores: Scaled
+    hidden: Tensor
+    node: Node
+    moved: tuple[Node, ...] = ()
+
+
+def dense(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Values broadcast to a shape with a batch of one image."""
+    return values.broadcast_to(shape)
+
+
+def compact(values: Tensor) -> Tensor:
+    """The same values, broadcastable, with size 1 along every axis along which they do not change."""
+    for axis in range(values.ndim):
+        first = values.narrow(axis, 0, 1)
+        if values.shape[axis] > 1 and torch.equal(values, first.expand_as(values)):
+            values = first
+    return values.contiguous()

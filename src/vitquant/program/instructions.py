@@ -1,0 +1,259 @@
+"""An integer program: typed registers, constants, and instructions that write each register once.
+
+Instructions say what they compute in terms of integers; `runtime.interpreter` is the definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+# Bits and sign of the types that registers have. Narrower types are packed where a program is stored.
+TYPES: dict[str, tuple[int, bool]] = {
+    "u4": (4, False), "s4": (4, True), "u8": (8, False), "s8": (8, True), "u16": (16, False), "s16": (16, True),
+    "s32": (32, True), "s64": (64, True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Register:
+    """A tensor of the program.
+
+    Arguments:
+        type: one of `TYPES`.
+        shape: sizes; -1 for the one that grows with the batch.
+    """
+
+    type: str
+    shape: tuple[int, ...]
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The smallest and the largest value that the type holds."""
+        return type_limits(self.type)
+
+
+def type_limits(type: str) -> tuple[int, int]:
+    """The smallest and the largest value of a type."""
+    bits, signed = TYPES[type]
+    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+
+
+def smallest_type(low: int, high: int, among: tuple[str, ...] = ("u4", "s4", "u8", "s8", "u16", "s16", "s32")) -> str:
+    """The first type of `among` that holds low..high; s64 when none does."""
+    for name in among:
+        least, most = type_limits(name)
+        if least <= low and high <= most:
+            return name
+    return "s64"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """The base: what is written, and which site of the model it belongs to.
+
+    Names of registers and constants are strings; a field ending in `_zero` is the code that stands for zero.
+    """
+
+    output: str
+    site: str
+
+
+@dataclass(frozen=True)
+class Linear(Instruction):
+    """sum over the last axis of (input - input_zero) * (weight - weight_zero) + bias."""
+
+    input: str
+    weight: str
+    bias: str | None
+    input_zero: int
+    weight_zero: str | None
+
+
+@dataclass(frozen=True)
+class Convolution(Instruction):
+    """The two-dimensional convolution of input - input_zero with weight - weight_zero, plus bias."""
+
+    input: str
+    weight: str
+    bias: str | None
+    input_zero: int
+    weight_zero: str | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True)
+class Product(Instruction):
+    """The matrix product of left - left_zero and right - right_zero."""
+
+    left: str
+    right: str
+    left_zero: int
+    right_zero: int
+
+
+@dataclass(frozen=True)
+class Requantize(Instruction):
+    """clamp((sum of input * multiplier + addend) >> shift, low, high), the sum in 64 bits."""
+
+    inputs: tuple[str, ...]
+    multipliers: tuple[str, ...]
+    addend: str
+    shift: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class LogSoftmax(Instruction):
+    """`integer.softmax.log_int_softmax`, or as published, of the last axis."""
+
+    input: str
+    hidden: str | None
+    values: str
+    octaves: str
+    zero: int
+    published: bool
+
+
+@dataclass(frozen=True)
+class UniformSoftmax(Instruction):
+    """`integer.softmax.integer_softmax` of the last axis, plus result_zero, clamped."""
+
+    input: str
+    hidden: str | None
+    values: str
+    octaves: str
+    multiplier: int
+    shift: int
+    result_zero: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class LayerNorm(Instruction):
+    """`integer.layer_norm.LayerNorm` of (input - input_zero) << factors."""
+
+    input: str
+    factors: str | None
+    input_zero: int
+    epsilon: int
+    largest: int
+    multiplier: str
+    addend: str
+    shift: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Lookup(Instruction):
+    """The table's entry for each code, `lowest` having the first."""
+
+    input: str
+    table: str
+    lowest: int
+
+
+@dataclass(frozen=True)
+class Sum(Instruction):
+    """The sum of input - input_zero over some axes."""
+
+    input: str
+    axes: tuple[int, ...]
+    keep: bool
+    input_zero: int
+
+
+@dataclass(frozen=True)
+class Reshape(Instruction):
+    """The same elements in another shape; -1 is what is left."""
+
+    input: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Permute(Instruction):
+    """The axes in another order."""
+
+    input: str
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Slice(Instruction):
+    """Every `step`-th element along one axis."""
+
+    input: str
+    axis: int
+    start: int
+    stop: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Roll(Instruction):
+    """The elements rotated along some axes."""
+
+    input: str
+    shifts: tuple[int, ...]
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pad(Instruction):
+    """Elements of one value around the input: as `torch.nn.functional.pad` counts them."""
+
+    input: str
+    amounts: tuple[int, ...]
+    value: int
+
+
+@dataclass(frozen=True)
+class Concat(Instruction):
+    """Registers joined along one axis; what has a batch of one is repeated."""
+
+    inputs: tuple[str, ...]
+    axis: int
+
+
+INSTRUCTIONS: tuple[type[Instruction], ...] = (
+    Linear, Convolution, Product, Requantize, LogSoftmax, UniformSoftmax, LayerNorm, Lookup, Sum, Reshape, Permute,
+    Slice, Roll, Pad, Concat,
+)  # fmt: skip
+MOVES = (Reshape, Permute, Slice, Roll, Pad)
+
+
+@dataclass(frozen=True)
+class IntegerProgram:
+    """A quantized model in integers.
+
+    Arguments:
+        input, output: names of registers: the image's codes, and the logits'.
+        registers: the type and shape of every register, constants included.
+        constants: int64 tensors; their values fit the type of their register.
+        instructions: in order; each writes one register, and none twice.
+        facts: plain JSON values: scale and zero point of input and output, where it came from.
+    """
+
+    input: str
+    output: str
+    registers: Mapping[str, Register]
+    constants: Mapping[str, Tensor]
+    instructions: tuple[Instruction, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def reads(instruction: Instruction) -> tuple[str, ...]:
+    """The registers and constants that an instruction reads."""
+    values = [getattr(instruction, each.name) for each in fields(instruction) if each.name not in ("output", "site")]
+    flat = [word for value in values for word in (value if isinstance(value, tuple) else (value,))]
+    return tuple(word for word in flat if isinstance(word, str))
