@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from vitquant.errors import LoweringError
 from vitquant.graph.masks import hide_exactly, masks_between, unmasked
 from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, is_selection
 from vitquant.integer.softmax import LONGEST_ROW
@@ -58,11 +59,20 @@ def replace_operations(module: GraphModule, sites: Iterable[Site], arithmetic: A
 
 
 def reconnect_operations(module: GraphModule) -> None:
-    """Give every integer operation the quantizers that stand around it now."""
+    """Give every integer operation the quantizers that stand around it now.
+
+    Raises:
+        LoweringError: one of them cannot be computed with these.
+    """
     for node in module.graph.nodes:
         operation = operation_at(module, node)
-        if operation is not None:
+        if operation is None:
+            continue
+        try:
             operation.connect(_source(module, node), _result(module, node))
+        except NotIntegerError as reason:
+            name = str(node.target).removeprefix(f"{ROOT}.")
+            raise LoweringError(f"{name} is computed on codes, but {reason}; quantize it in another way") from None
 
 
 def operation_at(module: GraphModule, node: Node) -> IntegerOperation | None:
