@@ -47,7 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--recipes", nargs="*", default=[recipe.name for recipe in available()])
+    parser.add_argument(
+        "--recipes", nargs="*", default=[recipe.name for recipe in available() if len(recipe.methods) == 1]
+    )
     arguments = parser.parse_args()
     model = timm.create_model("deit_tiny_patch16_224").eval()
     example = torch.randn(2, 3, 224, 224)

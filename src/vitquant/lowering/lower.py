@@ -54,6 +54,7 @@ from vitquant.program.instructions import (
     smallest_type,
 )
 from vitquant.program.moving import move
+from vitquant.program.ranges import prove_ranges
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.logarithmic import Log2Quantizer
 
@@ -68,9 +69,12 @@ def lower(model: QuantizedModel) -> IntegerProgram:
 
     Raises:
         CalibrationError: a quantizer is missing.
-        LoweringError: an operation cannot be computed in integers; it names the site, the reason and the remedy.
+        LoweringError: an operation cannot be computed in integers, or could overflow; it names the site, the reason
+            and the remedy.
     """
-    return _Lowering(model).program()
+    program = _Lowering(model).program()
+    prove_ranges(program)
+    return program
 
 
 class _Shapes(Interpreter):
