@@ -30,7 +30,7 @@ SHAPE = (2, 3, 4, 5)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 EXACT_DTYPES = (torch.float32, torch.float64)
 UP_TO_8_BITS = st.integers(2, 8)
-SCHEMES = (Uniform(), Uniform(clamp_before_round=True), PowerOfTwoScale(), PowerOfTwoFactor(), Log2())
+SCHEMES = (Uniform(), Uniform(clamp_before_round=True), PowerOfTwoScale(), PowerOfTwoFactor(), Log2(), Log2(True))
 
 law = settings(max_examples=60, deadline=None)
 
@@ -45,6 +45,10 @@ class Case:
         return self.quantizer.spec
 
     @property
+    def largest(self) -> int:
+        return largest_code(self.quantizer)
+
+    @property
     def step(self) -> Tensor:
         return along_axis(self.quantizer.step, self.spec.granularity, self.x.ndim)
 
@@ -52,6 +56,12 @@ class Case:
     def zero_point(self) -> Tensor:
         assert self.quantizer.zero_point is not None
         return along_axis(self.quantizer.zero_point, self.spec.granularity, self.x.ndim)
+
+
+def largest_code(quantizer: Quantizer) -> int:
+    """`qmax`, but one more where zero has a code of its own and a byte holds it."""
+    separate = quantizer.spec.scheme == Log2(separate_zero=True) and quantizer.spec.bits < 8
+    return quantizer.spec.qmax + separate
 
 
 @st.composite
@@ -91,7 +101,7 @@ def operand(quantizer: Quantizer, random: torch.Generator) -> Tensor:
     offsets = torch.stack([torch.zeros(SHAPE), torch.full(SHAPE, 0.5), torch.rand(SHAPE, generator=random)])
     offset = offsets.gather(0, torch.randint(0, 3, (1, *SHAPE), generator=random))[0].double()
     if isinstance(spec.scheme, Log2):
-        code = torch.randint(-1, min(spec.qmax + 2, 120), SHAPE, generator=random)
+        code = torch.randint(-1, min(largest_code(quantizer) + 2, 120), SHAPE, generator=random)
         x = step * torch.exp2(-(code + offset)) * torch.where(torch.rand(SHAPE, generator=random) < 0.1, -1, 1)
     else:
         assert quantizer.zero_point is not None
@@ -134,7 +144,7 @@ def test_codes_are_integers_of_the_spec(case: Case) -> None:
     assert codes.dtype == code_dtype(case.spec.bits, case.spec.signed)
     assert codes.shape == case.x.shape
     assert int(codes.min()) >= case.spec.qmin
-    assert int(codes.max()) <= case.spec.qmax
+    assert int(codes.max()) <= case.largest
 
 
 @law
@@ -143,7 +153,7 @@ def test_codes_are_those_of_the_nearest_level(case: Case) -> None:
     ratio = case.x.double() / case.step.double()
     if isinstance(case.spec.scheme, Log2):
         exponent = -torch.log2(ratio.clamp(1e-300, 1.0))
-        expected = exponent.round().clamp(max=case.spec.qmax)
+        expected = exponent.round().clamp(max=case.largest)
         clear = (exponent - exponent.floor() - 0.5).abs() > 1e-4
     else:
         expected = (ratio.round() + case.zero_point).clamp(case.spec.qmin, case.spec.qmax)
@@ -156,7 +166,7 @@ def test_codes_are_those_of_the_nearest_level(case: Case) -> None:
 def test_output_is_on_the_grid(case: Case) -> None:
     codes = case.quantizer.encode(case.x).double()
     if isinstance(case.spec.scheme, Log2):
-        grid = torch.where(codes == case.spec.qmax, 0.0, case.step.double() * 2.0**-codes)
+        grid = torch.where(codes == case.largest, 0.0, case.step.double() * 2.0**-codes)
     else:
         grid = (codes - case.zero_point) * case.step.double()
     if case.x.dtype != torch.float64:
@@ -373,6 +383,15 @@ def test_log2_is_exact_at_powers_of_two(bits: int) -> None:
     x = torch.tensor([2.0 ** -int(k) for k in codes])
     assert torch.equal(quantizer.encode(x).long(), codes)
     assert torch.equal(quantizer(x), x)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_a_separate_zero_leaves_all_codes_to_powers(bits: int) -> None:
+    quantizer = build_quantizer(QuantSpec(bits, scheme=Log2(separate_zero=True)), QParams(torch.tensor(1.0)))
+    last = 2**bits - 1
+    x = torch.tensor([1.0, 2.0**-last, 2.0 ** -(last + 0.49), 2.0 ** -(last + 0.51), 0.0, -1.0])
+    assert quantizer.encode(x).tolist() == [0, last, last, last + 1, last + 1, last + 1]
+    assert quantizer(x).tolist() == [1.0, 2.0**-last, 2.0**-last, 0.0, 0.0, 0.0]
 
 
 def test_nan_stays_nan() -> None:
