@@ -1,0 +1,255 @@
+"""Masks before a softmax: what is one, where the scores are quantized, and what hidden entries become."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+import vitquant
+from vitquant.capture import capture
+from vitquant.graph.masks import hides, masks_between, unmasked
+from vitquant.graph.operators import SOFTMAX, arguments, aten, calls
+from vitquant.model import QuantizedModel
+
+TOKENS, HEADS, WIDTH = 16, 2, 16
+
+HIDDEN = torch.rand(TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)) < 0.4
+HIDDEN[range(TOKENS), range(TOKENS)] = False
+
+
+def mask_of(value: float) -> Tensor:
+    return torch.zeros(TOKENS, TOKENS).masked_fill(HIDDEN, value)
+
+
+MASKS = {
+    "minus_100": 1,
+    "smallest_float": 1,
+    "minus_infinity": 1,
+    "windows": 1,
+    "fill_minus_infinity": 1,
+    "fill_minus_10000": 1,
+    "attention_boolean": 1,
+    "attention_causal": 1,
+    "behind_a_bias": 1,
+    "two_masks": 2,
+}
+NO_MASKS = [
+    "position_bias",
+    "learned_mask",
+    "slopes",
+    "mask_and_bias_in_one",
+    "zeros",
+    "positive",
+    "fill_minus_3",
+    "from_the_image",
+]
+
+
+class Attention(nn.Module):
+    """One head-split attention whose scores are masked, or something like it, in the way that `how` names."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.register_buffer("hidden", HIDDEN.clone())
+        value = {"smallest_float": torch.finfo(torch.float32).min, "minus_infinity": -math.inf, "positive": 100.0}
+        mask = mask_of(value.get(how, -100.0))
+        if how == "slopes":
+            mask = -0.3 * (torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)).abs().float()
+        if how == "mask_and_bias_in_one":
+            mask[0, 0] = -3.0
+        if how == "zeros":
+            mask = torch.zeros_like(mask)
+        self.register_buffer("mask", mask)
+        self.learned_mask = nn.Parameter(mask_of(-100.0))
+        self.table = nn.Parameter(torch.randn(2 * TOKENS - 1, HEADS))
+        self.register_buffer("index", torch.arange(TOKENS)[:, None] - torch.arange(TOKENS) + TOKENS - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = len(x)
+        split = self.qkv(x).reshape(count, TOKENS, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        query, key, value = split.unbind(0)
+        if self.how.startswith("attention"):
+            mask, causal = (~self.hidden, False) if self.how == "attention_boolean" else (None, True)
+            context = nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
+        else:
+            scores = self.masked(query @ key.transpose(-2, -1) * 0.35, x)
+            context = scores.softmax(-1) @ value
+        return context.transpose(1, 2).reshape(count, TOKENS, WIDTH)
+
+    def masked(self, scores: Tensor, x: Tensor) -> Tensor:
+        match self.how:
+            case "windows":
+                shape = scores.shape
+                return (scores.view(-1, 1, HEADS, TOKENS, TOKENS) + self.mask[None, None]).view(shape)
+            case "fill_minus_infinity":
+                return scores.masked_fill(self.hidden, -math.inf)
+            case "fill_minus_10000":
+                return scores.masked_fill(self.hidden[None], -1e4)
+            case "fill_minus_3":
+                return scores.masked_fill(self.hidden, -3.0)
+            case "two_masks":
+                return (scores + self.mask).masked_fill(self.hidden.T, -math.inf)
+            case "behind_a_bias" | "position_bias":
+                biased = scores + self.table[self.index].permute(2, 0, 1)[None]
+                return biased + self.mask if self.how == "behind_a_bias" else biased
+            case "learned_mask":
+                return scores + self.learned_mask
+            case "from_the_image":
+                return scores + torch.where(x.mean(-1) > 0, 0.0, -100.0)[:, None, None]
+            case _:
+                return scores + self.mask
+
+
+class Model(nn.Module):
+    """An attention for each way, side by side."""
+
+    def __init__(self, *ways: str) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, WIDTH, 8, 8)
+        self.attentions = nn.ModuleDict({how: Attention(how) for how in ways})
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        for attention in self.attentions.values():
+            x = x + attention(x)
+        return self.head(x.mean(1))
+
+
+def photos(count: int = 4, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def make(*ways: str) -> nn.Module:
+    torch.manual_seed(0)
+    return Model(*ways).eval()
+
+
+@pytest.fixture(scope="module")
+def captured() -> GraphModule:
+    return capture(make(*MASKS, *NO_MASKS), photos(2))
+
+
+def softmax_of(module: GraphModule, how: str) -> Node:
+    (found,) = [
+        node for node in module.graph.nodes if calls(node, SOFTMAX) and node.meta["module"] == f"attentions.{how}"
+    ]
+    return found
+
+
+@pytest.mark.parametrize("how", MASKS)
+def test_what_hides_entries_is_a_mask(captured: GraphModule, how: str) -> None:
+    read = arguments(softmax_of(captured, how))[0]
+    scores = unmasked(captured, read)
+    assert scores is not read
+    assert not hides(captured, scores)
+    masks = masks_between(captured, scores, read)
+    assert len(masks) == MASKS[how]
+    assert all(hides(captured, mask) for mask in masks)
+    assert calls(scores, {aten.add}) == (how == "behind_a_bias")  # the bias belongs to the scores
+
+
+@pytest.mark.parametrize("how", NO_MASKS)
+def test_what_is_learned_or_has_other_values_is_no_mask(captured: GraphModule, how: str) -> None:
+    read = arguments(softmax_of(captured, how))[0]
+    assert unmasked(captured, read) is read
+    assert masks_between(captured, read, read) == []
+
+
+@pytest.fixture(scope="module")
+def by_minmax() -> QuantizedModel:
+    return vitquant.quantize(make(*MASKS, "learned_mask"), "minmax", [photos()])
+
+
+@pytest.fixture(scope="module")
+def by_fq_vit() -> QuantizedModel:
+    return vitquant.quantize(make(*MASKS), "fq-vit", [photos()])
+
+
+def value_of(model: QuantizedModel, how: str, operand: str) -> str:
+    """The name of the value that an operand (`softmax:input`) of one of the attentions reads."""
+    kind, _, which = operand.partition(":")
+    for value in model.values:
+        for reader in value.readers:
+            if (reader.kind, reader.operand, reader.module) == (kind, which, f"attentions.{how}"):
+                return value.name
+    raise AssertionError(f"{how} has no {operand}")
+
+
+def tapped(model: QuantizedModel, name: str, quantized: bool) -> Tensor:
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        model.run(photos(), {name: lambda x: seen.append(x.clone())}, quantized=quantized)
+    return seen[0]
+
+
+@pytest.mark.parametrize("how", [*MASKS, "learned_mask"])
+def test_a_mask_does_not_widen_the_range_of_the_scores(by_minmax: QuantizedModel, how: str) -> None:
+    name = value_of(by_minmax, how, "softmax:input")
+    scores = tapped(by_minmax, name, quantized=False)
+    low, high = by_minmax.quantizers[name].range()
+    step = by_minmax.quantizers[name].scale
+    assert abs(low - scores.min()) <= step
+    assert abs(high - scores.max()) <= step
+    assert (scores.min() < -50) == (how == "learned_mask")
+
+
+@pytest.mark.parametrize("how", MASKS)
+def test_a_hidden_entry_has_no_probability_and_a_visible_one_its_own(by_fq_vit: QuantizedModel, how: str) -> None:
+    name = value_of(by_fq_vit, how, "context:probs")
+    found, expected = tapped(by_fq_vit, name, quantized=True), tapped(by_fq_vit, name, quantized=False)
+    hidden = (expected < 1e-20).any(0, keepdim=True).expand_as(found)
+    assert hidden.any()
+    assert not found[hidden].any()
+    visible = expected > 2**-13
+    assert bool((torch.log2(found[visible] / expected[visible]).abs() < 1.2).all())  # to the nearest power of two
+
+
+def test_masked_softmaxes_are_computed_on_codes(by_fq_vit: QuantizedModel) -> None:
+    assert by_fq_vit.float_reasons == {}
+    graph = by_fq_vit.graph_module.graph
+    filled = [arguments(node)[2] for node in graph.nodes if calls(node, {aten.masked_fill})]
+    assert filled == [-math.inf] * sum(MASKS.values())
+
+
+@pytest.mark.parametrize("recipe", ["by_minmax", "by_fq_vit"])
+def test_without_its_quantizers_a_masked_model_is_the_float_one(recipe: str, request: pytest.FixtureRequest) -> None:
+    quantized = request.getfixturevalue(recipe)
+    ways = [*MASKS, "learned_mask"] if recipe == "by_minmax" else list(MASKS)
+    x = photos(3, seed=1)
+    with torch.no_grad():
+        expected, found = make(*ways)(x), quantized(x)
+        torch.testing.assert_close(quantized.run(x, {}, quantized=False), expected, rtol=0, atol=1e-5)
+    assert torch.isfinite(found).all()
+    assert torch.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.97
+
+
+def timm_swin() -> nn.Module:
+    import timm
+
+    sizes = {"depths": (2,), "embed_dim": 16, "num_heads": (2,), "img_size": 32, "window_size": 4, "num_classes": 5}
+    return timm.create_model("swin_tiny_patch4_window7_224", **sizes)
+
+
+@pytest.mark.parametrize("library", [timm_swin])
+def test_shifted_windows_of_every_library_keep_the_range_of_their_scores(library) -> None:
+    torch.manual_seed(0)
+    model = library().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    quantized = vitquant.quantize(model, "minmax", [photos()])
+    inputs = [name for name in quantized.quantizers if name.endswith("softmax:input")]
+    assert len(inputs) == 2
+    assert all(quantized.quantizers[name].range()[0] > -20 for name in inputs)
+    x = photos(3, seed=1)
+    with torch.no_grad():
+        expected, found = (getattr(y, "logits", y) for y in (model(x), quantized(x)))
+    assert torch.isfinite(found).all()
+    assert (found - expected).norm() < 0.25 * expected.norm()
