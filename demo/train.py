@@ -3,8 +3,8 @@
     python demo/train.py --cifar package --output checkpoints [--epochs 45] [--device cuda]
 
 A plain timm VisionTransformer (patch 4, 192 wide, 6 blocks, 2.69 M parameters). Every epoch ends with a checkpoint;
-the same command goes on from the last one and gives the same model as an uninterrupted run. The first 60 % of the
-epochs drop half of the patches, which halves their cost. On two CPU cores: about an hour with
+the same command goes on from the last one, with the random numbers of that epoch. The first 60 % of the
+epochs drop half of the patches, which halves their cost. On two CPU cores: an hour or two, with
 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 in the environment (glibc then keeps the memory
 of large tensors instead of returning it to the system every step). Writes checkpoints/last.safetensors and, at the
 end, checkpoints/weights.safetensors (half precision) and its accuracy on the whole test set.
