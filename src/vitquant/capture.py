@@ -23,12 +23,15 @@ from torch.utils import _pytree as pytree
 
 from vitquant.errors import CaptureError, ModelError
 from vitquant.graph.canonical import canonicalize
-from vitquant.graph.operators import aten
+from vitquant.graph.operators import arguments, aten, calls, packet
 
 _CHECKS = {
     aten._assert_tensor_metadata, aten._assert_scalar, aten._assert_async, aten.sym_constrain_range,
     aten.sym_constrain_range_for_size,
 }  # fmt: skip
+
+# These read no values of their argument, only its dtype and device; the number that they fill with.
+_FILLS = {aten.new_zeros: 0, aten.zeros_like: 0, aten.new_ones: 1, aten.ones_like: 1, aten.new_full: None}
 
 
 def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
@@ -180,6 +183,8 @@ def _copy(program: ExportedProgram, input_name: str) -> tuple[Graph, dict[str, t
                 continue
             if _is_constant(node, known):
                 known[node] = node.target(*_values(node.args, known), **_values(node.kwargs, known))
+            elif calls(node, _FILLS) and -1 not in _shape(node.meta["val"]):
+                known[node] = _filled(node)
             else:
                 copied[node] = graph.node_copy(node, argument)
                 copied[node].meta = _metadata(node)
@@ -205,6 +210,14 @@ def _is_constant(node: Node, known: dict[Node, object]) -> bool:
         return False
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded not in tags
+
+
+def _filled(node: Node) -> torch.Tensor:
+    """What a node makes that takes from a tensor no values, but its dtype and device (torchvision's window masks)."""
+    value = node.meta["val"]
+    like = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    number: Any = _FILLS[packet(node)]
+    return torch.full_like(like, arguments(node)[2] if number is None else number)
 
 
 def _values(arguments: Any, known: dict[Node, Any]) -> Any:

@@ -168,9 +168,11 @@ class QuantizedModel(nn.Module):
             arithmetic: how.
 
         Raises:
-            CalibrationError: a quantizer is missing.
+            CalibrationError: a quantizer is missing, or it was called before.
         """
         self._require_calibrated()
+        if self.arithmetic is not None:
+            raise CalibrationError("the model computes in integers already; quantize it again for another arithmetic")
         self.float_reasons = replace_operations(self.graph_module, self.sites, arithmetic)
         self.arithmetic = arithmetic
         self.graph_module.recompile()

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import vitquant
+from vitquant.lowering import lower
+from vitquant.runtime.interpreter import Interpreter
 from vitquant.tasks.classification import evaluate
 from vitquant.tasks.images import batches, load_listing, subset
 from vitquant.tasks.preprocessing import Preprocessing
@@ -21,14 +23,26 @@ def photographs(shared, name, count):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "bits", "agreement", "top1_loss"), [("minmax", "w8a8", 87, 6), ("omse", "w8a8", 87, 6)]
+    ("recipe", "bits", "agreement", "top1_loss"),
+    [("minmax", "w8a8", 87, 6), ("omse", "w8a8", 87, 6), ("fq-vit", "w8a8s4", 87, 6)],
 )
-def test_w8a8_stays_close_to_float(deit, shared, recipe, bits, agreement, top1_loss):
+def test_8_bits_stay_close_to_float(deit, shared, recipe, bits, agreement, top1_loss):
     quantized = vitquant.quantize(deit, recipe, photographs(shared, "photos_calibration", 100), bits=bits)
     result = evaluate(quantized, deit, photographs(shared, "photos_eval", 100))
     assert result.float_top1 > 80
     assert result.agreement >= agreement
     assert result.top1 >= result.float_top1 - top1_loss
+
+
+def test_the_integer_program_agrees_with_the_simulation(deit, shared):
+    quantized = vitquant.quantize(deit, "fq-vit", photographs(shared, "photos_calibration", 100))
+    program = Interpreter(lower(quantized))
+    same = []
+    with torch.no_grad():
+        for images, _ in photographs(shared, "photos_eval", 50):
+            codes = program(quantized.quantizers["patch_embed:input"].encode(images))
+            same.append(codes.argmax(1) == quantized(images).argmax(1))
+    assert torch.cat(same).double().mean() >= 0.94
 
 
 def test_gains_of_zero_are_there_and_harmless(deit, shared):

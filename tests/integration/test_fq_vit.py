@@ -63,6 +63,12 @@ def torchvision_vit() -> nn.Module:
     return VisionTransformer(32, 8, 1, 3, 24, 48, num_classes=5)
 
 
+def torchvision_swin() -> nn.Module:
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    return SwinTransformer([4, 4], 16, [2, 1], [2, 4], [4, 4], num_classes=5)
+
+
 MODELS = [
     timm_vit,
     timm_deit_with_two_heads,
@@ -71,6 +77,7 @@ MODELS = [
     transformers_deit,
     transformers_swin,
     torchvision_vit,
+    torchvision_swin,
 ]
 
 

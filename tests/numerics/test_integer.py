@@ -218,6 +218,12 @@ def test_polynomial_exponential_is_close_to_the_exact_one_at_small_scales() -> N
         assert 0 < (exact.values - published.values).abs().max() < 2**15 * 0.02
 
 
+@law
+@given(SCALES, LEVELS)
+def test_polynomial_exponential_is_a_table_at_every_scale(scale: float, levels: int) -> None:
+    assert_well_formed(polynomial_exponential(scale, levels), levels)
+
+
 # Softmax
 
 
@@ -319,6 +325,15 @@ def test_hidden_entries_are_zero_and_change_nothing_else(softmax, zero, given_ro
         assert bool((found[:, ~visible] == zero).all())
         assert torch.equal(found[:, visible], softmax(distances(codes[:, visible], None, table), table))
         assert torch.equal(softmax(distances(codes + 40, ~visible, table), table), found)  # shifts cancel
+
+
+@pytest.mark.parametrize(("softmax", "zero"), FORMS)
+def test_a_row_that_is_hidden_whole_is_zero_and_the_next_row_is_not(softmax, zero) -> None:
+    table = exact_exponential(0.05)
+    codes, hidden = torch.tensor([[-128, 3, 127], [0, 0, 0]]), torch.tensor([[True], [False]])
+    found = softmax(distances(codes, hidden, table), table)
+    assert found[0].tolist() == [zero] * 3
+    assert torch.equal(found[1:], softmax(distances(codes[1:], None, table), table))
 
 
 def log_round(inverse: int) -> int:
@@ -508,6 +523,15 @@ def test_layer_norm_on_real_numbers_is_torch_s() -> None:
         affine = rescaling(gain / 0.01 / 2**16, bias / 0.01)
         found = LayerNorm(integer_epsilon(epsilon, scale, count), 300, affine, -1000, 1000).apply(x)
         assert (found - expected / 0.01).abs().max() < 0.52
+
+
+def test_layer_norm_of_inputs_smaller_than_epsilon_is_torch_s() -> None:
+    """There epsilon is all there is in the denominator."""
+    x, count = torch.tensor([[-1000, 1000] * 96]), 192
+    scale = 1e-8
+    expected = torch.nn.functional.layer_norm(x.double() * scale, (count,), eps=1e-5)
+    found = normalize(x, integer_epsilon(1e-5, scale, count), 2040).double() / 2**16
+    assert (found - expected).abs().max() < 2**-16
 
 
 def published_by_hand(

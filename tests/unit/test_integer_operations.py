@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import vitquant
-from vitquant.errors import LoweringError, RecipeError
+from vitquant.errors import CalibrationError, LoweringError, RecipeError
 from vitquant.model import QuantizedModel
 from vitquant.operations import (
     Arithmetic,
@@ -224,6 +224,14 @@ def test_with_gradients_the_values_are_the_same_to_the_last_bit(kind: str) -> No
     assert torch.equal(operation(x.requires_grad_(), *parameters), expected)
 
 
+def test_parameters_have_gradients_where_the_input_has_none() -> None:
+    operation, x, parameters = operations()["layer norm"]
+    gain, bias = (parameter.requires_grad_() for parameter in parameters)
+    operation(x, gain, bias).sum().backward()
+    assert gain.grad is not None
+    assert bias.grad is not None
+
+
 # What they refuse
 
 
@@ -399,6 +407,14 @@ def test_a_copy_has_operations_of_its_own(vit: QuantizedModel) -> None:
     assert torch.equal(vit(x), before)
 
 
+def test_computing_in_integers_once_more_is_refused_and_changes_nothing(vit: QuantizedModel) -> None:
+    x = photos(2, seed=1)
+    before = vit(x)
+    with pytest.raises(CalibrationError, match="quantize it again"):
+        vit.compute_in_integers(Arithmetic(exponential="polynomial"))
+    assert torch.equal(vit(x), before)
+
+
 def test_operations_hold_no_tensors(vit: QuantizedModel) -> None:
     state = vit.graph_module.state_dict()
     assert not [name for name in state if name.startswith("operations.")]
@@ -513,3 +529,48 @@ def test_odd_forms_stay_in_float_and_say_why() -> None:
         "it has parameters",
         "it normalizes other than the last axis",
     ]
+
+
+class Rearranging(nn.Module):
+    """A stream that is read whole, and by a LayerNorm whose channels are not the stream's."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.patches = nn.Conv2d(3, 16, 8, 8)
+        self.qkv = nn.Linear(16, 48)
+        width = {"a part": 8, "regrouped": 8, "padded": 20, "merged": 64, "tokens": 16}[how]
+        self.other_norm, self.back = nn.LayerNorm(width), nn.Linear(width, 5)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        query, key, value = self.qkv(x).chunk(3, -1)
+        x = x + (query @ key.transpose(-2, -1) * 0.25).softmax(-1) @ value
+        match self.how:
+            case "a part":
+                y = x[..., :8]
+            case "regrouped":
+                y = x.reshape(len(x), 32, 8)
+            case "padded":
+                y = functional.pad(x, (0, 4))
+            case "merged":
+                y = x.reshape(len(x), 2, 2, 2, 2, 16).permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)
+            case _:
+                y = x.transpose(1, 2)
+        return self.head(self.norm(x).mean(1)) + self.back(self.other_norm(y).mean(1))
+
+
+@pytest.mark.parametrize("how", ["a part", "regrouped", "padded", "merged", "tokens"])
+def test_factors_of_other_channels_than_a_norm_s_own_are_not_used(how: str) -> None:
+    """One value has one quantizer, whose factors belong to the channels of the stream."""
+    torch.manual_seed(0)
+    model = Rearranging(how).eval()
+    with torch.no_grad():
+        model.patches.weight *= 2.0 ** torch.arange(16).remainder(4)[:, None, None, None]
+    x, outputs = photos(3, seed=1), []
+    for form in ("integer", "float"):
+        quantized = vitquant.quantize(model, "fq-vit", [photos()], settings=[f"integer-operations.layer_norm={form}"])
+        with torch.no_grad():
+            outputs.append(quantized(x))
+    assert (outputs[0] - outputs[1]).norm() < 0.02 * outputs[1].norm()

@@ -35,6 +35,7 @@ MASKS = {
     "attention_boolean": 1,
     "attention_causal": 1,
     "behind_a_bias": 1,
+    "mask_first": 1,
     "two_masks": 2,
 }
 NO_MASKS = [
@@ -87,6 +88,8 @@ class Attention(nn.Module):
             case "windows":
                 shape = scores.shape
                 return (scores.view(-1, 1, HEADS, TOKENS, TOKENS) + self.mask[None, None]).view(shape)
+            case "mask_first":
+                return self.mask + scores
             case "fill_minus_infinity":
                 return scores.masked_fill(self.hidden, -math.inf)
             case "fill_minus_10000":
@@ -237,7 +240,20 @@ def timm_swin() -> nn.Module:
     return timm.create_model("swin_tiny_patch4_window7_224", **sizes)
 
 
-@pytest.mark.parametrize("library", [timm_swin])
+def transformers_swin() -> nn.Module:
+    from transformers import SwinConfig, SwinForImageClassification
+
+    sizes = {"embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4, "image_size": 32, "num_labels": 5}
+    return SwinForImageClassification(SwinConfig(**sizes))
+
+
+def torchvision_swin() -> nn.Module:
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    return SwinTransformer([4, 4], 16, [2], [2], [4, 4], num_classes=5)
+
+
+@pytest.mark.parametrize("library", [timm_swin, transformers_swin, torchvision_swin])
 def test_shifted_windows_of_every_library_keep_the_range_of_their_scores(library) -> None:
     torch.manual_seed(0)
     model = library().eval()

@@ -15,8 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from vitquant.errors import CaptureError
 from vitquant.graph.einsum import einsum_to_matmul
-from vitquant.graph.operators import PRODUCTS, arguments, aten, calls, is_rearrangement, packet
-from vitquant.graph.walk import root
+from vitquant.graph.operators import PRODUCTS, arguments, aten, calls, is_rearrangement, is_selection, packet
+from vitquant.graph.walk import depends_on_input, root
 
 _LAST = 2**62  # `slice` writes "to the end" as the largest 64-bit integer
 
@@ -47,9 +47,14 @@ def canonicalize(module: GraphModule) -> None:
         elif _does_nothing(node):
             node.replace_all_uses_with(arguments(node)[0])
             graph.erase_node(node)
+    dynamic = depends_on_input(graph)
     for node in list(graph.nodes):
         if calls(node, PRODUCTS):
             _scale_after_product(graph, node)
+        elif calls(node, {aten.add}) and not node.kwargs and isinstance(arguments(node)[1], Node):
+            left, right = arguments(node)
+            if left not in dynamic and right in dynamic:
+                node.args = (right, left)  # what is added to the data stands behind it
     for node in list(graph.nodes):
         if calls(node, {aten.view, aten._unsafe_view}):
             # A view of a tensor that is no longer contiguous, now that copies are gone, needs reshape.
@@ -95,9 +100,29 @@ def _decompose_attention(module: GraphModule, node: Node) -> None:
 
 def _add_mask(graph: Graph, like: Node, scores: Node, mask: Node, shape: tuple[int, ...]) -> Node:
     if mask.meta["dtype"] is not torch.bool:
-        return _emit(graph, like, aten.add.Tensor, (scores, mask), shape)
+        for part in _summands(mask):
+            scores = _emit(graph, like, aten.add.Tensor, (scores, part), shape)
+        return scores
     hidden = _emit(graph, mask, aten.logical_not.default, (mask,))
     return _emit(graph, like, aten.masked_fill.Scalar, (scores, hidden, -math.inf), shape)
+
+
+def _summands(mask: Node) -> list[Node]:
+    """A position bias and a mask that a library added up before it gave them to attention: the bias, then the mask.
+
+    Apart they are what they mean: the bias belongs to the scores, the mask to no range of values.
+    """
+    if not calls(mask, {aten.add}) or mask.kwargs or not all(isinstance(part, Node) for part in arguments(mask)):
+        return [mask]
+    left, right = arguments(mask)
+    return [right, left] if _is_stored(left) else [left, right]
+
+
+def _is_stored(node: Node) -> bool:
+    """Whether the node is a constant or a buffer, rearranged or repeated (a parameter is looked up or computed on)."""
+    while is_rearrangement(node) or is_selection(node):
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr"
 
 
 def _causal_mask(module: GraphModule, node: Node, shape: tuple[int, ...]) -> Node:

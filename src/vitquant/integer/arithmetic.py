@@ -87,7 +87,8 @@ def rescaling(ratio: Tensor, offset: Tensor) -> Rescaling:
     """The integers for `ratio * x + offset`.
 
     The largest ratio gets a multiplier of 31 bits, unless an offset is so large beside it that it would not fit; a
-    channel whose ratio is 2**-k of the largest keeps 31 - k bits.
+    channel whose ratio is 2**-k of the largest keeps 31 - k bits. The result is off by at most 1/2 and
+    (|x| + 1) * 2**-(shift + 1). Ratios must be below 2**30.
 
     Arguments:
         ratio: float64, finite, () or (channels,), of either sign.

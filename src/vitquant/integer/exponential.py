@@ -56,7 +56,7 @@ def polynomial_exponential(scale: float, levels: int = 256) -> Exponential:
     distance = -torch.arange(levels, dtype=torch.float64)
     log_2 = torch.floor(torch.tensor(-_LOG_2 / scale, dtype=torch.float64))
     b = torch.floor(torch.tensor(_B / _A / scale, dtype=torch.float64))
-    c = torch.floor(torch.tensor(_C / _A / scale**2, dtype=torch.float64))
+    c = torch.floor(torch.tensor(_C / _A / scale**2, dtype=torch.float64)).clamp(min=1.0)  # 0 for scales above 1.67
     distance = torch.maximum(distance, 30 * log_2)
     halvings = torch.floor(distance / log_2)
     rest = distance - halvings * log_2

@@ -22,17 +22,18 @@ def integer_epsilon(epsilon: float, scale: float, channels: int) -> int:
         scale: what an input of 1 stands for.
         channels: how many are normalized.
     """
-    return max(1, min(round(epsilon * channels**2 / scale**2), 2**40))
+    return max(1, min(round(epsilon * channels**2 / scale**2), 2**60))
 
 
-def guard_bits(channels: int, largest: int) -> int:
+def guard_bits(channels: int, largest: int, epsilon: int) -> int:
     """How many binary digits the standard deviation can have after the point within 64 bits.
 
     Arguments:
         channels: how many are normalized.
         largest: a bound on |x|.
+        epsilon: from `integer_epsilon`.
     """
-    return max(0, min(12, (_ROOT_BITS - ((channels * largest) ** 2 + 2**40).bit_length()) // 2))
+    return max(0, min(12, (_ROOT_BITS - ((channels * largest) ** 2 + epsilon).bit_length()) // 2))
 
 
 def normalize(x: Tensor, epsilon: int, largest: int) -> Tensor:
@@ -44,10 +45,10 @@ def normalize(x: Tensor, epsilon: int, largest: int) -> Tensor:
         largest: a bound on |x|; channels * largest must stay below 2**30.
 
     Returns:
-        int64, at most sqrt(channels) * 2**16 in absolute value. Its error is below 2**-17 for the rounding, and
-        2**-guard of the value for the root where the standard deviation is at least 1.
+        int64, at most sqrt(channels) * 2**16 in absolute value. Its error is 2**-17 for the rounding and, relative,
+        2**-g / (C d) + C d 2**-50 for root and reciprocal, with C channels, the deviation d and g guard bits.
     """
-    channels, guard = x.shape[-1], guard_bits(x.shape[-1], largest)
+    channels, guard = x.shape[-1], guard_bits(x.shape[-1], largest, epsilon)
     total = x.sum(-1, keepdim=True)
     spread = channels * (x * x).sum(-1, keepdim=True) - total * total  # channels**2 * variance
     deviation = square_root((spread + epsilon) << (2 * guard))  # channels * deviation * 2**guard, at least 1
@@ -94,8 +95,8 @@ def published_layer_norm(x: Tensor, gain: Tensor, bias: Tensor, scale: float, ou
 
     Source: FQ-ViT's code (`models/ptq/layers.py`, `QIntLayerNorm`, mode "int").
 
-    Pitfalls: a constant row has no deviation and gives what a deviation of one step would. Float square root and
-    per-element multipliers make it a simulation; no integer program is made of it.
+    Pitfalls: a constant row has no deviation and gives what a deviation of 1 / channels of a step would. Float
+    square root and per-element multipliers make it a simulation; no integer program is made of it.
     """
     channels, integers = x.shape[-1], x.double()
     mean = integers.mean(-1, keepdim=True) * scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitquant.integer.arithmetic import logarithm, shift_right
+from vitquant.integer.arithmetic import bit_length, logarithm, shift_right
 from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS, Exponential
 
 LONGEST_ROW = 2**15  # a row of exponentials of at most 2**15 sums to less than 2**31
@@ -30,8 +30,8 @@ def distances(codes: Tensor, hidden: Tensor | None, exponential: Exponential) ->
 
 
 def row_sums(distance: Tensor, exponential: Exponential) -> Tensor:
-    """The sum of the exponentials of each row: int64 (..., 1), at least 1, times 2**15."""
-    return exponential.values.take(distance).sum(-1, keepdim=True).clamp(min=1)
+    """The sum of the exponentials of each row, times 2**15: int64 (..., 1), at least 2**15, also of a hidden row."""
+    return exponential.values.take(distance).sum(-1, keepdim=True).clamp(min=1 << VALUE_BITS)
 
 
 def log_int_softmax(distance: Tensor, exponential: Exponential, zero: int) -> Tensor:
@@ -41,11 +41,12 @@ def log_int_softmax(distance: Tensor, exponential: Exponential, zero: int) -> Te
 
     Arguments:
         distance: from `distances`.
-        zero: the code that means zero, at most 15; so do all exponents from there on.
+        zero: the code that means zero, at most 16; so do all exponents from there on.
 
     Returns:
-        int64 codes 0..zero. Where -log2(probability) is further than 2**-11 from the middle between two integers,
-        they are those of the real quotient (for exponentials that `octaves` holds, 16 octaves).
+        int64 codes 0..zero. They are those of the real exponential over the table's row sum, except where its
+        logarithm lies within 2**-11 of the middle between two integers; the row sum itself is off by at most
+        (N - 1) / 2**16 of a row's largest exponential, for rows of N entries.
 
     Source: FQ-ViT, Lin et al. 2022, section "Log-Int-Softmax", which divides, rounds the quotient to an integer,
     and rounds that up from 1.5 times a power of two on.
@@ -62,11 +63,9 @@ def published_log_int_softmax(distance: Tensor, exponential: Exponential, zero: 
     Source: FQ-ViT's code (`models/ptq/layers.py`, `log_round`).
     """
     value = exponential.values.take(distance)
-    inverse = torch.div(
-        2 * row_sums(distance, exponential) + value, (2 * value).clamp(min=1), rounding_mode="floor"
-    ).clamp(max=2**16)
-    code = _LOG_ROUND.to(inverse.device).take(inverse).masked_fill(value == 0, zero)
-    return code.clamp(max=zero)
+    inverse = torch.div(2 * row_sums(distance, exponential) + value, (2 * value).clamp(min=1), rounding_mode="floor")
+    whole = bit_length(inverse) - 1
+    return (whole + (2 * inverse >= 3 << whole)).clamp(max=zero)
 
 
 def integer_softmax(distance: Tensor, exponential: Exponential, multiplier: int, shift: int) -> Tensor:
@@ -77,19 +76,8 @@ def integer_softmax(distance: Tensor, exponential: Exponential, multiplier: int,
         multiplier, shift: 1 / (scale of the output) = multiplier / 2**shift, multiplier below 2**31.
 
     Returns:
-        int64, the rounded quotient; off by at most half a step and 2**-12 of one for rows of up to 2**15 entries.
+        int64, the rounded quotient. For probability p in a row of N entries with the sum S >= 2**15 it is off by at
+        most 1/2 + 2**-12 steps and (1 + p (N - 1)) / (2 S) in probability, since the table is rounded.
     """
     reciprocal = torch.div(multiplier << _ROW_BITS, row_sums(distance, exponential), rounding_mode="floor")
     return shift_right(exponential.values.take(distance) * reciprocal, shift + _ROW_BITS)
-
-
-def _log_round() -> Tensor:
-    """round(log2 x) for x = 0..2**16, up from 1.5 * 2**k on; 0 is never asked for."""
-    x = torch.arange(2**16 + 1)
-    whole = torch.zeros_like(x)
-    for k in range(1, 17):
-        whole += x >= 1 << k
-    return whole + (2 * (x - (1 << whole)) >= 1 << whole).to(torch.int64) * (x > 0)
-
-
-_LOG_ROUND = _log_round()

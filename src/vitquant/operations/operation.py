@@ -77,7 +77,7 @@ class IntegerOperation(nn.Module):
         """The values of the result's codes; gradients are those of the float operation."""
         with torch.no_grad():
             computed = self.result.decode(self.codes(x, *parameters), x.dtype)
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))):
             return computed
         smooth = self.reference(x, *parameters)
-        return smooth + (computed - smooth).detach()
+        return computed + (smooth - smooth.detach())

@@ -10,7 +10,8 @@ from torch.fx import GraphModule, Node
 
 from vitquant.errors import LoweringError
 from vitquant.graph.masks import hide_exactly, masks_between, unmasked
-from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, is_selection
+from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, is_selection, packet
+from vitquant.graph.walk import path_between
 from vitquant.integer.softmax import LONGEST_ROW
 from vitquant.operations.activation import TableActivation
 from vitquant.operations.arithmetic import Arithmetic
@@ -19,6 +20,7 @@ from vitquant.operations.operation import IntegerOperation, NotIntegerError
 from vitquant.operations.softmax import IntegerSoftmax, LogIntSoftmax
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.logarithmic import Log2Quantizer
+from vitquant.quantizers.quantizer import channel_axis
 from vitquant.sites import Site
 
 ROOT = "operations"
@@ -153,7 +155,36 @@ def _source(module: GraphModule, node: Node) -> Quantizer:
     quantizer = _quantizer_at(module, origin)
     if quantizer is None:
         raise NotIntegerError("its input is in float")
+    if channel_axis(quantizer.spec.granularity) is not None and not _keeps_channels(origin, arguments(node)[0]):
+        raise NotIntegerError("its input's scales are those of other channels: it reads a part or a rearrangement")
     return quantizer
+
+
+def _keeps_channels(origin: Node, read: Node) -> bool:
+    """Whether the last axis of `read` is the last axis of `origin`, whole and in its order."""
+    return all(_keeps_last_axis(step) for step in path_between(origin, read))
+
+
+def _keeps_last_axis(step: Node) -> bool:
+    before, after = step.all_input_nodes[0].meta.get("shape"), step.meta.get("shape")
+    if not before or not after or before[-1] != after[-1]:
+        return False
+    last, rest = len(before) - 1, arguments(step)[1:]
+    match packet(step):
+        case aten.permute:
+            return rest[0][-1] % len(before) == last
+        case aten.transpose:
+            return last not in (rest[0] % len(before), rest[1] % len(before))
+        case aten.select | aten.slice:
+            return (rest[0] if rest else 0) % len(before) != last
+        case aten.roll | aten.flip:
+            return bool(rest[-1]) and all(axis % len(before) != last for axis in rest[-1])
+        case aten.pad | aten.constant_pad_nd:
+            return tuple(rest[0][:2]) == (0, 0)
+        case _:
+            return calls(
+                step, {aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflatten, aten.unsqueeze}
+            )
 
 
 def _result(module: GraphModule, node: Node) -> Quantizer:
@@ -170,7 +201,10 @@ def _result_through(module: GraphModule, user: Node) -> Quantizer:
     if quantizer is not None:
         return quantizer
     if is_rearrangement(user) or is_selection(user):
-        return _result(module, user)
+        quantizer = _result(module, user)
+        if channel_axis(quantizer.spec.granularity) is not None and not _keeps_last_axis(user):
+            raise NotIntegerError("its result's scales are those of other channels, of a part or a rearrangement")
+        return quantizer
     raise NotIntegerError("its result is read in float")
 
 
