@@ -383,6 +383,8 @@ class _Lowering:
         hidden = self.values[arguments(node)[1]]
         if not isinstance(scores, Scaled) or not isinstance(hidden, Static):
             raise self._refuse("its mask depends on the image", "give a constant mask")
+        if -1 in arguments(node)[1].meta["shape"]:
+            raise self._refuse("its mask is repeated for every image", "add it to scores that have an axis for windows")
         return Hidden(scores, hidden.value.cpu() != 0, node)
 
     def _mean(self, node: Node) -> Scaled:
