@@ -149,7 +149,8 @@ def _with_settings(
         settings = kind(**method.settings)
     except TypeError:
         known = ", ".join(field.name for field in fields(kind)) or "none"  # type: ignore[arg-type]
-        raise RecipeError(f"method {method.name!r}: settings {sorted(method.settings)} do not fit; {known}") from None
+        given = sorted(method.settings)
+        raise RecipeError(f"method {method.name!r}: settings {given} do not fit; it has: {known}") from None
     return lambda model, data: run(model, data, settings)
 
 

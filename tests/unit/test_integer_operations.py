@@ -574,3 +574,17 @@ def test_factors_of_other_channels_than_a_norm_s_own_are_not_used(how: str) -> N
         with torch.no_grad():
             outputs.append(quantized(x))
     assert (outputs[0] - outputs[1]).norm() < 0.02 * outputs[1].norm()
+
+
+def test_a_norm_with_two_results_that_stays_in_float_is_computed_once() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, embed_dim=24, depth=1, num_classes=5)
+    counts = {}
+    for form in ("integer", "float"):
+        setting = f"integer-operations.layer_norm={form}"
+        quantized = vitquant.quantize(model.eval(), "fq-vit", [photos()], settings=[setting])
+        graph = quantized.graph_module.graph
+        counts[form] = sum("layer_norm" in str(node.name) and "quantizers" not in node.name for node in graph.nodes)
+    assert counts == {"integer": 4, "float": 3}

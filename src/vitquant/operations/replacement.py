@@ -43,19 +43,21 @@ def replace_operations(module: GraphModule, sites: Iterable[Site], arithmetic: A
     for site in sites:
         if site.kind not in KINDS:
             continue
-        try:
-            parts = _one_for_each_result(module, nodes[site.node])
-            built = [(part, *_build(module, site.kind, part, arithmetic)) for part in parts]
+        node = nodes[site.node]
+        try:  # nothing of the graph changes before everything about the site is known to be possible
+            readers = _readers_by_result(module, node)
+            built = [_build(module, site.kind, node, result, arithmetic) for result in readers]
         except NotIntegerError as reason:
             refused[site.name] = str(reason)
             continue
-        for number, (node, operation, parameters) in enumerate(built):
-            if site.kind == "softmax":
-                for mask in masks_between(module, _scores(module, node), arguments(node)[0]):
-                    hide_exactly(module, mask)
+        if site.kind == "softmax":
+            for mask in masks_between(module, _scores(module, node), arguments(node)[0]):
+                hide_exactly(module, mask)
+        parts = [node, *(_copy_for(module, node, users) for users in list(readers.values())[1:])]
+        for number, (part, (operation, parameters)) in enumerate(zip(parts, built, strict=True)):
             target = f"{ROOT}.{site.name}" + (f".part{number}" if number else "")
             module.add_submodule(target, operation)
-            node.op, node.target, node.args, node.kwargs = "call_module", target, (arguments(node)[0], *parameters), {}
+            part.op, part.target, part.args, part.kwargs = "call_module", target, (arguments(part)[0], *parameters), {}
     module.graph.lint()
     return refused
 
@@ -84,12 +86,12 @@ def operation_at(module: GraphModule, node: Node) -> IntegerOperation | None:
 
 
 def _build(
-    module: GraphModule, kind: str, node: Node, arithmetic: Arithmetic
+    module: GraphModule, kind: str, node: Node, result: Quantizer, arithmetic: Arithmetic
 ) -> tuple[IntegerOperation, tuple[Any, ...]]:
-    """The operation for a node, and the nodes of its parameters."""
+    """The operation for a node and one quantizer of its result, and the nodes of its parameters."""
     if getattr(arithmetic, kind) == "float":
         raise NotIntegerError("the recipe computes it in float")
-    source, result = _source(module, node), _result(module, node)
+    source = _source(module, node)
     match kind:
         case "softmax":
             return _softmax(node, source, result, arithmetic), ()
@@ -106,21 +108,26 @@ def _build(
             return TableActivation(source, result, function), ()
 
 
-def _one_for_each_result(module: GraphModule, node: Node) -> list[Node]:
-    """The node, and a copy of it for each further quantizer that its result goes to.
+def _readers_by_result(module: GraphModule, node: Node) -> dict[Quantizer, list[Node]]:
+    """The quantizers that a node's result goes to, each with the readers on the way to it.
 
-    A model with two heads reads a token each of its last LayerNorm, on scales of their own.
+    Mostly one; a model with two heads reads a token each of its last LayerNorm, on scales of their own.
     """
-    users: dict[Quantizer, list[Node]] = {}
-    for user in list(node.users):
-        users.setdefault(_result_through(module, user), []).append(user)
-    parts = [node]
-    for group in list(users.values())[1:]:
-        with module.graph.inserting_after(node):
-            parts.append(module.graph.node_copy(node))
-        for user in group:
-            user.replace_input_with(node, parts[-1])
-    return parts
+    found: dict[Quantizer, list[Node]] = {}
+    for user in node.users:
+        found.setdefault(_result_through(module, user), []).append(user)
+    if not found:
+        raise NotIntegerError("nothing reads its result")
+    return found
+
+
+def _copy_for(module: GraphModule, node: Node, users: Iterable[Node]) -> Node:
+    """A copy of a node that some of its users read instead."""
+    with module.graph.inserting_after(node):
+        copy = module.graph.node_copy(node)
+    for user in users:
+        user.replace_input_with(node, copy)
+    return copy
 
 
 def _call_on(target: Any, rest: tuple[Any, ...], keywords: dict[str, Any], x: Any) -> Any:
@@ -189,10 +196,10 @@ def _keeps_last_axis(step: Node) -> bool:
 
 def _result(module: GraphModule, node: Node) -> Quantizer:
     """The one quantizer that everything which a node gives goes through."""
-    found = {_result_through(module, user) for user in node.users}
+    found = list(_readers_by_result(module, node))
     if len(found) != 1:
-        raise NotIntegerError("its result has several quantizers" if found else "nothing reads its result")
-    return found.pop()
+        raise NotIntegerError("its result has several quantizers")
+    return found[0]
 
 
 def _result_through(module: GraphModule, user: Node) -> Quantizer:
