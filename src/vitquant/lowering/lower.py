@@ -112,6 +112,7 @@ class _Lowering:
         self.constants: dict[str, Tensor] = {}
         self.instructions: list[Instruction] = []
         self.values: dict[Node, Value] = {}
+        self.codes: dict[str, str] = {}
         self.site = self.first = "input"
         self.input_term: Term | None = None
 
@@ -139,6 +140,7 @@ class _Lowering:
             registers=self.registers,
             constants=self.constants,
             instructions=tuple(self.instructions),
+            codes=self.codes,
             facts={
                 "input": {"scale": float(self.input_term.scale), "zero_point": int(self.input_term.zero)},
                 "output": {"scale": output.scale.flatten().tolist(), "zero_point": int(output.zero)},
@@ -200,6 +202,7 @@ class _Lowering:
             self.values[node] = self.values[source]  # its codes are this quantizer's already
         else:
             self.values[node] = self._requantized(self.values[source], node, quantizer)
+        self.codes[str(node.target).removeprefix("quantizers.")] = self._term(node, "result").register
 
     def _computed(self, node: Node) -> Node:
         while is_rearrangement(node) or is_selection(node):

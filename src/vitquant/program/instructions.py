@@ -99,6 +99,16 @@ class Product(Instruction):
 
 
 @dataclass(frozen=True)
+class Multiply(Instruction):
+    """(left - left_zero) * (right - right_zero), element by element; sizes of one are repeated."""
+
+    left: str
+    right: str
+    left_zero: int
+    right_zero: int
+
+
+@dataclass(frozen=True)
 class Requantize(Instruction):
     """clamp((sum of input * multiplier + addend) >> shift, low, high), the sum in 64 bits."""
 
@@ -226,7 +236,7 @@ class Concat(Instruction):
 
 
 INSTRUCTIONS: tuple[type[Instruction], ...] = (
-    Linear, Convolution, Product, Requantize, LogSoftmax, UniformSoftmax, LayerNorm, Lookup, Sum, Reshape, Permute,
+    Linear, Convolution, Product, Multiply, Requantize, LogSoftmax, UniformSoftmax, LayerNorm, Lookup, Sum, Reshape, Permute,
     Slice, Roll, Pad, Concat,
 )  # fmt: skip
 MOVES = (Reshape, Permute, Slice, Roll, Pad)
@@ -241,6 +251,8 @@ class IntegerProgram:
         registers: the type and shape of every register, constants included.
         constants: int64 tensors; their values fit the type of their register.
         instructions: in order; each writes one register, and none twice.
+        codes: for the name of each quantized value of the model, the register or constant that holds its codes; for
+            powers of two their numerators, 2**(last - code) or 0.
         facts: plain JSON values: scale and zero point of input and output, where it came from.
     """
 
@@ -249,6 +261,7 @@ class IntegerProgram:
     registers: Mapping[str, Register]
     constants: Mapping[str, Tensor]
     instructions: tuple[Instruction, ...]
+    codes: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 

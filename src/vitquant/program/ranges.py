@@ -52,6 +52,10 @@ class _Proof:
                 return self._weighted(i)
             case p.Product() as i:
                 return self._product(i)
+            case p.Multiply() as i:
+                left, right = self._less(i.left, i.left_zero), self._less(i.right, i.right_zero)
+                corners = [a * b for a in left for b in right]
+                return min(corners), max(corners)
             case p.Requantize() as i:
                 return self._requantized(i)
             case p.LogSoftmax() as i:

@@ -74,6 +74,8 @@ class Interpreter(nn.Module):
                 )
             case p.Product() as i:
                 return self.products.matmul(get(i.left) - i.left_zero, get(i.right) - i.right_zero)
+            case p.Multiply() as i:
+                return (get(i.left) - i.left_zero) * (get(i.right) - i.right_zero)
             case p.Requantize() as i:
                 total = get(i.addend)
                 for name, multiplier in zip(i.inputs, i.multipliers, strict=True):
