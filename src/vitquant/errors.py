@@ -30,6 +30,10 @@ class LoweringError(VitquantError):
     """An operation cannot be computed in integers."""
 
 
+class ExportError(VitquantError):
+    """A file cannot be written, a format cannot hold the model, or a runtime refuses it."""
+
+
 class DataError(VitquantError):
     """A data set cannot be read as asked."""
 
