@@ -236,8 +236,8 @@ class Concat(Instruction):
 
 
 INSTRUCTIONS: tuple[type[Instruction], ...] = (
-    Linear, Convolution, Product, Multiply, Requantize, LogSoftmax, UniformSoftmax, LayerNorm, Lookup, Sum, Reshape, Permute,
-    Slice, Roll, Pad, Concat,
+    Linear, Convolution, Product, Multiply, Requantize, LogSoftmax, UniformSoftmax, LayerNorm, Lookup, Sum, Reshape,
+    Permute, Slice, Roll, Pad, Concat,
 )  # fmt: skip
 MOVES = (Reshape, Permute, Slice, Roll, Pad)
 
