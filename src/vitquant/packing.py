@@ -1,4 +1,4 @@
-"""Codes of 2 to 16 bits as bytes and back: the storage format of saved weights."""
+"""Integers of 2 to 64 bits as bytes and back: how weights and constants are stored, and held while a program runs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,30 @@ import torch
 from torch import Tensor
 
 from vitquant.errors import CheckpointError
-from vitquant.quantizers.quantizer import code_dtype
+
+
+def code_dtype(bits: int, signed: bool) -> torch.dtype:
+    """The integer type that codes of so many bits are given in.
+
+    uint8 or int8 up to 8 bits, int16 or, unsigned, int32 up to 16, int32 up to 32, int64 above; those of more than 16
+    bits are signed.
+    """
+    if bits <= 8:
+        return torch.int8 if signed else torch.uint8
+    if bits <= 16:
+        return torch.int16 if signed else torch.int32
+    return torch.int32 if bits <= 32 else torch.int64
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Store codes as a little-endian stream of `bits` bits each, or of 16 bits each from 9 bits on.
+    """Store codes as a little-endian stream of `bits` bits each, or of 16, 32 or 64 from 9, 17 and 33 bits on.
 
     Two 4-bit codes share a byte, the first in its low half; 3, 5, 6 and 7 bits cross byte borders.
     Negative codes are stored in two's complement.
 
     Arguments:
         codes: integers of any shape and integer dtype that fit in `bits`.
-        bits: 2 to 16.
+        bits: 2 to 64.
 
     Returns:
         uint8 (packed_size(count, bits),).
@@ -29,8 +41,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     flat = codes.flatten()
     if bits > 8:
-        flat = flat.to(torch.int32)
-        return torch.stack((flat & 0xFF, flat >> 8 & 0xFF), dim=-1).to(torch.uint8).flatten()
+        flat = flat.to(torch.int64)
+        return torch.stack([flat >> shift & 0xFF for shift in range(0, _stored_width(bits), 8)], -1).byte().flatten()
     groups = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)  # 8 codes fill `bits` bytes
     word = torch.zeros(len(groups), dtype=torch.int64, device=codes.device)
     for i in range(8):
@@ -44,11 +56,11 @@ def unpack(packed: Tensor, bits: int, signed: bool, shape: Sequence[int]) -> Ten
 
     Arguments:
         packed: uint8 (packed_size(count, bits),).
-        bits, signed: as in the spec that the codes belong to.
+        bits, signed: as in the spec that the codes belong to; signed above 16 bits.
         shape: of the codes.
 
     Returns:
-        Codes of dtype `code_dtype(bits, signed)`.
+        Codes of dtype `code_dtype(bits, signed)`; of 8, 32 and 64 bits they share the memory of `packed`.
 
     Raises:
         CheckpointError: `packed` has another length than `shape` asks for.
@@ -59,20 +71,25 @@ def unpack(packed: Tensor, bits: int, signed: bool, shape: Sequence[int]) -> Ten
         raise CheckpointError(
             f"{bits}-bit codes of shape {tuple(shape)}: expected {expected} bytes, found {packed.numel()}"
         )
-    if bits > 8:
+    dtype, width = code_dtype(bits, signed), _stored_width(bits)
+    if width in (8, 32, 64):
+        return packed.view(dtype).view(tuple(shape))
+    if width == 16:
         low, high = packed.view(-1, 2).to(torch.int32).unbind(dim=-1)
         codes = low | high << 8
+    elif width == 4:
+        codes = torch.stack((packed & 0xF, packed >> 4), dim=-1)
     else:
         groups = torch.nn.functional.pad(packed, (0, -expected % bits)).view(-1, bits)
         word = torch.zeros(len(groups), dtype=torch.int64, device=packed.device)
         for i in range(bits):
             word |= groups[:, i].to(torch.int64) << (8 * i)
         codes = torch.stack([(word >> (i * bits) & ((1 << bits) - 1)).to(torch.int16) for i in range(8)], dim=-1)
-        codes = codes.flatten()[:count]
+    codes = codes.flatten()[:count]
     if signed:
-        sign = 1 << (_stored_width(bits) - 1)
-        codes = (codes ^ sign) - sign
-    return codes.to(code_dtype(bits, signed)).view(tuple(shape))
+        sign = 1 << (width - 1)
+        codes = (codes ^ sign) - sign  # of uint8 it wraps around, to the byte of the negative number
+    return codes.to(dtype).view(tuple(shape))
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -81,4 +98,4 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def _stored_width(bits: int) -> int:
-    return bits if bits <= 8 else 16
+    return bits if bits <= 8 else next(width for width in (16, 32, 64) if bits <= width)

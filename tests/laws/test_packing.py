@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitquant.errors import CheckpointError
-from vitquant.packing import pack, packed_size, unpack
-from vitquant.quantizers.quantizer import code_dtype
+from vitquant.packing import code_dtype, pack, packed_size, unpack
 from vitquant.spec import QuantSpec
 
 
@@ -25,6 +24,18 @@ def test_codes_come_back(bits: int, signed: bool, shape: list[int], seed: int) -
     back = unpack(packed, bits, signed, shape)
     assert back.dtype == codes.dtype
     assert torch.equal(back, codes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(17, 64), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=20))
+def test_wide_integers_come_back(bits: int, values: list[int]) -> None:
+    half = 1 << (bits - 1)
+    values = [(value + half) % (2 * half) - half for value in values]
+    packed = pack(torch.tensor(values, dtype=torch.int64), bits)
+    width = 4 if bits <= 32 else 8
+    assert bytes(packed.tolist()) == b"".join(value.to_bytes(width, "little", signed=True) for value in values)
+    assert packed_size(len(values), bits) == len(packed)
+    assert unpack(packed, bits, True, [len(values)]).tolist() == values
 
 
 @settings(max_examples=100, deadline=None)

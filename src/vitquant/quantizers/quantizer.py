@@ -7,14 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from vitquant.packing import code_dtype
 from vitquant.spec import Granularity, PerAxis, PerHead, PerTensor, QParams, QuantSpec
-
-
-def code_dtype(bits: int, signed: bool) -> torch.dtype:
-    """The integer type that codes are given in: uint8 or int8 up to 8 bits, else int16 or, unsigned, int32."""
-    if bits <= 8:
-        return torch.int8 if signed else torch.uint8
-    return torch.int16 if signed else torch.int32
 
 
 def channel_axis(granularity: Granularity) -> int | None:
