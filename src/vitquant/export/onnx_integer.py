@@ -1,0 +1,211 @@
+"""An integer program as an ONNX model of standard integer operators, bit for bit what the interpreter computes.
+
+It is a format to check other runtimes by rather than a fast one: opset 21, no floating point between the codes of the
+images and those of the logits.
+"""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from importlib.metadata import version
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from vitquant.errors import ExportError
+from vitquant.export.onnx_arithmetic import shift_clamped
+from vitquant.export.onnx_builder import Graph, ModelProto, Value
+from vitquant.export.onnx_moves import concatenate, move
+from vitquant.export.onnx_operations import distances, log_softmax, normalize, published_log_softmax, uniform_softmax
+from vitquant.export.onnx_products import Bytes, bytes_of, convolution, matmul
+from vitquant.program import instructions as p
+
+FORMAT = "vitquant-integer-1"
+INPUT, OUTPUT = "images", "logits"
+DTYPES: dict[str, Any] = {
+    "u4": np.uint8, "s4": np.int8, "u8": np.uint8, "s8": np.int8, "u16": np.int32, "s16": np.int32,
+    "s32": np.int32, "s64": np.int64,
+}  # fmt: skip
+
+
+def onnx_integer_model(program: p.IntegerProgram, float_io: bool = False) -> ModelProto:
+    """An integer program as an ONNX model, for any batch.
+
+    Its input `images` and its output `logits` are codes, of the smallest type that ONNX Runtime computes with.
+    `metadata_props` hold the program's facts: scale and zero point of both as JSON, recipe and bits.
+
+    Arguments:
+        program: from `lower`, so that its ranges are proved.
+        float_io: quantize images that are float32 at the front, and give logits in float32 at the end.
+
+    Raises:
+        ExportError: onnx is missing, an instruction has no form in it, or the model has more than 2 GB.
+    """
+    return _Export(program).model(float_io)
+
+
+class _Export:
+    """Goes through a program once; for every register it knows the value of the graph that it is."""
+
+    def __init__(self, program: p.IntegerProgram) -> None:
+        self.program, self.graph = program, Graph()
+        self.values: dict[str, Value] = {}
+        self.counts = {program.input: Fraction(1)}  # how many a size of -1 counts for each image, such as windows
+
+    def model(self, float_io: bool) -> ModelProto:
+        """Export every instruction."""
+        graph, program = self.graph, self.program
+        graph.scope = "input"
+        images = graph.input(INPUT, np.float32 if float_io else self._dtype(program.input))
+        self.values[program.input] = self._quantized(images) if float_io else images
+        for instruction in program.instructions:
+            graph.scope = instruction.site
+            result = graph.named(self._exported(instruction).cast(self._dtype(instruction.output)), instruction.output)
+            self.values[instruction.output] = result
+            self._count(instruction)
+        graph.scope = "output"
+        codes = self.values[program.output]
+        logits = graph.named(self._dequantized(codes) if float_io else graph.node("Identity", codes), OUTPUT)
+        ends = (images, self._sizes(program.input)), (logits, self._sizes(program.output))
+        return graph.model(*ends, self._metadata(), version("vitquant"))
+
+    def _count(self, instruction: p.Instruction) -> None:
+        """Keep how many a size of -1 counts, and name it after a reshape.
+
+        ONNX Runtime needs ten seconds instead of one to load DeiT-Tiny where no name says which sizes are equal.
+        """
+        source = next((name for name in p.reads(instruction) if name in self.counts), None)
+        if source is None:
+            return
+        count = self.counts[source]
+        if isinstance(instruction, p.Reshape):
+            count *= Fraction(prod(self._shape(source)), prod(instruction.shape))
+        self.counts[instruction.output] = count
+        if isinstance(instruction, p.Reshape):
+            self.graph.describe(self.values[instruction.output], self._sizes(instruction.output))
+
+    def _sizes(self, name: str) -> list[int | str]:
+        """A register's shape, with a word for what grows with the batch."""
+        count = self.counts.get(name, Fraction(1))
+        word = "batch" if count == 1 else f"{count}*batch"
+        return [word if size == -1 else size for size in self._shape(name)]
+
+    def _exported(self, instruction: p.Instruction) -> Value:
+        match instruction:
+            case p.Linear() | p.Convolution() | p.Product() as i if self.program.registers[i.output].type == "s64":
+                raise ExportError(f"{i.site}: its sums have 64 bits, ONNX's have 32; use fewer bits for its operands")
+            case p.Linear() as i:
+                product = matmul(self._bytes(i.input, i.input_zero), self._weight(i))
+                return product if i.bias is None else product + self._read(i.bias, np.int32)
+            case p.Convolution() as i:
+                images, kernel = self._bytes(i.input, i.input_zero), self._kernel(i)
+                result = convolution(images, kernel, i.stride, i.padding, i.dilation, i.groups)
+                if i.bias is None:
+                    return result
+                return result + self.graph.constant(self.program.constants[i.bias].view(-1, 1, 1), np.int32)
+            case p.Product() as i:
+                return matmul(self._bytes(i.left, i.left_zero), self._bytes(i.right, i.right_zero))
+            case p.Multiply() as i:
+                return (self._read(i.left) - i.left_zero) * (self._read(i.right) - i.right_zero)
+            case p.Requantize() as i:
+                total = self._read(i.addend)
+                for name, multiplier in zip(i.inputs, i.multipliers, strict=True):
+                    total = self._read(name) * self._read(multiplier) + total
+                return shift_clamped(total, i.shift, i.low, i.high)
+            case p.LogSoftmax() as i:
+                distance = self._distances(i)
+                values, octaves = self._read(i.values, np.int32), self._read(i.octaves, np.int32)
+                if i.published:
+                    return published_log_softmax(distance, values, i.zero)
+                return log_softmax(distance, values, octaves, i.zero)
+            case p.UniformSoftmax() as i:
+                distance = self._distances(i)
+                steps = uniform_softmax(distance, self._read(i.values, np.int32), i.multiplier, i.shift)
+                return (steps + i.result_zero).clip(i.low, i.high)
+            case p.LayerNorm() as i:
+                x = self._read(i.input) - i.input_zero
+                if i.factors is not None:
+                    x = x * self.graph.constant(1 << self.program.constants[i.factors], np.int64)
+                normalized = normalize(x, self._shape(i.input)[-1], i.epsilon, i.largest)
+                total = normalized * self._read(i.multiplier) + self._read(i.addend)
+                return shift_clamped(total, i.shift, i.low, i.high)
+            case p.Lookup() as i:
+                index = self._read(i.input, np.int32)
+                return self._read(i.table, self._dtype(i.output)).entries(index - i.lowest if i.lowest else index)
+            case p.Sum() as i:
+                return (self._read(i.input) - i.input_zero).sum(i.axes, i.keep)
+            case p.Concat() as i:
+                shapes = [self._shape(name) for name in i.inputs]
+                return concatenate([self._read(name, self._dtype(i.output)) for name in i.inputs], shapes, i.axis)
+            case p.Reshape() | p.Permute() | p.Slice() | p.Roll() | p.Pad() as i:
+                return move(i, self._read(i.input, self._dtype(i.input)), self._shape(i.input))
+            case _:
+                raise ExportError(f"{instruction.site}: {type(instruction).__name__} has no ONNX form; report this")
+
+    # Registers and constants.
+
+    def _read(self, name: str, dtype: Any = np.int64) -> Value:
+        """A register or a constant in some dtype."""
+        if name in self.values:
+            return self.values[name].cast(dtype)
+        return self.graph.constant(self.program.constants[name], dtype)
+
+    def _dtype(self, name: str) -> Any:
+        return DTYPES[self.program.registers[name].type]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.program.registers[name].shape
+
+    def _bytes(self, name: str, zero: int) -> list[Bytes]:
+        type = self.program.registers[name].type
+        if name in self.values:
+            return bytes_of(self.graph, self.values[name], type, zero)
+        return bytes_of(self.graph, self.program.constants[name], type, zero)
+
+    def _weight(self, i: p.Linear) -> list[Bytes]:
+        """The transposed weight, whose zero points are of its columns."""
+        zero = 0 if i.weight_zero is None else self.program.constants[i.weight_zero].flatten()
+        return bytes_of(self.graph, self.program.constants[i.weight].T, self.program.registers[i.weight].type, zero)
+
+    def _kernel(self, i: p.Convolution) -> list[Bytes]:
+        """The kernel; less its zero points where it has some, because ConvInteger knows a single one only."""
+        kernel = self.program.constants[i.weight]
+        if i.weight_zero is None:
+            return bytes_of(self.graph, kernel, self.program.registers[i.weight].type, 0)
+        return bytes_of(self.graph, kernel - self.program.constants[i.weight_zero], "s16", 0)
+
+    def _distances(self, i: p.LogSoftmax | p.UniformSoftmax) -> Value:
+        hidden = None if i.hidden is None else self.graph.constant(self.program.constants[i.hidden] > 0, bool)
+        return distances(self._read(i.input, np.int32), hidden, len(self.program.constants[i.values]) - 1)
+
+    # The ends.
+
+    def _quantized(self, images: Value) -> Value:
+        """Codes of float images."""
+        dtype, facts = self._byte(self.program.input), self.program.facts["input"]
+        scale = self.graph.constant(np.array(facts["scale"], np.float32), np.float32)
+        return self.graph.node(
+            "QuantizeLinear", images, scale, self.graph.scalar(facts["zero_point"], dtype), dtype=dtype
+        )
+
+    def _dequantized(self, codes: Value) -> Value:
+        """Floats of the logits' codes."""
+        dtype, facts = self._byte(self.program.output), self.program.facts["output"]
+        scale = np.array(facts["scale"], np.float32)
+        zero = np.full(scale.shape, facts["zero_point"])
+        operands = self.graph.constant(scale, np.float32), self.graph.constant(zero, dtype)
+        return self.graph.node("DequantizeLinear", codes, *operands, dtype=np.float32, axis=-1)
+
+    def _byte(self, name: str) -> np.dtype[Any]:
+        type = self.program.registers[name].type
+        if type not in ("u8", "s8"):
+            raise ExportError(
+                f"{name} is {type}, and ONNX quantizes float to bytes; export it with codes as input and output"
+            )
+        return np.dtype(self._dtype(name))
+
+    def _metadata(self) -> dict[str, str]:
+        facts = {key: fact if isinstance(fact, str) else json.dumps(fact) for key, fact in self.program.facts.items()}
+        return {"format": FORMAT, "vitquant": version("vitquant"), **facts}

@@ -1,0 +1,82 @@
+"""Moves and concatenation of integer programs as ONNX nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vitquant.errors import ExportError
+from vitquant.export.onnx_builder import Value
+from vitquant.program import instructions as p
+
+
+def move(instruction: p.Instruction, x: Value, shape: Sequence[int]) -> Value:
+    """The tensor rearranged.
+
+    Arguments:
+        instruction: one of `MOVES`.
+        x: what it reads.
+        shape: of that, -1 for the size that grows with the batch.
+
+    Raises:
+        ExportError: a roll along the batch.
+    """
+    match instruction:
+        case p.Reshape(shape=sizes):
+            return x.graph.node("Reshape", x, x.graph.shape(sizes))
+        case p.Permute(axes=axes):
+            return x.graph.node("Transpose", x, perm=axes)
+        case p.Slice(axis=axis, start=start, stop=stop, step=step):
+            return _slice(x, (axis,), (start,), (stop,), step)
+        case p.Roll(shifts=shifts, axes=axes):
+            for shift, axis in zip(shifts, axes, strict=True):
+                x = _roll(x, shift, axis, shape[axis])
+            return x
+        case p.Pad(amounts=amounts, value=value):
+            return _pad(x, amounts, value, len(shape))
+        case _:
+            raise TypeError(f"{type(instruction).__name__} is no move")
+
+
+def concatenate(parts: Sequence[Value], shapes: Sequence[Sequence[int]], axis: int) -> Value:
+    """Tensors joined along one axis; what has a batch of one is repeated.
+
+    Arguments:
+        shapes: of the parts, -1 for the size that grows with the batch.
+    """
+    batches = [shape[0] for shape in shapes]
+    largest = parts[batches.index(-1 if -1 in batches else max(batches))]
+    joined = [
+        part if size == -1 or size == max(batches) != 1 else _repeated(part, largest, len(shape))
+        for part, size, shape in zip(parts, batches, shapes, strict=True)
+    ]
+    return parts[0].graph.node("Concat", *joined, axis=axis)
+
+
+def _repeated(part: Value, like: Value, rank: int) -> Value:
+    """With as many along the first axis as another has."""
+    graph = part.graph
+    batch = graph.node("Shape", like, dtype=np.int64, start=0, end=1)
+    return graph.node("Expand", part, graph.node("Concat", batch, graph.shape([1] * (rank - 1)), axis=0))
+
+
+def _slice(x: Value, axes: Sequence[int], starts: Sequence[int], ends: Sequence[int], step: int = 1) -> Value:
+    given = (starts, ends, axes, [step] * len(axes))
+    return x.graph.node("Slice", x, *(x.graph.shape(each) for each in given))
+
+
+def _roll(x: Value, shift: int, axis: int, size: int) -> Value:
+    """The last `shift` elements brought to the front."""
+    if size == -1:
+        raise ExportError(f"{x.graph.scope}: a roll along the batch has no ONNX form here; roll along another axis")
+    cut = -shift % size
+    parts = [_slice(x, (axis,), (start,), (end,)) for start, end in ((cut, size), (0, cut))]
+    return x.graph.node("Concat", *parts, axis=axis)
+
+
+def _pad(x: Value, amounts: Sequence[int], value: int, rank: int) -> Value:
+    """Amounts before and after each axis, the last axis first; negative ones cut off."""
+    before, after = ([0] * (rank - len(amounts) // 2) + list(amounts[side::2])[::-1] for side in (0, 1))
+    padded = x.graph.shape([*before, *after])
+    return x.graph.node("Pad", x, padded, x.graph.scalar(value, x.dtype))

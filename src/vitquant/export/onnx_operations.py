@@ -1,0 +1,74 @@
+"""LayerNorm and softmax of `integer` as ONNX graphs, line by line."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vitquant.export.onnx_arithmetic import logarithm, shift_down, shift_right, square_root
+from vitquant.export.onnx_builder import Value
+from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS
+from vitquant.integer.layer_norm import _RECIPROCAL_BITS, NORMALIZED_BITS, guard_bits
+from vitquant.integer.softmax import _ROW_BITS
+
+_BELOW_ALL_CODES = -(1 << 16)
+
+
+def normalize(x: Value, channels: int, epsilon: int, largest: int) -> Value:
+    """`integer.layer_norm.normalize` of int64 (..., channels)."""
+    guard = guard_bits(channels, largest, epsilon)
+    total = x.sum()
+    spread = (x * x).sum() * channels - total * total
+    deviation = square_root((spread + epsilon) * (1 << (2 * guard)))
+    reciprocal = x.graph.scalar(1 << (_RECIPROCAL_BITS + guard), x.dtype) // deviation
+    return shift_right((x * channels - total) * reciprocal, _RECIPROCAL_BITS - NORMALIZED_BITS)
+
+
+def distances(codes: Value, hidden: Value | None, last: int) -> Value:
+    """`integer.softmax.distances`: int32, indices into tables.
+
+    Arguments:
+        codes: int32 (..., row) of at most 16 bits.
+        hidden: bool, broadcastable to codes.
+        last: the index that stands for a hidden entry.
+    """
+    if hidden is None:
+        return codes.largest() - codes
+    return hidden.where(last, hidden.where(_BELOW_ALL_CODES, codes).largest() - codes)
+
+
+def log_softmax(distance: Value, values: Value, octaves: Value, zero: int) -> Value:
+    """`integer.softmax.log_int_softmax`: uint32 codes.
+
+    Arguments:
+        distance: int32, from `distances`.
+        values, octaves: int32 tables of the exponential.
+        zero: the code that means zero.
+    """
+    total = logarithm(_row_sums(values.entries(distance)), OCTAVE_BITS) - (VALUE_BITS << OCTAVE_BITS)
+    rounded_up = (total + (1 << (OCTAVE_BITS - 1))).cast(np.int32)
+    return ((octaves.entries(distance) + rounded_up).cast(np.uint32) >> OCTAVE_BITS).minimum(zero)
+
+
+def published_log_softmax(distance: Value, values: Value, zero: int) -> Value:
+    """`integer.softmax.published_log_int_softmax`: int64 codes.
+
+    Its code, the logarithm rounded up from 1.5 * 2**k on, is how many of 1.5, 3, 6 .. the inverse has reached.
+    """
+    value = values.entries(distance)
+    doubled = (value * 2).maximum(1).cast(np.int64)
+    inverse = (_row_sums(value) * 2 + value.cast(np.int64)) // doubled
+    thresholds = value.graph.constant([3 << k for k in range(zero)], np.int64)
+    column = value.graph.node("Unsqueeze", inverse * 2, value.graph.shape((-1,)))
+    return column.at_least(thresholds).cast(np.int64).sum(keep=False)
+
+
+def uniform_softmax(distance: Value, values: Value, multiplier: int, shift: int) -> Value:
+    """`integer.softmax.integer_softmax`: int32, without zero point and clamp."""
+    value, digits = values.entries(distance), shift + _ROW_BITS
+    reciprocal = value.graph.scalar(multiplier << _ROW_BITS, np.dtype(np.int64)) // _row_sums(value)
+    return shift_down(value.cast(np.int64) * reciprocal + (1 << (digits - 1)), digits).cast(np.int32)
+
+
+def _row_sums(values: Value) -> Value:
+    """`integer.softmax.row_sums` of int32 exponentials: int64 (..., 1)."""
+    return values.sum().maximum(1 << VALUE_BITS).cast(np.int64)

@@ -1,0 +1,81 @@
+"""Runs ONNX models by ONNX Runtime, on the processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitquant.errors import ExportError
+
+
+class OnnxModel:
+    """An ONNX model with one input, as a function of tensors.
+
+    Arguments:
+        model: a file, or what is in one.
+        optimize: let ONNX Runtime rewrite the graph (all of its optimizations), or run it as it stands.
+        threads: that one operator uses; by default as many as there are cores.
+
+    Attributes:
+        metadata: what the exporter wrote beside the graph, such as recipe and bits.
+
+    Raises:
+        ExportError: onnxruntime is missing, there is no such file, or ONNX Runtime refuses the model.
+    """
+
+    def __init__(self, model: Path | bytes, optimize: bool = True, threads: int | None = None) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ExportError("running ONNX needs onnxruntime: pip install 'vitquant[onnx]'") from error
+        level = onnxruntime.GraphOptimizationLevel
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3  # errors only
+        source = model if isinstance(model, bytes) else str(model)
+        self._name = "the model" if isinstance(model, bytes) else str(model)
+        try:
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no common base
+            raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {_first_line(error)}") from error
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self._input = self._session.get_inputs()[0]
+        self._dtype = np.dtype(_DTYPES[self._input.type])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The first output: int64 for codes, as the interpreter gives them, else as the model has it.
+
+        Arguments:
+            images: codes in any integer dtype, or floats, as the model takes them; (batch, channels, height, width).
+
+        Raises:
+            ExportError: floats for a model that takes codes or the other way round, codes that its input cannot
+                hold, or images of another size.
+        """
+        if images.is_floating_point() != (self._dtype.kind == "f"):
+            raise ExportError(f"{self._name} takes {self._dtype} images, and these are {images.dtype}")
+        values = images.detach().cpu().numpy()
+        given = values.astype(self._dtype)
+        if self._dtype.kind != "f" and not np.array_equal(given, values):
+            raise ExportError(
+                f"{self._name} takes {self._dtype} codes, and these go from {values.min()} to {values.max()}"
+            )
+        try:
+            result = torch.from_numpy(self._session.run(None, {self._input.name: given})[0])
+        except Exception as error:
+            raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {_first_line(error)}") from error
+        return result if result.is_floating_point() else result.to(torch.int64)
+
+
+_DTYPES = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8, "tensor(int32)": np.int32, "tensor(int64)": np.int64,
+}  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())[:300]
