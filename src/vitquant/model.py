@@ -88,12 +88,17 @@ class QuantizedModel(nn.Module):
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """The quantized model's output: for images (batch, channels, height, width), the library's own type."""
-        self._require_calibrated()
+        self.require_calibrated()
         for images in (*args, *kwargs.values()):
             self._check_shape(images)
         return self.graph_module(*args, **kwargs)
 
-    def _require_calibrated(self) -> None:
+    def require_calibrated(self) -> None:
+        """Raise unless every quantizer is there.
+
+        Raises:
+            CalibrationError: it names the first that is missing.
+        """
         present = self.quantizers
         missing = [name for name in self.quantized_names if name not in present]
         if missing:
@@ -117,6 +122,13 @@ class QuantizedModel(nn.Module):
         called = [str(node.target) for node in self.graph_module.graph.nodes if node.op == "call_module"]
         targets = [target for target in called if target.startswith(f"{_QUANTIZERS}.")]
         return {target.removeprefix(f"{_QUANTIZERS}."): self.graph_module.get_submodule(target) for target in targets}  # type: ignore[return-value]
+
+    @property
+    def image_quantizer(self) -> Quantizer | None:
+        """The quantizer of the images, if they have one."""
+        images = next(node for node in self.graph_module.graph.nodes if node.op == "placeholder")
+        by_node = {value.node: value.name for value in self.values}
+        return self.quantizers.get(by_node.get(images.name, ""))
 
     @property
     def integer_operations(self) -> dict[str, IntegerOperation]:
@@ -170,7 +182,7 @@ class QuantizedModel(nn.Module):
         Raises:
             CalibrationError: a quantizer is missing, or it was called before.
         """
-        self._require_calibrated()
+        self.require_calibrated()
         if self.arithmetic is not None:
             raise CalibrationError("the model computes in integers already; quantize it again for another arithmetic")
         self.float_reasons = replace_operations(self.graph_module, self.sites, arithmetic)
@@ -214,7 +226,7 @@ class QuantizedModel(nn.Module):
             CalibrationError: a quantizer is missing.
             CheckpointError: the directory cannot be written, or is not empty and not `force`.
         """
-        self._require_calibrated()
+        self.require_calibrated()
         quantizers = self.quantizers
         tensors = {name: tensor.clone() for name, tensor in self.graph_module.state_dict().items()}
         packed = {}

@@ -88,18 +88,6 @@ def test_a_sum_that_could_overflow_is_refused():
         prove_ranges(replace(program, constants=constants))
 
 
-def test_a_mask_that_is_repeated_for_every_image_is_refused():
-    from transformers import SwinConfig, SwinForImageClassification
-
-    torch.manual_seed(0)
-    sizes = {"embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4, "image_size": 32, "num_labels": 5}
-    model = vitquant.quantize(
-        SwinForImageClassification(SwinConfig(**sizes)).eval(), "fq-vit", [torch.randn(4, 3, 32, 32)]
-    )
-    with pytest.raises(LoweringError, match="repeated for every image"):
-        lower(model)
-
-
 def test_what_stays_in_float_is_refused_by_name():
     with pytest.raises(LoweringError, match=r"blocks\.0\.norm1"):
         lower(quantized("vit", "minmax"))

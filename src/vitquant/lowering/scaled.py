@@ -63,10 +63,15 @@ class Static:
 
 @dataclass(frozen=True)
 class Joined:
-    """Parts that a concatenation puts side by side, before one quantizer stands behind it."""
+    """Parts that a concatenation puts side by side, before one quantizer stands behind it.
+
+    Arguments:
+        node: the graph's, whose shape the whole has.
+    """
 
     parts: tuple[Scaled | Static, ...]
     axis: int
+    node: Node
 
 
 @dataclass(frozen=True)
@@ -79,17 +84,24 @@ class Hidden:
         node: the graph's, whose shape they have.
         moved: nodes that rearranged them since. A mask repeats with the batch only in the shape in which it was
             applied, so the softmax is computed in that shape, and its result is rearranged.
+        windows: how many rows of the batch one image has, where `hidden` is one image's; None where it is each row's.
     """
 
     scores: Scaled
     hidden: Tensor
     node: Node
     moved: tuple[Node, ...] = ()
+    windows: int | None = None
 
 
 def dense(values: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Values broadcast to a shape with a batch of one image."""
     return values.broadcast_to(shape)
+
+
+def size_along(values: Tensor, axis: int) -> int:
+    """The size of what is broadcast along an axis, counted from the last: 1 where it has no such axis."""
+    return values.shape[axis] if values.ndim >= -axis else 1
 
 
 def compact(values: Tensor) -> Tensor:

@@ -36,10 +36,10 @@ class TableActivation(IntegerOperation):
         return self._function(x)
 
     def codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        return look_up(self.source.encode(x).to(torch.int64), self.table(x.dtype), self.source.spec.qmin)
+        return look_up(self.source.encode(x).to(torch.int64), self.table(), self.source.spec.qmin)
 
-    def table(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The result's code for each of the input's, from the lowest: int64 (2**bits,)."""
+    def table(self) -> Tensor:
+        """The result's code for each of the input's, from the lowest: int64 (2**bits,); computed in float64."""
         spec = self.source.spec
         every = torch.arange(spec.qmin, spec.qmax + 1, device=self.source.scale.device)
-        return self.result.encode(self._function(self.source.decode(every, dtype))).to(torch.int64)
+        return self.result.encode(self._function(self.source.decode(every, torch.float64))).to(torch.int64)

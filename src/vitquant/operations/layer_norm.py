@@ -55,10 +55,12 @@ class _LayerNorm(IntegerOperation):
 class IntegerLayerNorm(_LayerNorm):
     """LayerNorm with integer sums and square root.
 
-    Source: FQ-ViT, Lin et al. 2022, section "Power-of-Two Factor", equation of the integer LayerNorm.
+    Source: FQ-ViT, Lin et al. 2022, section "Power-of-Two Factor", equation of the integer LayerNorm; inputs of 16 bits,
+    I-ViT, Li and Gu 2023.
     """
 
     description = "integer sums and square root"
+    widest_input = 16
 
     def codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         return self.definition(x.shape[-1], *parameters).apply(self.integers(x))

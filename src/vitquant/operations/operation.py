@@ -24,12 +24,14 @@ class IntegerOperation(nn.Module):
 
     Attributes:
         description: how it is computed, for the report.
+        widest_input: the most bits that the input's codes may have.
 
     Raises:
         NotIntegerError: these quantizers do not allow it.
     """
 
     description: str
+    widest_input = 8  # bits of the codes it reads
 
     def __init__(self, source: Quantizer, result: Quantizer) -> None:
         super().__init__()
@@ -41,9 +43,9 @@ class IntegerOperation(nn.Module):
         Raises:
             NotIntegerError: these do not allow it.
         """
-        for quantizer, which in ((source, "input"), (result, "result")):
-            if quantizer.spec.bits > 8:
-                raise NotIntegerError(f"its {which} has {quantizer.spec.bits} bits: above 8 is simulated only")
+        for quantizer, which, most in ((source, "input", self.widest_input), (result, "result", 8)):
+            if quantizer.spec.bits > most:
+                raise NotIntegerError(f"its {which} has {quantizer.spec.bits} bits: above {most} is simulated only")
         self.check(source, result)
         self._ends = (source, result)  # a tuple: they are modules of the graph, not of this operation
 

@@ -26,7 +26,7 @@ from vitquant.spec import PerAxis, QuantSpec, Uniform
 INTEGER, FLOAT, FUSED, CONSTANT, DATA = "integer", "float", "fused", "constant", "moves data"
 
 # Float, unless the recipe has them computed on codes.
-_FLOAT_KINDS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "softmax", "activation")
+_FLOAT_KINDS = ("layer_norm", "rms_norm", "group_norm", "softmax", "activation")
 # Operands whose channels are summed: with a scale of its own for each, no integer accumulator can hold the sum.
 _SUMMED = {
     "linear": ("input",),
@@ -35,6 +35,9 @@ _SUMMED = {
     "context": ("probs",),
     "product": ("lhs",),
 }
+
+# These read codes of 16 bits as well: no product is made of them.
+_WIDE_KINDS = ("layer_norm", "residual", "concat", "pool")
 
 # Their sums are rescaled before they are quantized.
 _SUMS = ("linear", "conv", "scores", "context", "product", "residual", "pool")
@@ -166,8 +169,9 @@ def classify(
     for name, assignment in operands.items():
         spec = assignment.spec
         assert spec is not None
-        if spec.bits > 8:
-            return FLOAT, f"its {name} has {spec.bits} bits: above 8 is simulated only"
+        widest = 16 if kind in _WIDE_KINDS else 8
+        if spec.bits > widest:
+            return FLOAT, f"its {name} has {spec.bits} bits: above {widest} is simulated only"
         per_axis = isinstance(spec.granularity, PerAxis) and isinstance(spec.scheme, Uniform)
         if per_axis and name in _SUMMED.get(kind, ()):
             return FLOAT, f"its {name} has a scale for each channel that it sums"

@@ -1,0 +1,164 @@
+"""What lowering knows while it walks a graph, and the program that it has written so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from vitquant.errors import LoweringError
+from vitquant.graph.operators import arguments
+from vitquant.graph.walk import depends_on_input
+from vitquant.lowering.scaled import Hidden, Joined, Scaled, Static, Term
+from vitquant.model import QuantizedModel
+from vitquant.program.instructions import TYPES, Instruction, Register, smallest_type
+
+Value = Scaled | Static | Joined | Hidden | tuple
+SIMULATE = "run it with --engine simulated, or export it as onnx-qdq"
+
+
+class Context:
+    """A model, its tensors for one image, and for every node seen so far what it is in terms of integer registers.
+
+    Arguments:
+        model: calibrated.
+
+    Attributes:
+        one_image: the shape of every tensor when the batch is one image.
+        static: the tensors that are the same for every image, for a batch of one.
+        dynamic: the nodes that are not.
+        values: filled by the walk.
+        registers, constants, instructions: of the program.
+    """
+
+    def __init__(self, model: QuantizedModel) -> None:
+        self.model, self.module = model, model.graph_module
+        self.dynamic = depends_on_input(self.module.graph)
+        self.one_image, self.static = _run(model, 1)
+        self._static_of_two: dict[Node, Tensor] | None = None
+        self._sites = {site.node: site.name for site in model.sites}
+        self.registers: dict[str, Register] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.instructions: list[Instruction] = []
+        self.values: dict[Node, Value] = {}
+        self.site, self._place = "input", "input"
+
+    def enter(self, node: Node) -> None:
+        """Go to a node: what is written now belongs to it, or to the site before it when it is none."""
+        if node.name in self._sites:
+            self.site = self._place = self._sites[node.name]
+        elif node in self.dynamic:
+            module = node.meta.get("module")
+            self._place = f"{module} ({node.name})" if module else node.name
+
+    def refuse(self, reason: str, remedy: str = SIMULATE) -> LoweringError:
+        """The error for the node that is being lowered."""
+        return LoweringError(f"{self._place}: {reason}; {remedy}")
+
+    def static_of_two(self, node: Node) -> Tensor:
+        """A tensor that no image changes, for a batch of two."""
+        if self._static_of_two is None:
+            _, self._static_of_two = _run(self.model, 2)
+        return self._static_of_two[node]
+
+    def emit(self, kind: Callable[..., Instruction], written: Register, **given: Any) -> str:
+        """Write an instruction, and return the name of the register that it writes."""
+        output = f"r{len(self.instructions)}"
+        self.instructions.append(kind(output=output, site=self.site, **given))
+        self.registers[output] = written
+        return output
+
+    def constant(self, name: str, values: Tensor, type: str = "") -> str:
+        """Keep a constant, in the smallest type that holds it when none is given, and return its name."""
+        values = values.detach().to("cpu", torch.int64)
+        name = f"{name}.{len(self.constants)}"
+        self.constants[name] = values
+        self.registers[name] = Register(
+            type or smallest_type(int(values.min()), int(values.max())), tuple(values.shape)
+        )
+        return name
+
+    def term(self, node: Node, what: str) -> Term:
+        """The codes that a node is.
+
+        Raises:
+            LoweringError: it is anything else.
+        """
+        value = self.values[node]
+        term = value.single if isinstance(value, Scaled) else None
+        if term is None:
+            raise self.refuse(f"its {what} is not quantized", "let the recipe quantize it")
+        return term
+
+    def factor(self, node: Node, what: str) -> Term:
+        """The codes that a node is, of 8 bits or less, with one scale and one zero point: what products read."""
+        term = self.term(node, what)
+        kind = self.registers[term.register].type
+        if TYPES[kind][0] > 8 and kind != "u16":  # u16 are powers of two, whose codes have 4 bits
+            raise self.refuse(f"its {what} is {kind}, and products are of 8 bits", "give it 8 bits or less")
+        if term.scale.numel() != 1:
+            reason = f"its {what} has {term.scale.numel()} scales, and its sums run over them"
+            raise self.refuse(reason, "use per = tensor")
+        self.zero(term, what)
+        return term
+
+    def zero(self, term: Term, what: str) -> int:
+        """The code of zero, where an instruction has room for one only."""
+        if term.zero.numel() != 1:
+            raise self.refuse(f"its {what} has several zero points", "use per = tensor")
+        return int(term.zero)
+
+    def operand(self, argument: Any) -> Value:
+        """What an argument of an elementwise operation is."""
+        if isinstance(argument, Node):
+            return self.values[argument]
+        return Static(torch.tensor(float(argument), dtype=torch.float64))
+
+
+def accumulated(register: str, scale: Tensor) -> Scaled:
+    """The real tensor that a register of sums is."""
+    return Scaled((Term(register, torch.zeros((), dtype=torch.int64), scale.double().cpu()),), nothing())
+
+
+def nothing() -> Tensor:
+    """The constant part of a value that has none."""
+    return torch.zeros((), dtype=torch.float64)
+
+
+def growing_shape(node: Node) -> tuple[int, ...]:
+    """A node's shape, -1 for the size that grows with the batch."""
+    return tuple(node.meta["shape"])
+
+
+def options(node: Node, *names: str) -> dict[str, Any]:
+    """The arguments of a node after its first two, by name."""
+    return {**dict(zip(names, arguments(node)[2:], strict=False)), **node.kwargs}
+
+
+class _Shapes(Interpreter):
+    """Runs a graph, keeping the shape of every tensor, and the value of every static one."""
+
+    def __init__(self, model: QuantizedModel) -> None:
+        super().__init__(model.graph_module)
+        self.extra_traceback = False
+        self._dynamic = depends_on_input(model.graph_module.graph)
+        self.shapes: dict[Node, tuple[int, ...]] = {}
+        self.static: dict[Node, Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+            if n not in self._dynamic:
+                self.static[n] = result.detach().cpu()
+        return result
+
+
+def _run(model: QuantizedModel, images: int) -> tuple[dict[Node, tuple[int, ...]], dict[Node, Tensor]]:
+    parameter, run = next(model.parameters()), _Shapes(model)
+    with torch.inference_mode():
+        run.run(torch.zeros(images, *model.input_shape, dtype=parameter.dtype, device=parameter.device))
+    return run.shapes, run.static

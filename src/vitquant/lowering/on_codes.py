@@ -1,0 +1,140 @@
+"""Softmax, LayerNorm and activations, which go from codes to codes."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from vitquant.graph.operators import arguments
+from vitquant.lowering.codes import code_type, codes_of
+from vitquant.lowering.context import Context, accumulated, growing_shape
+from vitquant.lowering.rearrangement import follow, walk
+from vitquant.lowering.scaled import Hidden, Scaled, Static, Term
+from vitquant.operations import (
+    IntegerLayerNorm,
+    IntegerOperation,
+    IntegerSoftmax,
+    LogIntSoftmax,
+    TableActivation,
+)
+from vitquant.program.instructions import (
+    LayerNorm,
+    LogSoftmax,
+    Lookup,
+    Register,
+    Reshape,
+    UniformSoftmax,
+    smallest_type,
+)
+from vitquant.quantizers.logarithmic import Log2Quantizer
+
+
+def hide(context: Context, node: Node) -> Hidden:
+    """Scores of which a mask hides some."""
+    scores, hidden = (context.values[argument] for argument in arguments(node)[:2])
+    if not isinstance(scores, Scaled) or not isinstance(hidden, Static):
+        raise context.refuse("its mask depends on the image", "give a constant mask")
+    return Hidden(scores, hidden.value != 0, node, windows=_repeated(context, arguments(node)[1]))
+
+
+def _repeated(context: Context, mask: Node) -> int | None:
+    """How many rows of a mask are repeated for each image; None when the same mask serves every row of the batch."""
+    grows = [axis for axis, size in enumerate(mask.meta["shape"]) if size == -1]
+    if not grows:
+        return None
+    one, two = context.static[mask], context.static_of_two(mask)
+    if grows != [0] or two.shape[0] != 2 * one.shape[0] or not torch.equal(two, torch.cat([one, one])):
+        raise context.refuse("its mask is not repeated image by image", "give each image the same mask")
+    return one.shape[0]
+
+
+def on_codes(context: Context, node: Node, operation: IntegerOperation) -> Scaled:
+    """An operation on codes."""
+    value, shape = context.values[arguments(node)[0]], growing_shape(node)
+    if not isinstance(value, Hidden):
+        return _computed(context, node, operation, _single(context, value), None, shape)
+    hidden = context.constant(f"{context.site}.hidden", value.hidden.to(torch.int64), "u8")
+    scores, shape, one = value.scores, growing_shape(value.node), context.one_image[value.node]
+    if value.windows is not None:  # the mask's rows are those of one image: give them an axis of their own
+        apart = Reshape("", "", "", (-1, value.windows, *shape[1:]))
+        scores = walk(context, scores, [apart], shape, one)
+        result = _computed(context, node, operation, _single(context, scores), hidden, apart.shape)
+        result = walk(context, result, [Reshape("", "", "", shape)], apart.shape, (1, *one))
+    else:
+        result = _computed(context, node, operation, _single(context, scores), hidden, shape)
+    before = value.node
+    for each in value.moved:
+        result, before = follow(context, result, before, each), each
+    return result
+
+
+def _single(context: Context, value: object) -> Term:
+    term = value.single if isinstance(value, Scaled) else None
+    if term is None:
+        raise context.refuse("its input is not quantized", "let the recipe quantize it")
+    return term
+
+
+def _computed(
+    context: Context, node: Node, operation: IntegerOperation, term: Term, hidden: str | None, shape: tuple[int, ...]
+) -> Scaled:
+    if isinstance(operation, LogIntSoftmax):
+        return _log_softmax(context, operation, term, hidden, shape)
+    result = operation.result
+    written, low, high = Register(code_type(result), shape), result.spec.qmin, result.spec.qmax
+    match operation:
+        case IntegerSoftmax():
+            table, (multiplier, shift) = operation.exponential, operation.steps()
+            assert result.zero_point is not None
+            register = context.emit(
+                UniformSoftmax, written, input=term.register, hidden=hidden,
+                values=context.constant(f"{context.site}.values", table.values, "u16"),
+                octaves=context.constant(f"{context.site}.octaves", table.octaves, "u16"),
+                multiplier=multiplier, shift=shift, result_zero=int(result.zero_point), low=low, high=high,
+            )  # fmt: skip
+        case IntegerLayerNorm():
+            register = _layer_norm(context, node, operation, term, written)
+        case TableActivation():
+            table = operation.table()
+            register = context.emit(
+                Lookup, written, input=term.register,
+                table=context.constant(f"{context.site}.table", table, written.type), lowest=operation.source.spec.qmin,
+            )  # fmt: skip
+        case _:
+            raise context.refuse("it is computed as published, with float statistics", "use the recipe fq-vit")
+    return codes_of(context, register, result, len(shape))
+
+
+def _log_softmax(
+    context: Context, operation: LogIntSoftmax, term: Term, hidden: str | None, shape: tuple[int, ...]
+) -> Scaled:
+    """The codes, and what they stand for: 2**(zero - 1 - code), or 0."""
+    result, table = operation.result, operation.exponential
+    assert isinstance(result, Log2Quantizer)
+    codes = context.emit(
+        LogSoftmax, Register(smallest_type(0, result.zero_code), shape), input=term.register, hidden=hidden,
+        values=context.constant(f"{context.site}.values", table.values, "u16"),
+        octaves=context.constant(f"{context.site}.octaves", table.octaves, "u16"),
+        zero=result.zero_code, published=operation.published,
+    )  # fmt: skip
+    last = result.zero_code - 1
+    powers = torch.tensor([1 << (last - code) for code in range(last + 1)] + [0])
+    register = context.emit(
+        Lookup, Register("u16", shape), input=codes,
+        table=context.constant(f"{context.site}.powers", powers, "u16"), lowest=0,
+    )  # fmt: skip
+    return accumulated(register, torch.tensor(2.0**-last, dtype=torch.float64))
+
+
+def _layer_norm(context: Context, node: Node, operation: IntegerLayerNorm, term: Term, written: Register) -> str:
+    gain, bias = (context.static[p] if isinstance(p, Node) else None for p in arguments(node)[1:3])
+    definition, source = operation.definition(written.shape[-1], gain, bias), operation.source
+    factors = None if source.factor is None else context.constant(f"{context.site}.factors", source.factor, "u8")
+    assert source.zero_point is not None
+    return context.emit(
+        LayerNorm, written, input=term.register, factors=factors, input_zero=int(source.zero_point),
+        epsilon=definition.epsilon, largest=definition.largest,
+        multiplier=context.constant(f"{context.site}.multiplier", definition.affine.multiplier, "s32"),
+        addend=context.constant(f"{context.site}.addend", definition.affine.addend, "s64"),
+        shift=definition.affine.shift, low=definition.low, high=definition.high,
+    )  # fmt: skip

@@ -1,0 +1,135 @@
+"""Products, convolutions and poolings: where codes become sums of 32 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from vitquant.graph.operators import arguments, aten, calls, packet
+from vitquant.lowering.context import Context, accumulated, growing_shape, nothing, options
+from vitquant.lowering.scaled import Scaled, Static, Term
+from vitquant.program.instructions import Convolution, Linear, Multiply, Product, Register, Sum
+
+
+def linear(context: Context, node: Node) -> Scaled:
+    """A linear layer."""
+    source, weight = _layer(context, node)
+    scale = source.scale * weight.scale.flatten()
+    bias, rest = _bias(context, options(node, "bias").get("bias"), scale)
+    output = context.emit(
+        Linear, Register("s32", growing_shape(node)), input=source.register, weight=weight.register, bias=bias,
+        input_zero=int(source.zero), weight_zero=_weight_zero(context, weight),
+    )  # fmt: skip
+    return accumulated(output, scale).plus(rest)
+
+
+def convolution(context: Context, node: Node) -> Scaled:
+    """A two-dimensional convolution."""
+    given = options(node, "bias", "stride", "padding", "dilation", "groups")
+    if not calls(node, {aten.conv2d}) or isinstance(given.get("padding"), str):
+        raise context.refuse(f"{packet(node)} is not a plain two-dimensional convolution", "use conv2d")
+    source, weight = _layer(context, node)
+    scale = source.scale * weight.scale.flatten()
+    bias, rest = _bias(context, given.get("bias"), scale)
+    output = context.emit(
+        Convolution, Register("s32", growing_shape(node)), input=source.register, weight=weight.register, bias=bias,
+        input_zero=int(source.zero), weight_zero=_weight_zero(context, weight), stride=_pair(given.get("stride", 1)),
+        padding=_pair(given.get("padding", 0)), dilation=_pair(given.get("dilation", 1)),
+        groups=int(given.get("groups", 1)),
+    )  # fmt: skip
+    return accumulated(output, scale.view(-1, 1, 1)).plus(rest.view(-1, 1, 1) if rest.ndim else rest)
+
+
+def product(context: Context, node: Node) -> Scaled:
+    """A matrix product of two activations."""
+    left, right = (context.factor(argument, "operand") for argument in arguments(node)[:2])
+    output = context.emit(
+        Product, Register("s32", growing_shape(node)), left=left.register, right=right.register,
+        left_zero=int(left.zero), right_zero=int(right.zero),
+    )  # fmt: skip
+    return accumulated(output, left.scale * right.scale)
+
+
+def multiplied(context: Context, node: Node) -> Scaled:
+    """Two activations multiplied element by element, as a gate does."""
+    left, right = (context.factor(argument, "operand") for argument in arguments(node)[:2])
+    output = context.emit(
+        Multiply, Register("s32", growing_shape(node)), left=left.register, right=right.register,
+        left_zero=int(left.zero), right_zero=int(right.zero),
+    )  # fmt: skip
+    return accumulated(output, left.scale * right.scale)
+
+
+def mean(context: Context, node: Node) -> Scaled:
+    """A mean over some axes, as a sum."""
+    term, read = context.term(arguments(node)[0], "input"), growing_shape(arguments(node)[0])
+    axes, keep = _pooled(context, node, read)
+    if any(read[axis] == -1 for axis in axes):
+        raise context.refuse("it averages over the batch", "average over other axes")
+    scale, count = term.scale, 1
+    for axis in axes:
+        count *= read[axis]
+        if scale.ndim >= len(read) - axis and scale.shape[axis - len(read)] != 1:
+            raise context.refuse("its input has a scale for each thing that it sums", "use per = tensor")
+    if not keep and scale.ndim:
+        scale = _without(scale, axes, len(read))
+    output = context.emit(
+        Sum, Register("s32", growing_shape(node)), input=term.register, axes=axes, keep=keep,
+        input_zero=context.zero(term, "input"),
+    )  # fmt: skip
+    return accumulated(output, scale / count)
+
+
+def _layer(context: Context, node: Node) -> tuple[Term, Term]:
+    """The input and the weight of a layer."""
+    read, weights = arguments(node)[:2]
+    source, weight = context.factor(read, "input"), context.term(weights, "weight")
+    if weight.scale.numel() not in (1, context.registers[weight.register].shape[0]) or (
+        weight.scale.numel() > 1 and weight.scale.shape[0] == 1
+    ):
+        raise context.refuse("its weight's scales are not those of its outputs", "use per = axis")
+    return source, weight
+
+
+def _weight_zero(context: Context, weight: Term) -> str | None:
+    return context.constant(f"{context.site}.weight_zero", weight.zero) if bool(weight.zero.any()) else None
+
+
+def _bias(context: Context, node: Node | None, scale: Tensor) -> tuple[str | None, Tensor]:
+    """The bias on the accumulator's scale, and what that rounding left over, which costs nothing to add later."""
+    if node is None:
+        return None, nothing()
+    value = context.values[node]
+    if not isinstance(value, Static):
+        raise context.refuse("its bias depends on the image")
+    bias = torch.round(value.value / scale)
+    if float(bias.abs().max()) >= 2**31:
+        reason = "its bias does not fit 32 bits on the scale of its sums"
+        raise context.refuse(reason, "calibrate it on other images, or use more bits for its weight")
+    return context.constant(f"{context.site}.bias", bias, "s32"), value.value - bias * scale
+
+
+def _pooled(context: Context, node: Node, read: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+    """The axes of a mean, and whether they stay with size one."""
+    if calls(node, {aten.mean}):
+        given = options(node, "keepdim")
+        axes = arguments(node)[1] if len(arguments(node)) > 1 else range(len(read))
+        return tuple(sorted(int(axis) % len(read) for axis in axes)), bool(given.get("keepdim", False))
+    size = arguments(node)[1]
+    sizes = list(size) if isinstance(size, list | tuple) else [size]
+    if any(int(s) != 1 for s in sizes):
+        raise context.refuse("it averages over windows")
+    return tuple(range(len(read) - len(sizes), len(read))), True
+
+
+def _without(values: Tensor, axes: Sequence[int], rank: int) -> Tensor:
+    return values.view([1] * (rank - values.ndim) + list(values.shape)).squeeze(tuple(axes))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = tuple(int(v) for v in value) if isinstance(value, list | tuple) else (int(value),)
+    return (values[0], values[-1])

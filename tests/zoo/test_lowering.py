@@ -1,0 +1,88 @@
+"""Every architecture of the zoo lowers to a program that is the simulation, or is refused for a reason that is right."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import vitquant
+from vitquant.errors import LoweringError
+from vitquant.lowering import lower
+from vitquant.runtime.interpreter import Interpreter
+from vitquant.simulation import ExactSimulation
+
+
+def zoo():
+    """The architectures of test_capture.py; no package holds it."""
+    spec = importlib.util.spec_from_file_location("zoo_of_capture", Path(__file__).with_name("test_capture.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+capture = zoo()
+
+REFUSED = {
+    "timm cait": r"blocks\.0\.attn.*only a softmax gives powers of two; quantize it uniformly",  # talking heads
+    "timm xcit": r"blocks\.0\.attn.*linalg_vector_norm has no integer form",  # normalizes query and key
+    "timm swinv2": r"blocks\.0\.attn.*linalg_vector_norm has no integer form",
+    "timm tiny_vit": r"blocks\.0\.norm1: it stays in float: its input's scales are those of other channels",
+    "timm mvitv2": r"shortcut_pool_attn\.pool: max_pool2d has no integer form",
+    "timm crossvit": r"upsample_bicubic2d has no integer form",  # resizes the image
+    "transformers dinov2": r"norm: it stays in float: its result is read in float",
+}
+
+
+class Logits(nn.Module):
+    """A classifier that gives its logits only."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        output = self.model(images)
+        if isinstance(output, dict | tuple):
+            return output["logits"] if isinstance(output, dict) else output[0]
+        return output
+
+
+def quantized(name, recipe="fq-vit"):
+    build, size = capture.ZOO[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    capture.vary(model)
+    return vitquant.quantize(Logits(model), recipe, [torch.randn(4, 3, size, size) for _ in range(2)]), size
+
+
+@pytest.mark.parametrize("name", sorted(capture.ZOO.keys() - REFUSED.keys()))
+def test_the_program_gives_the_codes_of_the_simulation(name):
+    model, size = quantized(name)
+    program, images = lower(model), torch.randn(6, 3, size, size)
+    with torch.inference_mode():
+        codes = Interpreter(program)(model.image_quantizer.encode(images))
+        simulated = model.quantizers[final(model)].encode(ExactSimulation(model)(images))
+    assert torch.equal(codes, simulated.to(torch.int64))
+    assert codes.unique().numel() >= capture.CLASSES  # not one constant
+
+
+def final(model):
+    """The name of the value that the logits are."""
+    (node,) = next(each for each in model.graph_module.graph.nodes if each.op == "output").all_input_nodes
+    return str(node.target).removeprefix("quantizers.")
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_refused_is_refused_for_what_it_is(name):
+    with pytest.raises(LoweringError, match=REFUSED[name]):
+        lower(quantized(name)[0])
+
+
+def test_talking_heads_lower_without_powers_of_two():
+    model, size = quantized("timm cait", "fq-vit+uniform-probs")
+    codes = Interpreter(lower(model))(model.image_quantizer.encode(torch.randn(2, 3, size, size)))
+    assert codes.shape == (2, capture.CLASSES)
