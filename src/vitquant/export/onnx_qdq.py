@@ -1,0 +1,194 @@
+"""A quantized model as ONNX with QuantizeLinear and DequantizeLinear: the form that runtimes fuse.
+
+docs/onnx-qdq.md says what is in the file, and which runtime does what with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import operator
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from vitquant.errors import ExportError
+from vitquant.export.qdq_operators import FloatOperation, StoredCodes, quantizer_operator
+from vitquant.graph.operators import LINEAR, arguments, aten, calls
+from vitquant.model import QuantizedModel
+from vitquant.operations import IntegerOperation
+from vitquant.quantizers import Quantizer
+from vitquant.quantizers.uniform import UniformQuantizer
+from vitquant.tasks.classification import logits_of
+
+if TYPE_CHECKING:
+    import onnx
+
+FORMAT = "onnx-qdq/1"
+OPSET = 21  # the first with 4-bit integers
+
+# On processors with AVX2 or AVX512 but no VNNI, ONNX Runtime's product of u8 and s8 saturates sums of two at 16 bits.
+# With this option it stores weights there as u8, whose product does not; elsewhere it changes nothing.
+SESSION_OPTIONS = {"session.x64quantprecision": "1"}
+
+
+def onnx_qdq_model(model: QuantizedModel) -> onnx.ModelProto:
+    """The simulation as one ONNX graph of standard operators; the model is left as it is.
+
+    `images` float32 (batch, channels, height, width), any batch, to `logits` float32 (batch, classes). Every quantizer
+    on equally spaced levels is a QuantizeLinear and a DequantizeLinear, one on powers of two a few exact comparisons;
+    weights are integers (int4 up to 4 bits, int8, int16) with a DequantizeLinear. What the simulation computes on
+    codes (softmax, LayerNorm, activations) is the float operator between their quantizers.
+
+    Arguments:
+        model: calibrated, a classifier with float32 tensors.
+
+    Returns:
+        A checked model; `metadata_props` say recipe, bits, version, format, and the options of an ONNX Runtime session
+        (`vitquant.session_options`, JSON).
+
+    Raises:
+        CalibrationError: a quantizer is missing.
+        ExportError: the extra `onnx` is not installed, the model is not in float32, or ONNX cannot hold an operation.
+
+    Pitfall: a runtime rounds sums elsewhere than the simulation does, so codes near the middle between two levels flip.
+    """
+    model.require_calibrated()
+    foreign = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32})
+    if foreign:
+        raise ExportError(f"the model holds {foreign[0]}; quantize the model in float32: model.float()")
+    _require_extra()
+    from vitquant.export.qdq_rewriting import rewrite
+
+    with torch.no_grad():
+        program = _export(_Logits(_with_operators(model)).eval(), torch.zeros(2, *model.input_shape))
+    rewrite(program.model.graph)
+    proto = program.model_proto
+    _describe(proto, model)
+    _check(proto)
+    return proto
+
+
+class _Logits(nn.Module):
+    """The graph without the library's own output type around the logits."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return logits_of(self.graph_module(images))
+
+
+def _with_operators(model: QuantizedModel) -> GraphModule:
+    """A copy of the model's graph, on the CPU, whose quantizers are ONNX operators."""
+    module = copy.deepcopy(model.graph_module).cpu()
+    fixed: dict[Node, Any] = {}  # what no image changes, the size of the batch included
+    for node in list(module.graph.nodes):
+        called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if node.op == "get_attr":
+            fixed[node] = operator.attrgetter(str(node.target))(module)
+        elif isinstance(called, Quantizer):
+            name, source = str(node.target).removeprefix("quantizers."), arguments(node)[0]
+            if source in fixed and isinstance(called, UniformQuantizer):
+                fixed[node] = called(fixed[source])
+                _store(module, node, name, called, fixed[source])
+            else:
+                module.set_submodule(str(node.target), quantizer_operator(name, called, len(source.meta["shape"])))
+        elif isinstance(called, IntegerOperation):
+            module.set_submodule(str(node.target), FloatOperation(called))
+        elif node.op == "call_function" and node.all_input_nodes and fixed.keys() >= set(node.all_input_nodes):
+            given, keywords = (map_arg(found, lambda node: fixed[node]) for found in (node.args, node.kwargs))
+            fixed[node] = node.target(*given, **keywords)  # type: ignore[operator]
+    module.graph.eliminate_dead_code()
+    return GraphModule(module, module.graph)  # holds what the graph reads and no more
+
+
+def _store(module: GraphModule, node: Node, name: str, quantizer: UniformQuantizer, value: torch.Tensor) -> None:
+    """Let a quantizer's node give stored codes; a layer's weight is stored as the product wants it."""
+    layers = list(node.users)
+    is_weight = value.ndim == 2 and all(calls(user, LINEAR) and arguments(user)[0] is not node for user in layers)
+    module.set_submodule(str(node.target), StoredCodes(name, quantizer, value, transposed=is_weight))
+    node.args = ()
+    for layer in layers if is_weight else ():
+        x, weight, *bias = arguments(layer)
+        layer.target, layer.args = aten.matmul.default, (x, weight)
+        if bias and bias[0] is not None:
+            with module.graph.inserting_before(layer):
+                product = module.graph.call_function(aten.matmul.default, (x, weight))
+            layer.target, layer.args = aten.add.Tensor, (product, bias[0])
+
+
+def _require_extra() -> None:
+    try:
+        import onnxscript  # noqa: F401  torch's exporter imports it, and it onnx and onnx_ir
+    except ImportError as error:
+        raise ExportError("ONNX files need onnx and onnxscript: pip install 'vitquant[onnx]'") from error
+
+
+def _export(module: nn.Module, example: torch.Tensor) -> torch.onnx.ONNXProgram:
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                module, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=OPSET, input_names=["images"], output_names=["logits"], verbose=False,
+            )  # fmt: skip
+        except Exception as error:
+            raise ExportError(f"torch cannot write the model as ONNX: {_reason(error)}") from error
+    assert program is not None
+    return program
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom of torch's chain of errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs and prints what is of no use to a user."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _describe(proto: onnx.ModelProto, model: QuantizedModel) -> None:
+    from onnx.helper import set_model_props
+
+    facts = {
+        "vitquant.format": FORMAT,
+        "vitquant.version": version("vitquant"),
+        "vitquant.recipe": model.recipe.name,
+        "vitquant.bits": str(model.bits),
+        "vitquant.session_options": json.dumps(SESSION_OPTIONS),
+    }
+    set_model_props(proto, facts)
+    proto.producer_name, proto.producer_version = "vitquant", facts["vitquant.version"]
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise ExportError(f"the ONNX graph is not valid: {_reason(error)}") from error

@@ -1,0 +1,193 @@
+"""Quantizers as ONNX operators: modules that `torch.onnx.export` writes as the nodes they are named for.
+
+Each takes the place of a quantizer, or of an operation on codes, in a graph that is about to be exported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitquant.errors import ExportError
+from vitquant.operations import IntegerOperation
+from vitquant.quantizers import Quantizer
+from vitquant.quantizers.logarithmic import SQRT_HALF, Log2Quantizer
+from vitquant.quantizers.quantizer import along_axis, channel_axis
+from vitquant.quantizers.uniform import UniformQuantizer
+
+OPERAND, STORED_AS = "vitquant.operand", "vitquant.type"  # what a node says of itself, in its metadata
+
+
+def stored_bits(bits: int) -> int:
+    """The bits of the smallest ONNX integer that holds codes of `bits` bits: 4, 8 or 16."""
+    return next(width for width in (4, 8, 16) if bits <= width)
+
+
+class _Linear(nn.Module):
+    """What `QuantizeLinear` and `DequantizeLinear` need: a scale and a zero point, one for all or one per channel.
+
+    Types of 4 bits are unknown to torch: they travel in int8 or uint8, and under their own name in the metadata.
+    """
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, name: str, scale: Tensor, zero: Tensor, axis: int | None, signed: bool, width: int) -> None:
+        super().__init__()
+        if scale.numel() == 1:
+            scale, zero, axis = scale.reshape(()), zero.reshape(()), None
+        self._type = getattr(torch, ("int" if signed else "uint") + str(max(8, width)))
+        self._attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
+        self._metadata = {OPERAND: name, STORED_AS: ("INT" if signed else "UINT") + str(width)}
+        self.register_buffer("scale", scale.detach().clone())
+        self.register_buffer("zero", zero.expand(scale.shape).to(self._type).clone())
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        return self._node("QuantizeLinear", x, self._type)
+
+    def _dequantize(self, codes: Tensor) -> Tensor:
+        return self._node("DequantizeLinear", codes, torch.float32)
+
+    def _node(self, operator: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            operator, (x, self.scale, self.zero), self._attributes,
+            dtype=dtype, shape=x.shape, metadata_props=self._metadata,
+        )  # fmt: skip
+
+
+class QuantizeDequantize(_Linear):
+    """A quantizer on equally spaced levels: `QuantizeLinear` and `DequantizeLinear` with one scale.
+
+    Runtimes fuse these pairs as if every scale of an activation were one number, so power-of-two factors stand
+    outside, as products, which are exact. Where codes do not fill their type, what lies beyond the first and the last
+    level is clipped before; the ends are levels, so nothing is rounded twice.
+
+    Arguments:
+        name: of the quantized value.
+        quantizer: on equally spaced levels.
+        rank: how many axes the value has.
+
+    Raises:
+        ExportError: the quantizer has several scales that are no powers of two apart.
+    """
+
+    factors: Tensor
+
+    def __init__(self, name: str, quantizer: UniformQuantizer, rank: int) -> None:
+        spec, scale, zero = quantizer.spec, quantizer.scale, quantizer.zero_point
+        assert zero is not None
+        if scale.numel() != 1:
+            raise ExportError(
+                f"{name} has {scale.numel()} scales, and runtimes take one for what images change; use per = tensor"
+            )
+        width = 8 if spec.bits < 4 else stored_bits(spec.bits)  # runtimes quantize to no fewer than 4 bits
+        super().__init__(name, scale, zero, None, spec.signed, width)
+        self._factored = quantizer.factor is not None
+        if quantizer.factor is not None:
+            factors = torch.ldexp(torch.ones(quantizer.factor.shape), quantizer.factor)
+            self.register_buffer("factors", along_axis(factors, spec.granularity, rank).clone())
+        self._ends = None
+        if spec.bits < width:
+            self._ends = tuple(((code - zero) * scale).item() for code in (spec.qmin, spec.qmax))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The value on its grid."""
+        if self._factored:
+            x = x * (1 / self.factors)
+        if self._ends is not None:
+            x = x.clamp(*self._ends)
+        x = self._dequantize(self._quantize(x))
+        return x * self.factors if self._factored else x
+
+
+class StoredCodes(_Linear):
+    """A quantized value that no image changes: its codes, and `DequantizeLinear`.
+
+    Arguments:
+        name: of the quantized value.
+        quantizer: on equally spaced levels.
+        value: the tensor.
+        transposed: swap the axes of a matrix, as a product wants a layer's weight.
+    """
+
+    codes: Tensor
+
+    def __init__(self, name: str, quantizer: UniformQuantizer, value: Tensor, transposed: bool = False) -> None:
+        spec, axis, zero = quantizer.spec, channel_axis(quantizer.spec.granularity), quantizer.zero_point
+        assert zero is not None
+        axis = None if axis is None else axis % value.ndim
+        with torch.no_grad():
+            codes = quantizer.encode(value)
+        if transposed:
+            codes, axis = codes.t(), None if axis is None else 1 - axis
+        super().__init__(name, quantizer.step, zero, axis, spec.signed, stored_bits(spec.bits))
+        self.register_buffer("codes", codes.to(self._type).contiguous())
+
+    def forward(self) -> Tensor:
+        """What the codes stand for."""
+        return self._dequantize(self.codes)
+
+
+class NearestPowerOfTwo(nn.Module):
+    """A quantizer on powers of two, by comparisons and exact products alone: no logarithm is rounded.
+
+    The exponent's binary digits are found from the highest on: a value below the first of the `n` levels still in
+    question that lie in the lower half belongs to that half. Levels and thresholds are those of the quantizer.
+
+    Arguments:
+        quantizer: on powers of two.
+        rank: how many axes the value has.
+
+    Pitfall: with 7 and 8 bits the last levels and thresholds are subnormal numbers, which runtimes may take for zero.
+    """
+
+    scale: Tensor
+
+    def __init__(self, quantizer: Log2Quantizer, rank: int) -> None:
+        super().__init__()
+        self._powers = quantizer.zero_code  # codes 0 .. zero_code - 1 are powers
+        self._scaled = bool((quantizer.scale != 1).any())
+        self.register_buffer("scale", along_axis(quantizer.scale.detach(), quantizer.spec.granularity, rank).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The value on its grid."""
+        ratio = x / self.scale if self._scaled else x
+        power = torch.ones(())
+        octaves = 1 << (self._powers - 1).bit_length()
+        while octaves > 1:
+            octaves //= 2
+            below = ratio < power * _threshold(octaves - 1)
+            power = torch.where(below, power * 2.0**-octaves, power)
+        power = torch.where(ratio < _threshold(self._powers - 1), 0.0, power)
+        return power * self.scale if self._scaled else power
+
+
+def _threshold(code: int) -> float:
+    """The smallest ratio that is nearer to 2**-code than to the next power, as float32 has it."""
+    return torch.tensor(SQRT_HALF).item() * 2.0**-code
+
+
+class FloatOperation(nn.Module):
+    """An operation on codes as the float operation that runtimes know and fuse.
+
+    Arguments:
+        operation: what the simulation computes.
+    """
+
+    def __init__(self, operation: IntegerOperation) -> None:
+        super().__init__()
+        self._operation = (operation,)  # a tuple: its quantizers are no part of the export
+
+    def forward(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        """The float result."""
+        return self._operation[0].reference(x, *parameters)
+
+
+def quantizer_operator(name: str, quantizer: Quantizer, rank: int) -> nn.Module:
+    """What a quantizer of a value that images change becomes."""
+    if isinstance(quantizer, Log2Quantizer):
+        return NearestPowerOfTwo(quantizer, rank)
+    assert isinstance(quantizer, UniformQuantizer)
+    return QuantizeDequantize(name, quantizer, rank)
