@@ -3,6 +3,7 @@
 model = vitquant.quantize(float_model, "minmax", calibration_batches)
 model.save("out")
 model = vitquant.load("out")
+program = vitquant.lower(model)
 """
 
 from importlib import import_module
@@ -10,19 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitquant.errors import VitquantError
+    from vitquant.lowering import lower
     from vitquant.model import QuantizedModel
     from vitquant.pipeline import float_model, load, quantize
+    from vitquant.program.instructions import IntegerProgram
     from vitquant.zoo import ModelSource
 
-__all__ = ["ModelSource", "QuantizedModel", "VitquantError", "float_model", "load", "quantize"]
+__all__ = [
+    "IntegerProgram", "ModelSource", "QuantizedModel", "VitquantError", "float_model", "load", "lower", "quantize",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 _HOMES = {
+    "IntegerProgram": "vitquant.program.instructions",
     "ModelSource": "vitquant.zoo",
     "QuantizedModel": "vitquant.model",
     "VitquantError": "vitquant.errors",
     "float_model": "vitquant.pipeline",
     "load": "vitquant.pipeline",
+    "lower": "vitquant.lowering",
     "quantize": "vitquant.pipeline",
 }
 

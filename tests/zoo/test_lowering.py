@@ -1,4 +1,4 @@
-"""Every architecture of the zoo lowers to a program that is the simulation, or is refused for a reason that is right."""
+"""Every architecture of the zoo lowers to a program that is its simulation, or is refused for a right reason."""
 
 import importlib.util
 import sys

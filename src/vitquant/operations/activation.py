@@ -21,6 +21,7 @@ class TableActivation(IntegerOperation):
         function: the float operation.
     """
 
+    kind = "activation"
     description = "table with an entry for each code"
 
     def __init__(self, source: Quantizer, result: Quantizer, function: Callable[[Tensor], Tensor]) -> None:

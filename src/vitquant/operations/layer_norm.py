@@ -22,6 +22,8 @@ class _LayerNorm(IntegerOperation):
         epsilon: of the float LayerNorm.
     """
 
+    kind = "layer_norm"
+
     def __init__(self, source: Quantizer, result: Quantizer, epsilon: float) -> None:
         super().__init__(source, result)
         self.epsilon = epsilon
@@ -55,8 +57,8 @@ class _LayerNorm(IntegerOperation):
 class IntegerLayerNorm(_LayerNorm):
     """LayerNorm with integer sums and square root.
 
-    Source: FQ-ViT, Lin et al. 2022, section "Power-of-Two Factor", equation of the integer LayerNorm; inputs of 16 bits,
-    I-ViT, Li and Gu 2023.
+    Source: FQ-ViT, Lin et al. 2022, section "Power-of-Two Factor", equation of the integer LayerNorm; inputs of 16
+    bits, I-ViT, Li and Gu 2023.
     """
 
     description = "integer sums and square root"

@@ -23,6 +23,7 @@ class IntegerOperation(nn.Module):
         result: the quantizer that stands behind the operation.
 
     Attributes:
+        kind: of its site.
         description: how it is computed, for the report.
         widest_input: the most bits that the input's codes may have.
 
@@ -30,6 +31,7 @@ class IntegerOperation(nn.Module):
         NotIntegerError: these quantizers do not allow it.
     """
 
+    kind: str
     description: str
     widest_input = 8  # bits of the codes it reads
 

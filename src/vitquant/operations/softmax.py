@@ -23,6 +23,8 @@ class _Softmax(IntegerOperation):
         exponential: `exact` or `polynomial`.
     """
 
+    kind = "softmax"
+
     def __init__(self, source: Quantizer, result: Quantizer, exponential: str) -> None:
         super().__init__(source, result)
         self._table = exact_exponential if exponential == "exact" else polynomial_exponential
