@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +35,17 @@ class Ends:
     @classmethod
     def of(cls, program: IntegerProgram) -> Ends:
         """The ends of a program."""
-        image, logits = program.facts["input"], program.facts["output"]
-        low, high = type_limits(program.registers[program.input].type)
-        scales = tuple(logits["scale"])
-        return cls(image["scale"], image["zero_point"], low, high, scales, logits["zero_point"])
+        return cls._of(program.facts["input"], program.facts["output"], program.registers[program.input].type)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], type: str) -> Ends:
+        """The ends of an ONNX model that takes codes of a type."""
+        return cls._of(json.loads(metadata["input"]), json.loads(metadata["output"]), type)
+
+    @classmethod
+    def _of(cls, image: Mapping[str, Any], logits: Mapping[str, Any], type: str) -> Ends:
+        low, high = type_limits(type)
+        return cls(image["scale"], image["zero_point"], low, high, tuple(logits["scale"]), logits["zero_point"])
 
     def encode(self, images: Tensor) -> Tensor:
         """The codes of float32 images: int64; the rounding is that of `UniformQuantizer`."""

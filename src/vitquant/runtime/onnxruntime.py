@@ -46,6 +46,13 @@ class OnnxModel:
         self._input = self._session.get_inputs()[0]
         self._dtype = np.dtype(_DTYPES[self._input.type])
 
+    @property
+    def code_type(self) -> str | None:
+        """The type of the codes that its images are; None where they are floats."""
+        return (
+            None if self._dtype.kind == "f" else f"{'u' if self._dtype.kind == 'u' else 's'}{8 * self._dtype.itemsize}"
+        )
+
     def __call__(self, images: Tensor) -> Tensor:
         """The first output: int64 for codes, as the interpreter gives them, else as the model has it.
 

@@ -1,9 +1,9 @@
-"""How far apart the forms of one model are: float, simulated, in integers, and as each runtime computes it."""
+"""Codes that integers round otherwise than the simulation, counted where they arise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,39 +16,10 @@ from vitquant.program.instructions import IntegerProgram
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.logarithmic import Log2Quantizer
 from vitquant.runtime.interpreter import Interpreter
-from vitquant.runtime.products import exact_int64
-from vitquant.tasks.classification import logits_of
 
-AGREEMENT = 98.0  # per cent of images that the integer program gives the exact simulation's class
 RESCALING = "rescaling"
 FLIPPED = 1e-3  # share of codes that a rescaling may round otherwise than the simulation does
 _AT_ONCE = 4  # images whose every register is held
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two forms of a model on the same images.
-
-    Arguments:
-        form, beside: which.
-        images: how many.
-        agreement: per cent of them that both give the same class.
-        identical: per cent of them whose logits are the same, bit for bit.
-        cosine: of the logits, the mean over images.
-        worst: the largest difference of a logit.
-        promise: what has to hold, in words; empty when nothing is promised.
-        kept: whether it does.
-    """
-
-    form: str
-    beside: str
-    images: int
-    agreement: float
-    identical: float
-    cosine: float
-    worst: float
-    promise: str = ""
-    kept: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,64 +49,6 @@ class Flips:
     def kept(self) -> bool:
         """Whether the promise about rescaling holds: at most `FLIPPED` of the codes, by one step."""
         return self.made_by != RESCALING or (self.share <= FLIPPED and self.largest <= 1)
-
-
-def compare(form: str, logits: Tensor, beside: str, reference: Tensor) -> Comparison:
-    """Two forms of a model by their logits, (images, classes)."""
-    logits, reference = logits.double(), reference.double()
-    return Comparison(
-        form,
-        beside,
-        len(logits),
-        agreement=100 * (_classes(logits) == _classes(reference)).double().mean().item(),
-        identical=100 * (logits == reference).all(1).double().mean().item(),
-        cosine=torch.cosine_similarity(logits, reference, dim=1).mean().item(),
-        worst=(logits - reference).abs().max().item(),
-    )
-
-
-def bit_exact(comparison: Comparison) -> Comparison:
-    """With the promise that both forms give the same bits."""
-    return replace(comparison, promise="bit for bit", kept=comparison.identical == 100)
-
-
-def same_classes(comparison: Comparison) -> Comparison:
-    """With the promise that nearly all images get the same class."""
-    return replace(comparison, promise=f"at least {AGREEMENT:g} % agree", kept=comparison.agreement >= AGREEMENT)
-
-
-def as_close_as(comparison: Comparison, usual: Comparison) -> Comparison:
-    """With the promise that a form which rounds in its own way stays as close as quantization itself does.
-
-    Arguments:
-        usual: the simulation beside the float model. Two draws of the same rounding noise are sqrt(2) times as far
-            from each other as from what both round; twice as far is another model.
-    """
-    most = 2 * (1 - usual.cosine) + 1e-3
-    return replace(comparison, promise=f"cosine at least {1 - most:.3f}", kept=comparison.cosine >= 1 - most)
-
-
-def run(form: Callable[[Tensor], Any], batches: Iterable[Tensor]) -> Tensor:
-    """The logits that a form gives for all images, on the CPU."""
-    with torch.inference_mode():
-        return torch.cat([logits_of(form(images)).cpu() for images in batches])
-
-
-def adversarial_codes(program: IntegerProgram, seed: int = 0) -> dict[str, Tensor]:
-    """Images of codes that no photograph has: the smallest, the largest, and random ones; int64, a few of each."""
-    first = program.registers[program.input]
-    shape, (low, high) = first.shape[1:], first.limits
-    random = torch.randint(low, high + 1, (2, *shape), generator=torch.Generator().manual_seed(seed))
-    return {
-        f"all {low}": torch.full((1, *shape), low),
-        f"all {high}": torch.full((1, *shape), high),
-        "random codes": random,
-    }
-
-
-def defined(program: IntegerProgram) -> Interpreter:
-    """The interpreter as it is defined, in int64 throughout."""
-    return Interpreter(program, exact_int64)
 
 
 def flipped_codes(
@@ -224,8 +137,3 @@ def _makers(model: QuantizedModel) -> dict[str, str]:
     operations = [each for each in model.graph_module.modules() if isinstance(each, IntegerOperation)]
     made_by = {id(operation.result): operation.kind for operation in operations}
     return {name: made_by.get(id(quantizer), RESCALING) for name, quantizer in model.quantizers.items()}
-
-
-def _classes(logits: Tensor) -> Tensor:
-    """The class of each image; of equal logits, the first."""
-    return logits.sort(dim=1, descending=True, stable=True).indices[:, 0]

@@ -1,0 +1,66 @@
+"""The formats that a quantized model can be handed on in, and where they lie beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vitquant.errors import ExportError
+from vitquant.files import check_new_file, write_file
+from vitquant.lowering import lower
+from vitquant.model import QuantizedModel
+
+# Names in the directory of the saved model; quantizing into it again removes them with the model they were made from.
+PATHS = {
+    "program": "integer.program",
+    "onnx-integer": "integer.onnx",
+    "onnx-qdq": "qdq.onnx",
+    "openvino": "openvino",
+}
+
+
+def exported(directory: Path) -> dict[str, Path]:
+    """What was exported into the directory of a saved model, by format."""
+    return {name: directory / path for name, path in PATHS.items() if (directory / path).exists()}
+
+
+def write(model: QuantizedModel, format: str, path: str | Path, force: bool = False, float_io: bool = False) -> None:
+    """Write a model in a format of another runtime.
+
+    Arguments:
+        model: calibrated.
+        format: `program`, the integer program as vitquant reads it; `onnx-integer`, the same program in ONNX's integer
+            operators; `onnx-qdq`, the simulation as ONNX's quantize and dequantize operators; `openvino`, that as
+            OpenVINO's own files.
+        path: the file, or for `openvino` the directory.
+        force: replace what is there.
+        float_io: for `onnx-integer`, take images and give logits in float32 instead of codes.
+
+    Raises:
+        ExportError: the format is unknown, cannot hold the model, or its extra is not installed; the path exists and
+            not `force`, or cannot be written.
+        LoweringError: the model does not lower, for `program` and `onnx-integer`; it names the site and the reason.
+    """
+    path = Path(path)
+    if format not in PATHS:
+        raise ExportError(f"format {format!r} is unknown; the formats are: {', '.join(PATHS)}")
+    if float_io and format != "onnx-integer":
+        raise ExportError(f"float_io belongs to onnx-integer; {format} has the ends that it has")
+    if format != "openvino":
+        check_new_file(path, force)
+    match format:
+        case "program":
+            from vitquant.program.storage import save_program
+
+            save_program(lower(model), path, force)
+        case "onnx-integer":
+            from vitquant.export.onnx_integer import onnx_integer_model
+
+            write_file(path, onnx_integer_model(lower(model), float_io).SerializeToString(), force)
+        case "onnx-qdq":
+            from vitquant.export.onnx_qdq import onnx_qdq_model
+
+            write_file(path, onnx_qdq_model(model).SerializeToString(), force)
+        case _:
+            from vitquant.export.openvino import write_openvino
+
+            write_openvino(model, path, force)
