@@ -2,49 +2,83 @@
 
 from __future__ import annotations
 
-from math import prod
+from dataclasses import dataclass
+from fractions import Fraction
+from math import isqrt, prod
 
 import torch
 from torch import Tensor
 
 from vitquant.errors import LoweringError
+from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS
+from vitquant.integer.layer_norm import NORMALIZED_BITS
+from vitquant.integer.softmax import LONGEST_ROW
 from vitquant.program import instructions as p
 
 Range = tuple[int, int]
 
-# The codes of log-int-softmax stand for powers of two that are at most 1.5 times the probability, by either rounding
-# (sqrt(2), or 1.5), and tables of 15 bits add less than 1/16: a row of them sums to less than 1.6.
-_ROW_OF_POWERS = (8, 5)
+# `integer.softmax` rounds the exponent of a power of two to nearest, which can make it sqrt(2) times the probability,
+# and a little more where the logarithm of the row's sum was rounded; as published it is at most 3/2 times.
+_NEAREST, _PUBLISHED = Fraction(1415, 1000), Fraction(3, 2)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is known about the terms that an instruction sums.
+
+    Arguments:
+        total: no sum of absolute values of terms exceeds it, the bias among them, and no operand does.
+        digits: how many significant binary digits an operand has at most, its zero point taken off.
+    """
+
+    total: int
+    digits: int
 
 
 def prove_ranges(program: p.IntegerProgram) -> dict[str, Range]:
     """For each register the smallest and the largest value that any image can give it.
 
+    Arguments:
+        program: one whose names, fields and shapes are sound, which `check_program` finds out.
+
     Raises:
-        LoweringError: a register can leave its type, or a sum inside an instruction 64 bits; it names the site.
+        LoweringError: a register can leave its type, a code its table, or something inside an instruction 64 bits; it
+            names the site.
     """
-    return _Proof(program).ranges()
+    return _Proof(program).ranges
+
+
+def prove_terms(program: p.IntegerProgram) -> dict[str, Terms]:
+    """For the output of each `Linear`, `Convolution` and `Product` what is known about the terms of its sums.
+
+    Raises:
+        LoweringError: see `prove_ranges`.
+    """
+    return _Proof(program).terms
 
 
 class _Proof:
-    """Goes through a program once; knows a range for each register, and for some the sum of a row."""
+    """Goes through a program once.
+
+    It knows the range of each register, and of powers of two from a softmax what the row of their codes and what the
+    row of themselves sums to at most.
+    """
 
     def __init__(self, program: p.IntegerProgram) -> None:
         self.program = program
-        self.found: dict[str, Range] = {name: _extremes(values) for name, values in program.constants.items()}
-        self.found[program.input] = program.registers[program.input].limits
+        self.ranges: dict[str, Range] = {name: _extremes(values) for name, values in program.constants.items()}
+        self.ranges[program.input] = program.registers[program.input].limits
+        self.terms: dict[str, Terms] = {}
+        self.probabilities: dict[str, tuple[int, Fraction]] = {}
         self.row_sums: dict[str, int] = {}
-
-    def ranges(self) -> dict[str, Range]:
-        """Prove every instruction."""
-        for instruction in self.program.instructions:
-            low, high = self.found[instruction.output] = self._range(instruction)
-            least, most = self.program.registers[instruction.output].limits
+        self.magnitudes: dict[tuple[str, str | None], tuple[Tensor, Tensor]] = {}
+        for instruction in program.instructions:
+            low, high = self.ranges[instruction.output] = self._range(instruction)
+            least, most = program.registers[instruction.output].limits
             if low < least or high > most:
-                kind = self.program.registers[instruction.output].type
+                kind = program.registers[instruction.output].type
                 where = f"{instruction.site}: values from {low} to {high} do not fit {kind}"
                 raise LoweringError(f"{where}; use fewer bits for its operands")
-        return self.found
 
     def _range(self, instruction: p.Instruction) -> Range:
         match instruction:
@@ -59,70 +93,143 @@ class _Proof:
             case p.Requantize() as i:
                 return self._requantized(i)
             case p.LogSoftmax() as i:
-                return 0, i.zero
-            case p.UniformSoftmax() | p.LayerNorm() as i:
+                return self._log_softmax(i)
+            case p.UniformSoftmax() as i:
+                self._row_of_scores(i)
                 return i.low, i.high
+            case p.LayerNorm() as i:
+                return self._layer_norm(i)
             case p.Lookup() as i:
-                self._powers(i)
-                return self.found[i.table]
+                return self._looked_up(i)
             case p.Sum() as i:
                 low, high = self._less(i.input, i.input_zero)
                 count = prod(self.program.registers[i.input].shape[axis] for axis in i.axes)
                 return count * low, count * high
             case p.Concat() as i:
-                ranges = [self.found[name] for name in i.inputs]
+                ranges = [self.ranges[name] for name in i.inputs]
                 return min(low for low, _ in ranges), max(high for _, high in ranges)
             case p.Pad() as i:
-                low, high = self.found[i.input]
+                low, high = self.ranges[i.input]
                 return min(low, i.value), max(high, i.value)
             case p.Reshape() | p.Permute() | p.Slice() | p.Roll() as i:
                 if i.input in self.row_sums and self._keeps_rows(i):
                     self.row_sums[i.output] = self.row_sums[i.input]
-                return self.found[i.input]
+                return self.ranges[i.input]
             case _:
                 raise LoweringError(f"{instruction.site}: {type(instruction).__name__} has no proof; report this")
 
     def _less(self, name: str, zero: int) -> Range:
-        low, high = self.found[name]
+        low, high = self.ranges[name]
         return low - zero, high - zero
+
+    # Sums of products.
 
     def _weighted(self, i: p.Linear | p.Convolution) -> Range:
         """The extremes of each output channel, from its own weights."""
         low, high = self._less(i.input, i.input_zero)
         if isinstance(i, p.Convolution):
             low, high = min(low, 0), max(high, 0)  # padding is zero
-        weight = self.program.constants[i.weight]
-        if i.weight_zero is not None:
-            weight = weight - self.program.constants[i.weight_zero]
-        weight = weight.flatten(1)
-        up, down = weight.clamp(min=0).sum(1), weight.clamp(max=0).sum(1)
-        bias = 0 if i.bias is None else self.program.constants[i.bias]
+        sizes = self.program.constants[i.weight].shape
+        widest = _largest(self.ranges[i.weight]) + (_largest(self.ranges[i.weight_zero]) if i.weight_zero else 0)
+        added = _largest(self.ranges[i.bias]) if i.bias else 0
+        if sizes[1:].numel() * widest * max(-low, high, 1) + added >= 2**62:
+            raise LoweringError(f"{i.site}: its sums may exceed 64 bits; use fewer bits for its operands")
+        up, down = self._magnitudes(i.weight, i.weight_zero)
+        bias = self.program.constants[i.bias] if i.bias else torch.zeros((), dtype=torch.int64)
+        total = int(((up - down) * max(-low, high) + bias.abs()).max())
+        operands = [self.ranges[i.input], (i.input_zero, widest), (low, high)]
+        self.terms[i.output] = Terms(max(total, *map(_largest, operands)), _digits(max(-low, high, widest)))
         return int((up * low + down * high + bias).min()), int((up * high + down * low + bias).max())
+
+    def _magnitudes(self, weight: str, zero: str | None) -> tuple[Tensor, Tensor]:
+        """The sums of each channel's weights above and below zero: (channels,) twice."""
+        if (weight, zero) not in self.magnitudes:
+            values = self.program.constants[weight]
+            values = (values if zero is None else values - self.program.constants[zero]).flatten(1)
+            self.magnitudes[weight, zero] = values.clamp(min=0).sum(1), values.clamp(max=0).sum(1)
+        return self.magnitudes[weight, zero]
 
     def _product(self, i: p.Product) -> Range:
         left, right = self._less(i.left, i.left_zero), self._less(i.right, i.right_zero)
-        largest = max(abs(bound) for bound in right)
-        if i.left in self.row_sums and i.left_zero == 0:
-            return -self.row_sums[i.left] * largest, self.row_sums[i.left] * largest
-        count = self.program.registers[i.left].shape[-1]
+        count, largest = self.program.registers[i.left].shape[-1], _largest(right)
         corners = [a * b for a in left for b in right]
-        return count * min(*corners, 0), count * max(*corners, 0)
+        low, high, total = count * min(*corners, 0), count * max(*corners, 0), count * _largest(left) * largest
+        digits = _digits(max(_largest(left), largest))
+        if i.left in self.row_sums and i.left_zero == 0:
+            row = self.row_sums[i.left]
+            low, high = max(low, row * min(right[0], 0)), min(high, row * max(right[1], 0))
+            total, digits = min(total, row * largest), _digits(largest)
+        operands = [self.ranges[i.left], self.ranges[i.right], (i.left_zero, i.right_zero), left, right]
+        self.terms[i.output] = Terms(max(total, *map(_largest, operands)), digits)
+        return low, high
 
     def _requantized(self, i: p.Requantize) -> Range:
-        bound = max(abs(value) for value in self.found[i.addend])
+        bound = _largest(self.ranges[i.addend])
         for name, multiplier in zip(i.inputs, i.multipliers, strict=True):
-            product = max(map(abs, self.found[name])) * max(map(abs, self.found[multiplier]))
-            bound += product
+            bound += _largest(self.ranges[name]) * _largest(self.ranges[multiplier])
         if bound >= 2**63:
             raise LoweringError(f"{i.site}: a rescaled sum may exceed 64 bits; use fewer bits for its operands")
         return i.low, i.high
 
-    def _powers(self, i: p.Lookup) -> None:
-        """What a row of powers of two sums to at most."""
-        source = self.program.constants[i.table]
-        if any(isinstance(each, p.LogSoftmax) and each.output == i.input for each in self.program.instructions):
-            times, of = _ROW_OF_POWERS
-            self.row_sums[i.output] = int(source.max()) * times // of
+    # Operations on codes.
+
+    def _row_of_scores(self, i: p.LogSoftmax | p.UniformSoftmax) -> int:
+        """The length of a row, after a look at whether the tables have an entry for each distance in it."""
+        length = self.program.registers[i.input].shape[-1]
+        if length > LONGEST_ROW:
+            raise LoweringError(f"{i.site}: rows of {length} are longer than {LONGEST_ROW}; use smaller images")
+        low, high = self.ranges[i.input]
+        levels = len(self.program.constants[i.values]) - 1  # the last entry is for what a mask hides
+        if high - low >= levels:
+            raise LoweringError(f"{i.site}: scores from {low} to {high} leave a table of {levels} levels; report this")
+        return length
+
+    def _log_softmax(self, i: p.LogSoftmax) -> Range:
+        """Notes what 2**-code sums to in a row at most, without the codes that mean zero.
+
+        With the sum s of a row's values, an octave o gives at most sqrt(2) * 2**-o / s. The values are those of the
+        octaves but for their rounding: the row's length times the largest difference says how much that can be.
+        """
+        length, factor = self._row_of_scores(i), _PUBLISHED
+        if not i.published:
+            values, octaves = self.program.constants[i.values], self.program.constants[i.octaves]
+            half = 1 << (OCTAVE_BITS - 1)
+            gains = torch.exp2(VALUE_BITS - octaves.double() / 2**OCTAVE_BITS) - values
+            counts = (octaves + half - 1) >> OCTAVE_BITS < i.zero
+            gain = Fraction(float((gains * counts).clamp(min=0).amax())) + Fraction(1, 2**20)
+            factor = _NEAREST * (1 + length * gain / 2**VALUE_BITS)
+        self.probabilities[i.output] = i.zero, factor
+        return 0, i.zero
+
+    def _looked_up(self, i: p.Lookup) -> Range:
+        table, (low, high) = self.program.constants[i.table], self.ranges[i.input]
+        if low < i.lowest or high >= i.lowest + len(table):
+            last = i.lowest + len(table) - 1
+            raise LoweringError(
+                f"{i.site}: codes from {low} to {high} leave a table of {i.lowest} to {last}; report this"
+            )
+        if i.input in self.probabilities:
+            zero, factor = self.probabilities[i.input]
+            *powers, nothing = table[-i.lowest : zero - i.lowest + 1].tolist()
+            if nothing == 0 and all(power >= 0 and power.bit_count() <= 1 for power in powers):
+                self.row_sums[i.output] = int(factor * max(power << code for code, power in enumerate(powers)))
+        return self.ranges[i.table]
+
+    def _layer_norm(self, i: p.LayerNorm) -> Range:
+        """The bounds that `integer.layer_norm.normalize` states."""
+        channels = self.program.registers[i.input].shape[-1]
+        shifts = self.ranges[i.factors][1] if i.factors else 0
+        found = _largest(self._less(i.input, i.input_zero)) << shifts
+        if found > i.largest:
+            raise LoweringError(
+                f"{i.site}: inputs up to {found} exceed {i.largest}, which it was made for; report this"
+            )
+        if channels * i.largest >= 2**30 or channels >= 2**22:
+            raise LoweringError(f"{i.site}: {channels} channels up to {i.largest} are too many; use fewer bits")
+        normalized = 3 * (isqrt(channels) + 1) << (NORMALIZED_BITS - 1)  # a root of one, rounded down, is off by half
+        if normalized * _largest(self.ranges[i.multiplier]) + _largest(self.ranges[i.addend]) >= 2**63:
+            raise LoweringError(f"{i.site}: its affine part may exceed 64 bits; use more bits for its result")
+        return i.low, i.high
 
     def _keeps_rows(self, i: p.Reshape | p.Permute | p.Slice | p.Roll) -> bool:
         """Whether rows of the result are rows of the input."""
@@ -135,3 +242,13 @@ class _Proof:
 def _extremes(values: Tensor) -> Range:
     low, high = torch.aminmax(values)
     return int(low), int(high)
+
+
+def _largest(of: Range) -> int:
+    """The largest absolute value."""
+    return max(map(abs, of))
+
+
+def _digits(largest: int) -> int:
+    """How many significant binary digits integers up to this have: 2**k, the largest of its length, has one."""
+    return max(1, (largest - 1).bit_length())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,19 @@ from vitquant.integer.arithmetic import Rescaling
 from vitquant.integer.exponential import Exponential
 from vitquant.integer.layer_norm import LayerNorm
 from vitquant.integer.softmax import distances, integer_softmax, log_int_softmax, published_log_int_softmax
+from vitquant.packing import code_dtype, pack, unpack
 from vitquant.program import instructions as p
 from vitquant.program.moving import move
-from vitquant.runtime.products import Products, exact_products
+from vitquant.runtime.products import Products, convolution, exact_products, linear, operand
+
+_AT_ONCE = 4  # images: what one instruction writes is then still in the processor's cache when the next one reads it
 
 
 class Interpreter(nn.Module):
     """Runs an integer program.
+
+    Constants are held packed, two 4-bit codes to a byte, and widened when an instruction reads them. Registers are
+    held in the narrowest dtype of their type and computed with in int64, matrix products as `products` says.
 
     Arguments:
         program: what `lower` returned.
@@ -28,10 +35,12 @@ class Interpreter(nn.Module):
 
     def __init__(self, program: p.IntegerProgram, products: Products = exact_products) -> None:
         super().__init__()
-        self.program, self.products = program, products
+        self._dtypes = products(program)
         self._names = {name: f"constant{number}" for number, name in enumerate(program.constants)}
         for name, values in program.constants.items():
-            self.register_buffer(self._names[name], values, persistent=False)
+            packed = pack(values, p.TYPES[program.registers[name].type][0])
+            self.register_buffer(self._names[name], packed, persistent=False)
+        self.program = replace(program, constants={})
         self._last_use = _last_uses(program)
 
     def forward(self, codes: Tensor, taps: dict[str, Callable[[Tensor], None]] | None = None) -> Tensor:
@@ -39,48 +48,67 @@ class Interpreter(nn.Module):
 
         Arguments:
             codes: of the images, any integer dtype, (batch, channels, height, width).
-            taps: called with registers by name, as they are written.
+            taps: called with registers by name, as they are written: int64.
 
         Raises:
-            CaptureError: images of another size.
+            CaptureError: images of another size, or what are no codes.
         """
-        expected = self.program.registers[self.program.input].shape
-        if tuple(codes.shape[1:]) != expected[1:]:
-            raise CaptureError(f"the program is for images of {expected[1:]}, these are {tuple(codes.shape[1:])}")
-        registers = {self.program.input: codes.to(torch.int64)}
+        first = self.program.registers[self.program.input]
+        if tuple(codes.shape[1:]) != first.shape[1:]:
+            raise CaptureError(f"the program is for images of {first.shape[1:]}, these are {tuple(codes.shape[1:])}")
+        low, high = first.limits
+        if codes.is_floating_point() or bool(((codes < low) | (codes > high)).any()):
+            raise CaptureError(
+                f"the program reads codes from {low} to {high}; encode the images by its input quantizer"
+            )
+        if taps or codes.device.type != "cpu":
+            return self._run(codes, taps or {})
+        return torch.cat([self._run(part, {}) for part in codes.split(_AT_ONCE)])
+
+    def _run(self, codes: Tensor, taps: dict[str, Callable[[Tensor], None]]) -> Tensor:
+        registers = {self.program.input: codes.to(_dtype(self.program.registers[self.program.input].type))}
         for index, instruction in enumerate(self.program.instructions):
-            registers[instruction.output] = self._execute(instruction, registers)
-            if taps and instruction.output in taps:
-                taps[instruction.output](registers[instruction.output])
+            written = self._execute(instruction, registers)
+            registers[instruction.output] = written.to(_dtype(self.program.registers[instruction.output].type))
+            if instruction.output in taps:
+                taps[instruction.output](registers[instruction.output].to(torch.int64))
             for name in self._last_use.get(index, ()):
                 registers.pop(name, None)
-        return registers[self.program.output]
+        return registers[self.program.output].to(torch.int64)
 
     def _execute(self, instruction: p.Instruction, registers: dict[str, Tensor]) -> Tensor:
+        def held(name: str) -> Tensor:
+            if name in registers:
+                return registers[name]
+            register = self.program.registers[name]
+            return unpack(getattr(self, self._names[name]), *p.TYPES[register.type], register.shape)
+
         def get(name: str) -> Tensor:
-            return registers[name] if name in registers else getattr(self, self._names[name])
+            return held(name).to(torch.int64)
+
+        def factor(name: str, zero: int | str | None = None) -> Tensor:
+            minus = held(zero) if isinstance(zero, str) else zero
+            return operand(held(name), minus, self._dtypes[instruction.output])
 
         def maybe(name: str | None) -> Tensor | None:
             return None if name is None else get(name)
 
         match instruction:
             case p.Linear() as i:
-                return self.products.linear(
-                    get(i.input) - i.input_zero, _less(get(i.weight), maybe(i.weight_zero)), maybe(i.bias)
-                )
+                bias = None if i.bias is None else factor(i.bias)
+                return linear(factor(i.input, i.input_zero), factor(i.weight, i.weight_zero), bias)
             case p.Convolution() as i:
-                return self.products.convolution(
-                    get(i.input) - i.input_zero, _less(get(i.weight), maybe(i.weight_zero)), maybe(i.bias), i
-                )
+                bias = None if i.bias is None else factor(i.bias)
+                return convolution(factor(i.input, i.input_zero), factor(i.weight, i.weight_zero), bias, i)
             case p.Product() as i:
-                return self.products.matmul(get(i.left) - i.left_zero, get(i.right) - i.right_zero)
+                return torch.matmul(factor(i.left, i.left_zero), factor(i.right, i.right_zero))
             case p.Multiply() as i:
                 return (get(i.left) - i.left_zero) * (get(i.right) - i.right_zero)
             case p.Requantize() as i:
                 total = get(i.addend)
                 for name, multiplier in zip(i.inputs, i.multipliers, strict=True):
-                    total = total + get(name) * get(multiplier)
-                return (total >> i.shift).clamp_(i.low, i.high)
+                    total = torch.addcmul(total, get(name), get(multiplier))
+                return total.bitwise_right_shift_(i.shift).clamp_(i.low, i.high)
             case p.LogSoftmax() as i:
                 table = Exponential(get(i.values), get(i.octaves))
                 softmax = published_log_int_softmax if i.published else log_int_softmax
@@ -102,11 +130,12 @@ class Interpreter(nn.Module):
             case p.Concat() as i:
                 return _concatenated([get(name) for name in i.inputs], i.axis)
             case _:
-                return move(instruction, get(instruction.input))  # type: ignore[attr-defined]
+                return move(instruction, held(instruction.input))  # type: ignore[attr-defined]
 
 
-def _less(weight: Tensor, zero: Tensor | None) -> Tensor:
-    return weight if zero is None else weight - zero
+def _dtype(type: str) -> torch.dtype:
+    """What registers of a type are held in."""
+    return code_dtype(*p.TYPES[type])
 
 
 def _true(hidden: Tensor | None) -> Tensor | None:

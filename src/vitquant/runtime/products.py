@@ -2,101 +2,74 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vitquant.program.instructions import IntegerProgram
+from vitquant.program.ranges import Terms, prove_terms
 
-class Products(Protocol):
-    """Ways to compute the same integers; operands and results are int64."""
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ weight.T + bias."""
-        ...
-
-    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
-        """The convolution with the stride, padding, dilation and groups of `geometry`."""
-        ...
-
-    def matmul(self, left: Tensor, right: Tensor) -> Tensor:
-        """left @ right."""
-        ...
+# The dtype that each instruction computes its products in; they all give the same integers.
+Products = Callable[[IntegerProgram], Mapping[str, torch.dtype]]
 
 
-class _Int64:
+def exact_int64(program: IntegerProgram) -> Mapping[str, torch.dtype]:
     """The definition: products and sums of 64-bit integers."""
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        product = torch.matmul(x, weight.T)
-        return product if bias is None else product + bias
-
-    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
-        columns = _patches(x, weight.shape[2:], geometry)
-        groups, outputs = geometry.groups, weight.shape[0]
-        kernel = weight.reshape(groups, outputs // groups, -1)
-        product = torch.matmul(kernel, columns.unflatten(1, (groups, -1))).flatten(1, 2)
-        rows = _size(x.shape[2], weight.shape[2], geometry, 0)
-        product = product.unflatten(2, (rows, -1))
-        return product if bias is None else product + bias.view(-1, 1, 1)
-
-    def matmul(self, left: Tensor, right: Tensor) -> Tensor:
-        return torch.matmul(left, right)
+    return {instruction.output: torch.int64 for instruction in program.instructions}
 
 
-class _Float:
+def exact_products(program: IntegerProgram) -> Mapping[str, torch.dtype]:
+    """For each instruction the fastest dtype that is exact for any image."""
+    return {name: exact_dtype(terms) for name, terms in prove_terms(program).items()}
+
+
+def exact_dtype(terms: Terms) -> torch.dtype:
     """float32 below 2**24, float64 below 2**53, int64 above: every partial sum is then an integer that it holds.
 
-    The bound is on the sum of absolute products, so no order of summation can leave it.
+    No order of summation can leave the bound, which is on the sum of absolute values. float32 is for operands of 8
+    digits only: those survive where torch or oneDNN was told to multiply float32 in bfloat16 or TF32.
     """
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        product = self.matmul(x, weight.T)
-        return product if bias is None else product + bias
-
-    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
-        dtype = exact_dtype(x, weight, weight[0].numel())
-        if dtype is torch.int64:
-            return exact_int64.convolution(x, weight, bias, geometry)
-        product = functional.conv2d(
-            x.to(dtype), weight.to(dtype), None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-        ).to(torch.int64)
-        return product if bias is None else product + bias.view(-1, 1, 1)
-
-    def matmul(self, left: Tensor, right: Tensor) -> Tensor:
-        dtype = exact_dtype(left, right, left.shape[-1])
-        return torch.matmul(left.to(dtype), right.to(dtype)).to(torch.int64)
+    if terms.total < 2**24 and terms.digits <= 8:
+        return torch.float32
+    return torch.float64 if terms.total < 2**53 else torch.int64
 
 
-def exact_dtype(left: Tensor, right: Tensor, summed: int) -> torch.dtype:
-    """The narrowest dtype in which sums of so many products of these operands are exact."""
-    bound = summed * int(left.abs().amax()) * int(right.abs().amax())
-    return torch.float32 if bound < 2**24 else torch.float64 if bound < 2**53 else torch.int64
+def operand(x: Tensor, zero: int | Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x - zero in a dtype for products; float64 in place of float32 on other devices, which may add less exactly.
+
+    Arguments:
+        x: any integer dtype.
+        zero: broadcastable to x; None for 0.
+    """
+    if dtype is torch.float32 and x.device.type != "cpu":
+        dtype = torch.float64
+    if zero is None or (isinstance(zero, int) and zero == 0):
+        return x.to(dtype)
+    return x.to(dtype, copy=True).sub_(zero)
 
 
-def _patches(x: Tensor, kernel: torch.Size, geometry: Any) -> Tensor:
-    """The values under each position of a kernel: (batch, channels * kernel size, positions)."""
-    padded = functional.pad(x, (geometry.padding[1],) * 2 + (geometry.padding[0],) * 2)
-    rows, columns = (_size(x.shape[2 + axis], kernel[axis], geometry, axis) for axis in (0, 1))
-    (down, right), (high, wide) = geometry.stride, geometry.dilation
-    parts = [
-        padded[
-            :,
-            :,
-            i * high : i * high + (rows - 1) * down + 1 : down,
-            j * wide : j * wide + (columns - 1) * right + 1 : right,
-        ]
-        for i in range(kernel[0])
-        for j in range(kernel[1])
-    ]
-    return torch.stack(parts, 2).flatten(3).flatten(1, 2)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias: (..., outputs) from (..., channels), (outputs, channels) and (outputs,) of one dtype."""
+    return functional.linear(x, weight, bias) if x.is_floating_point() else _plus(torch.matmul(x, weight.T), bias)
 
 
-def _size(size: int, kernel: int, geometry: Any, axis: int) -> int:
-    extent = geometry.dilation[axis] * (kernel - 1) + 1
-    return (size + 2 * geometry.padding[axis] - extent) // geometry.stride[axis] + 1
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
+    """The convolution of (batch, channels, height, width) with the stride, padding, dilation and groups of `geometry`.
+
+    It is a matrix product in every dtype, since libraries convolve float32 by transforms that round.
+    """
+    windows = functional.pad(x, (geometry.padding[1],) * 2 + (geometry.padding[0],) * 2)
+    for axis, (size, step, apart) in enumerate(zip(weight.shape[2:], geometry.stride, geometry.dilation, strict=True)):
+        windows = windows.unfold(2 + axis, (size - 1) * apart + 1, step)[..., ::apart]
+    images, rows, columns = x.shape[0], *windows.shape[2:4]
+    patches = windows.permute(0, 2, 3, 1, 4, 5).reshape(images, rows * columns, geometry.groups, -1).transpose(1, 2)
+    kernel = weight.reshape(geometry.groups, weight.shape[0] // geometry.groups, -1)
+    product = torch.matmul(patches, kernel.mT).mT.reshape(images, -1, rows, columns)
+    return _plus(product, None if bias is None else bias.view(-1, 1, 1))
 
 
-exact_int64: Products = _Int64()
-exact_products: Products = _Float()
+def _plus(product: Tensor, bias: Tensor | None) -> Tensor:
+    return product if bias is None else product + bias
