@@ -22,7 +22,13 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from vitquant.errors import ExportError
-from vitquant.export.qdq_operators import FloatOperation, StoredCodes, quantizer_operator
+from vitquant.export.qdq_operators import (
+    FloatOperation,
+    LinearOperators,
+    QuantizeDequantize,
+    StoredCodes,
+    quantizer_operator,
+)
 from vitquant.graph.operators import LINEAR, arguments, aten, calls
 from vitquant.model import QuantizedModel
 from vitquant.operations import IntegerOperation
@@ -34,11 +40,12 @@ if TYPE_CHECKING:
     import onnx
 
 FORMAT = "onnx-qdq/1"
-OPSET = 21  # the first with 4-bit integers
 
-# On processors with AVX2 or AVX512 but no VNNI, ONNX Runtime's product of u8 and s8 saturates sums of two at 16 bits.
-# With this option it stores weights there as u8, whose product does not; elsewhere it changes nothing.
-SESSION_OPTIONS = {"session.x64quantprecision": "1"}
+# Without VNNI, x86 processors add two products of u8 and s8 in 16 bits, which saturate. With this option ONNX Runtime
+# stores weights as u8, whose products it adds in 32 bits; where there is VNNI that only takes twice the time.
+WITHOUT_VNNI = {"session.x64quantprecision": "1"}
+# From opset 21 on ONNX Runtime fails to rewrite s8 activations as u8, and must be told to leave them.
+SIGNED = {"session.qdqisint8allowed": "1"}
 
 
 def onnx_qdq_model(model: QuantizedModel) -> onnx.ModelProto:
@@ -53,8 +60,9 @@ def onnx_qdq_model(model: QuantizedModel) -> onnx.ModelProto:
         model: calibrated, a classifier with float32 tensors.
 
     Returns:
-        A checked model; `metadata_props` say recipe, bits, version, format, and the options of an ONNX Runtime session
-        (`vitquant.session_options`, JSON).
+        A checked model, of opset 20, or 21 where it holds integers of 4 or 16 bits. `metadata_props` say recipe, bits,
+        version, format, and the options that an ONNX Runtime session needs, as JSON: `vitquant.session_options`
+        everywhere, `vitquant.session_options.without_vnni` too on x86 processors without VNNI.
 
     Raises:
         CalibrationError: a quantizer is missing.
@@ -70,10 +78,14 @@ def onnx_qdq_model(model: QuantizedModel) -> onnx.ModelProto:
     from vitquant.export.qdq_rewriting import rewrite
 
     with torch.no_grad():
-        program = _export(_Logits(_with_operators(model)).eval(), torch.zeros(2, *model.input_shape))
+        module = _with_operators(model)
+        linear = [each for each in module.modules() if isinstance(each, LinearOperators)]
+        opset = 20 if all(each.width == 8 for each in linear) else 21
+        program = _export(_Logits(module).eval(), torch.zeros(2, *model.input_shape), opset)
     rewrite(program.model.graph)
     proto = program.model_proto
-    _describe(proto, model)
+    signed = any(isinstance(each, QuantizeDequantize) and each.signed and each.width == 8 for each in linear)
+    _describe(proto, model, SIGNED if signed and opset > 20 else {})
     _check(proto)
     return proto
 
@@ -135,13 +147,13 @@ def _require_extra() -> None:
         raise ExportError("ONNX files need onnx and onnxscript: pip install 'vitquant[onnx]'") from error
 
 
-def _export(module: nn.Module, example: torch.Tensor) -> torch.onnx.ONNXProgram:
+def _export(module: nn.Module, example: torch.Tensor, opset: int) -> torch.onnx.ONNXProgram:
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
                 module, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
-                opset_version=OPSET, input_names=["images"], output_names=["logits"], verbose=False,
+                opset_version=opset, input_names=["images"], output_names=["logits"], verbose=False,
             )  # fmt: skip
         except Exception as error:
             raise ExportError(f"torch cannot write the model as ONNX: {_reason(error)}") from error
@@ -171,7 +183,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _describe(proto: onnx.ModelProto, model: QuantizedModel) -> None:
+def _describe(proto: onnx.ModelProto, model: QuantizedModel, options: dict[str, str]) -> None:
     from onnx.helper import set_model_props
 
     facts = {
@@ -179,7 +191,8 @@ def _describe(proto: onnx.ModelProto, model: QuantizedModel) -> None:
         "vitquant.version": version("vitquant"),
         "vitquant.recipe": model.recipe.name,
         "vitquant.bits": str(model.bits),
-        "vitquant.session_options": json.dumps(SESSION_OPTIONS),
+        "vitquant.session_options": json.dumps(options),
+        "vitquant.session_options.without_vnni": json.dumps(WITHOUT_VNNI),
     }
     set_model_props(proto, facts)
     proto.producer_name, proto.producer_version = "vitquant", facts["vitquant.version"]

@@ -25,10 +25,13 @@ def stored_bits(bits: int) -> int:
     return next(width for width in (4, 8, 16) if bits <= width)
 
 
-class _Linear(nn.Module):
+class LinearOperators(nn.Module):
     """What `QuantizeLinear` and `DequantizeLinear` need: a scale and a zero point, one for all or one per channel.
 
     Types of 4 bits are unknown to torch: they travel in int8 or uint8, and under their own name in the metadata.
+
+    Attributes:
+        signed, width: the type of the codes: INT4 to UINT16.
     """
 
     scale: Tensor
@@ -38,6 +41,7 @@ class _Linear(nn.Module):
         super().__init__()
         if scale.numel() == 1:
             scale, zero, axis = scale.reshape(()), zero.reshape(()), None
+        self.signed, self.width = signed, width
         self._type = getattr(torch, ("int" if signed else "uint") + str(max(8, width)))
         self._attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
         self._metadata = {OPERAND: name, STORED_AS: ("INT" if signed else "UINT") + str(width)}
@@ -57,7 +61,7 @@ class _Linear(nn.Module):
         )  # fmt: skip
 
 
-class QuantizeDequantize(_Linear):
+class QuantizeDequantize(LinearOperators):
     """A quantizer on equally spaced levels: `QuantizeLinear` and `DequantizeLinear` with one scale.
 
     Runtimes fuse these pairs as if every scale of an activation were one number, so power-of-two factors stand
@@ -102,7 +106,7 @@ class QuantizeDequantize(_Linear):
         return x * self.factors if self._factored else x
 
 
-class StoredCodes(_Linear):
+class StoredCodes(LinearOperators):
     """A quantized value that no image changes: its codes, and `DequantizeLinear`.
 
     Arguments:

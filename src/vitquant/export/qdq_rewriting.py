@@ -1,4 +1,4 @@
-"""What the exported graph needs after torch has written it: barriers against wrong fusions, 4-bit types, names.
+"""What the exported graph needs after torch has written it: barriers against wrong fusions, types, names.
 
 Needs the extra `onnx`. Every rewrite is in place.
 """
@@ -18,7 +18,7 @@ def rewrite(graph: ir.Graph) -> None:
     """Bring a graph of `qdq_operators` to the form that is written to files."""
     keep_softmax_apart(graph)
     keep_convolutions_apart(graph)
-    give_types(graph)
+    give_parameters(graph)
     give_names(graph)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
@@ -68,20 +68,25 @@ def _insert_after(graph: ir.Graph, node: ir.Node, operator: str, *operands: ir.V
         reader.replace_input_with(index, same.outputs[0])
 
 
-def give_types(graph: ir.Graph) -> None:
-    """Give codes and zero points of 4 bits, which torch wrote as bytes, their type.
+def give_parameters(graph: ir.Graph) -> None:
+    """Give every quantized value stored tensors of its own: `NAME.scale`, `NAME.zero`, codes; 4-bit ones in 4 bits.
 
-    The exporter stores equal tensors once, so other nodes may still read the bytes.
+    Torch writes 4-bit integers as bytes, and equal tensors once. An optimizer of ONNX Runtime that rewrites weights as
+    u8 cannot rewrite a zero point that several weights share (onnxruntime 1.31.1: "Attempt to replace the existing
+    tensor").
     """
     for node in graph:
-        dtype = ir.DataType[node.metadata_props.get(STORED_AS, "FLOAT")]
-        if dtype not in (ir.DataType.INT4, ir.DataType.UINT4):
+        operand = node.metadata_props.get(OPERAND)
+        if operand is None:
             continue
-        for index, value in enumerate(node.inputs):
-            stored = None if value is None else value.const_value
-            if stored is not None and stored.dtype in (ir.DataType.INT8, ir.DataType.UINT8):
-                codes = ir.tensor(stored.numpy().astype(dtype.numpy()), dtype=dtype)
-                node.replace_input_with(index, _stored(graph, f"{stored.name}.{dtype.name.lower()}", codes))
+        dtype = ir.DataType[node.metadata_props[STORED_AS]]
+        for index, part in enumerate(("stored", "scale", "zero")):
+            tensor = node.inputs[index].const_value  # type: ignore[union-attr]
+            if tensor is None:
+                continue  # what images change
+            if part != "scale" and dtype.bitwidth == 4:
+                tensor = ir.tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype)
+            node.replace_input_with(index, _stored(graph, f"{operand}.{part}", tensor))
         if node.op_type == "QuantizeLinear":
             node.outputs[0].dtype = dtype
 
@@ -101,7 +106,7 @@ def give_names(graph: ir.Graph) -> None:
     Codes are `blocks.0.attn.scores:query.codes`, what they stand for `blocks.0.attn.scores:query`.
     """
     for value in list(graph.initializers.values()):
-        value.name = str(value.name).removeprefix("graph_module.").removeprefix("quantizers.")
+        value.name = str(value.name).removeprefix("graph_module.")
     for node in graph:
         operand = node.metadata_props.get(OPERAND)
         node.metadata_props.clear()

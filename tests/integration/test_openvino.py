@@ -1,0 +1,250 @@
+"""Quantized models in OpenVINO: files that are whole or absent, and the simulation computed from them."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import vitquant
+from vitquant.errors import ExportError
+from vitquant.export.qdq_operators import StoredCodes, quantizer_operator
+from vitquant.quantizers import build_quantizer
+from vitquant.spec import Log2, PerAxis, PowerOfTwoFactor, QParams, QuantSpec
+
+onnx = pytest.importorskip("onnx")
+openvino = pytest.importorskip("openvino")
+pytest.importorskip("onnxscript")
+
+from vitquant.export.onnx_qdq import onnx_qdq_model  # noqa: E402
+from vitquant.export.openvino import write_openvino  # noqa: E402
+from vitquant.export.qdq_rewriting import rewrite  # noqa: E402
+from vitquant.runtime.openvino import OpenVinoModel  # noqa: E402
+
+
+def vit():
+    import timm
+
+    return timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=48, num_heads=3, img_size=64, num_classes=7)
+
+
+def swin():
+    import timm
+
+    sizes = {"depths": (2, 2), "embed_dim": 24, "num_heads": (2, 4), "img_size": 64, "window_size": 4}
+    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=7, **sizes)
+
+
+def trained(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.copy_((1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.1 * noise)
+            else:
+                parameter.copy_(noise / max(1, parameter[0].numel()) ** (0.5 * (parameter.shape[0] > 1)))
+    return model.eval()
+
+
+def photos(count, seed=0):
+    return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def exported(make, recipe, bits=None):
+    torch.manual_seed(0)
+    quantized = vitquant.quantize(trained(make()), recipe, list(photos(8).split(4)), bits=bits)
+    return quantized, onnx_qdq_model(quantized)
+
+
+def written(proto, folder):
+    write_openvino(proto, folder / "ir")
+    return OpenVinoModel(folder / "ir", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "recipe", "bits"),
+    [(vit, "minmax", None), (vit, "fq-vit", "w4a8s4"), (vit, "fq-vit", "w4a4s4"), (swin, "fq-vit", None)],
+)
+def test_openvino_computes_the_simulation(make, recipe, bits, tmp_path):
+    quantized, proto = exported(make, recipe, bits)
+    runtime = written(proto, tmp_path)
+    images = photos(5, seed=1)
+    with torch.no_grad():
+        expected = quantized(images)
+    for size in (5, 2, 1):
+        found = runtime(images[:size])
+        assert (found.dtype, found.shape) == (torch.float32, (size, 7))
+        cosine = torch.cosine_similarity(found, expected[:size], dim=1).min()
+        assert cosine > (0.95 if bits == "w4a4s4" else 0.99)
+
+
+def test_results_are_kept_when_the_model_runs_again(tmp_path):
+    _, proto = exported(vit, "minmax")
+    runtime = written(proto, tmp_path)
+    first = runtime(photos(2, seed=1))
+    kept = first.clone()
+    runtime(photos(2, seed=2))
+    assert torch.equal(first, kept)
+
+
+# One quantizer in a file.
+
+ENDS = (math.inf, -math.inf)
+
+
+def run_module(module, example, folder, values):
+    program = torch.onnx.export(
+        module.eval(), (example,), dynamo=True, opset_version=21,
+        input_names=["images"], output_names=["logits"], verbose=False,
+    )  # fmt: skip
+    rewrite(program.model.graph)
+    path = folder / "model.onnx"
+    onnx.save(program.model_proto, path)
+    return OpenVinoModel(path)(values)
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "zero"), [(4, 0, 6), (4, 1, 0), (6, 0, 20), (6, 1, 0), (8, 0, 86), (8, 1, 0)]
+)
+def test_uniform_levels_halves_and_ends_are_exact(bits, signed, zero, tmp_path):
+    spec = QuantSpec(bits, signed=bool(signed), symmetric=bool(signed))
+    quantizer = build_quantizer(spec, QParams(torch.tensor(0.0625), torch.tensor(zero)))  # every quotient is exact
+    values = (torch.arange(-400.0, 400.0, 0.5) * 0.0625).view(2, -1)
+    assert torch.equal(run_module(quantizer_operator("x", quantizer, 2), values, tmp_path, values), quantizer(values))
+
+
+def test_halves_go_the_other_way_where_the_zero_point_is_odd(tmp_path):
+    """OpenVINO adds the zero point before it rounds to even; docs/onnx-qdq.md. Nothing else differs."""
+    quantizer = build_quantizer(QuantSpec(8), QParams(torch.tensor(0.0625), torch.tensor(85)))
+    steps = torch.arange(-400.0, 400.0, 0.25)
+    values = (steps * 0.0625).view(2, -1)
+    found = run_module(quantizer_operator("x", quantizer, 2), values, tmp_path, values)
+    assert not torch.equal(found, quantizer(values))
+    wrong = (found != quantizer(values)).flatten()
+    assert bool((steps[wrong] % 1 == 0.5).all())
+    assert (found - quantizer(values)).abs().max() == 0.0625
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_powers_of_two_are_exact_at_every_level_and_threshold(separate, tmp_path):
+    quantizer = build_quantizer(QuantSpec(4, scheme=Log2(separate_zero=separate)), QParams(torch.tensor(1.0)))
+    exponents = torch.arange(0, 20.0)
+    places = torch.cat([torch.exp2(-exponents), torch.exp2(-exponents - 0.5), torch.tensor([0.0, -1.0, 1.5])])
+    values = torch.cat([places, *(torch.nextafter(places, torch.tensor(end)) for end in ENDS)]).view(3, -1)
+    assert torch.equal(run_module(quantizer_operator("x", quantizer, 2), values, tmp_path, values), quantizer(values))
+
+
+def test_power_of_two_factors_are_exact(tmp_path):
+    spec = QuantSpec(8, granularity=PerAxis(-1), scheme=PowerOfTwoFactor(4))
+    params = QParams(torch.tensor(0.0625), torch.tensor(96), torch.tensor([0, 3, 1, 2]))
+    quantizer = build_quantizer(spec, params)
+    values = (torch.arange(-2000.0, 2000.0) * 0.03125).view(-1, 4)
+    assert torch.equal(run_module(quantizer_operator("x", quantizer, 2), values, tmp_path, values), quantizer(values))
+
+
+# What the runtime does wrong.
+
+
+class Patches(nn.Module):
+    """A patch embedding as graphs have it: quantized convolution, a class token in front, one quantizer for all."""
+
+    def __init__(self, bias, token):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(8, 3, 4, 4, generator=generator))
+        self.bias = nn.Parameter(torch.randn(8, generator=generator)) if bias else None
+        self.token = nn.Parameter(torch.randn(1, 1, 8, generator=generator)) if token else None
+        spec, weights = QuantSpec(8), QuantSpec(8, signed=True, symmetric=True, granularity=PerAxis(0))
+        scales = self.weight.detach().abs().amax((1, 2, 3)) / 127.5
+        self.quantizers = nn.ModuleDict({
+            "image": build_quantizer(spec, QParams(torch.tensor(0.03), torch.tensor(118))),
+            "weight": build_quantizer(weights, QParams(scales, torch.zeros(8))),
+            "tokens": build_quantizer(spec, QParams(torch.tensor(0.2), torch.tensor(110))),
+        })  # fmt: skip
+        self.operators = nn.ModuleDict({
+            "image": quantizer_operator("image", self.quantizers["image"], 4),
+            "weight": StoredCodes("weight", self.quantizers["weight"], self.weight.detach()),
+            "tokens": quantizer_operator("tokens", self.quantizers["tokens"], 3),
+        })  # fmt: skip
+
+    def forward(self, x):
+        exporting = torch.onnx.is_in_onnx_export()
+        parts = self.operators if exporting else self.quantizers
+        weight = parts["weight"]() if exporting else parts["weight"](self.weight)
+        patches = torch.conv2d(parts["image"](x), weight, self.bias, 4).flatten(2).transpose(1, 2)
+        if self.token is not None:
+            patches = torch.cat([self.token.expand(len(x), -1, -1), patches], 1)
+        return parts["tokens"](patches)
+
+
+@pytest.mark.parametrize(("bias", "token"), [(True, True), (True, False), (False, True), (False, False)])
+def test_a_convolution_keeps_its_bias_when_its_quantizer_is_moved_to_it(bias, token, tmp_path):
+    module, images = Patches(bias, token), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = module(images)
+        found = run_module(module, images, tmp_path, images)
+    assert (found != expected).double().mean() < 0.002  # sums in another order: codes that flip
+
+
+# Files.
+
+
+def test_an_ir_is_not_replaced_unless_forced(tmp_path):
+    _, proto = exported(vit, "minmax")
+    target = tmp_path / "deep" / "ir"
+    write_openvino(proto, target)
+    assert {file.name for file in target.iterdir()} == {"model.xml", "model.bin"}
+    assert [folder.name for folder in target.parent.iterdir()] == ["ir"]
+    assert '"minmax"' in (target / "model.xml").read_text()
+    before = (target / "model.bin").read_bytes()
+    with pytest.raises(ExportError, match="is not empty"):
+        write_openvino(proto, target)
+    write_openvino(proto, target, force=True)
+    assert (target / "model.bin").read_bytes() == before
+    assert [folder.name for folder in target.parent.iterdir()] == ["ir"]
+
+
+def test_what_is_no_ir_is_never_replaced(tmp_path):
+    _, proto = exported(vit, "minmax")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("words")
+    with pytest.raises(ExportError, match="holds no OpenVINO model"):
+        write_openvino(proto, tmp_path / "mine", force=True)
+    with pytest.raises(ExportError, match="is a file"):
+        write_openvino(proto, tmp_path / "mine" / "thesis.txt", force=True)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    _, proto = exported(vit, "minmax")
+    target = tmp_path / "ir"
+    write_openvino(proto, target)
+    before = (target / "model.xml").read_bytes()
+
+    def fail(model, path, **options):
+        path.write_text("half")
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(openvino, "save_model", fail)
+    with pytest.raises(ExportError, match="could not be written: no space left"):
+        write_openvino(proto, target, force=True)
+    assert (target / "model.xml").read_bytes() == before
+    assert [folder.name for folder in tmp_path.iterdir()] == ["ir"]
+
+
+def test_what_cannot_be_run_is_refused(tmp_path):
+    with pytest.raises(ExportError, match=r"model\.onnx is missing"):
+        OpenVinoModel(tmp_path / "model.onnx")
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(ExportError, match="OpenVINO refuses"):
+        OpenVinoModel(tmp_path / "model.onnx")
+    _, proto = exported(vit, "minmax")
+    runtime = written(proto, tmp_path)
+    with pytest.raises(ExportError, match=r"takes float32 images \[\?,3,64,64\]; these are torch.float64"):
+        runtime(photos(1).double())
+    with pytest.raises(ExportError, match=r"these are torch.float32 \(1, 3, 32, 64\)"):
+        runtime(photos(1)[:, :, :32])
