@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
-from math import prod
+from math import inf, prod
 
 import torch
 
@@ -43,6 +43,7 @@ def check_program(program: p.IntegerProgram) -> None:
     for name in program.constants:
         _check_constant(program, name)
     _check_flow(program)
+    _check_facts(program)
     prove_ranges(program)
 
 
@@ -109,6 +110,19 @@ def _check_flow(program: p.IntegerProgram) -> None:
     for value, name in program.codes.items():
         if not _is_name(value) or name not in shapes:
             raise _refuse("codes", f"no register {name[:80]!r} for {value[:80]!r}")
+
+
+def _check_facts(program: p.IntegerProgram) -> None:
+    """What input and output stand for, where that is said."""
+    classes = program.registers[program.output].shape[-1]
+    for end, counts in (("input", (0,)), ("output", (1, classes))):
+        match program.facts.get(end, {"scale": [1.0] * counts[0] or 1.0, "zero_point": 0}):
+            case {"scale": float() | list() as scale, "zero_point": int(zero)} if abs(zero) < 2**31:
+                scales = scale if isinstance(scale, list) else [scale]
+                count = len(scale) if isinstance(scale, list) else 0
+                if count in counts and all(isinstance(each, float) and 0 < each < inf for each in scales):
+                    continue
+        raise _refuse(end, "no scale and zero point")
 
 
 def _check_written(program: p.IntegerProgram, i: p.Instruction, shape: Shape, known: dict[str, Shape]) -> None:

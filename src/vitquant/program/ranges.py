@@ -20,6 +20,7 @@ Range = tuple[int, int]
 # `integer.softmax` rounds the exponent of a power of two to nearest, which can make it sqrt(2) times the probability,
 # and a little more where the logarithm of the row's sum was rounded; as published it is at most 3/2 times.
 _NEAREST, _PUBLISHED = Fraction(1415, 1000), Fraction(3, 2)
+_OCTAVE = Fraction(1, 2 ** (OCTAVE_BITS + 1))  # half a unit of an octave, and more than that in a factor
 
 
 @dataclass(frozen=True)
@@ -188,16 +189,16 @@ class _Proof:
         """Notes what 2**-code sums to in a row at most, without the codes that mean zero.
 
         With the sum s of a row's values, an octave o gives at most sqrt(2) * 2**-o / s. The values are those of the
-        octaves but for their rounding: the row's length times the largest difference says how much that can be.
+        octaves but for rounding: of octaves, which is relative, and of values, half a unit for each entry of a row.
         """
         length, factor = self._row_of_scores(i), _PUBLISHED
         if not i.published:
             values, octaves = self.program.constants[i.values], self.program.constants[i.octaves]
             half = 1 << (OCTAVE_BITS - 1)
-            gains = torch.exp2(VALUE_BITS - octaves.double() / 2**OCTAVE_BITS) - values
+            gains = torch.exp2(VALUE_BITS - octaves.double() / 2**OCTAVE_BITS) - values * float(1 + _OCTAVE)
             counts = (octaves + half - 1) >> OCTAVE_BITS < i.zero
             gain = Fraction(float((gains * counts).clamp(min=0).amax())) + Fraction(1, 2**20)
-            factor = _NEAREST * (1 + length * gain / 2**VALUE_BITS)
+            factor = _NEAREST * (1 + _OCTAVE + length * gain / 2**VALUE_BITS)
         self.probabilities[i.output] = i.zero, factor
         return 0, i.zero
 

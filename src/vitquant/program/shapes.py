@@ -139,7 +139,14 @@ def _reshape(i: p.Reshape, x: Shape) -> Shape:
     _need(all(size > 0 or size == -1 for size in i.shape) and free <= 1, f"to {i.shape} is no shape")
     _need(total % known == 0 if free else total == known and not grows, f"of {x} to {i.shape} does not fit")
     rest = -(total // known) if grows else total // known
-    return tuple(rest if size == -1 else size for size in i.shape)
+    shape = tuple(rest if size == -1 else size for size in i.shape)
+    _need(not grows or _before_batch(x) == _before_batch(shape), f"of {x} to {shape} mixes images")
+    return shape
+
+
+def _before_batch(shape: Shape) -> int:
+    """How often a tensor goes through all of its images."""
+    return prod(shape[: next(axis for axis, size in enumerate(shape) if size < 0)])
 
 
 def _concat(i: p.Concat, parts: list[Shape]) -> Shape:

@@ -1,0 +1,440 @@
+"""Programs that are not valid are refused by name, one for each thing that can be wrong."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import timm
+import torch
+
+import vitquant
+from vitquant.errors import LoweringError
+from vitquant.integer.exponential import Exponential, exact_exponential
+from vitquant.lowering import lower
+from vitquant.program import instructions as p
+from vitquant.program.checking import check_program
+from vitquant.program.ranges import prove_ranges, prove_terms
+from vitquant.runtime.interpreter import Interpreter
+
+TABLE = exact_exponential(0.05)
+POWERS = torch.tensor([1 << (14 - code) for code in range(15)] + [0])
+
+
+def program(*steps: p.Instruction, registers: dict[str, p.Register], constants: dict[str, torch.Tensor]):
+    """From codes u8 (-1, 4, 6) to the last step's output."""
+    types = {name: p.Register("s32", tuple(values.shape)) for name, values in constants.items()}
+    given = {"x": p.Register("u8", (-1, 4, 6)), **types, **registers}
+    return p.IntegerProgram("x", steps[-1].output, given, constants, steps)
+
+
+def everything() -> p.IntegerProgram:
+    """A small attention: a LayerNorm, a product of codes, a masked softmax, its context, a table, a mean."""
+    constants = {
+        "factors": torch.tensor([0, 1, 2, 3, 0, 1]), "gain": torch.full((6,), 2**20), "shift": torch.full((6,), 2**37),
+        "weight": torch.arange(-15, 15).view(5, 6), "weight_zero": torch.full((5, 1), 3), "bias": torch.arange(5) * 100,
+        "m": torch.tensor(2**20), "half": torch.tensor(2**20), "values": TABLE.values, "octaves": TABLE.octaves,
+        "hidden": torch.eye(4, dtype=torch.int64), "powers": POWERS, "square": torch.arange(256) // 2,
+    }  # fmt: skip
+    types = {
+        "n": "u8 -1 4 6", "a": "s32 -1 4 5", "q": "u8 -1 4 5", "k": "u8 -1 5 4", "s": "s32 -1 4 4", "c": "u8 -1 4 4",
+        "l": "u4 -1 4 4", "o": "u16 -1 4 4", "v": "s32 -1 4 5", "w": "u8 -1 4 5", "g": "u8 -1 4 5", "t": "s32 -1 5",
+        "y": "s8 -1 5", "gain": "s32 6", "shift": "s64 6", "factors": "u8 6", "weight": "s8 5 6", "half": "s64",
+        "weight_zero": "s8 5 1", "values": "u16 257", "octaves": "u16 257", "hidden": "u8 4 4", "powers": "u16 16",
+        "square": "u8 256",
+    }  # fmt: skip
+    registers = {name: p.Register(type.split()[0], tuple(map(int, type.split()[1:]))) for name, type in types.items()}
+    steps = (
+        p.LayerNorm("n", "norm", "x", "factors", 7, 5, 248 * 8, "gain", "shift", 30, 0, 255),
+        p.Linear("a", "linear", "n", "weight", "bias", 9, "weight_zero"),
+        p.Requantize("q", "query", ("a",), ("m",), "half", 28, 0, 255),
+        p.Permute("k", "query", "q", (0, 2, 1)),
+        p.Product("s", "scores", "q", "k", 3, 4),
+        p.Requantize("c", "scores", ("s",), ("m",), "half", 27, 0, 255),
+        p.LogSoftmax("l", "softmax", "c", "hidden", "values", "octaves", 15, False),
+        p.Lookup("o", "softmax", "l", "powers", 0),
+        p.Product("v", "context", "o", "q", 0, 5),
+        p.Requantize("w", "context", ("v",), ("m",), "half", 34, 0, 255),
+        p.Lookup("g", "activation", "w", "square", 0),
+        p.Sum("t", "mean", "g", (1,), False, 2),
+        p.Requantize("y", "logits", ("t",), ("m",), "half", 18, -128, 127),
+    )
+    made = program(*steps, registers=registers, constants=constants)
+    facts = {"input": {"scale": 0.1, "zero_point": 3}, "output": {"scale": [0.2], "zero_point": 0}}
+    return replace(made, codes={"norm:input": "x"}, facts=facts)
+
+
+def changed(site: str, **given: object) -> p.IntegerProgram:
+    """`everything` with other fields in the last instruction of a site that has them."""
+    whole = everything()
+    has = [
+        index
+        for index, each in enumerate(whole.instructions)
+        if each.site == site and given.keys() <= {field.name for field in fields(each)}
+    ]
+    steps = list(whole.instructions)
+    steps[has[-1]] = replace(steps[has[-1]], **given)  # type: ignore[arg-type]
+    return replace(whole, instructions=tuple(steps))
+
+
+def test_a_valid_program_is_not_refused_and_runs():
+    check_program(everything())
+    codes = torch.randint(0, 256, (3, 4, 6), generator=torch.Generator().manual_seed(0))
+    assert len(Interpreter(everything())(codes).unique()) > 5
+
+
+CHANGES = [
+    ("query", {"inputs": ("w",)}, "inputs 'w' is not known before"),
+    ("query", {"inputs": ("nowhere",)}, "inputs 'nowhere' is not known before"),
+    ("query", {"inputs": ()}, "one multiplier for each input"),
+    ("query", {"multipliers": ("m", "m")}, "one multiplier for each input"),
+    ("query", {"multipliers": ("q",)}, "'q' is not known before"),
+    ("scores", {"multipliers": ("q",)}, "multipliers q is no constant"),
+    ("query", {"multipliers": ("half",)}, "half is not of s32"),
+    ("query", {"shift": 0}, "shift 0 is not from 1 to 62"),
+    ("query", {"shift": 63}, "shift 63 is not from 1 to 62"),
+    ("query", {"low": 9, "high": 8}, "nothing lies from 9 to 8"),
+    ("query", {"high": 256}, "values from 0 to 256 do not fit u8"),
+    ("query", {"low": -1}, "values from -1 to 255 do not fit u8"),
+    ("query", {"output": "a"}, "register a is written twice"),
+    ("query", {"output": "x"}, "register x is written twice"),
+    ("query", {"output": "bias"}, "register bias is written twice"),
+    ("query", {"output": "z"}, "no register 'z'"),
+    ("query", {"axes": (0, 1, 2)}, r"register k is of \(-1, 4, 5\), not \(-1, 5, 4\)"),
+    ("query", {"axes": (0, 1, 1)}, "takes axes"),
+    ("query", {"axes": (0, 2)}, "takes axes"),
+    ("query", {"axes": (0, 2, 16)}, "axes 16 is not from 0 to 15"),
+    ("linear", {"weight": "x"}, "weight x is no constant"),
+    ("linear", {"weight": "bias"}, "needs 2 axes"),
+    ("linear", {"bias": "gain"}, "bias for each of 5"),
+    ("linear", {"weight_zero": "powers"}, "reads"),
+    ("linear", {"input_zero": 2**40}, "do not fit s32"),
+    ("linear", {"input_zero": 2**63}, "input_zero"),
+    ("linear", {"input_zero": 2**62}, "may exceed 64 bits"),
+    ("scores", {"right": "q"}, r"is of \(-1, 4, 5\) and \(-1, 4, 5\)"),
+    ("scores", {"left": "factors"}, "is of no matrices"),
+    ("context", {"left_zero": -(2**22)}, "do not fit s32"),
+    ("softmax", {"zero": 17}, "zero 17 is not from 1 to 16"),
+    ("softmax", {"zero": 16}, "do not fit u4"),
+    ("softmax", {"zero": 0}, "zero 0 is not from 1 to 16"),
+    ("softmax", {"values": "powers"}, "tables of 16 and 257"),
+    ("softmax", {"values": "square"}, "square is not of u16"),
+    ("softmax", {"hidden": "factors"}, "is not 0 or 1"),
+    ("softmax", {"hidden": "gain"}, "is not 0 or 1"),
+    ("softmax", {"table": "values", "lowest": 1}, "codes from 0 to 15 leave a table of 1 to 257"),
+    ("activation", {"table": "powers"}, "codes from 0 to 255 leave a table of 0 to 15"),
+    ("activation", {"table": "weight"}, "needs 1 axes"),
+    ("mean", {"axes": ()}, "has axes"),
+    ("mean", {"axes": (0,)}, "takes axes"),
+    ("mean", {"axes": (1, 1)}, "has axes"),
+    ("mean", {"keep": True}, "register t is of"),
+    ("norm", {"input_zero": -1}, "inputs up to 2048 exceed 1984"),
+    ("norm", {"largest": 1983}, "inputs up to 1984 exceed 1983"),
+    ("norm", {"largest": 2**28}, "are too many"),
+    ("norm", {"epsilon": 0}, "epsilon 0"),
+    ("norm", {"epsilon": 2**60 + 1}, "epsilon"),
+    ("norm", {"factors": "gain"}, "gain is not from 0 to 31"),
+    ("norm", {"multiplier": "shift"}, "shift is not of s32"),
+    ("norm", {"multiplier": "powers"}, "not of s32"),
+    ("norm", {"addend": "bias"}, r"reads \(6,\) beside \(5,\)"),
+]
+
+
+@pytest.mark.parametrize(("site", "given", "message"), CHANGES, ids=lambda value: str(value)[:40])
+def test_an_instruction_that_is_not_valid_is_refused_by_its_site(site, given, message):
+    with pytest.raises(LoweringError, match=message) as refused:
+        check_program(changed(site, **given))
+    assert site in str(refused.value)
+
+
+@pytest.mark.parametrize("site", ["", "two\nlines", "\x1b[2J", "long" * 1000])
+def test_a_site_that_cannot_be_printed_is_refused(site):
+    whole = everything()
+    steps = (replace(whole.instructions[0], site=site), *whole.instructions[1:])
+    with pytest.raises(LoweringError, match="no site that can be printed") as refused:
+        check_program(replace(whole, instructions=steps))
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 200
+
+
+SMALL = {"gain": torch.full((6,), 2**31 - 1), "weight": torch.full((5, 6), 127)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {"registers": {**w.registers, "spare": p.Register("u8", (2,))}}, "spare: a register that is never"),
+        (lambda w: {"registers": {**w.registers, "x": p.Register("u8", (4, 6))}}, "input: no register whose first"),
+        (lambda w: {"registers": {**w.registers, "x": p.Register("u9", (-1, 4, 6))}}, "x: no type 'u9'"),
+        (lambda w: {"registers": {**w.registers, "q": p.Register("u8", (-1, 4, -1))}}, "two sizes"),
+        (lambda w: {"registers": {**w.registers, "q": p.Register("u8", (-1, 4, 0))}}, "q: no shape"),
+        (lambda w: {"registers": {**w.registers, "q": p.Register("u8", (-2, 4, 5))}}, "q: no shape"),
+        (lambda w: {"registers": {**w.registers, "q": p.Register("u8", (-1, 10**18))}}, "q: no shape"),
+        (lambda w: {"registers": {**w.registers, "q": p.Register("u8", (-1,) + (1,) * 99)}}, "q: no shape"),
+        (lambda w: {"registers": {**w.registers, "a\nb": p.Register("u8", (1,))}}, "no name that can be printed"),
+        (lambda w: {"registers": {**w.registers, "bias": p.Register("u8", (5,))}}, "from 0 to 400 are not u8"),
+        (lambda w: {"registers": {**w.registers, "bias": p.Register("s32", (1, 5))}}, r"bias: torch.int64 of \(5,\)"),
+        (lambda w: {"constants": {**w.constants, "bias": torch.zeros(5)}}, "bias: torch.float32"),
+        (lambda w: {"constants": {**w.constants, "spare": torch.zeros(5).long()}}, "a constant without a register"),
+        (lambda w: {"input": "bias"}, "input: no register"),
+        (lambda w: {"input": "nowhere"}, "input: no register"),
+        (lambda w: {"output": "nowhere"}, "output: no register that an instruction writes"),
+        (lambda w: {"output": "x"}, "output: no register that an instruction writes"),
+        (lambda w: {"output": "bias"}, "output: no register that an instruction writes"),
+        (lambda w: {"codes": {"norm:input": "nowhere"}}, "no register 'nowhere'"),
+        (lambda w: {"facts": {"input": {"scale": 0.0, "zero_point": 0}}}, "input: no scale"),
+        (lambda w: {"facts": {"input": {"scale": [0.1], "zero_point": 0}}}, "input: no scale"),
+        (lambda w: {"facts": {"input": {"scale": 0.1, "zero_point": 0.5}}}, "input: no scale"),
+        (lambda w: {"facts": {"output": {"scale": [0.1, 0.1], "zero_point": 0}}}, "output: no scale"),
+        (lambda w: {"facts": {"output": {"scale": [float("nan")], "zero_point": 0}}}, "output: no scale"),
+        (lambda w: {"facts": {"output": []}}, "output: no scale"),
+        (
+            lambda w: {"constants": {**w.constants, "gain": SMALL["gain"], "shift": torch.full((6,), 2**63 - 1)}},
+            "affine part may exceed 64 bits",
+        ),
+    ],
+)
+def test_a_program_that_is_not_valid_is_refused(change, message):
+    whole = everything()
+    with pytest.raises(LoweringError, match=message):
+        check_program(replace(whole, **change(whole)))
+
+
+def test_an_instruction_of_another_class_is_refused():
+    class Surprise(p.Instruction):
+        pass
+
+    whole = everything()
+    with pytest.raises(LoweringError, match="no instruction Surprise"):
+        check_program(replace(whole, instructions=(Surprise("x1", "here"),)))
+
+
+def one(step: p.Instruction, written: p.Register, shape=(-1, 4, 6), kind="u8", **constants: torch.Tensor):
+    """A program of one instruction and a Permute that brings images to the front."""
+    registers = {"x": p.Register(kind, shape), step.output: written}
+    return program(step, registers=registers, constants=constants)
+
+
+@pytest.mark.parametrize(
+    ("shape", "to", "message"),
+    [
+        ((-1, 4, 6), (6, -1, 4), "mixes images"),
+        ((-1, 4, 6), (24,), "does not fit"),
+        ((-1, 4, 6), (-1, 5), "does not fit"),
+        ((-1, 4, 6), (-1, -1), "is no shape"),
+        ((-1, 4, 6), (-1, 0), "is no shape"),
+        ((-1, 4, 6), (-1, -4, 6), "shape -4 is not from -1"),
+        ((-1, 4, 6), (-1, *[1] * 40), "too many axes"),
+    ],
+)
+def test_a_reshape_that_does_not_fit_or_mixes_images_is_refused(shape, to, message):
+    with pytest.raises(LoweringError, match=message):
+        check_program(one(p.Reshape("y", "here", "x", to), p.Register("u8", (-1, 24)), shape))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        p.Slice("y", "here", "x", 1, 2, 2, 1),
+        p.Slice("y", "here", "x", 1, -1, 2, 1),
+        p.Slice("y", "here", "x", 1, 0, 5, 1),
+        p.Slice("y", "here", "x", 1, 0, 4, 0),
+        p.Slice("y", "here", "x", 0, 0, 1, 1),
+        p.Slice("y", "here", "x", 3, 0, 1, 1),
+        p.Roll("y", "here", "x", (1,), (0,)),
+        p.Roll("y", "here", "x", (1, 2), (1,)),
+        p.Roll("y", "here", "x", (), ()),
+        p.Pad("y", "here", "x", (0, 0, 0, 0, 1, 0), 0),
+        p.Pad("y", "here", "x", (1,), 0),
+        p.Pad("y", "here", "x", (-1, 0), 0),
+        p.Pad("y", "here", "x", (0,) * 8, 0),
+        p.Pad("y", "here", "x", (), 0),
+        p.Pad("y", "here", "x", (1, 1), 256),
+        p.Pad("y", "here", "x", (2**62, 2**62), 0),
+        p.Concat("y", "here", (), 1),
+        p.Concat("y", "here", ("x", "x"), 0),
+        p.Concat("y", "here", ("x", "x"), 3),
+        p.Concat("y", "here", ("x", "c"), 1),
+        p.Concat("y", "here", ("x", "d"), 1),
+        p.Multiply("y", "here", "x", "c", 0, 0),
+        p.Sum("y", "here", "x", (0,), True, 0),
+        p.Convolution("y", "here", "x", "c", None, 0, None, (1, 1), (0, 0), (1, 1), 1),
+    ],
+    ids=str,
+)
+def test_a_move_that_no_register_can_make_is_refused(step):
+    others = {"c": torch.zeros(1, 5, 7, dtype=torch.int64), "d": torch.zeros(2, 4, 6, dtype=torch.int64)}
+    for shape in ((-1, 4, 6), (-1, 4, 7), (-1, 8, 6), (-1, 5, 6)):
+        with pytest.raises(LoweringError, match="here"):
+            check_program(one(step, p.Register("u8", shape), **others))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"stride": (0, 1)},
+        {"stride": (1,)},
+        {"padding": (-1, 0)},
+        {"dilation": (1, 0)},
+        {"groups": 0},
+        {"groups": 2},
+        {"groups": 4},
+        {"dilation": (4, 1)},
+        {"bias": "d"},
+        {"weight_zero": "w"},
+        {"padding": (0, 0, 0)},
+    ],
+)
+def test_a_convolution_that_does_not_fit_is_refused(given):
+    step = p.Convolution("y", "here", "x", "c", None, 0, None, (1, 1), (1, 1), (1, 1), 1)
+    weight = {"c": torch.ones(2, 3, 3, 3).long(), "d": torch.ones(3).long(), "w": torch.ones(2, 3, 3, 3, 1).long()}
+    written = p.Register("s32", (-1, 2, 5, 5))
+    check_program(one(step, written, (-1, 3, 5, 5), **weight))
+    with pytest.raises(LoweringError, match="here"):
+        check_program(one(replace(step, **given), written, (-1, 3, 5, 5), **weight))
+
+
+def test_so_many_elements_that_no_machine_runs_them_are_refused():
+    steps = [p.Pad("r0", "here", "x", (0, 2**28), 0), p.Concat("r1", "here", ("r0",) * 9, 1)]
+    registers = {"r0": p.Register("u8", (-1, 1, 2**28 + 1)), "r1": p.Register("u8", (-1, 9, 2**28 + 1))}
+    whole = program(*steps, registers={"x": p.Register("u8", (-1, 1, 1)), **registers}, constants={})
+    with pytest.raises(LoweringError, match="more than 4294967296 elements"):
+        check_program(whole)
+
+
+# What `prove_ranges` once believed.
+
+
+def softmax_row(values: torch.Tensor, octaves: torch.Tensor, powers: torch.Tensor, length: int, published: bool):
+    """Probabilities of rows, times a register of 255."""
+    steps = (
+        p.LogSoftmax("l", "softmax", "x", None, "values", "octaves", 15, published),
+        p.Lookup("o", "softmax", "l", "powers", 0),
+        p.Product("y", "context", "o", "v", 0, 0),
+    )
+    registers = {
+        "x": p.Register("u8", (-1, 1, length)),
+        "l": p.Register("u4", (-1, 1, length)),
+        "y": p.Register("s64", (-1, 1, 1)),
+        "o": p.Register("u16", (-1, 1, length)),
+        "values": p.Register("u16", (len(values),)),
+        "octaves": p.Register("u16", (len(octaves),)),
+        "powers": p.Register("u16", (16,)),
+        "v": p.Register("u8", (length, 1)),
+    }
+    constants = {"values": values, "octaves": octaves, "powers": powers, "v": torch.full((length, 1), 255)}
+    return program(*steps, registers=registers, constants=constants)
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("scale", [0.02, 0.0403, 0.1, 0.3, 3.7])
+@pytest.mark.parametrize("length", [1, 7, 197, 3000, 2**15])
+def test_a_row_of_probabilities_sums_to_no_more_than_is_proved(length, scale, published):
+    """Rows of one largest score and many others of one distance: which sum to most lies just below a half octave."""
+    table = exact_exponential(scale)
+    made = softmax_row(table.values, table.octaves, POWERS, length, published)
+    check_program(made)
+    largest, run = prove_ranges(made)["y"][1], Interpreter(made)
+    for distance in (0, 1, 5, 17, *torch.arange(0, 256, 13).tolist(), *(round(k * 0.6931 / scale) for k in range(16))):
+        for first in (1, length // 3, length):
+            row = torch.full((1, 1, length), 255 - min(distance, 255))
+            row[..., : max(first, 1)] = 255
+            assert int(run(row)) <= largest
+    terms = prove_terms(made)["y"]
+    assert terms.total <= 1.42 * (1 + length / 2**16) * 2**14 * 255 + 1 or published
+    assert terms.digits == 8
+
+
+@pytest.mark.parametrize("length", [181, 23170])
+def test_the_bound_of_a_row_is_tight(length):
+    """Equal scores whose number lies just below a half octave are rounded up by sqrt(2), all of them."""
+    made = softmax_row(TABLE.values, TABLE.octaves, POWERS, length, False)
+    found = int(Interpreter(made)(torch.zeros(1, 1, length, dtype=torch.int64)))
+    assert found == length * (2**14 >> (length.bit_length() - 1)) * 255
+    assert found <= prove_ranges(made)["y"][1] <= found * (1.002 + length / 2**16)
+
+
+def test_tables_that_are_no_exponentials_prove_nothing():
+    """With octaves of nothing each entry of a row is 1; once their sum was believed to be at most 1.6."""
+    octaves, values = torch.zeros(257, dtype=torch.int64), torch.zeros(257, dtype=torch.int64)
+    made = softmax_row(values, octaves, POWERS, 1000, False)
+    check_program(made)
+    found = int(Interpreter(made)(torch.zeros(1, 1, 1000, dtype=torch.int64)))
+    assert found == 1000 * 2**14 * 255 <= prove_ranges(made)["y"][1]
+
+
+@pytest.mark.parametrize("powers", [torch.full((16,), 2**14), POWERS + (POWERS == 0), torch.arange(16) * 4000])
+def test_tables_that_are_no_powers_of_two_prove_nothing(powers):
+    made = softmax_row(TABLE.values, TABLE.octaves, powers, 700, True)
+    rows = torch.stack([torch.full((1, 700), 255 - distance) for distance in (0, 90, 255)])
+    rows[..., 0] = 255
+    assert int(Interpreter(made)(rows).max()) <= prove_ranges(made)["y"][1]
+    assert prove_terms(made)["y"].total >= 700 * int(powers.max()) * 255
+
+
+def test_rows_that_are_longer_than_the_sum_s_32_bits_are_refused():
+    with pytest.raises(LoweringError, match="rows of 32769 are longer than 32768"):
+        check_program(softmax_row(TABLE.values, TABLE.octaves, POWERS, 2**15 + 1, False))
+
+
+def test_scores_beyond_the_table_are_refused():
+    """Entry 255 of 256 would have been read as hidden."""
+    values, octaves = (
+        torch.cat([TABLE.values[:255], TABLE.values[-1:]]),
+        torch.cat([TABLE.octaves[:255], TABLE.octaves[-1:]]),
+    )
+    with pytest.raises(LoweringError, match="scores from 0 to 255 leave a table of 255 levels"):
+        check_program(softmax_row(values, octaves, POWERS, 5, False))
+
+
+@pytest.mark.parametrize(("multiplier", "shift"), [(2**31, 20), (-1, 20), (1, 47), (1, 0)])
+def test_a_uniform_softmax_whose_quotient_leaves_64_bits_is_refused(multiplier, shift):
+    step = p.UniformSoftmax("y", "here", "x", None, "values", "octaves", 2**31 - 1, 46, 0, 0, 255)
+    made = program(
+        step,
+        registers={
+            "y": p.Register("u8", (-1, 4, 6)),
+            "values": p.Register("u16", (257,)),
+            "octaves": p.Register("u16", (257,)),
+        },
+        constants={"values": TABLE.values, "octaves": TABLE.octaves},
+    )
+    check_program(made)
+    with pytest.raises(LoweringError, match=r"here: (multiplier|shift)"):
+        check_program(replace(made, instructions=(replace(step, multiplier=multiplier, shift=shift),)))
+
+
+def test_a_layer_norm_of_so_many_channels_that_a_spike_leaves_64_bits_is_refused():
+    step = p.LayerNorm("y", "here", "x", None, 0, 1, 15, "one", "one", 1, 0, 15)
+    made = one(step, p.Register("u4", (-1, 2**22)), (-1, 2**22), "u4", one=torch.tensor(1))
+    with pytest.raises(LoweringError, match="4194304 channels up to 15 are too many"):
+        check_program(made)
+
+
+def test_sums_that_leave_64_bits_inside_the_proof_are_refused():
+    """Or the proof itself would wrap around, and find a small range."""
+    made = one(
+        p.Linear("y", "here", "x", "w", None, 0, None),
+        p.Register("s64", (-1, 4, 1)),
+        (-1, 4, 8),
+        "s32",
+        w=torch.full((1, 8), 2**31 - 1),
+    )
+    with pytest.raises(LoweringError, match="here: its sums may exceed 64 bits"):
+        check_program(made)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+@pytest.mark.parametrize("recipe", ["fq-vit", "fq-vit+uniform-probs+uniform-norm-inputs"])
+def test_what_is_lowered_is_valid(name, recipe):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "num_classes": 10}
+    if name == "vit":
+        model = timm.models.vision_transformer.VisionTransformer(
+            patch_size=8, embed_dim=32, depth=1, num_heads=2, **sizes
+        )
+    else:
+        model = timm.models.swin_transformer.SwinTransformer(
+            patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), **sizes
+        )
+    check_program(lower(vitquant.quantize(model.eval(), recipe, [torch.randn(4, 3, 32, 32)])))
