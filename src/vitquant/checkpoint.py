@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from vitquant.errors import CheckpointError
+from vitquant.files import put_in_place
 
 FORMAT = 1
 TENSORS = "model.safetensors"
@@ -80,28 +81,12 @@ def write_checkpoint(
         for name in (TENSORS, CONFIG):
             _flush(partial / name)
         partial.chmod(0o755)
-        _put_in_place(partial, directory)
+        put_in_place(partial, directory)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{directory} could not be written: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _put_in_place(partial: Path, directory: Path) -> None:
-    if not directory.exists():
-        partial.rename(directory)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".old", dir=directory.parent))
-    directory.rename(old / directory.name)
-    try:
-        partial.rename(directory)
-    except BaseException:  # an interrupt among them: what was there comes back
-        if not directory.exists():
-            (old / directory.name).rename(directory)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

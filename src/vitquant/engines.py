@@ -11,6 +11,7 @@ from vitquant.export.formats import exported
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
 from vitquant.parity import Form
+from vitquant.program.instructions import IntegerProgram
 from vitquant.runtime.on_images import Ends, OnImages, interpreted
 from vitquant.runtime.onnxruntime import OnnxModel
 
@@ -18,12 +19,18 @@ ENGINES = ("float", "simulated", "integer", "onnxruntime", "openvino")
 Engine = Callable[[Any], Any]
 
 
+def program_of(model: QuantizedModel) -> tuple[IntegerProgram | None, str]:
+    """The integer program of a model; or None, and why there is none."""
+    try:
+        return lower(model), ""
+    except LoweringError as reason:
+        return None, str(reason)
+
+
 def default_engine(model: QuantizedModel) -> tuple[str, Engine, str]:
     """The integer program once the model lowers, else the simulation: its name, itself, and why it is no other."""
-    try:
-        return "integer", interpreted(lower(model)), ""
-    except LoweringError as reason:
-        return "simulated", model, str(reason)
+    program, reason = program_of(model)
+    return ("simulated", model, reason) if program is None else ("integer", interpreted(program), "")
 
 
 def engine(name: str, model: QuantizedModel, directory: Path, threads: int | None = None) -> Engine:

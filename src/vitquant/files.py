@@ -1,8 +1,9 @@
-"""Single files that are written whole or not at all."""
+"""Files and directories that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -52,3 +53,24 @@ def write_file(path: Path, content: bytes, force: bool = False) -> None:
     finally:
         if partial is not None:
             Path(partial).unlink(missing_ok=True)
+
+
+def put_in_place(new: Path, target: Path) -> None:
+    """Rename a file or a directory; what was at the target is there until the very moment, and then gone.
+
+    Arguments:
+        new: on the file system of the target.
+    """
+    if not target.is_dir():
+        new.replace(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        new.rename(target)
+    except BaseException:  # an interrupt among them: what was there comes back
+        if not target.exists():
+            (old / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vitquant.cli import options
+from vitquant.cli.evaluation_data import float_model, preprocessing_of
 from vitquant.cli.terminal import Terminal
-from vitquant.errors import DataError, VitquantError
+from vitquant.errors import ModelError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from vitquant.model import QuantizedModel
-    from vitquant.tasks.preprocessing import Preprocessing
 
 _BATCH = 50  # the float model runs on it as well
 
@@ -26,10 +28,27 @@ Weights = Annotated[
 ]
 
 
+class Engine(StrEnum):
+    """What computes the logits."""
+
+    FLOAT = "float"
+    SIMULATED = "simulated"
+    INTEGER = "integer"
+    ONNXRUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
+
+
+EngineName = Annotated[
+    Engine | None,
+    typer.Option("--engine", help="What computes; integer when the model lowers, else simulated, when not given."),
+]
+
+
 def evaluate(
     out: options.Saved,
     data: Data,
     batch: options.Batch = _BATCH,
+    engine: EngineName = None,
     weights: Weights = None,
     model: options.Repeated = None,
     preprocessing: options.PreprocessingFile = None,
@@ -58,15 +77,15 @@ def evaluate(
                 logits = classification.logits_of(quantized(torch.zeros(1, *quantized.input_shape, device=where)))
             classes = logits.shape[-1]
             check_labels(items, classes)
-            labelled = batches(
-                items, _preprocessing(quantized, preprocessing), batch or _BATCH, workers, skip_bad_images
-            )
-            reference = _float_model(out, weights, model, terminal)
+            steps = preprocessing_of(quantized, preprocessing)
+            labelled = batches(items, steps, batch or _BATCH, workers, skip_bad_images)
+            reference = float_model(out, weights, model, terminal)
             if reference is not None:
                 reference = reference.to(where)
+            name, computed = _engine(engine, quantized, reference, out, threads, where, terminal)
         with terminal.progress("evaluating", len(labelled.items)) as update:
             result = classification.evaluate(
-                quantized, reference, labelled, classes, progress=lambda done: update(completed=done)
+                computed, reference, labelled, classes, progress=lambda done: update(completed=done), engine=name
             )
         if labelled.skipped:
             first = labelled.skipped[0]
@@ -75,30 +94,28 @@ def evaluate(
         terminal.result(asdict(result), facts({**result_rows(result), **recipe}))
 
 
-def _preprocessing(quantized: QuantizedModel, file: Path | None) -> Preprocessing:
-    """The preprocessing that was saved with the model, with the keys of a file laid over it."""
-    from vitquant.tasks.preprocessing import Preprocessing
+def _engine(
+    asked: Engine | None,
+    quantized: QuantizedModel,
+    reference: nn.Module | None,
+    out: Path,
+    threads: int | None,
+    where: torch.device,
+    terminal: Terminal,
+) -> tuple[str, Any]:
+    """What computes the logits, and its name."""
+    from torch import nn
 
-    saved = quantized.provenance.get("preprocessing")
-    if saved is None and file is None:
-        raise DataError("the model was saved without its preprocessing; give --preprocessing FILE.toml")
-    steps = Preprocessing() if saved is None else Preprocessing.from_dict(saved)
-    if file is not None:
-        steps = Preprocessing.from_toml(file, steps)
-    if steps.input_size != quantized.input_shape:
-        given, wanted = list(steps.input_size), list(quantized.input_shape)
-        raise DataError(f"{file or 'preprocessing'}: input_size is {given}, the model takes {wanted}; set it so")
-    return steps
+    from vitquant.engines import default_engine, engine
 
-
-def _float_model(out: Path, weights: str | None, model: str | None, terminal: Terminal) -> nn.Module | None:
-    """The float model; None, with a note, when its weights are not where they were and no others were given."""
-    from vitquant.pipeline import float_model
-
-    try:
-        return float_model(out, weights, model)
-    except VitquantError as error:
-        if weights is not None:
-            raise
-        terminal.note(f"not compared with the float model: {error}; --weights PATH says where they are")
-        return None
+    if asked is None:
+        name, computed, reason = default_engine(quantized)
+        if reason:
+            terminal.note(f"simulated, since the model does not lower: {reason}")
+    elif asked is Engine.FLOAT:
+        if reference is None:
+            raise ModelError("--engine float: the float model is not there; --weights PATH says where its weights are")
+        name, computed = asked.value, reference
+    else:
+        name, computed = asked.value, engine(asked.value, quantized, out, threads)
+    return name, computed.to(where) if isinstance(computed, nn.Module) else computed

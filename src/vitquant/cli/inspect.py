@@ -18,22 +18,25 @@ def inspect(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show every operation of a quantized model: integer or float and why, bits, scheme, scales."""
+    """Show every operation of a quantized model: integer or float and why, bits, scheme, scales, accumulators."""
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
+            from vitquant.engines import program_of
             from vitquant.pipeline import load
             from vitquant.report.operations import CONSTANT, DATA, list_operations, summarize
             from vitquant.report.tables import facts, operations_table, summary_text
 
             quantized = load(out, source=model)
-            operations = list_operations(quantized)
+            program, refused = program_of(quantized)
+            operations = list_operations(quantized, program)
         source = (quantized.provenance.get("source") or {}).get("name")
         summary = summarize(operations)
         about = {
             "model": source,
             "recipe": quantized.recipe.name,
             "bits": str(quantized.bits),
-            "engine": "simulated",
+            "engine": "simulated" if program is None else "integer",
+            "not_lowered": refused or None,
             "summary": summary,
             "operations": [operation.to_dict() for operation in operations],
         }
@@ -42,6 +45,7 @@ def inspect(
             "model": source or "given in Python",
             "recipe": f"{quantized.recipe.name}, {quantized.bits}",
             "summary": summary_text(summary),
+            "integer program": f"none: {refused}" if refused else "every operation; vitquant evaluate runs it",
         }
         if len(shown) < len(operations):
             rows["not shown"] = f"{len(operations) - len(shown)} that move data or are constant: --all or --json"

@@ -17,7 +17,9 @@ import typer
 from vitquant import __version__
 from vitquant.cli.demo import demo
 from vitquant.cli.evaluate import evaluate
+from vitquant.cli.export import export
 from vitquant.cli.inspect import inspect
+from vitquant.cli.parity import parity
 from vitquant.cli.quantize import quantize
 from vitquant.cli.recipes import recipes
 from vitquant.errors import VitquantError
@@ -28,7 +30,7 @@ OK, INTERNAL, WRONG, INTERRUPTED = 0, 1, 2, 130
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(name="vitquant", add_completion=False, pretty_exceptions_enable=False)
-for command in (quantize, evaluate, inspect, recipes, demo):
+for command in (quantize, evaluate, inspect, export, parity, recipes, demo):
     app.command()(command)
 
 
@@ -39,7 +41,7 @@ def options(
 ) -> None:
     """Quantize unmodified Vision Transformers by published recipes.
 
-    Exit codes: 0 done, 1 a fault of vitquant, 2 a request that cannot be met, 130 interrupted.
+    Exit codes: 0 done, 1 a fault of vitquant or a broken promise, 2 a request that cannot be met, 130 interrupted.
     """
     if version:
         typer.echo(f"vitquant {__version__}")

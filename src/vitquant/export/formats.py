@@ -23,6 +23,20 @@ def exported(directory: Path) -> dict[str, Path]:
     return {name: directory / path for name, path in PATHS.items() if (directory / path).exists()}
 
 
+def check_target(format: str, path: Path, force: bool = False) -> None:
+    """Refuse a place that cannot be written, before long work rather than after.
+
+    Raises:
+        ExportError: it exists and not `force`, is of the wrong kind, or its parent cannot be written.
+    """
+    if format == "openvino":
+        from vitquant.export.openvino import check_directory
+
+        check_directory(path, force)
+    else:
+        check_new_file(path, force)
+
+
 def write(model: QuantizedModel, format: str, path: str | Path, force: bool = False, float_io: bool = False) -> None:
     """Write a model in a format of another runtime.
 
@@ -45,8 +59,7 @@ def write(model: QuantizedModel, format: str, path: str | Path, force: bool = Fa
         raise ExportError(f"format {format!r} is unknown; the formats are: {', '.join(PATHS)}")
     if float_io and format != "onnx-integer":
         raise ExportError(f"float_io belongs to onnx-integer; {format} has the ends that it has")
-    if format != "openvino":
-        check_new_file(path, force)
+    check_target(format, path, force)
     match format:
         case "program":
             from vitquant.program.storage import save_program

@@ -95,7 +95,7 @@ def examine(
         comparisons += [_rounding(form, run(form.run, batches), single, usual) for form in forms if not form.exact]
         return ParityReport(tuple(comparisons), refused=str(reason))
     progress("simulation in float64")
-    double = run(ExactSimulation(model), batches)
+    double = run(ExactSimulation(model), batches).float()  # its rounding is that of the codes in float32
     progress("integer program")
     device = next(model.parameters()).device
     integers = run(interpreted(program).to(device), batches)

@@ -1,8 +1,7 @@
 """Every operation of a quantized model: integer or float, why, and how its operands are quantized.
 
-Softmax, LayerNorm and activations are computed on codes where the recipe asks for it. The other arithmetic is
-simulated in float: there `integer` says that integers *can* compute an operation, since all of its operands are
-quantized so; that they do is for lowering to prove.
+Of a model that lowers, every operation is one of its integer program. Of another, `integer` says that integers can
+compute an operation, since all of its operands are quantized so.
 """
 
 from __future__ import annotations
@@ -19,8 +18,10 @@ from vitquant.graph import operators as ops
 from vitquant.graph.operators import calls, is_rearrangement, is_selection, packet
 from vitquant.graph.walk import depends_on_input
 from vitquant.model import QuantizedModel
+from vitquant.program.instructions import IntegerProgram
 from vitquant.quantizers import Quantizer
 from vitquant.recipe import Assignment
+from vitquant.report.accumulators import Accumulator, accumulators
 from vitquant.spec import PerAxis, QuantSpec, Uniform
 
 INTEGER, FLOAT, FUSED, CONSTANT, DATA = "integer", "float", "fused", "constant", "moves data"
@@ -86,6 +87,7 @@ class Operation:
         reason: why.
         operands: a site's; empty elsewhere.
         macs: multiply-accumulates for one image.
+        accumulator: where the integer program sums; None where it does not, or there is no program.
     """
 
     name: str
@@ -95,16 +97,22 @@ class Operation:
     reason: str
     operands: tuple[Operand, ...] = ()
     macs: int = 0
+    accumulator: Accumulator | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         texts = {"name": self.name, "kind": self.kind, "module": self.module}
         operands = [operand.to_dict() for operand in self.operands]
-        return {**texts, "arithmetic": self.arithmetic, "reason": self.reason, "macs": self.macs, "operands": operands}
+        sums = {"macs": self.macs, "accumulator": None if self.accumulator is None else self.accumulator.to_dict()}
+        return {**texts, "arithmetic": self.arithmetic, "reason": self.reason, **sums, "operands": operands}
 
 
-def list_operations(model: QuantizedModel) -> tuple[Operation, ...]:
+def list_operations(model: QuantizedModel, program: IntegerProgram | None = None) -> tuple[Operation, ...]:
     """Every operation of a calibrated model, in the graph's order.
+
+    Arguments:
+        model: calibrated.
+        program: what `lower` made of it; None when it does not lower.
 
     Pitfall: it runs one image through the model, to learn how often an operation repeats per image
     (Swin's windows stand in the batch dimension).
@@ -114,6 +122,7 @@ def list_operations(model: QuantizedModel) -> tuple[Operation, ...]:
     dynamic, owners, macs = depends_on_input(graph), _owners(model), _count_macs(model)
     value_of = {str(reader): value.name for value in model.values for reader in value.readers}
     quantized, quantizers, on_codes = _quantized_results(model), model.quantizers, model.integer_operations
+    sums = {} if program is None else accumulators(program)
     found = []
     for node in graph.nodes:
         count = macs.get(node, 0)
@@ -123,24 +132,30 @@ def list_operations(model: QuantizedModel) -> tuple[Operation, ...]:
             assignments = {operand: model.assignments[value] for operand, value in read.items()}
             if site.name in on_codes:
                 arithmetic, reason = INTEGER, on_codes[site.name].description
+            elif program is not None:
+                arithmetic, reason = INTEGER, "in the integer program"
             else:
                 refused = model.float_reasons.get(site.name, "")
                 arithmetic, reason = classify(site.kind, assignments, node in quantized, refused)
             operands = tuple(_operand(name, read[name], assignments[name], quantizers) for name in read)
-            found.append(Operation(site.name, site.kind, site.module, arithmetic, reason, operands, count))
+            accumulator = sums.get(site.name)
+            found.append(Operation(site.name, site.kind, site.module, arithmetic, reason, operands, count, accumulator))
         elif node.op == "call_function" and ("shape" in node.meta or "shapes" in node.meta):
             arithmetic, reason = _classify_other(node, dynamic, owners)
+            if program is not None and arithmetic == FLOAT:
+                arithmetic, reason = FUSED, "part of a rescaling"
             kind = str(getattr(packet(node), "__name__", packet(node)))
             found.append(Operation(node.name, kind, str(node.meta.get("module", "")), arithmetic, reason, macs=count))
     return tuple(found)
 
 
 def summarize(operations: Sequence[Operation]) -> dict[str, Any]:
-    """Counts, and the share of multiply-accumulates whose operands are all quantized, as plain values."""
+    """Counts, and the shares of multiply-accumulates on quantized operands and in integers, as plain values."""
     counts = Counter(operation.arithmetic for operation in operations)
     operands = [operand for operation in operations for operand in operation.operands]
     quantized = [o for o in operations if o.operands and all(operand.spec is not None for operand in o.operands)]
     macs, quantized_macs = sum(o.macs for o in operations), sum(o.macs for o in quantized)
+    integer_macs = sum(o.macs for o in operations if o.accumulator is not None)
     return {
         "operations": {arithmetic: counts[arithmetic] for arithmetic in (INTEGER, FLOAT, FUSED, CONSTANT, DATA)},
         "operands": len(operands),
@@ -148,6 +163,8 @@ def summarize(operations: Sequence[Operation]) -> dict[str, Any]:
         "macs": macs,
         "quantized_macs": quantized_macs,
         "quantized_macs_percent": 100 * quantized_macs / macs if macs else 0.0,
+        "integer_macs": integer_macs,
+        "integer_macs_percent": 100 * integer_macs / macs if macs else 0.0,
     }
 
 

@@ -38,14 +38,20 @@ def operations_table(operations: Iterable[Operation]) -> Table:
         table.add_row(
             Text(operation.name, style="bold" if operation.operands else "dim"),
             Text(operation.kind),
-            "",
-            "",
-            "",
+            *_sums(operation),
             _why(operation),
         )
         for operand in operation.operands:
             table.add_row(*_operand_row(operand))
     return table
+
+
+def _sums(operation: Operation) -> tuple[str, str, str]:
+    """The accumulator's type, its free bits, and the range that it can take."""
+    sums = operation.accumulator
+    if sums is None:
+        return "", "", ""
+    return sums.type, f"{sums.headroom} free", f"{sums.low:,} .. {sums.high:,}"
 
 
 def _why(operation: Operation) -> Text:
@@ -96,7 +102,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         f"{counts[CONSTANT]} the same for every image, {counts[DATA]} that only move data; "
         f"{summary['quantized_operands']} of {summary['operands']} operands quantized; "
         f"{summary['quantized_macs_percent']:.1f} % of {summary['macs'] / 1e6:,.1f} million multiply-accumulates "
-        "on quantized operands alone. Integer means that integers can compute it; today all arithmetic is simulated."
+        f"on quantized operands alone, {summary['integer_macs_percent']:.1f} % in integers."
     )
 
 

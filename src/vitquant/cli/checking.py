@@ -1,0 +1,70 @@
+"""What `export` and `parity` share: the images to compare on, and how the comparison is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitquant.cli.evaluation_data import float_model, preprocessing_of
+from vitquant.cli.terminal import Terminal
+from vitquant.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from vitquant.model import QuantizedModel
+    from vitquant.parity import Form, ParityReport
+
+BROKEN = 1  # the exit code
+_BATCH = 8
+
+Images = Annotated[int, typer.Option(min=1, help="How many images the forms are compared on.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Images to compare on; those that it was calibrated on when not given."),
+]
+
+
+def compare_forms(
+    terminal: Terminal,
+    out: Path,
+    quantized: QuantizedModel,
+    forms: Sequence[Form],
+    data: Path | None,
+    images: int,
+    preprocessing: Path | None,
+    weights: str | None,
+    model: str | None,
+) -> ParityReport:
+    """Run all forms of a model on the same images; the float model is among them where its weights are."""
+    from vitquant.parity import examine
+    from vitquant.tasks.images import batches, load_listing, subset
+
+    directory = data or _calibrated_on(quantized, out)
+    items = load_listing(directory)
+    chosen = subset(items, min(images, len(items)), seed=0)
+    steps = preprocessing_of(quantized, preprocessing)
+    tensors = [each for each, _ in batches(chosen, steps, _BATCH)]
+    reference = float_model(out, weights, model, terminal)
+    with terminal.progress("comparing") as update:
+        return examine(quantized, tensors, forms, reference, lambda what: update(description=f"comparing: {what}"))
+
+
+def shown(report: ParityReport) -> tuple[dict[str, Any], list[RenderableType]]:
+    """A report as plain values, and as tables."""
+    from vitquant.report.parity import as_dict, comparisons_table, flips_table, verdict
+
+    tables: list[RenderableType] = [comparisons_table(report.comparisons)]
+    if report.flips:
+        tables.append(flips_table(report.flips))
+    return as_dict(report), [*tables, verdict(report)]
+
+
+def _calibrated_on(quantized: QuantizedModel, out: Path) -> Path:
+    directory = (quantized.provenance.get("calibration") or {}).get("directory")
+    if directory is None or not Path(directory).is_dir():
+        raise DataError(f"{out}: the images that it was calibrated on are not there; give --data DIR")
+    return Path(directory)

@@ -1,0 +1,44 @@
+"""The preprocessing and the float model that a saved model is evaluated with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitquant.cli.terminal import Terminal
+from vitquant.errors import DataError, VitquantError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vitquant.model import QuantizedModel
+    from vitquant.tasks.preprocessing import Preprocessing
+
+
+def preprocessing_of(quantized: QuantizedModel, file: Path | None) -> Preprocessing:
+    """The preprocessing that was saved with the model, with the keys of a file laid over it."""
+    from vitquant.tasks.preprocessing import Preprocessing
+
+    saved = quantized.provenance.get("preprocessing")
+    if saved is None and file is None:
+        raise DataError("the model was saved without its preprocessing; give --preprocessing FILE.toml")
+    steps = Preprocessing() if saved is None else Preprocessing.from_dict(saved)
+    if file is not None:
+        steps = Preprocessing.from_toml(file, steps)
+    if steps.input_size != quantized.input_shape:
+        given, wanted = list(steps.input_size), list(quantized.input_shape)
+        raise DataError(f"{file or 'preprocessing'}: input_size is {given}, the model takes {wanted}; set it so")
+    return steps
+
+
+def float_model(out: Path, weights: str | None, model: str | None, terminal: Terminal) -> nn.Module | None:
+    """The float model; None, with a note, when its weights are not where they were and no others were given."""
+    from vitquant import pipeline
+
+    try:
+        return pipeline.float_model(out, weights, model)
+    except VitquantError as error:
+        if weights is not None:
+            raise
+        terminal.note(f"not compared with the float model: {error}; --weights PATH says where they are")
+        return None

@@ -1,0 +1,109 @@
+"""`vitquant export`: a saved model in another runtime's format, compared with what it came from."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitquant.cli import options
+from vitquant.cli.checking import BROKEN, Data, Images, compare_forms, shown
+from vitquant.cli.evaluate import Weights
+from vitquant.cli.terminal import Terminal
+from vitquant.errors import ExportError
+
+
+class Format(StrEnum):
+    """The formats."""
+
+    PROGRAM = "program"
+    ONNX_INTEGER = "onnx-integer"
+    ONNX_QDQ = "onnx-qdq"
+    OPENVINO = "openvino"
+
+
+Formats = Annotated[
+    Format,
+    typer.Option(
+        "--format",
+        help="program: the integer program. onnx-integer: that in ONNX. onnx-qdq: the simulation in ONNX. "
+        "openvino: that as OpenVINO's files.",
+    ),
+]
+Output = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="What to write; a file or directory in OUT when not given.")
+]
+FloatEnds = Annotated[
+    bool, typer.Option("--float-io", help="onnx-integer: float images in, float logits out, instead of codes.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+def export(
+    out: options.Saved,
+    format: Formats,
+    output: Output = None,
+    float_io: FloatEnds = False,
+    force: Force = False,
+    data: Data = None,
+    images: Images = 16,
+    weights: Weights = None,
+    model: options.Repeated = None,
+    preprocessing: options.PreprocessingFile = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write a quantized model for another runtime, once it was run there and is what it should be.
+
+    Exit code 1, and nothing is written, when a promise is broken.
+    """
+    with Terminal(json, quiet) as terminal:
+        with terminal.progress("loading"):
+            from vitquant.engines import forms_of
+            from vitquant.export.formats import PATHS, check_target, write
+            from vitquant.files import put_in_place
+            from vitquant.pipeline import load
+            from vitquant.report.tables import facts
+
+            path = (output or out / PATHS[format]).absolute()
+            check_target(format, path, force)
+            options.choose_device(options.Device.CPU, threads)
+            quantized = load(out, source=model)
+        with _beside(path) as scratch:
+            with terminal.progress("exporting"):
+                write(quantized, format, scratch / path.name, float_io=float_io)
+                size = _size(scratch / path.name)
+                forms = forms_of(scratch / path.name, format)
+            report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, model)
+            if not report.broken:
+                put_in_place(scratch / path.name, path)
+        values, tables = shown(report)
+        where = "nowhere, since a promise is broken" if report.broken else f"{path}, {size / 1e6:.1f} MB"
+        about = {"output": None if report.broken else str(path), "format": str(format), "bytes": size}
+        terminal.result({**about, "parity": values}, *tables, facts({"format": str(format), "written to": where}))
+    if report.broken:
+        raise typer.Exit(BROKEN)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A directory on the file system of a path, gone at the end."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    except OSError as error:
+        raise ExportError(f"{path.parent} cannot be written: {error.strerror}") from error
+    with scratch as directory:
+        yield Path(directory)
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else list(path.iterdir())
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,93 @@
+"""`vitquant parity`: the forms of a saved model beside each other."""
+
+from __future__ import annotations
+
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitquant.cli import options
+from vitquant.cli.checking import BROKEN, Data, Images, compare_forms, shown
+from vitquant.cli.evaluate import Weights
+from vitquant.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from vitquant.model import QuantizedModel
+    from vitquant.parity import Form
+
+
+class Runtime(StrEnum):
+    """What can run an exported form."""
+
+    INTERPRETER = "interpreter"
+    ONNXRUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
+
+
+_FORMATS = {
+    Runtime.INTERPRETER: ("program",),
+    Runtime.ONNXRUNTIME: ("onnx-integer", "onnx-qdq"),
+    Runtime.OPENVINO: ("openvino",),
+}
+_ON_INTEGERS = ("program", "onnx-integer")
+
+Against = Annotated[
+    list[Runtime] | None,
+    typer.Option(help="Runtimes. What was not exported for one is made for the comparison and thrown away."),
+]
+
+
+Also = Annotated[list[Runtime] | None, typer.Argument(metavar="[RUNTIME]...", help="More of --against.")]
+
+
+def parity(
+    out: options.Saved,
+    also: Also = None,
+    against: Against = None,
+    data: Data = None,
+    images: Images = 64,
+    weights: Weights = None,
+    model: options.Repeated = None,
+    preprocessing: options.PreprocessingFile = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compare float, simulation, integer program and exported forms on the same images; exit code 1 when they differ.
+
+    Without --against it is every form that was exported into OUT.
+    """
+    with Terminal(json, quiet) as terminal, tempfile.TemporaryDirectory() as scratch:
+        with terminal.progress("loading"):
+            from vitquant.pipeline import load
+
+            options.choose_device(options.Device.CPU, threads)
+            quantized = load(out, source=model)
+            forms = _forms(quantized, out, [*(against or ()), *(also or ())], Path(scratch))
+        report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, model)
+        values, tables = shown(report)
+        terminal.result(values, *tables)
+    if report.broken:
+        raise typer.Exit(BROKEN)
+
+
+def _forms(quantized: QuantizedModel, out: Path, against: list[Runtime], scratch: Path) -> list[Form]:
+    from vitquant.engines import forms_of, program_of
+    from vitquant.export.formats import PATHS, exported, write
+
+    found = exported(out)
+    if not against:
+        return [form for format, path in found.items() for form in forms_of(path, format)]
+    forms: list[Form] = []
+    lowers = program_of(quantized)[0] is not None
+    for format in dict.fromkeys(format for runtime in against for format in _FORMATS[runtime]):
+        path = found.get(format)
+        if path is None and (format not in _ON_INTEGERS or lowers):
+            path = scratch / PATHS[format]
+            write(quantized, format, path)
+        forms += [] if path is None else forms_of(path, format)
+    return forms

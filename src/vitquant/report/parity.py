@@ -1,0 +1,83 @@
+"""What parity found, as tables and plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from vitquant.parity import RESCALING, Comparison, Flips, ParityReport
+
+_SHOWN = 10
+
+
+def as_dict(report: ParityReport) -> dict[str, Any]:
+    """Plain values for JSON."""
+    flips = [{**asdict(each), "share": each.share, "kept": each.kept} for each in report.flips]
+    return {
+        "comparisons": [asdict(each) for each in report.comparisons],
+        "flips": flips,
+        "not_lowered": report.refused or None,
+        "broken": report.broken,
+    }
+
+
+def comparisons_table(comparisons: Iterable[Comparison]) -> Table:
+    """One line for each pair of forms."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
+    table.add_column("form", overflow="fold", style="bold")
+    table.add_column("beside", overflow="fold")
+    for header in ("images", "same class", "same logits", "cosine", "worst logit"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("promise", overflow="fold")
+    for each in comparisons:
+        table.add_row(
+            each.form,
+            each.beside,
+            str(each.images),
+            f"{each.agreement:.1f} %",
+            f"{each.identical:.1f} %",
+            f"{each.cosine:.6f}",
+            f"{each.worst:.3g}",
+            _kept(each.promise, each.kept),
+        )
+    return table
+
+
+def flips_table(flips: Sequence[Flips]) -> Table:
+    """Codes that flip when fed the same codes: all together, and the worst sites."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
+    table.add_column("codes of", overflow="fold", style="bold")
+    table.add_column("made by")
+    for header in ("codes", "flipped", "share", "by up to"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for made_by in sorted({each.made_by for each in flips}, key=lambda kind: kind != RESCALING):
+        of_kind = [each for each in flips if each.made_by == made_by]
+        codes, flipped = sum(each.codes for each in of_kind), sum(each.flipped for each in of_kind)
+        whole = Flips(f"all {len(of_kind)}", made_by, codes, flipped, max(each.largest for each in of_kind))
+        table.add_row(*_flips_row(whole))
+    worst = sorted((each for each in flips if each.flipped), key=lambda each: each.share, reverse=True)
+    for each in worst[:_SHOWN]:
+        table.add_row(*_flips_row(each))
+    return table
+
+
+def verdict(report: ParityReport) -> Text:
+    """The promises in one line."""
+    said = f"not lowered: {report.refused}. " if report.refused else ""
+    if report.broken:
+        return Text.assemble(said, ("broken: ", "bold red"), "; ".join(report.broken))
+    return Text.assemble(said, ("every promise is kept", "green"))
+
+
+def _flips_row(each: Flips) -> tuple[str, ...]:
+    return each.value, each.made_by, f"{each.codes:,}", f"{each.flipped:,}", f"{each.share:.1e}", str(each.largest)
+
+
+def _kept(promise: str, kept: bool) -> Text:
+    if not promise:
+        return Text("")
+    return Text.assemble(promise, (": kept", "green") if kept else (": broken", "bold red"))
