@@ -130,6 +130,23 @@ def test_rescaling_to_eight_bits_errs_by_half_a_unit_and_2_to_the_minus_12(
             assert abs(y - Fraction(ratio) * x - Fraction(offset)) <= bound
 
 
+@law
+@given(channels(deepest=16), st.integers(-256, 256))
+def test_rescaling_of_channels_2_to_the_16_below_the_largest_errs_by_half_a_unit_and_2_to_the_minus_7(
+    given_channels: tuple[list[float], list[float], int], target: int
+) -> None:
+    """Such a channel keeps 14 binary digits of its ratio: half of the last one, 256 times."""
+    ratios, offsets, exponent = given_channels
+    offsets = [math.fmod(offset, min(256.0, 2.0 ** (28 + exponent))) for offset in offsets]
+    made = rescaling(torch.tensor(ratios, dtype=torch.float64), torch.tensor(offsets, dtype=torch.float64))
+    for channel, (ratio, offset) in enumerate(zip(ratios, offsets, strict=True)):
+        x = 0 if ratio == 0 else round(target / ratio)
+        if abs(x) < 2**31:
+            y = int(made.apply(torch.tensor(x), -(2**40), 2**40)[channel])
+            bound = Fraction(1, 2) + Fraction(1, 2**7) + Fraction(1, 2 ** (made.shift - 1))
+            assert abs(y - Fraction(ratio) * x - Fraction(offset)) <= bound
+
+
 @pytest.mark.parametrize(("ratio", "multiplier"), [(1 - 2**-40, 2**31 - 1), (2**-40 - 1, -(2**31)), (0.5, 2**30)])
 def test_rescaling_multipliers_have_31_bits_and_a_sign(ratio: float, multiplier: int) -> None:
     made = rescaling(torch.tensor(ratio, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
@@ -463,6 +480,30 @@ def test_normalize_errs_by_its_rounding_its_root_and_its_reciprocal(
     found = normalize(x, epsilon, largest)
     assert bool(((found.double() / 2**16 - exact).abs() <= bound).all())
     assert int(found.abs().max()) <= math.sqrt(x.shape[-1]) * 2**16 * 1.5
+
+
+WIDE = st.sampled_from([(48, 65535), (768, 2**15), (768, 65535), (1536, 2**15), (1536, 65535)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(integer_rows(WIDE), EPSILONS)
+def test_normalize_of_codes_of_16_bits_keeps_its_bound(given_rows: tuple[Tensor, int], epsilon: int) -> None:
+    """Residual streams of u16 and s16, which leave no more than a digit or two behind the root's point."""
+    x, largest = given_rows
+    exact, deviation = normalized(x, epsilon)
+    bound = 2**-17 + exact.abs() * root_error(x.shape[-1], largest, deviation) + 1e-9
+    assert bool(((normalize(x, epsilon, largest).double() / 2**16 - exact).abs() <= bound).all())
+    assert not normalize(x[2:3], epsilon, largest).any()  # the constant row
+
+
+@law
+@given(st.integers(0, 255), st.integers(-128, 127), st.integers(1, 300), st.integers(0, 2**31))
+def test_a_table_of_an_activation_is_read_at_every_code(levels: int, lowest: int, count: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    table = torch.randint(-(2**15), 2**15, (levels + 1,), generator=random)
+    codes = torch.randint(lowest, lowest + levels + 1, (count,), generator=random)
+    codes[0], codes[-1] = lowest, lowest + levels
+    assert look_up(codes, table, lowest).tolist() == [table.tolist()[code - lowest] for code in codes.tolist()]
 
 
 @pytest.mark.parametrize(("count", "largest"), [(1, 1), (192, 2040), (4096, 2**15), (32, 2**15)])
