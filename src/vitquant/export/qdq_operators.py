@@ -169,8 +169,8 @@ class NearestPowerOfTwo(nn.Module):
 
 
 def _threshold(code: int) -> float:
-    """The smallest ratio that is nearer to 2**-code than to the next power, as float32 has it."""
-    return torch.tensor(SQRT_HALF).item() * 2.0**-code
+    """The smallest ratio that is nearer to 2**-code than to the next power; float32 rounds it as the quantizer does."""
+    return SQRT_HALF * 2.0**-code
 
 
 class FloatOperation(nn.Module):

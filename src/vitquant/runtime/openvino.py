@@ -59,7 +59,7 @@ class OpenVinoModel:
                 f"the model takes float32 images {expected}; these are {images.dtype} {tuple(images.shape)}"
             )
         found = self._compiled([np.ascontiguousarray(images.detach().cpu().numpy())])[0]
-        return torch.from_numpy(found.copy())  # OpenVINO writes the next result over this one
+        return torch.from_numpy(found)
 
 
 def _first_line(error: Exception) -> str:
