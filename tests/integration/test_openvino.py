@@ -20,7 +20,7 @@ openvino = pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")
 
 from vitquant.export.onnx_qdq import onnx_qdq_model  # noqa: E402
-from vitquant.export.openvino import write_openvino  # noqa: E402
+from vitquant.export.openvino import check_directory, write_openvino  # noqa: E402
 from vitquant.export.qdq_rewriting import rewrite  # noqa: E402
 from vitquant.runtime.openvino import OpenVinoModel  # noqa: E402
 
@@ -224,6 +224,8 @@ def test_what_is_no_ir_is_never_replaced(tmp_path):
         write_openvino(proto, tmp_path / "mine", force=True)
     with pytest.raises(ExportError, match="is a file"):
         write_openvino(proto, tmp_path / "mine" / "thesis.txt", force=True)
+    with pytest.raises(ExportError, match="cannot be written"):
+        check_directory(tmp_path / "mine" / "thesis.txt" / "ir")
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Pat
             not empty and not `force`, or holds something else.
     """
     directory = Path(directory).absolute()
-    _check_target(directory, force)
+    check_directory(directory, force)
     openvino = _openvino()
     proto = onnx_qdq_model(model) if isinstance(model, QuantizedModel) else model
     converted = openvino.Core().read_model(proto.SerializeToString())
@@ -56,7 +56,13 @@ def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Pat
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_target(directory: Path, force: bool) -> None:
+def check_directory(directory: Path, force: bool = False) -> None:
+    """Refuse a directory that cannot be written, before long work rather than after.
+
+    Raises:
+        ExportError: it is a file, is not empty and not `force`, holds something else, or its parent cannot be written.
+    """
+    directory = directory.absolute()
     if directory.is_file():
         raise ExportError(f"{directory} is a file; give a directory")
     if directory.is_dir() and any(directory.iterdir()):
@@ -64,6 +70,9 @@ def _check_target(directory: Path, force: bool) -> None:
             raise ExportError(f"{directory} is not empty; give another directory, or --force to replace it")
         if not (directory / _IR).is_file():
             raise ExportError(f"{directory} is not empty and holds no OpenVINO model; remove it yourself")
+    parent = next(folder for folder in directory.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ExportError(f"{parent} cannot be written; give another directory")
 
 
 def _put_in_place(partial: Path, directory: Path) -> None:
