@@ -363,4 +363,4 @@ def test_the_real_deit_tiny_in_floating_point_products_is_that_in_int64(shared) 
     run = Interpreter(program)
     assert set(exact_products(program).values()) == {torch.float32}
     assert torch.equal(run(codes), Interpreter(program, exact_int64)(codes))
-    assert sum(buffer.numel() for buffer in run.buffers()) < 0.58 * sum(each.numel() for each in model.parameters())
+    assert sum(buffer.numel() for buffer in run.buffers()) < 0.6 * sum(each.numel() for each in model.parameters())

@@ -114,13 +114,12 @@ def _check_flow(program: p.IntegerProgram) -> None:
 
 def _check_facts(program: p.IntegerProgram) -> None:
     """What input and output stand for, where that is said."""
-    classes = program.registers[program.output].shape[-1]
-    for end, counts in (("input", (0,)), ("output", (1, classes))):
-        match program.facts.get(end, {"scale": [1.0] * counts[0] or 1.0, "zero_point": 0}):
+    scales_of = {"input": (None,), "output": (1, program.registers[program.output].shape[-1])}
+    for end in program.facts.keys() & scales_of.keys():
+        match program.facts[end]:
             case {"scale": float() | list() as scale, "zero_point": int(zero)} if abs(zero) < 2**31:
-                scales = scale if isinstance(scale, list) else [scale]
-                count = len(scale) if isinstance(scale, list) else 0
-                if count in counts and all(isinstance(each, float) and 0 < each < inf for each in scales):
+                count, scales = (len(scale), scale) if isinstance(scale, list) else (None, [scale])
+                if count in scales_of[end] and all(isinstance(each, float) and 0 < each < inf for each in scales):
                     continue
         raise _refuse(end, "no scale and zero point")
 

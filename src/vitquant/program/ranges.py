@@ -154,7 +154,7 @@ class _Proof:
         left, right = self._less(i.left, i.left_zero), self._less(i.right, i.right_zero)
         count, largest = self.program.registers[i.left].shape[-1], _largest(right)
         corners = [a * b for a in left for b in right]
-        low, high, total = count * min(*corners, 0), count * max(*corners, 0), count * _largest(left) * largest
+        low, high, total = count * min(corners), count * max(corners), count * _largest(left) * largest
         digits = _digits(max(_largest(left), largest))
         if i.left in self.row_sums and i.left_zero == 0:
             row = self.row_sums[i.left]
