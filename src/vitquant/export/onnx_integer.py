@@ -174,7 +174,9 @@ class _Export:
         kernel = self.program.constants[i.weight]
         if i.weight_zero is None:
             return bytes_of(self.graph, kernel, self.program.registers[i.weight].type, 0)
-        return bytes_of(self.graph, kernel - self.program.constants[i.weight_zero], "s16", 0)
+        kernel = kernel - self.program.constants[i.weight_zero]
+        type = p.smallest_type(int(kernel.min()), int(kernel.max()), among=("s16", "s32"))
+        return bytes_of(self.graph, kernel, type, 0)
 
     def _distances(self, i: p.LogSoftmax | p.UniformSoftmax) -> Value:
         hidden = None if i.hidden is None else self.graph.constant(self.program.constants[i.hidden] > 0, bool)
