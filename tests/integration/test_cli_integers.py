@@ -1,0 +1,188 @@
+"""Integers from the command line: engines, exports, and whether what was exported is what was evaluated."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from vitquant.cli import main
+
+ARGUMENTS = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32, "num_classes": 10}
+MODEL = ["timm:vit_tiny_patch16_224"] + [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with images, and a tiny ViT quantized by `fq-vit` (twice, from other weights) and by `minmax`."""
+    import timm
+
+    folder = tmp_path_factory.mktemp("integers")
+    generator = torch.Generator().manual_seed(0)
+    for index in range(12):
+        path = folder / "images" / f"class_{index % 10}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.randint(0, 256, (36, 36, 3), dtype=torch.uint8, generator=generator).numpy()).save(path)
+    for name, recipe, seed in (("integers", "fq-vit", 1), ("others", "fq-vit", 2), ("float", "minmax", 1)):
+        torch.manual_seed(seed)
+        model = timm.create_model("vit_tiny_patch16_224", **ARGUMENTS)
+        save_file(model.state_dict(), folder / f"{name}.safetensors")
+        words = ["--weights", folder / f"{name}.safetensors", "--recipe", recipe, "--output", folder / name]
+        call("quantize", *MODEL, "--calibration", folder / "images", "--batch", 6, *words, "--quiet")
+    return folder
+
+
+def call(*words):
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return ended.value.code
+
+
+@pytest.fixture
+def out(workshop, tmp_path):
+    """A copy of the model that lowers, to export into."""
+    return shutil.copytree(workshop / "integers", tmp_path / "out")
+
+
+@pytest.fixture
+def run(capsys):
+    """Run one command in this process: exit code, what `--json` printed if it was asked for, stderr."""
+
+    def run(*words):
+        capsys.readouterr()
+        code = call(*words)
+        printed = capsys.readouterr()
+        return code, json.loads(printed.out) if "--json" in words and printed.out else printed.out, printed.err
+
+    return run
+
+
+def test_what_is_evaluated_is_the_integer_program_and_every_engine_can_be_asked_for(run, workshop, out):
+    for format in ("onnx-integer", "openvino"):
+        assert run("export", out, "--format", format, "--quiet")[0] == 0
+    found = {}
+    for engine in ("", "float", "simulated", "integer", "onnxruntime", "openvino"):
+        words = ["--engine", engine] if engine else []
+        code, found[engine], _ = run("evaluate", out, "--data", workshop / "images", *words, "--json")
+        assert code == 0
+    assert {name: figures["engine"] for name, figures in found.items()} == {
+        **{name: name for name in found},
+        "": "integer",
+    }
+    assert found["float"]["agreement"] == 100
+    figures = ("top1", "top5", "agreement")
+    assert all(found[""][name] == found["integer"][name] == found["onnxruntime"][name] for name in figures)
+
+
+def test_a_model_that_does_not_lower_is_simulated_with_the_reason(run, workshop):
+    code, figures, err = run("evaluate", workshop / "float", "--data", workshop / "images", "--json")
+    assert (code, figures["engine"]) == (0, "simulated")
+    assert "does not lower" in err
+    assert "blocks.0.norm1" in err
+    code, _, err = run("evaluate", workshop / "float", "--data", workshop / "images", "--engine", "integer")
+    assert code == 2
+    assert "blocks.0.norm1: the recipe minmax computes it in float; use a recipe that computes on codes" in err
+
+
+@pytest.mark.parametrize("format", ["program", "onnx-integer", "onnx-qdq", "openvino"])
+def test_an_export_is_compared_and_not_overwritten(run, out, format):
+    code, found, _ = run("export", out, "--format", format, "--images", 4, "--json")
+    assert code == 0
+    assert found["parity"]["broken"] == []
+    forms = [each["form"] for each in found["parity"]["comparisons"]]
+    assert any("onnxruntime" in form or "openvino" in form or "stored program" in form for form in forms)
+    assert found["bytes"] > 1000
+    code, _, err = run("export", out, "--format", format, "--images", 4)
+    assert code == 2
+    assert "--force" in err
+    assert run("export", out, "--format", format, "--images", 4, "--force", "--quiet")[0] == 0
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_an_export_goes_where_it_is_told_with_float_ends(run, out, tmp_path):
+    import onnxruntime
+
+    path = tmp_path / "deeper" / "model.onnx"
+    words = ("--format", "onnx-integer", "--float-io", "--output", path, "--images", 4, "--json")
+    code, found, _ = run("export", out, *words)
+    assert (code, found["output"], found["parity"]["broken"]) == (0, str(path), [])
+    exact = [each for each in found["parity"]["comparisons"] if each["form"].startswith("onnxruntime")]
+    assert all(each["promise"] == "bit for bit" and each["identical"] == 100 for each in exact)
+    session = onnxruntime.InferenceSession(str(path))
+    assert (session.get_inputs()[0].type, session.get_outputs()[0].type) == ("tensor(float)",) * 2
+
+
+def test_parity_makes_what_was_not_exported_and_throws_it_away(run, workshop):
+    before = sorted(path.name for path in (workshop / "integers").iterdir())
+    words = ("--against", "onnxruntime", "openvino", "interpreter", "--images", 4, "--json")
+    code, found, _ = run("parity", workshop / "integers", *words)
+    assert code == 0
+    forms = " ".join(each["form"] for each in found["comparisons"])
+    assert all(word in forms for word in ("onnx-integer", "onnx-qdq", "openvino", "stored program", "int64"))
+    assert len(found["flips"]) > 15
+    assert sorted(path.name for path in (workshop / "integers").iterdir()) == before
+
+
+def test_parity_ends_with_1_when_an_export_is_of_another_model(run, workshop, out):
+    assert run("export", workshop / "others", "--format", "program", "--quiet", "--force")[0] == 0
+    shutil.copy(workshop / "others" / "integer.program", out)
+    code, found, _ = run("parity", out, "--images", 4, "--json")
+    assert code == 1
+    assert "stored program beside integer program: bit for bit" in found["broken"][0]
+
+
+def test_parity_of_a_model_that_does_not_lower_says_why(run, workshop):
+    code, found, _ = run("parity", workshop / "float", "--against", "onnxruntime", "--images", 4, "--json")
+    assert code == 0
+    assert "blocks.0.norm1" in found["not_lowered"]
+    assert found["flips"] == []
+    assert any(each["form"].startswith("onnxruntime, onnx-qdq") for each in found["comparisons"])
+
+
+def test_tables_say_what_json_says(run, workshop):
+    code, text, _ = run("parity", workshop / "integers", "--images", 4)
+    assert code == 0
+    assert "every promise is kept" in text
+    assert "bit for bit" in text
+    assert "rescaling" in text
+
+
+def test_inspect_tells_accumulators_and_that_everything_is_in_integers(run, workshop):
+    code, found, _ = run("inspect", workshop / "integers", "--json")
+    assert code == 0
+    assert found["engine"] == "integer"
+    assert found["summary"]["integer_macs_percent"] == 100
+    assert found["summary"]["operations"]["float"] == 0
+    sums = {each["name"]: each["accumulator"] for each in found["operations"] if each["accumulator"]}
+    assert {"patch_embed", "blocks.0.attn.scores", "blocks.0.mlp.fc2", "head"} <= sums.keys()
+    assert all(each["type"] == "s32" and each["low"] < each["high"] for each in sums.values())
+    assert all(each["headroom_bits"] >= 0 for each in sums.values())
+    _, found, _ = run("inspect", workshop / "float", "--json")
+    assert (found["engine"], found["summary"]["integer_macs_percent"]) == ("simulated", 0)
+    assert "blocks.0.norm1" in found["not_lowered"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("evaluate", "--data", "IMAGES", "--engine", "openvino"), "vitquant export .* --format openvino"),
+        (("evaluate", "--data", "IMAGES", "--engine", "onnxruntime"), "vitquant export .* --format onnx-integer"),
+        (("evaluate", "--data", "IMAGES", "--engine", "quick"), "'quick' is not one of"),
+        (("export", "--format", "tflite"), "'tflite' is not one of"),
+        (("export", "--format", "onnx-qdq", "--float-io"), "float_io belongs to onnx-integer"),
+        (("export", "--format", "program", "--data", "NOWHERE"), "NOWHERE"),
+        (("parity", "--against", "tensorrt"), "'tensorrt' is not one of"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(run, workshop, out, words, said):
+    command, *rest = (str(workshop / "images") if word == "IMAGES" else word for word in words)
+    before = sorted(out.iterdir())
+    code, _, err = run(command, out, *rest)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert re.search(said, err)
+    assert sorted(out.iterdir()) == before
