@@ -5,7 +5,7 @@
 Data: ../shared, 25 calibration photographs; speed does not depend on them. Prints a Markdown table in milliseconds a
 batch: the 10th percentile, which other load on the machine disturbs least, and (the median). What is compared runs in
 turns, so that a noisy minute is everybody's. The integer ONNX is a format to check runtimes by, not a fast one: every
-rescaling is a dozen operators on 64-bit integers. About two minutes on two cores.
+rescaling is a dozen operators on 64-bit integers. A few minutes on two quiet cores.
 """
 
 from __future__ import annotations

@@ -167,6 +167,12 @@ def test_what_codes_mean_is_in_the_metadata(vit_program, tmp_path):
     assert model.metadata["format"] == "vitquant-integer-1"
 
 
+@pytest.mark.parametrize(("optimize", "level"), [(True, "ORT_ENABLE_ALL"), (False, "ORT_DISABLE_ALL")])
+def test_optimizations_are_on_or_off_as_asked(vit_program, optimize, level):
+    model = OnnxModel(onnx_integer_model(vit_program).SerializeToString(), optimize, threads=1)
+    assert model._session.get_session_options().graph_optimization_level.name == level
+
+
 # Float at both ends
 
 
