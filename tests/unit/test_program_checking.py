@@ -14,7 +14,6 @@ from vitquant.integer.exponential import exact_exponential
 from vitquant.lowering import lower
 from vitquant.program import instructions as p
 from vitquant.program.checking import check_program
-from vitquant.program.ranges import prove_ranges, prove_terms
 from vitquant.runtime.interpreter import Interpreter
 
 TABLE = exact_exponential(0.05)
@@ -210,7 +209,7 @@ def test_an_instruction_of_another_class_is_refused():
 
 
 def one(step: p.Instruction, written: p.Register, shape=(-1, 4, 6), kind="u8", **constants: torch.Tensor):
-    """A program of one instruction and a Permute that brings images to the front."""
+    """A program of one instruction."""
     registers = {"x": p.Register(kind, shape), step.output: written}
     return program(step, registers=registers, constants=constants)
 
@@ -294,134 +293,43 @@ def test_a_convolution_that_does_not_fit_is_refused(given):
         check_program(one(replace(step, **given), written, (-1, 3, 5, 5), **weight))
 
 
+def test_groups_that_do_not_divide_the_outputs_are_refused():
+    step = p.Convolution("y", "here", "x", "c", None, 0, None, (1, 1), (1, 1), (1, 1), 2)
+    for outputs, valid in ((2, True), (4, True), (3, False)):
+        weight, written = torch.ones(outputs, 2, 3, 3).long(), p.Register("s32", (-1, outputs, 5, 5))
+        made = one(step, written, (-1, 4, 5, 5), c=weight)
+        if valid:
+            check_program(made)
+        else:
+            with pytest.raises(LoweringError, match="has 2 groups for 4 channels"):
+                check_program(made)
+
+
+def test_images_are_neither_padded_nor_summed_nor_behind_another_axis():
+    with pytest.raises(LoweringError, match="here: Pad is along the batch"):
+        check_program(one(p.Pad("y", "here", "x", (0, 0, 0, 0, 3, 0), 0), p.Register("u8", (2, 4, 6))))
+    with pytest.raises(LoweringError, match=r"output: its first size is not the batch but that of \(4, -1, 6\)"):
+        check_program(one(p.Permute("y", "here", "x", (1, 0, 2)), p.Register("u8", (4, -1, 6))))
+    steps = (
+        p.Permute("l", "left", "x", (1, 2, 0)),
+        p.Permute("r", "right", "x", (1, 0, 2)),
+        p.Product("y", "product", "l", "r", 0, 0),
+    )
+    registers = {
+        "l": p.Register("u8", (4, 6, -1)),
+        "r": p.Register("u8", (4, -1, 6)),
+        "y": p.Register("s32", (4, 6, 6)),
+    }
+    with pytest.raises(LoweringError, match="product: Product is of"):
+        check_program(program(*steps, registers=registers, constants={}))
+
+
 def test_so_many_elements_that_no_machine_runs_them_are_refused():
     steps = [p.Pad("r0", "here", "x", (0, 2**28), 0), p.Concat("r1", "here", ("r0",) * 9, 1)]
     registers = {"r0": p.Register("u8", (-1, 1, 2**28 + 1)), "r1": p.Register("u8", (-1, 9, 2**28 + 1))}
     whole = program(*steps, registers={"x": p.Register("u8", (-1, 1, 1)), **registers}, constants={})
     with pytest.raises(LoweringError, match="more than 4294967296 elements"):
         check_program(whole)
-
-
-# What `prove_ranges` once believed.
-
-
-def softmax_row(values: torch.Tensor, octaves: torch.Tensor, powers: torch.Tensor, length: int, published: bool):
-    """Probabilities of rows, times a register of 255."""
-    steps = (
-        p.LogSoftmax("l", "softmax", "x", None, "values", "octaves", 15, published),
-        p.Lookup("o", "softmax", "l", "powers", 0),
-        p.Product("y", "context", "o", "v", 0, 0),
-    )
-    registers = {
-        "x": p.Register("u8", (-1, 1, length)),
-        "l": p.Register("u4", (-1, 1, length)),
-        "y": p.Register("s64", (-1, 1, 1)),
-        "o": p.Register("u16", (-1, 1, length)),
-        "values": p.Register("u16", (len(values),)),
-        "octaves": p.Register("u16", (len(octaves),)),
-        "powers": p.Register("u16", (16,)),
-        "v": p.Register("u8", (length, 1)),
-    }
-    constants = {"values": values, "octaves": octaves, "powers": powers, "v": torch.full((length, 1), 255)}
-    return program(*steps, registers=registers, constants=constants)
-
-
-@pytest.mark.parametrize("published", [False, True])
-@pytest.mark.parametrize("scale", [0.02, 0.0403, 0.1, 0.3, 3.7])
-@pytest.mark.parametrize("length", [1, 7, 197, 3000, 2**15])
-def test_a_row_of_probabilities_sums_to_no_more_than_is_proved(length, scale, published):
-    """Rows of one largest score and many others of one distance: which sum to most lies just below a half octave."""
-    table = exact_exponential(scale)
-    made = softmax_row(table.values, table.octaves, POWERS, length, published)
-    check_program(made)
-    largest, run = prove_ranges(made)["y"][1], Interpreter(made)
-    for distance in (0, 1, 5, 17, *torch.arange(0, 256, 13).tolist(), *(round(k * 0.6931 / scale) for k in range(16))):
-        for first in (1, length // 3, length):
-            row = torch.full((1, 1, length), 255 - min(distance, 255))
-            row[..., : max(first, 1)] = 255
-            assert int(run(row)) <= largest
-    terms = prove_terms(made)["y"]
-    assert terms.total <= 1.42 * (1 + length / 2**16) * 2**14 * 255 + 1 or published
-    assert terms.digits == 8
-
-
-@pytest.mark.parametrize("length", [181, 23170])
-def test_the_bound_of_a_row_is_tight(length):
-    """Equal scores whose number lies just below a half octave are rounded up by sqrt(2), all of them."""
-    made = softmax_row(TABLE.values, TABLE.octaves, POWERS, length, False)
-    found = int(Interpreter(made)(torch.zeros(1, 1, length, dtype=torch.int64)))
-    assert found == length * (2**14 >> (length.bit_length() - 1)) * 255
-    assert found <= prove_ranges(made)["y"][1] <= found * (1.002 + length / 2**16)
-
-
-def test_tables_that_are_no_exponentials_prove_nothing():
-    """With octaves of nothing each entry of a row is 1; once their sum was believed to be at most 1.6."""
-    octaves, values = torch.zeros(257, dtype=torch.int64), torch.zeros(257, dtype=torch.int64)
-    made = softmax_row(values, octaves, POWERS, 1000, False)
-    check_program(made)
-    found = int(Interpreter(made)(torch.zeros(1, 1, 1000, dtype=torch.int64)))
-    assert found == 1000 * 2**14 * 255 <= prove_ranges(made)["y"][1]
-
-
-@pytest.mark.parametrize("powers", [torch.full((16,), 2**14), POWERS + (POWERS == 0), torch.arange(16) * 4000])
-def test_tables_that_are_no_powers_of_two_prove_nothing(powers):
-    made = softmax_row(TABLE.values, TABLE.octaves, powers, 700, True)
-    rows = torch.stack([torch.full((1, 700), 255 - distance) for distance in (0, 90, 255)])
-    rows[..., 0] = 255
-    assert int(Interpreter(made)(rows).max()) <= prove_ranges(made)["y"][1]
-    assert prove_terms(made)["y"].total >= 700 * int(powers.max()) * 255
-
-
-def test_rows_that_are_longer_than_the_sum_s_32_bits_are_refused():
-    with pytest.raises(LoweringError, match="rows of 32769 are longer than 32768"):
-        check_program(softmax_row(TABLE.values, TABLE.octaves, POWERS, 2**15 + 1, False))
-
-
-def test_scores_beyond_the_table_are_refused():
-    """Entry 255 of 256 would have been read as hidden."""
-    values, octaves = (
-        torch.cat([TABLE.values[:255], TABLE.values[-1:]]),
-        torch.cat([TABLE.octaves[:255], TABLE.octaves[-1:]]),
-    )
-    with pytest.raises(LoweringError, match="scores from 0 to 255 leave a table of 255 levels"):
-        check_program(softmax_row(values, octaves, POWERS, 5, False))
-
-
-@pytest.mark.parametrize(("multiplier", "shift"), [(2**31, 20), (-1, 20), (1, 47), (1, 0)])
-def test_a_uniform_softmax_whose_quotient_leaves_64_bits_is_refused(multiplier, shift):
-    step = p.UniformSoftmax("y", "here", "x", None, "values", "octaves", 2**31 - 1, 46, 0, 0, 255)
-    made = program(
-        step,
-        registers={
-            "y": p.Register("u8", (-1, 4, 6)),
-            "values": p.Register("u16", (257,)),
-            "octaves": p.Register("u16", (257,)),
-        },
-        constants={"values": TABLE.values, "octaves": TABLE.octaves},
-    )
-    check_program(made)
-    with pytest.raises(LoweringError, match=r"here: (multiplier|shift)"):
-        check_program(replace(made, instructions=(replace(step, multiplier=multiplier, shift=shift),)))
-
-
-def test_a_layer_norm_of_so_many_channels_that_a_spike_leaves_64_bits_is_refused():
-    step = p.LayerNorm("y", "here", "x", None, 0, 1, 15, "one", "one", 1, 0, 15)
-    made = one(step, p.Register("u4", (-1, 2**22)), (-1, 2**22), "u4", one=torch.tensor(1))
-    with pytest.raises(LoweringError, match="4194304 channels up to 15 are too many"):
-        check_program(made)
-
-
-def test_sums_that_leave_64_bits_inside_the_proof_are_refused():
-    """Or the proof itself would wrap around, and find a small range."""
-    made = one(
-        p.Linear("y", "here", "x", "w", None, 0, None),
-        p.Register("s64", (-1, 4, 1)),
-        (-1, 4, 8),
-        "s32",
-        w=torch.full((1, 8), 2**31 - 1),
-    )
-    with pytest.raises(LoweringError, match="here: its sums may exceed 64 bits"):
-        check_program(made)
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
