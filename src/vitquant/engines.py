@@ -70,8 +70,7 @@ def engine(name: str, model: QuantizedModel, directory: Path, threads: int | Non
 
 def on_images(model: OnnxModel) -> Engine:
     """An ONNX model as a function of float images, whether it takes those or codes."""
-    type = model.code_type
-    return model if type is None else OnImages(model, Ends.from_metadata(model.metadata, type))
+    return OnImages(model, Ends.from_metadata(model.metadata)) if model.takes_codes else model
 
 
 def forms_of(path: Path, format: str) -> list[Form]:
@@ -91,7 +90,7 @@ def forms_of(path: Path, format: str) -> list[Form]:
             names = {True: f"onnxruntime, {format}", False: f"onnxruntime, {format}, not optimized"}
             models = {name: OnnxModel(path, optimize=optimize) for optimize, name in names.items()}
             exact = format == "onnx-integer"
-            return [Form(name, model, exact, model.code_type is not None) for name, model in models.items()]
+            return [Form(name, model, exact, model.takes_codes) for name, model in models.items()]
         case _:
             from vitquant.runtime.openvino import OpenVinoModel
 

@@ -188,9 +188,10 @@ class _Export:
         """Codes of float images."""
         dtype, facts = self._byte(self.program.input), self.program.facts["input"]
         scale = self.graph.constant(np.array(facts["scale"], np.float32), np.float32)
-        return self.graph.node(
-            "QuantizeLinear", images, scale, self.graph.scalar(facts["zero_point"], dtype), dtype=dtype
-        )
+        zero = self.graph.scalar(facts["zero_point"], dtype)
+        codes = self.graph.node("QuantizeLinear", images, scale, zero, dtype=dtype)
+        limits = self.program.registers[self.program.input].limits
+        return codes if (facts["low"], facts["high"]) == limits else codes.clip(facts["low"], facts["high"])
 
     def _dequantized(self, codes: Value) -> Value:
         """Floats of the logits' codes."""

@@ -7,8 +7,8 @@ import numpy as np
 from vitquant.export.onnx_arithmetic import logarithm, shift_down, shift_right, square_root
 from vitquant.export.onnx_builder import Value
 from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS
-from vitquant.integer.layer_norm import _RECIPROCAL_BITS, NORMALIZED_BITS, guard_bits
-from vitquant.integer.softmax import _ROW_BITS
+from vitquant.integer.layer_norm import NORMALIZED_BITS, RECIPROCAL_BITS, guard_bits
+from vitquant.integer.softmax import ROW_BITS
 
 _BELOW_ALL_CODES = -(1 << 16)
 
@@ -19,8 +19,8 @@ def normalize(x: Value, channels: int, epsilon: int, largest: int) -> Value:
     total = x.sum()
     spread = (x * x).sum() * channels - total * total
     deviation = square_root((spread + epsilon) * (1 << (2 * guard)))
-    reciprocal = x.graph.scalar(1 << (_RECIPROCAL_BITS + guard), x.dtype) // deviation
-    return shift_right((x * channels - total) * reciprocal, _RECIPROCAL_BITS - NORMALIZED_BITS)
+    reciprocal = x.graph.scalar(1 << (RECIPROCAL_BITS + guard), x.dtype) // deviation
+    return shift_right((x * channels - total) * reciprocal, RECIPROCAL_BITS - NORMALIZED_BITS)
 
 
 def distances(codes: Value, hidden: Value | None, last: int) -> Value:
@@ -64,8 +64,8 @@ def published_log_softmax(distance: Value, values: Value, zero: int) -> Value:
 
 def uniform_softmax(distance: Value, values: Value, multiplier: int, shift: int) -> Value:
     """`integer.softmax.integer_softmax`: int32, without zero point and clamp."""
-    value, digits = values.entries(distance), shift + _ROW_BITS
-    reciprocal = value.graph.scalar(multiplier << _ROW_BITS, np.dtype(np.int64)) // _row_sums(value)
+    value, digits = values.entries(distance), shift + ROW_BITS
+    reciprocal = value.graph.scalar(multiplier << ROW_BITS, np.dtype(np.int64)) // _row_sums(value)
     return shift_down(value.cast(np.int64) * reciprocal + (1 << (digits - 1)), digits).cast(np.int32)
 
 

@@ -11,7 +11,7 @@ from vitquant.integer.arithmetic import Rescaling, shift_right, square_root
 
 NORMALIZED_BITS = 16  # normalized values are integers times 2**-16
 _ROOT_BITS = 62
-_RECIPROCAL_BITS = 50
+RECIPROCAL_BITS = 50
 
 
 def integer_epsilon(epsilon: float, scale: float, channels: int) -> int:
@@ -52,8 +52,8 @@ def normalize(x: Tensor, epsilon: int, largest: int) -> Tensor:
     total = x.sum(-1, keepdim=True)
     spread = channels * (x * x).sum(-1, keepdim=True) - total * total  # channels**2 * variance
     deviation = square_root((spread + epsilon) << (2 * guard))  # channels * deviation * 2**guard, at least 1
-    reciprocal = torch.div(1 << (_RECIPROCAL_BITS + guard), deviation, rounding_mode="floor")
-    return shift_right((channels * x - total) * reciprocal, _RECIPROCAL_BITS - NORMALIZED_BITS)
+    reciprocal = torch.div(1 << (RECIPROCAL_BITS + guard), deviation, rounding_mode="floor")
+    return shift_right((channels * x - total) * reciprocal, RECIPROCAL_BITS - NORMALIZED_BITS)
 
 
 @dataclass(frozen=True)

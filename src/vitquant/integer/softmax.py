@@ -9,7 +9,7 @@ from vitquant.integer.arithmetic import bit_length, logarithm, shift_right
 from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS, Exponential
 
 LONGEST_ROW = 2**15  # a row of exponentials of at most 2**15 sums to less than 2**31
-_ROW_BITS = 16
+ROW_BITS = 16
 
 
 def distances(codes: Tensor, hidden: Tensor | None, exponential: Exponential) -> Tensor:
@@ -79,5 +79,5 @@ def integer_softmax(distance: Tensor, exponential: Exponential, multiplier: int,
         int64, the rounded quotient. For probability p in a row of N entries with the sum S >= 2**15 it is off by at
         most 1/2 + 2**-12 steps and (1 + p (N - 1)) / (2 S) in probability, since the table is rounded.
     """
-    reciprocal = torch.div(multiplier << _ROW_BITS, row_sums(distance, exponential), rounding_mode="floor")
-    return shift_right(exponential.values.take(distance) * reciprocal, shift + _ROW_BITS)
+    reciprocal = torch.div(multiplier << ROW_BITS, row_sums(distance, exponential), rounding_mode="floor")
+    return shift_right(exponential.values.take(distance) * reciprocal, shift + ROW_BITS)

@@ -28,7 +28,7 @@ def quantized(context: Context, node: Node, quantizer: Quantizer) -> Value:
         return _static_codes(context, str(node.target), context.static[source], quantizer)
     if operation_at(context.module, _computed(source)) is not None:
         return context.values[source]  # its codes are this quantizer's already
-    return _requantized(context, context.values[source], node, quantizer)
+    return _requantized(context, context.values[source], growing_shape(node), quantizer)
 
 
 def codes_of(context: Context, register: str, quantizer: Quantizer, rank: int) -> Scaled:
@@ -78,13 +78,12 @@ def _static_codes(context: Context, name: str, value: Tensor, quantizer: Quantiz
     return codes_of(context, register, quantizer, value.ndim)
 
 
-def _requantized(context: Context, value: Value, node: Node, quantizer: Quantizer) -> Scaled:
+def _requantized(context: Context, value: Value, shape: tuple[int, ...], quantizer: Quantizer) -> Scaled:
     """Codes of a sum: its terms rescaled and added before they are rounded once."""
-    shape = growing_shape(node)
     written = Register(code_type(quantizer), shape)
     match value:
         case Joined():
-            parts = [_requantized(context, part, node, quantizer) for part in value.parts]
+            parts = [_requantized(context, part, _shape_of(context, part, shape), quantizer) for part in value.parts]
             registers = tuple(part.terms[0].register for part in parts)
             joined = context.emit(Concat, written, inputs=registers, axis=value.axis)
             return codes_of(context, joined, quantizer, len(shape))
@@ -97,8 +96,8 @@ def _requantized(context: Context, value: Value, node: Node, quantizer: Quantize
     target = codes_of(context, "", quantizer, len(shape)).terms[0]
     multipliers, addend, shift = _integers(value, target)
     # Where the batch's axis holds heads or windows that differ, those get an axis of their own for a moment.
-    axis = shape.index(-1)
-    rows = max(size_along(each, axis - len(shape)) for each in (*multipliers, addend))
+    axis = shape.index(-1) if -1 in shape else len(shape)
+    rows = max(size_along(each, axis - len(shape)) for each in (*multipliers, addend)) if -1 in shape else 1
     inputs = tuple(term.register for term in value.terms)
     if rows > 1:
         apart = (*shape[:axis], -1, rows, *shape[axis + 1 :])
@@ -119,6 +118,10 @@ def _requantized(context: Context, value: Value, node: Node, quantizer: Quantize
     if rows > 1:
         output = context.emit(Reshape, written, input=output, shape=shape)
     return Scaled((replace(target, register=output),), nothing())
+
+
+def _shape_of(context: Context, part: Scaled | Static, whole: tuple[int, ...]) -> tuple[int, ...]:
+    return whole if isinstance(part, Static) else context.registers[part.terms[0].register].shape
 
 
 def _integers(value: Scaled, target: Term) -> tuple[list[Tensor], Tensor, int]:

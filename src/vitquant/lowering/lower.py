@@ -26,8 +26,8 @@ from vitquant.lowering.scaled import Static, Term
 from vitquant.lowering.sums import convolution, linear, mean, product
 from vitquant.model import QuantizedModel
 from vitquant.operations.replacement import operation_at
+from vitquant.program.checking import check_program
 from vitquant.program.instructions import IntegerProgram
-from vitquant.program.ranges import prove_ranges
 from vitquant.quantizers import Quantizer
 
 _MEANS = {aten.mean, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool1d}
@@ -50,7 +50,7 @@ def lower(model: QuantizedModel) -> IntegerProgram:
     """
     model.require_calibrated()
     context, codes = Context(model), dict[str, str]()
-    first = result = None
+    first = result = image = None
     for node in model.graph_module.graph.nodes:
         context.enter(node)
         if node.op == "placeholder":
@@ -59,9 +59,11 @@ def lower(model: QuantizedModel) -> IntegerProgram:
             result = _result(context, node)
         elif (quantizer := _quantizer(context, node)) is not None:
             context.values[node] = quantized(context, node, quantizer)
-            register = context.term(node, "result")
-            codes[str(node.target).removeprefix("quantizers.")] = register.register
-            first = register if node.all_input_nodes[0].op == "placeholder" else first
+            term = context.term(node, "result")
+            codes[str(node.target).removeprefix("quantizers.")] = term.register
+            if node.all_input_nodes[0].op == "placeholder":
+                first, spec = term, quantizer.spec
+                image = {"scale": float(term.scale), "zero_point": int(term.zero), "low": spec.qmin, "high": spec.qmax}
         elif node not in context.dynamic:
             if node in context.static:
                 context.values[node] = Static(context.static[node].double())
@@ -77,13 +79,13 @@ def lower(model: QuantizedModel) -> IntegerProgram:
         instructions=tuple(context.instructions),
         codes=codes,
         facts={
-            "input": {"scale": float(first.scale), "zero_point": int(first.zero)},
+            "input": image,
             "output": {"scale": result.scale.flatten().tolist(), "zero_point": int(result.zero)},
             "recipe": model.recipe.name,
             "bits": str(model.bits),
         },
     )
-    prove_ranges(program)
+    check_program(program)
     return program
 
 

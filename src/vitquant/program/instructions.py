@@ -253,7 +253,8 @@ class IntegerProgram:
         instructions: in order; each writes one register, and none twice.
         codes: for the name of each quantized value of the model, the register or constant that holds its codes; for
             powers of two their numerators, 2**(last - code) or 0.
-        facts: plain JSON values: scale and zero point of input and output, where it came from.
+        facts: plain JSON values: scale and zero point of input and output, the lowest and the highest code of the
+            input, and where the program came from.
     """
 
     input: str

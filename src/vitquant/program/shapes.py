@@ -140,13 +140,20 @@ def _reshape(i: p.Reshape, x: Shape) -> Shape:
     _need(total % known == 0 if free else total == known and not grows, f"of {x} to {i.shape} does not fit")
     rest = -(total // known) if grows else total // known
     shape = tuple(rest if size == -1 else size for size in i.shape)
-    _need(not grows or _before_batch(x) == _before_batch(shape), f"of {x} to {shape} mixes images")
+    _need(not grows or _keeps_images(x, shape), f"of {x} to {shape} mixes images")
     return shape
 
 
-def _before_batch(shape: Shape) -> int:
-    """How often a tensor goes through all of its images."""
-    return prod(shape[: next(axis for axis, size in enumerate(shape) if size < 0)])
+def _keeps_images(x: Shape, shape: Shape) -> bool:
+    """Whether a tensor goes through its images as often as before, but for axes joined to theirs or parted from it."""
+    (before, size), (after, _) = _outside(x), _outside(shape)
+    return before % after == 0 or (after % before == 0 and size % (after // before) == 0)
+
+
+def _outside(shape: Shape) -> tuple[int, int]:
+    """How often a tensor goes through the axis with its images, and how long that is for one image."""
+    axis = next(axis for axis, size in enumerate(shape) if size < 0)
+    return prod(shape[:axis]), -shape[axis]
 
 
 def _concat(i: p.Concat, parts: list[Shape]) -> Shape:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitquant.program.instructions import IntegerProgram, type_limits
+from vitquant.program.instructions import IntegerProgram
 from vitquant.runtime.interpreter import Interpreter
 
 
@@ -35,17 +35,17 @@ class Ends:
     @classmethod
     def of(cls, program: IntegerProgram) -> Ends:
         """The ends of a program."""
-        return cls._of(program.facts["input"], program.facts["output"], program.registers[program.input].type)
+        return cls._of(program.facts["input"], program.facts["output"])
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str], type: str) -> Ends:
-        """The ends of an ONNX model that takes codes of a type."""
-        return cls._of(json.loads(metadata["input"]), json.loads(metadata["output"]), type)
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Ends:
+        """The ends of an ONNX model that takes codes."""
+        return cls._of(json.loads(metadata["input"]), json.loads(metadata["output"]))
 
     @classmethod
-    def _of(cls, image: Mapping[str, Any], logits: Mapping[str, Any], type: str) -> Ends:
-        low, high = type_limits(type)
-        return cls(image["scale"], image["zero_point"], low, high, tuple(logits["scale"]), logits["zero_point"])
+    def _of(cls, image: Mapping[str, Any], logits: Mapping[str, Any]) -> Ends:
+        codes = image["scale"], image["zero_point"], image["low"], image["high"]
+        return cls(*codes, tuple(logits["scale"]), logits["zero_point"])
 
     def encode(self, images: Tensor) -> Tensor:
         """The codes of float32 images: int64; the rounding is that of `UniformQuantizer`."""

@@ -47,11 +47,9 @@ class OnnxModel:
         self._dtype = np.dtype(_DTYPES[self._input.type])
 
     @property
-    def code_type(self) -> str | None:
-        """The type of the codes that its images are; None where they are floats."""
-        return (
-            None if self._dtype.kind == "f" else f"{'u' if self._dtype.kind == 'u' else 's'}{8 * self._dtype.itemsize}"
-        )
+    def takes_codes(self) -> bool:
+        """Whether its images are codes, and not floats."""
+        return self._dtype.kind != "f"
 
     def __call__(self, images: Tensor) -> Tensor:
         """The first output: int64 for codes, as the interpreter gives them, else as the model has it.
