@@ -1,9 +1,9 @@
-"""Which Vision Transformers of timm can be captured, each at its smallest setting.
+"""Which Vision Transformers of timm can be captured, and which become integer programs, each at its smallest setting.
 
 Writes `docs/timm-vision-transformers.md`.
 
 Command: python benchmarks/timm_family.py --results RESULTS.jsonl
-Cost: about 40 minutes on one core; names that RESULTS.jsonl already holds are not tried again.
+Cost: about an hour on one core; names that RESULTS.jsonl already holds are not tried again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ from torch.utils import _pytree as pytree
 from vitquant.capture import capture
 from vitquant.errors import VitquantError
 from vitquant.graph.walk import depends_on_input
+from vitquant.lowering import lower
+from vitquant.pipeline import quantize
+from vitquant.runtime.on_images import interpreted
+from vitquant.simulation import ExactSimulation
 from vitquant.sites import find_sites
+from vitquant.tasks.classification import logits_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "timm-vision-transformers.md"
 
@@ -115,6 +120,7 @@ LEFT_OUT = {
 SIZES = (64, 96, 128, 192, 224, 256)  # of images, where the constructor is not told
 SECONDS = 300  # for one name
 LARGEST = 4e8  # parameters, where nothing makes it smaller
+SAME_LOGITS = 0.4  # of two images; one code that flips in float64 too may change all logits of one of them
 BOUND = 1e-4  # of the largest output, in float32
 _OF_THE_WEIGHTS = {"pretrained_cfg", "default_cfg"}
 
@@ -135,6 +141,8 @@ class Finding:
         difference: largest difference of an output, over the largest output.
         sites, attention, unnamed: how many sites, how many of them scores, how many named after their module.
         reason: why it was not captured, or not found to be attention.
+        lowers: whether `fq-vit` gives an integer program whose logits are those of the float64 simulation.
+        refused: why it does not.
         seconds: capture and sites.
         structure: the same for two names that differ in nothing at their smallest setting.
     """
@@ -148,6 +156,8 @@ class Finding:
     attention: int = 0
     unnamed: int = 0
     reason: str = ""
+    lowers: bool = False
+    refused: str = ""
     seconds: float = 0.0
     structure: str = ""
 
@@ -189,10 +199,13 @@ def examine(module: str, name: str, known: Mapping[str, Finding]) -> Finding:
     elif not attention:
         softmax = any("softmax" in str(node.target) for node in depends_on_input(captured.graph))
         reason = "its softmax does not lie between two products" if softmax else "no softmax"
+    refused = _refused(model, size)
     return Finding(
         name,
         module,
         setting,
+        lowers=not refused,
+        refused=refused,
         captured=same_keys and difference < BOUND,
         difference=difference,
         sites=len(sites),
@@ -202,6 +215,22 @@ def examine(module: str, name: str, known: Mapping[str, Finding]) -> Finding:
         seconds=round(time.monotonic() - started, 1),
         structure=structure,
     )
+
+
+def _refused(model: nn.Module, size: int) -> str:
+    """Why the model has no integer program by `fq-vit` on random images; empty when it has, and it is right."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 3, size, size, generator=generator) for _ in range(2)]
+    try:
+        quantized = quantize(model, "fq-vit", batches)
+        program = lower(quantized)
+    except VitquantError as error:
+        return str(error).partition(";")[0]
+    with torch.inference_mode():
+        codes = interpreted(program)(batches[0])
+        simulated = logits_of(ExactSimulation(quantized)(batches[0])).float()
+    same = torch.isclose(codes, simulated, rtol=1e-5).double().mean().item()
+    return "" if same > SAME_LOGITS else f"only {same:.0%} of the logits are the simulation's"
 
 
 def _smallest(module: str, name: str) -> tuple[nn.Module, int, str]:
@@ -311,27 +340,36 @@ def document(findings: Iterable[Finding]) -> str:
     """The committed list: names with the same outcome share a row."""
     findings = list(findings)
     captured, attention = sum(f.captured for f in findings), sum(f.captured and f.attention > 0 for f in findings)
+    lowered = sum(f.lowers for f in findings)
     lines = [
-        "# Vision Transformers of timm: which can be captured",
+        "# Vision Transformers of timm: which can be captured, and which run in integers",
         "",
         "Made by `python benchmarks/timm_family.py --results RESULTS.jsonl`;",
         f"timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}.",
         "`tests/zoo/test_timm_family.py` checks it.",
         "",
-        f"{len(findings)} names: {captured} captured, {attention} of them with a softmax between two products.",
+        f"{len(findings)} names: {captured} captured, {attention} of them with a softmax between two products,",
+        f"{lowered} with an integer program.",
         "Each is made by its own entry point with the fewest layers, width and image size that it accepts, with random",
         "weights, and compared with its capture in float32 at batch 1, 2 and 5; names that give the same modules with",
         "the same settings are captured once. *Difference* is the largest one of an output, over the largest output,",
         "from rounding in another order. *Attention* counts products of query and key; *by module* the sites that",
-        "the common structure has no name for, so that they are named after their module.",
+        "the common structure has no name for, so that they are named after their module. *Lowers*: the recipe",
+        "`fq-vit` gives an integer program, whose logits were compared with the float64 simulation's on two images;",
+        "else the remark says what has no integer form.",
         "",
         "Not in the list:",
         "",
         *(f"- {modules}: {reason}" for modules, reason in LEFT_OUT.items()),
     ]
     for module, group in itertools.groupby(sorted(findings, key=_order), key=lambda finding: finding.module):
-        lines += ["", f"## {module}", "", "| names | captured | difference | sites | attention | by module | remark |"]
-        lines += ["|---|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {module}",
+            "",
+            "| names | captured | difference | sites | attention | by module | lowers | remark |",
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|"]
         lines += list(_rows(group))
     return "\n".join(lines) + "\n"
 
@@ -341,7 +379,8 @@ def _order(finding: Finding) -> tuple:
 
 
 def _outcome(finding: Finding) -> tuple:
-    return not finding.captured, finding.sites, finding.attention, finding.unnamed, finding.reason
+    counts = finding.sites, finding.attention, finding.unnamed
+    return not finding.captured, *counts, not finding.lowers, finding.reason, finding.refused
 
 
 def _rows(findings: Iterable[Finding]) -> Iterator[str]:
@@ -351,19 +390,20 @@ def _rows(findings: Iterable[Finding]) -> Iterator[str]:
         names = ", ".join(f"`{finding.name}`" for finding in same)
         worst = f"{max(finding.difference for finding in same):.0e}" if first.sites else "-"
         counts = [str(count) if first.sites else "-" for count in (first.sites, first.attention, first.unnamed)]
-        remark = first.reason.replace("|", "\\|")
-        yield f"| {' | '.join([names, 'yes' if first.captured else 'no', worst, *counts, remark])} |"
+        remark = "; ".join(text for text in (first.reason, first.refused) if text).replace("|", "\\|")
+        answers = ["yes" if answer else "no" for answer in (first.captured, first.lowers)]
+        yield f"| {' | '.join([names, answers[0], worst, *counts, answers[1], remark])} |"
 
 
-def read_document(text: str) -> dict[str, tuple[bool, int, int, int]]:
-    """For each name of the committed list: captured, sites, attention, sites named after their module."""
+def read_document(text: str) -> dict[str, tuple[bool, int, int, int, bool]]:
+    """For each name of the committed list: captured, sites, attention, sites named after their module, lowers."""
     found = {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if line.startswith("| `"):
             counts = tuple(0 if cell == "-" else int(cell) for cell in cells[3:6])
             for name in re.findall("`([^`]+)`", cells[0]):
-                found[name] = (cells[1] == "yes", *counts)
+                found[name] = (cells[1] == "yes", *counts, cells[6] == "yes")
     return found
 
 

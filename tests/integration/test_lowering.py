@@ -8,26 +8,33 @@ import pytest
 import timm
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vitquant
-from vitquant.errors import LoweringError
+from vitquant.capture import capture
+from vitquant.errors import CalibrationError, LoweringError
 from vitquant.lowering import lower
-from vitquant.program.instructions import Linear, Requantize
+from vitquant.model import QuantizedModel
+from vitquant.parity import flipped_codes
+from vitquant.program.instructions import LayerNorm, Linear, Requantize
 from vitquant.program.ranges import prove_ranges
+from vitquant.quantizers import build_quantizer
+from vitquant.recipe import load_recipe
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.runtime.products import exact_int64
+from vitquant.spec import PerAxis, QParams
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2)}
 
 
-def quantized(name, recipe):
+def quantized(name, recipe, **given):
     torch.manual_seed(0)
     if name == "vit":
         model = timm.models.vision_transformer.VisionTransformer(**VIT)
     else:
         model = timm.models.swin_transformer.SwinTransformer(**SWIN, num_classes=10)
-    return vitquant.quantize(model.eval(), recipe, [torch.randn(8, 3, 32, 32) for _ in range(2)])
+    return vitquant.quantize(model.eval(), recipe, [torch.randn(8, 3, 32, 32) for _ in range(2)], **given)
 
 
 class NoFloat(TorchDispatchMode):
@@ -35,12 +42,15 @@ class NoFloat(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for tensor in (*args, *(result if isinstance(result, tuple | list) else (result,))):
+        for tensor in tree_leaves((args, kwargs, result)):
             assert not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point()), func
         return result
 
 
-@pytest.mark.parametrize("recipe", ["fq-vit", "fq-vit+uniform-probs+uniform-norm-inputs"])
+RECIPES = ["fq-vit", "fq-vit+uniform-probs+uniform-norm-inputs", "fq-vit+wide-residual"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_a_program_computes_the_codes_of_the_simulation_without_floating_point(name, recipe):
     model = quantized(name, recipe)
@@ -86,6 +96,97 @@ def test_a_sum_that_could_overflow_is_refused():
     constants = {**program.constants, weight: program.constants[weight] * 2**25}
     with pytest.raises(LoweringError, match=r"blocks\.0\.attn\.qkv.*do not fit s32"):
         prove_ranges(replace(program, constants=constants))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_flipped_codes_are_counted_where_they_arise(name):
+    model = quantized(name, "fq-vit")
+    program, images = lower(model), torch.randn(6, 3, 32, 32)
+    flips = {each.value: each for each in flipped_codes(model, program, [images])}
+    assert {each.made_by for each in flips.values()} == {"rescaling", "layer_norm", "softmax", "activation"}
+    assert flips.keys() == program.codes.keys() - {"patch_embed:input"} - {
+        value.name for value in model.values if -1 not in value.shape
+    }
+    assert all(each.kept for each in flips.values())
+    assert sum(each.flipped for each in flips.values()) < 1e-4 * sum(each.codes for each in flips.values())
+    # A rescaling that is one code off shows at its own site only.
+    step = (
+        next(each for each in program.instructions if each.output == program.codes["blocks.0.attn.proj:input"])
+        if (name == "vit")
+        else next(each for each in program.instructions if isinstance(each, Requantize))
+    )
+    shifted = {**program.constants, step.addend: program.constants[step.addend] + (1 << step.shift)}
+    broken = [each for each in flipped_codes(model, replace(program, constants=shifted), [images]) if not each.kept]
+    assert [program.codes[each.value] for each in broken] == [step.output]
+
+
+def test_the_residual_stream_has_16_bits_where_the_recipe_says_so():
+    program = lower(quantized("vit", "fq-vit+wide-residual"))
+    types = {name: program.registers[register].type for name, register in program.codes.items()}
+    assert types["blocks.1.norm1:input"] == types["blocks.0.residual1:rhs"] == "s16"
+    assert types["blocks.0.attn.qkv:input"] == "u8"
+    norm = next(each for each in program.instructions if isinstance(each, LayerNorm))
+    assert norm.largest == 2**16 - 1
+
+
+def test_weights_of_4_bits_are_held_two_to_a_byte():
+    program = lower(quantized("vit", "fq-vit", bits="w4a8s4"))
+    weight = next(each.weight for each in program.instructions if isinstance(each, Linear))
+    assert program.registers[weight].type == "s4"
+    held = dict(zip(program.constants, Interpreter(program).buffers(), strict=True))
+    assert held[weight].dtype is torch.uint8
+    assert 2 * held[weight].numel() == program.constants[weight].numel()
+
+
+def changed(name, change):
+    """A tiny ViT by fq-vit whose quantizer of that value was changed."""
+    model = quantized("vit", "fq-vit")
+    spec, quantizer = change(model.quantizers[name])
+    model.insert({name: build_quantizer(spec, quantizer)})
+    return model
+
+
+def per_channel(quantizer):
+    spec = replace(quantizer.spec, granularity=PerAxis(-1))
+    return spec, QParams(quantizer.scale.expand(32).clone(), quantizer.zero_point.expand(32).clone())
+
+
+def without_scale(quantizer):
+    return quantizer.spec, QParams(torch.zeros(()), quantizer.zero_point)
+
+
+def of_16_bits(quantizer):
+    return replace(quantizer.spec, bits=16), QParams(quantizer.scale / 256, quantizer.zero_point * 256)
+
+
+@pytest.mark.parametrize(
+    ("value", "change", "message"),
+    [
+        ("blocks.0.attn.qkv:input", per_channel, r"blocks\.0\.attn\.qkv: its input has 32 scales, .* use per = tensor"),
+        (
+            "blocks.0.attn.scores:query",
+            without_scale,
+            r"blocks\.0\.attn\.scores:query: a scale .* not positive; cal",
+        ),
+        ("blocks.0.attn.scores:key", of_16_bits, r"blocks\.0\.attn\.scores: its operand is u16, .* 8 bits or less"),
+    ],
+)
+def test_quantizers_that_no_product_can_read_are_refused(value, change, message):
+    with pytest.raises(LoweringError, match=message):
+        lower(changed(value, change))
+
+
+def test_an_uncalibrated_model_is_refused():
+    captured = capture(timm.models.vision_transformer.VisionTransformer(**VIT).eval(), torch.randn(2, 3, 32, 32))
+    recipe = load_recipe("fq-vit")
+    with pytest.raises(CalibrationError, match=r"is not calibrated"):
+        lower(QuantizedModel(captured, recipe, recipe.bits, (3, 32, 32)))
+
+
+def test_a_model_whose_logits_stay_in_float_is_refused():
+    model = quantized("vit", "fq-vit", settings=["activations.float=true"])
+    with pytest.raises(LoweringError, match=r"its input is not quantized; let the recipe quantize it|float"):
+        lower(model)
 
 
 def test_what_stays_in_float_is_refused_by_name():

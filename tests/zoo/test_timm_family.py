@@ -54,6 +54,11 @@ def test_most_are_captured():
     assert len(captured) >= 0.97 * len(LIST)
 
 
+def test_the_plain_families_run_in_integers():
+    for family in ("vit_tiny_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"):
+        assert LIST[family][-1], family
+
+
 @same_timm()
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
@@ -64,5 +69,5 @@ def test_the_list_is_true(module):
     names = timm.list_models(module=module)
     for name in random.sample(names, min(2, len(names))):
         finding = timm_family.examine_apart(module, name, {})
-        found = finding.captured, finding.sites, finding.attention, finding.unnamed
+        found = finding.captured, finding.sites, finding.attention, finding.unnamed, finding.lowers
         assert found == LIST[name], f"{name}: {finding}"

@@ -50,6 +50,8 @@ class Context:
         """Go to a node: what is written now belongs to it, or to the site before it when it is none."""
         if node.name in self._sites:
             self.site = self._place = self._sites[node.name]
+        elif node.op == "call_module":
+            self._place = str(node.target).partition(".")[2]  # a quantizer: the name of its value
         elif node in self.dynamic:
             module = node.meta.get("module")
             self._place = f"{module} ({node.name})" if module else node.name
@@ -97,7 +99,7 @@ class Context:
         """The codes that a node is, of 8 bits or less, with one scale and one zero point: what products read."""
         term = self.term(node, what)
         kind = self.registers[term.register].type
-        if TYPES[kind][0] > 8 and kind != "u16":  # u16 are powers of two, whose codes have 4 bits
+        if TYPES[kind][0] > 8 and not term.powers:
             raise self.refuse(f"its {what} is {kind}, and products are of 8 bits", "give it 8 bits or less")
         if term.scale.numel() != 1:
             reason = f"its {what} has {term.scale.numel()} scales, and its sums run over them"
@@ -118,9 +120,9 @@ class Context:
         return Static(torch.tensor(float(argument), dtype=torch.float64))
 
 
-def accumulated(register: str, scale: Tensor) -> Scaled:
-    """The real tensor that a register of sums is."""
-    return Scaled((Term(register, torch.zeros((), dtype=torch.int64), scale.double().cpu()),), nothing())
+def accumulated(register: str, scale: Tensor, powers: bool = False) -> Scaled:
+    """The real tensor that a register of sums is, or of numerators of powers of two."""
+    return Scaled((Term(register, torch.zeros((), dtype=torch.int64), scale.double().cpu(), powers),), nothing())
 
 
 def nothing() -> Tensor:

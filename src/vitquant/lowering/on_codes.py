@@ -123,7 +123,7 @@ def _log_softmax(
         Lookup, Register("u16", shape), input=codes,
         table=context.constant(f"{context.site}.powers", powers, "u16"), lowest=0,
     )  # fmt: skip
-    return accumulated(register, torch.tensor(2.0**-last, dtype=torch.float64))
+    return accumulated(register, torch.tensor(2.0**-last, dtype=torch.float64), powers=True)
 
 
 def _layer_norm(context: Context, node: Node, operation: IntegerLayerNorm, term: Term, written: Register) -> str:

@@ -121,7 +121,7 @@ def _step(
         written = Register(context.registers[term.register].type, growing)
         register = context.emit(type(step), written, input=term.register, **given)
         zero, scale = (_rearranged(context, values, step, shape, one) for values in (term.zero, term.scale))
-        terms.append(Term(register, zero, scale))
+        terms.append(replace(term, register=register, zero=zero, scale=scale))
     return Scaled(tuple(terms), _rearranged(context, value.constant, step, shape, one)), growing, after
 
 

@@ -17,11 +17,13 @@ class Term:
         register: its name.
         zero: int64, broadcastable to the register.
         scale: float64, broadcastable to the register.
+        powers: whether the register has numerators of powers of two, whose codes have 4 bits.
     """
 
     register: str
     zero: Tensor
     scale: Tensor
+    powers: bool = False
 
 
 @dataclass(frozen=True)

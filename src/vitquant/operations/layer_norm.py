@@ -62,7 +62,7 @@ class IntegerLayerNorm(_LayerNorm):
     """
 
     description = "integer sums and square root"
-    widest_input = 16
+    widest_input = widest_result = 16
 
     def codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         return self.definition(x.shape[-1], *parameters).apply(self.integers(x))

@@ -25,7 +25,7 @@ class IntegerOperation(nn.Module):
     Attributes:
         kind: of its site.
         description: how it is computed, for the report.
-        widest_input: the most bits that the input's codes may have.
+        widest_input, widest_result: the most bits that the codes of either may have.
 
     Raises:
         NotIntegerError: these quantizers do not allow it.
@@ -33,7 +33,7 @@ class IntegerOperation(nn.Module):
 
     kind: str
     description: str
-    widest_input = 8  # bits of the codes it reads
+    widest_input = widest_result = 8
 
     def __init__(self, source: Quantizer, result: Quantizer) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class IntegerOperation(nn.Module):
         Raises:
             NotIntegerError: these do not allow it.
         """
-        for quantizer, which, most in ((source, "input", self.widest_input), (result, "result", 8)):
+        for quantizer, which, most in ((source, "input", self.widest_input), (result, "result", self.widest_result)):
             if quantizer.spec.bits > most:
                 raise NotIntegerError(f"its {which} has {quantizer.spec.bits} bits: above {most} is simulated only")
         self.check(source, result)

@@ -32,6 +32,19 @@ def written_shape(i: p.Instruction, shapes: Mapping[str, Shape]) -> Shape:
     return shape
 
 
+def all_shapes(program: p.IntegerProgram) -> dict[str, Shape]:
+    """The shape of every register and constant.
+
+    Raises:
+        LoweringError: see `written_shape`.
+    """
+    shapes: dict[str, Shape] = {name: tuple(values.shape) for name, values in program.constants.items()}
+    shapes[program.input] = program.registers[program.input].shape
+    for instruction in program.instructions:
+        shapes[instruction.output] = written_shape(instruction, shapes)
+    return shapes
+
+
 class _MisfitError(Exception):
     """What an instruction reads does not fit together; the message says how."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,10 @@ from vitquant.integer.softmax import distances, integer_softmax, log_int_softmax
 from vitquant.packing import code_dtype, pack, unpack
 from vitquant.program import instructions as p
 from vitquant.program.moving import move
+from vitquant.program.shapes import all_shapes
 from vitquant.runtime.products import Products, convolution, exact_products, linear, operand
 
-_AT_ONCE = 4  # images: what one instruction writes is then still in the processor's cache when the next one reads it
+_AT_ONCE = 2**18  # elements of the largest register: it is then in the processor's cache when it is read again
 
 
 class Interpreter(nn.Module):
@@ -42,6 +44,8 @@ class Interpreter(nn.Module):
             self.register_buffer(self._names[name], packed, persistent=False)
         self.program = replace(program, constants={})
         self._last_use = _last_uses(program)
+        shapes = all_shapes(program)
+        self._images = -(-_AT_ONCE // max(prod(map(abs, shapes[each.output])) for each in program.instructions))
 
     def forward(self, codes: Tensor, taps: dict[str, Callable[[Tensor], None]] | None = None) -> Tensor:
         """The codes of the logits, int64 (batch, classes).
@@ -63,7 +67,7 @@ class Interpreter(nn.Module):
             )
         if taps or codes.device.type != "cpu":
             return self._run(codes, taps or {})
-        return torch.cat([self._run(part, {}) for part in codes.split(_AT_ONCE)])
+        return torch.cat([self._run(part, {}) for part in codes.split(self._images)])
 
     def _run(self, codes: Tensor, taps: dict[str, Callable[[Tensor], None]]) -> Tensor:
         registers = {self.program.input: codes.to(_dtype(self.program.registers[self.program.input].type))}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +30,10 @@ class OnnxModel:
 
     def __init__(self, model: Path | bytes, optimize: bool = True, threads: int | None = None) -> None:
         try:
+            import onnx
             import onnxruntime
         except ImportError as error:
-            raise ExportError("running ONNX needs onnxruntime: pip install 'vitquant[onnx]'") from error
+            raise ExportError("running ONNX needs onnx and onnxruntime: pip install 'vitquant[onnx]'") from error
         level = onnxruntime.GraphOptimizationLevel
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
@@ -39,6 +42,9 @@ class OnnxModel:
         source = model if isinstance(model, bytes) else str(model)
         self._name = "the model" if isinstance(model, bytes) else str(model)
         try:
+            proto = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+            for name, value in _wanted(proto).items():
+                options.add_session_config_entry(name, value)
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common base
             raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {_first_line(error)}") from error
@@ -80,6 +86,12 @@ _DTYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(uint8)": np.uint8,
     "tensor(int8)": np.int8, "tensor(int32)": np.int32, "tensor(int64)": np.int64,
 }  # fmt: skip
+
+
+def _wanted(model: Any) -> dict[str, str]:
+    """The session options that the exporter wrote beside the graph, since ONNX Runtime does not load it without."""
+    texts = [each.value for each in model.metadata_props if each.key == "vitquant.session_options"]
+    return {} if not texts else json.loads(texts[0])
 
 
 def _first_line(error: Exception) -> str:
