@@ -21,7 +21,7 @@ from vitquant.program.moving import move
 from vitquant.program.shapes import all_shapes
 from vitquant.runtime.products import Products, convolution, exact_products, linear, operand
 
-_AT_ONCE = 2**18  # elements of the largest register: it is then in the processor's cache when it is read again
+_AT_ONCE = 2**17  # elements of the largest register, 1 MiB: larger ones leave the cache, and the heap, every time
 
 
 class Interpreter(nn.Module):
