@@ -77,14 +77,27 @@ def test_what_is_evaluated_is_the_integer_program_and_every_engine_can_be_asked_
     assert all(found[""][name] == found["integer"][name] == found["onnxruntime"][name] for name in figures)
 
 
-def test_a_model_that_does_not_lower_is_simulated_with_the_reason(run, workshop):
+def test_a_recipe_that_computes_in_float_is_simulated(run, workshop):
     code, figures, err = run("evaluate", workshop / "float", "--data", workshop / "images", "--json")
-    assert (code, figures["engine"]) == (0, "simulated")
-    assert "does not lower" in err
-    assert "blocks.0.norm1" in err
+    assert (code, figures["engine"], err) == (0, "simulated", "")
     code, _, err = run("evaluate", workshop / "float", "--data", workshop / "images", "--engine", "integer")
     assert code == 2
     assert "blocks.0.norm1: the recipe minmax computes it in float; use a recipe that computes on codes" in err
+
+
+def test_a_recipe_of_integers_that_does_not_lower_is_simulated_with_the_reason(run, workshop, tmp_path):
+    words = [
+        "--recipe",
+        "fq-vit-published",
+        "--weights",
+        workshop / "integers.safetensors",
+        "--output",
+        tmp_path / "out",
+    ]
+    call("quantize", *MODEL, "--calibration", workshop / "images", "--batch", 6, *words, "--quiet")
+    code, figures, err = run("evaluate", tmp_path / "out", "--data", workshop / "images", "--json")
+    assert (code, figures["engine"]) == (0, "simulated")
+    assert "note: simulated, since the model does not lower: " in err
 
 
 @pytest.mark.parametrize("format", ["program", "onnx-integer", "onnx-qdq", "openvino"])

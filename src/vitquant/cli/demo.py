@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,6 +107,7 @@ def _try(
 
     from vitquant import pipeline
     from vitquant.demo import PREPROCESSING, source
+    from vitquant.engines import default_engine
     from vitquant.tasks.classification import evaluate
 
     started = time.perf_counter()
@@ -114,7 +115,8 @@ def _try(
     stream, steps = _Watched(calibration, update), PREPROCESSING.to_dict()
     quantized = pipeline.quantize(network, recipe, stream, source=source(), preprocessing=steps)
     calibrated = recipe.passes * sum(len(images) for images, _ in calibration)
-    result = evaluate(quantized, network, test, progress=lambda done: update(completed=calibrated + done))
+    name, computed, _ = default_engine(quantized)
+    result = evaluate(computed, network, test, None, lambda done: update(completed=calibrated + done), engine=name)
     return _Trial(quantized, result, time.perf_counter() - started)
 
 
@@ -144,17 +146,19 @@ def _left_out(recipe: Recipe, estimate: float, left: float, budget: float) -> di
 def _facts(trial: _Trial, output: Path) -> dict[str, Any]:
     """What became of the model by one recipe, as plain values."""
     from vitquant.checkpoint import TENSORS
+    from vitquant.engines import program_of
     from vitquant.report.operations import FLOAT, INTEGER, list_operations, summarize
 
     quantized, result = trial.quantized, trial.result
     directory = output / quantized.recipe.name
-    summary = summarize(list_operations(quantized))
+    summary = summarize(list_operations(quantized, program_of(quantized)[0]))
     counts = summary["operations"]
     assert result.float_top1 is not None  # it was compared
     return {
         "recipe": quantized.recipe.name,
         "bits": str(quantized.bits),
         "passes": quantized.recipe.passes,
+        "engine": result.engine,
         "top1": result.top1,
         "difference": result.top1 - result.float_top1,
         "difference_interval": result.top1_difference_interval,
@@ -191,10 +195,16 @@ def _table(values: Mapping[str, Any]) -> Table:
     return table
 
 
+def _computed(recipes: Iterable[Mapping[str, Any]]) -> str:
+    """Which recipes were computed in integers."""
+    integer = [one["recipe"] for one in recipes if one["engine"] == "integer"]
+    return f"{', '.join(integer)} in integers, the others simulated" if integer else "simulated in float"
+
+
 def _rows(values: Mapping[str, Any]) -> dict[str, str]:
     """What the columns mean, what is not in the table, and how to look further."""
     rows = {
-        "top-1": f"percent of {values['test_images']} test images of CIFAR-10; simulated in float",
+        "top-1": f"percent of {values['test_images']} test images of CIFAR-10; {_computed(values['recipes'])}",
         "difference": "top-1 minus float top-1, in points, with its paired 95 % interval",
         "agree": "percent of the images that get the float model's class",
         "integer": "operations that integers can compute, of all that compute",

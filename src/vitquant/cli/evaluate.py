@@ -110,7 +110,7 @@ def _engine(
 
     if asked is None:
         name, computed, reason = default_engine(quantized)
-        if reason:
+        if reason and quantized.arithmetic is not None:  # the recipe asks for integers
             terminal.note(f"simulated, since the model does not lower: {reason}")
     elif asked is Engine.FLOAT:
         if reference is None:
