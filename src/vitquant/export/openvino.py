@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitquant.errors import ExportError
 from vitquant.export.onnx_qdq import onnx_qdq_model
+from vitquant.files import put_in_place
 from vitquant.model import QuantizedModel
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Pat
             with file.open("rb") as written:
                 os.fsync(written.fileno())
         partial.chmod(0o755)
-        _put_in_place(partial, directory)
+        put_in_place(partial, directory)
     except (OSError, RuntimeError) as error:  # OpenVINO's word for a full disk is RuntimeError
         raise ExportError(f"{directory} could not be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
@@ -73,22 +74,6 @@ def check_directory(directory: Path, force: bool = False) -> None:
     parent = next(folder for folder in directory.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ExportError(f"{parent} cannot be written; give another directory")
-
-
-def _put_in_place(partial: Path, directory: Path) -> None:
-    if not directory.exists():
-        partial.rename(directory)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".old", dir=directory.parent))
-    directory.rename(old / directory.name)
-    try:
-        partial.rename(directory)
-    except BaseException:  # an interrupt among them: what was there comes back
-        if not directory.exists():
-            (old / directory.name).rename(directory)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _openvino() -> Any:

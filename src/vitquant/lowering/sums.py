@@ -46,19 +46,18 @@ def convolution(context: Context, node: Node) -> Scaled:
 
 def product(context: Context, node: Node) -> Scaled:
     """A matrix product of two activations."""
-    left, right = (context.factor(argument, "operand") for argument in arguments(node)[:2])
-    output = context.emit(
-        Product, Register("s32", growing_shape(node)), left=left.register, right=right.register,
-        left_zero=int(left.zero), right_zero=int(right.zero),
-    )  # fmt: skip
-    return accumulated(output, left.scale * right.scale)
+    return _of_two(context, node, Product)
 
 
 def multiplied(context: Context, node: Node) -> Scaled:
     """Two activations multiplied element by element, as a gate does."""
+    return _of_two(context, node, Multiply)
+
+
+def _of_two(context: Context, node: Node, kind: type[Product | Multiply]) -> Scaled:
     left, right = (context.factor(argument, "operand") for argument in arguments(node)[:2])
     output = context.emit(
-        Multiply, Register("s32", growing_shape(node)), left=left.register, right=right.register,
+        kind, Register("s32", growing_shape(node)), left=left.register, right=right.register,
         left_zero=int(left.zero), right_zero=int(right.zero),
     )  # fmt: skip
     return accumulated(output, left.scale * right.scale)
