@@ -122,6 +122,7 @@ SECONDS = 300  # for one name
 LARGEST = 4e8  # parameters, where nothing makes it smaller
 SAME_LOGITS = 0.4  # of two images; one code that flips in float64 too may change all logits of one of them
 BOUND = 1e-4  # of the largest output, in float32
+_ANSWERS = {True: "yes", False: "no", None: "-"}
 _OF_THE_WEIGHTS = {"pretrained_cfg", "default_cfg"}
 
 _NAMED = re.compile(
@@ -141,7 +142,8 @@ class Finding:
         difference: largest difference of an output, over the largest output.
         sites, attention, unnamed: how many sites, how many of them scores, how many named after their module.
         reason: why it was not captured, or not found to be attention.
-        lowers: whether `fq-vit` gives an integer program whose logits are those of the float64 simulation.
+        lowers: whether `fq-vit` gives an integer program whose logits are those of the float64 simulation; None where
+            nobody tried.
         refused: why it does not.
         seconds: capture and sites.
         structure: the same for two names that differ in nothing at their smallest setting.
@@ -156,7 +158,7 @@ class Finding:
     attention: int = 0
     unnamed: int = 0
     reason: str = ""
-    lowers: bool = False
+    lowers: bool | None = None
     refused: str = ""
     seconds: float = 0.0
     structure: str = ""
@@ -340,7 +342,7 @@ def document(findings: Iterable[Finding]) -> str:
     """The committed list: names with the same outcome share a row."""
     findings = list(findings)
     captured, attention = sum(f.captured for f in findings), sum(f.captured and f.attention > 0 for f in findings)
-    lowered = sum(f.lowers for f in findings)
+    lowered, tried = sum(f.lowers is True for f in findings), sum(f.lowers is not None for f in findings)
     lines = [
         "# Vision Transformers of timm: which can be captured, and which run in integers",
         "",
@@ -349,7 +351,7 @@ def document(findings: Iterable[Finding]) -> str:
         "`tests/zoo/test_timm_family.py` checks it.",
         "",
         f"{len(findings)} names: {captured} captured, {attention} of them with a softmax between two products,",
-        f"{lowered} with an integer program.",
+        f"{lowered} of {tried} that were tried with an integer program.",
         "Each is made by its own entry point with the fewest layers, width and image size that it accepts, with random",
         "weights, and compared with its capture in float32 at batch 1, 2 and 5; names that give the same modules with",
         "the same settings are captured once. *Difference* is the largest one of an output, over the largest output,",
@@ -380,7 +382,7 @@ def _order(finding: Finding) -> tuple:
 
 def _outcome(finding: Finding) -> tuple:
     counts = finding.sites, finding.attention, finding.unnamed
-    return not finding.captured, *counts, not finding.lowers, finding.reason, finding.refused
+    return not finding.captured, *counts, str(finding.lowers), finding.reason, finding.refused
 
 
 def _rows(findings: Iterable[Finding]) -> Iterator[str]:
@@ -391,11 +393,10 @@ def _rows(findings: Iterable[Finding]) -> Iterator[str]:
         worst = f"{max(finding.difference for finding in same):.0e}" if first.sites else "-"
         counts = [str(count) if first.sites else "-" for count in (first.sites, first.attention, first.unnamed)]
         remark = "; ".join(text for text in (first.reason, first.refused) if text).replace("|", "\\|")
-        answers = ["yes" if answer else "no" for answer in (first.captured, first.lowers)]
-        yield f"| {' | '.join([names, answers[0], worst, *counts, answers[1], remark])} |"
+        yield f"| {' | '.join([names, _ANSWERS[first.captured], worst, *counts, _ANSWERS[first.lowers], remark])} |"
 
 
-def read_document(text: str) -> dict[str, tuple[bool, int, int, int, bool]]:
+def read_document(text: str) -> dict[str, tuple[bool, int, int, int, bool | None]]:
     """For each name of the committed list: captured, sites, attention, sites named after their module, lowers."""
     found = {}
     for line in text.splitlines():
@@ -403,7 +404,7 @@ def read_document(text: str) -> dict[str, tuple[bool, int, int, int, bool]]:
         if line.startswith("| `"):
             counts = tuple(0 if cell == "-" else int(cell) for cell in cells[3:6])
             for name in re.findall("`([^`]+)`", cells[0]):
-                found[name] = (cells[1] == "yes", *counts, cells[6] == "yes")
+                found[name] = (cells[1] == "yes", *counts, {"yes": True, "no": False}.get(cells[6]))
     return found
 
 

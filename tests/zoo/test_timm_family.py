@@ -69,5 +69,6 @@ def test_the_list_is_true(module):
     names = timm.list_models(module=module)
     for name in random.sample(names, min(2, len(names))):
         finding = timm_family.examine_apart(module, name, {})
-        found = finding.captured, finding.sites, finding.attention, finding.unnamed, finding.lowers
-        assert found == LIST[name], f"{name}: {finding}"
+        found = finding.captured, finding.sites, finding.attention, finding.unnamed
+        assert found == LIST[name][:-1], f"{name}: {finding}"
+        assert LIST[name][-1] in (finding.lowers, None), f"{name}: {finding}"

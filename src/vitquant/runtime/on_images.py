@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitquant.errors import LoweringError
 from vitquant.program.instructions import IntegerProgram
 from vitquant.runtime.interpreter import Interpreter
 
@@ -34,16 +35,22 @@ class Ends:
 
     @classmethod
     def of(cls, program: IntegerProgram) -> Ends:
-        """The ends of a program."""
-        return cls._of(program.facts["input"], program.facts["output"])
+        """The ends of a program.
+
+        Raises:
+            LoweringError: the program has none.
+        """
+        return cls._of(program.facts.get("input", {}), program.facts.get("output", {}))
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Ends:
         """The ends of an ONNX model that takes codes."""
-        return cls._of(json.loads(metadata["input"]), json.loads(metadata["output"]))
+        return cls._of(*(json.loads(metadata.get(end, "{}")) for end in ("input", "output")))
 
     @classmethod
     def _of(cls, image: Mapping[str, Any], logits: Mapping[str, Any]) -> Ends:
+        if not image or not logits:
+            raise LoweringError("the program does not say what its codes stand for; give and take codes yourself")
         codes = image["scale"], image["zero_point"], image["low"], image["high"]
         return cls(*codes, tuple(logits["scale"]), logits["zero_point"])
 

@@ -1,0 +1,41 @@
+"""Programs as functions of images: codes of images are those of the quantizer, logits those that codes stand for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitquant.errors import LoweringError
+from vitquant.program.instructions import IntegerProgram, Register
+from vitquant.quantizers import build_quantizer
+from vitquant.runtime.on_images import Ends, OnImages, interpreted
+from vitquant.spec import QParams, QuantSpec
+
+
+@given(
+    scale=st.floats(1e-4, 10, width=32),
+    zero=st.integers(0, 255),
+    bits=st.sampled_from([6, 8]),
+    steps=st.lists(st.floats(-400, 400, width=32), min_size=1, max_size=20),
+)
+def test_codes_of_images_are_those_of_the_quantizer(scale, zero, bits, steps):
+    spec = QuantSpec(bits)
+    quantizer = build_quantizer(spec, QParams(torch.tensor(scale), torch.tensor(min(zero, spec.qmax))))
+    ends = Ends(float(quantizer.scale), int(quantizer.zero_point), spec.qmin, spec.qmax, (1.0,), 0)
+    # Halves among them, which round to even.
+    images = torch.cat([torch.tensor(steps), torch.arange(-300.5, 300.5)]) * quantizer.scale
+    assert torch.equal(ends.encode(images), quantizer.encode(images).to(torch.int64))
+
+
+def test_logits_are_what_their_codes_stand_for():
+    ends = Ends(0.5, 3, 0, 255, (0.25, 0.5), 10)
+    model = OnImages(lambda codes: codes + 4, ends)
+    assert model(torch.tensor([[1.0, 2.0]])).tolist() == [[(5 + 4 - 10) * 0.25, (7 + 4 - 10) * 0.5]]
+
+
+def test_a_program_that_does_not_say_what_its_codes_stand_for_is_refused():
+    program = IntegerProgram("x", "x", {"x": Register("u8", (-1, 2))}, {}, ())
+    with pytest.raises(LoweringError, match="does not say what its codes stand for"):
+        interpreted(replace(program, facts={"recipe": "mine"}))
