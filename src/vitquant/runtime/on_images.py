@@ -85,4 +85,5 @@ class OnImages(nn.Module):
 
 def interpreted(program: IntegerProgram) -> OnImages:
     """A program as a function of images, by the reference interpreter."""
-    return OnImages(Interpreter(program), Ends.of(program))
+    ends = Ends.of(program)
+    return OnImages(Interpreter(program), ends)
