@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from vitquant.checkpoint import read_checkpoint, write_checkpoint
 from vitquant.errors import CalibrationError, CaptureError, CheckpointError
 from vitquant.graph.fingerprint import structural_fingerprint
-from vitquant.graph.operators import PRODUCTS, aten, calls
+from vitquant.graph.operators import PRODUCTS, aten, calls, is_rearrangement, is_selection
 from vitquant.operations import Arithmetic, IntegerOperation
 from vitquant.operations.replacement import operation_at, reconnect_operations, replace_operations
 from vitquant.packing import pack, unpack
@@ -125,10 +125,15 @@ class QuantizedModel(nn.Module):
 
     @property
     def image_quantizer(self) -> Quantizer | None:
-        """The quantizer of the images, if they have one."""
-        images = next(node for node in self.graph_module.graph.nodes if node.op == "placeholder")
-        by_node = {value.node: value.name for value in self.values}
-        return self.quantizers.get(by_node.get(images.name, ""))
+        """The quantizer of the images, as they are or rearranged, if they have one."""
+        for node in self.graph_module.graph.nodes:
+            if node.op == "call_module" and str(node.target).startswith(f"{_QUANTIZERS}."):
+                source = node.all_input_nodes[0]
+                while is_rearrangement(source) or is_selection(source):
+                    source = source.all_input_nodes[0]
+                if source.op == "placeholder":
+                    return self.graph_module.get_submodule(str(node.target))  # type: ignore[return-value]
+        return None
 
     @property
     def integer_operations(self) -> dict[str, IntegerOperation]:

@@ -83,6 +83,7 @@ def export(
                 forms = forms_of(scratch / path.name, format)
             report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, model)
             if not report.broken:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 put_in_place(scratch / path.name, path)
         values, tables = shown(report)
         where = "nowhere, since a promise is broken" if report.broken else f"{path}, {size / 1e6:.1f} MB"
@@ -95,11 +96,11 @@ def export(
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A directory on the file system of a path, gone at the end."""
+    there = next(folder for folder in path.parents if folder.is_dir())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=there)
     except OSError as error:
-        raise ExportError(f"{path.parent} cannot be written: {error.strerror}") from error
+        raise ExportError(f"{there} cannot be written: {error.strerror}") from error
     with scratch as directory:
         yield Path(directory)
 

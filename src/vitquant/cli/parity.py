@@ -13,6 +13,7 @@ from vitquant.cli import options
 from vitquant.cli.checking import BROKEN, Data, Images, compare_forms, shown
 from vitquant.cli.evaluate import Weights
 from vitquant.cli.terminal import Terminal
+from vitquant.errors import LoweringError
 
 if TYPE_CHECKING:
     from vitquant.model import QuantizedModel
@@ -83,7 +84,10 @@ def _forms(quantized: QuantizedModel, out: Path, against: list[Runtime], scratch
     if not against:
         return [form for format, path in found.items() for form in forms_of(path, format)]
     forms: list[Form] = []
-    lowers = program_of(quantized)[0] is not None
+    program, refused = program_of(quantized)
+    lowers = program is not None
+    if not lowers and Runtime.INTERPRETER in against:
+        raise LoweringError(f"--against interpreter: {refused}")
     for format in dict.fromkeys(format for runtime in against for format in _FORMATS[runtime]):
         path = found.get(format)
         if path is None and (format not in _ON_INTEGERS or lowers):

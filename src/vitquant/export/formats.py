@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vitquant.checkpoint import CONFIG, TENSORS
 from vitquant.errors import ExportError
 from vitquant.files import check_new_file, write_file
 from vitquant.lowering import lower
@@ -29,6 +30,8 @@ def check_target(format: str, path: Path, force: bool = False) -> None:
     Raises:
         ExportError: it exists and not `force`, is of the wrong kind, or its parent cannot be written.
     """
+    if path.name in (TENSORS, CONFIG) and (path.parent / CONFIG).is_file():
+        raise ExportError(f"{path} is a file of the saved model; give another path")
     if format == "openvino":
         from vitquant.export.openvino import check_directory
 

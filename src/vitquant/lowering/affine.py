@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from vitquant.graph.operators import arguments, aten, packet
-from vitquant.lowering.context import Context, Value
+from vitquant.lowering.context import Context, Value, operator_name
 from vitquant.lowering.rearrangement import together
 from vitquant.lowering.scaled import Joined, Scaled, Static
 from vitquant.lowering.sums import multiplied
@@ -39,12 +39,12 @@ def elementwise(context: Context, node: Node) -> Value:
         case aten.sub, Scaled(), Scaled():
             return left.plus(negated(right))
         case _:
-            raise context.refuse(f"{packet(node)} of these has no integer form")
+            raise context.refuse(f"{operator_name(node)} of these has no integer form")
 
 
 def negation(context: Context, node: Node) -> Scaled:
     """Minus the argument."""
-    value = _whole(context, context.values[arguments(node)[0]])
+    value = _whole(context, context.value(arguments(node)[0]))
     if not isinstance(value, Scaled):
         raise context.refuse("what it reads is not a sum of integers", "quantize it")
     return negated(value)
@@ -52,7 +52,7 @@ def negation(context: Context, node: Node) -> Scaled:
 
 def batch_norm(context: Context, node: Node) -> Scaled:
     """Batch norm with its running statistics: a factor and a constant for each channel."""
-    value = _whole(context, context.values[arguments(node)[0]])
+    value = _whole(context, context.value(arguments(node)[0]))
     if not isinstance(value, Scaled):
         raise context.refuse("what it normalizes is not a sum of integers", "quantize it")
     gain, bias, mean, variance = (context.static[p] if isinstance(p, Node) else None for p in arguments(node)[1:5])

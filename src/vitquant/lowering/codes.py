@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from vitquant.graph.operators import is_rearrangement, is_selection
+from vitquant.graph.walk import path_between
 from vitquant.integer.arithmetic import MULTIPLIER_BITS, rescaling
 from vitquant.lowering.context import Context, Value, growing_shape, nothing
+from vitquant.lowering.rearrangement import follow, shape_of
 from vitquant.lowering.scaled import Joined, Scaled, Static, Term, compact, size_along
 from vitquant.operations.replacement import operation_at
 from vitquant.program.instructions import Concat, Register, Requantize, Reshape, smallest_type
@@ -18,17 +20,40 @@ from vitquant.quantizers import Quantizer
 from vitquant.quantizers.logarithmic import Log2Quantizer
 from vitquant.quantizers.quantizer import along_axis
 
+IMAGE = "input"  # the register of the image's codes
+
 
 def quantized(context: Context, node: Node, quantizer: Quantizer) -> Value:
     """The codes of what a quantizer reads."""
     source = node.all_input_nodes[0]
-    if source.op == "placeholder":
-        return _network_input(context, node, quantizer)
     if source not in context.dynamic:
+        static(context, node)
         return _static_codes(context, str(node.target), context.static[source], quantizer)
-    if operation_at(context.module, _computed(source)) is not None:
-        return context.values[source]  # its codes are this quantizer's already
-    return _requantized(context, context.values[source], growing_shape(node), quantizer)
+    origin = computed(source)
+    if origin.op == "placeholder":
+        return _of_the_image(context, origin, source, quantizer)
+    if operation_at(context.module, origin) is not None:
+        return context.value(source)  # its codes are this quantizer's already
+    shape = growing_shape(node)
+    target = codes_of(context, "", quantizer, len(shape)).terms[0]
+    return _requantized(context, context.value(source), shape, target, quantizer)
+
+
+def static(context: Context, node: Node) -> Static:
+    """A tensor that is the same for every image, for a batch of one.
+
+    Raises:
+        LoweringError: it grows with the batch, but not image by image.
+    """
+    one = context.static[node]
+    grows = [axis for axis, size in enumerate(node.meta.get("shape", ())) if size == -1]
+    if grows and not context.dynamic.isdisjoint(node.users):
+        two = context.static_of_two(node)
+        repeated = torch.cat([one, one], grows[0])
+        if len(grows) > 1 or two.shape != repeated.shape or not torch.equal(two, repeated):
+            reason = f"{node.name}, which no image changes, is not repeated image by image"
+            raise context.refuse(reason, "give each image the same")
+    return Static(one.double())
 
 
 def codes_of(context: Context, register: str, quantizer: Quantizer, rank: int) -> Scaled:
@@ -56,18 +81,27 @@ def code_type(quantizer: Quantizer) -> str:
     return smallest_type(quantizer.spec.qmin, quantizer.spec.qmax)
 
 
-def _computed(node: Node) -> Node:
+def computed(node: Node) -> Node:
+    """Whose elements a node has, rearranged, in part, or beside zeros."""
     while is_rearrangement(node) or is_selection(node):
         node = node.all_input_nodes[0]
     return node
 
 
-def _network_input(context: Context, node: Node, quantizer: Quantizer) -> Scaled:
-    name, shape = "input", context.one_image[node]
-    context.registers[name] = Register(code_type(quantizer), (-1, *shape[1:]))
-    value = codes_of(context, name, quantizer, len(shape))
+def _of_the_image(context: Context, image: Node, read: Node, quantizer: Quantizer) -> Scaled:
+    """The codes of an image; what moves it before it is quantized moves its codes just as well."""
+    shape = context.one_image[image]
+    value = codes_of(context, IMAGE, quantizer, len(shape))
     if value.terms[0].scale.numel() != 1:
         raise context.refuse("the image has several scales", "use per = tensor")
+    term, known = value.terms[0], context.image
+    if known is not None and (float(known.scale), int(known.zero)) != (float(term.scale), int(term.zero)):
+        raise context.refuse("the image has two quantizers", "give both readers one")
+    context.image = term
+    context.registers[IMAGE] = Register(code_type(quantizer), (-1, *shape[1:]))
+    source = image
+    for step in path_between(image, read):
+        value, source = follow(context, value, source, step), step
     return value
 
 
@@ -78,22 +112,25 @@ def _static_codes(context: Context, name: str, value: Tensor, quantizer: Quantiz
     return codes_of(context, register, quantizer, value.ndim)
 
 
-def _requantized(context: Context, value: Value, shape: tuple[int, ...], quantizer: Quantizer) -> Scaled:
-    """Codes of a sum: its terms rescaled and added before they are rounded once."""
+def _requantized(context: Context, value: Value, shape: tuple[int, ...], target: Term, quantizer: Quantizer) -> Scaled:
+    """Codes of a sum: its terms rescaled and added before they are rounded once.
+
+    Arguments:
+        shape: of the codes.
+        target: their scale and zero point; its register is not read.
+    """
     written = Register(code_type(quantizer), shape)
     match value:
         case Joined():
-            parts = [_requantized(context, part, _shape_of(context, part, shape), quantizer) for part in value.parts]
-            registers = tuple(part.terms[0].register for part in parts)
-            joined = context.emit(Concat, written, inputs=registers, axis=value.axis)
-            return codes_of(context, joined, quantizer, len(shape))
+            return _joined(context, value, shape, target, quantizer)
         case Static():
             return _static_codes(context, context.site, value.value, quantizer)
         case Scaled():
             pass
         case _:
             raise context.refuse("what it reads is not a sum of integers", "quantize its input")
-    target = codes_of(context, "", quantizer, len(shape)).terms[0]
+    if shape_of(context, value) != shape:
+        raise context.refuse("it quantizes a sum that is repeated", "quantize the sum before it is repeated")
     multipliers, addend, shift = _integers(value, target)
     # Where the batch's axis holds heads or windows that differ, those get an axis of their own for a moment.
     axis = shape.index(-1) if -1 in shape else len(shape)
@@ -120,8 +157,24 @@ def _requantized(context: Context, value: Value, shape: tuple[int, ...], quantiz
     return Scaled((replace(target, register=output),), nothing())
 
 
-def _shape_of(context: Context, part: Scaled | Static, whole: tuple[int, ...]) -> tuple[int, ...]:
-    return whole if isinstance(part, Static) else context.registers[part.terms[0].register].shape
+def _joined(context: Context, value: Joined, shape: tuple[int, ...], target: Term, quantizer: Quantizer) -> Scaled:
+    """Codes of parts side by side, each with what the quantizer has where it will lie."""
+    axis, start, registers = value.axis, 0, []
+    differs = max(size_along(target.zero, axis - len(shape)), size_along(target.scale, axis - len(shape))) > 1
+    for part in value.parts:
+        if differs and isinstance(part, Static):
+            raise context.refuse("a constant is joined along the axis of the scales", "use per = tensor")
+        whole = tuple(part.value.shape) if isinstance(part, Static) else shape_of(context, part)
+        width = whole[axis]
+        zero, scale = (
+            v.narrow(axis - len(shape), start, width) if size_along(v, axis - len(shape)) > 1 else v
+            for v in (target.zero, target.scale)
+        )
+        codes = _requantized(context, part, whole, replace(target, zero=zero, scale=scale), quantizer)
+        registers.append(codes.terms[0].register)
+        start += width
+    joined = context.emit(Concat, Register(code_type(quantizer), shape), inputs=tuple(registers), axis=axis)
+    return Scaled((replace(target, register=joined),), nothing())
 
 
 def _integers(value: Scaled, target: Term) -> tuple[list[Tensor], Tensor, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from vitquant.errors import LoweringError
-from vitquant.graph.operators import arguments
+from vitquant.graph.operators import arguments, packet
 from vitquant.graph.walk import depends_on_input
 from vitquant.lowering.scaled import Hidden, Joined, Scaled, Static, Term
 from vitquant.model import QuantizedModel
@@ -31,6 +31,7 @@ class Context:
         static: the tensors that are the same for every image, for a batch of one.
         dynamic: the nodes that are not.
         values: filled by the walk.
+        image: the codes of the images, once a quantizer of them was met.
         registers, constants, instructions: of the program.
     """
 
@@ -44,6 +45,7 @@ class Context:
         self.constants: dict[str, Tensor] = {}
         self.instructions: list[Instruction] = []
         self.values: dict[Node, Value] = {}
+        self.image: Term | None = None
         self.site, self._place = "input", "input"
 
     def enter(self, node: Node) -> None:
@@ -83,13 +85,25 @@ class Context:
         )
         return name
 
+    def value(self, node: Node) -> Value:
+        """What a node is in terms of integer registers.
+
+        Raises:
+            LoweringError: it is the image before any quantizer, or no tensor.
+        """
+        if node in self.values:
+            return self.values[node]
+        if node in self.dynamic:
+            raise self.refuse("it reads the image before that is quantized", "do in the preprocessing what it does")
+        raise self.refuse(f"it computes with {node.name}, which is no tensor")
+
     def term(self, node: Node, what: str) -> Term:
         """The codes that a node is.
 
         Raises:
             LoweringError: it is anything else.
         """
-        value = self.values[node]
+        value = self.value(node)
         term = value.single if isinstance(value, Scaled) else None
         if term is None:
             raise self.refuse(f"its {what} is not quantized", "let the recipe quantize it")
@@ -116,7 +130,7 @@ class Context:
     def operand(self, argument: Any) -> Value:
         """What an argument of an elementwise operation is."""
         if isinstance(argument, Node):
-            return self.values[argument]
+            return self.value(argument)
         return Static(torch.tensor(float(argument), dtype=torch.float64))
 
 
@@ -133,6 +147,11 @@ def nothing() -> Tensor:
 def growing_shape(node: Node) -> tuple[int, ...]:
     """A node's shape, -1 for the size that grows with the batch."""
     return tuple(node.meta["shape"])
+
+
+def operator_name(node: Node) -> str:
+    """The name of the operator that a node calls, for messages."""
+    return str(getattr(packet(node), "__name__", packet(node))).removeprefix("aten.")
 
 
 def options(node: Node, *names: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from vitquant.graph.operators import (
@@ -18,11 +19,11 @@ from vitquant.graph.operators import (
     packet,
 )
 from vitquant.lowering.affine import batch_norm, elementwise, negation
-from vitquant.lowering.codes import quantized
-from vitquant.lowering.context import SIMULATE, Context, Value
+from vitquant.lowering.codes import computed, quantized, static
+from vitquant.lowering.context import SIMULATE, Context, Value, operator_name
 from vitquant.lowering.on_codes import hide, on_codes
-from vitquant.lowering.rearrangement import joined, moved
-from vitquant.lowering.scaled import Static, Term
+from vitquant.lowering.rearrangement import SPLITS, joined, moved
+from vitquant.lowering.scaled import Term
 from vitquant.lowering.sums import convolution, linear, mean, product
 from vitquant.model import QuantizedModel
 from vitquant.operations.replacement import operation_at
@@ -54,23 +55,30 @@ def lower(model: QuantizedModel) -> IntegerProgram:
     for node in model.graph_module.graph.nodes:
         context.enter(node)
         if node.op == "placeholder":
-            continue  # the image is known by its quantizer
+            continue  # its quantizers say what it is
         if node.op == "output":
             result = _result(context, node)
         elif (quantizer := _quantizer(context, node)) is not None:
             context.values[node] = quantized(context, node, quantizer)
-            term = context.term(node, "result")
-            codes[str(node.target).removeprefix("quantizers.")] = term.register
-            if node.all_input_nodes[0].op == "placeholder":
-                first, spec = term, quantizer.spec
-                image = {"scale": float(term.scale), "zero_point": int(term.zero), "low": spec.qmin, "high": spec.qmax}
+            codes[str(node.target).removeprefix("quantizers.")] = context.term(node, "result").register
+            if first is None and context.image is not None:
+                first, spec = context.image, quantizer.spec
+                image = {
+                    "scale": float(first.scale),
+                    "zero_point": int(first.zero),
+                    "low": spec.qmin,
+                    "high": spec.qmax,
+                }
         elif node not in context.dynamic:
             if node in context.static:
-                context.values[node] = Static(context.static[node].double())
+                context.values[node] = static(context, node)
+        elif computed(node).op == "placeholder" or 0 in context.one_image.get(node, ()):
+            continue  # the image is known by its quantizer, wherever that stands, and nothing needs no registers
         elif node in context.one_image or node.meta.get("shapes"):
             context.values[node] = _lowered(context, node)
     assert result is not None
-    assert first is not None  # a graph whose image is not quantized was refused on the way
+    if first is None:
+        raise context.refuse("the image is not quantized", "let the recipe quantize it")
     program = IntegerProgram(
         input=first.register,
         output=result.register,
@@ -112,9 +120,9 @@ def _lowered(context: Context, node: Node) -> Value:
         return mean(context, node)
     if calls(node, JOINS):
         return joined(context, node)
-    if calls(node, _CASTS) and node.meta["dtype"].is_floating_point:
-        return context.values[arguments(node)[0]]
-    if node.meta.get("shapes") and "shape" not in node.meta:
+    if calls(node, _CASTS) and node.meta["dtype"] in (torch.float32, torch.float64):
+        return context.value(arguments(node)[0])
+    if calls(node, SPLITS):
         return ()  # a split: its parts are taken one by one
     if is_rearrangement(node) or is_selection(node):
         return moved(context, node)
@@ -128,7 +136,7 @@ def _no_integers(context: Context, node: Node) -> Exception:
     if context.model.arithmetic is None and node.name in {site.node for site in context.model.sites}:
         remedy = f"use a recipe that computes on codes, such as fq-vit, or {SIMULATE}"
         return context.refuse(f"the recipe {context.model.recipe.name} computes it in float", remedy)
-    kind = NORMS.get(packet(node), str(getattr(packet(node), "__name__", packet(node))))
+    kind = NORMS.get(packet(node), operator_name(node))
     return context.refuse(f"{kind} has no integer form")
 
 

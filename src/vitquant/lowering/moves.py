@@ -63,7 +63,7 @@ def moves(node: Node, shape: tuple[int, ...], result: tuple[int, ...]) -> list[I
         case _ if node.target is operator.getitem:
             return _part(node, shape, result)
         case _:
-            raise NoMoveError(f"{packet(node)}")
+            raise NoMoveError(str(packet(node)).removeprefix("aten."))
 
 
 def _reshape(result: tuple[int, ...]) -> Reshape:
@@ -109,4 +109,4 @@ def _part(node: Node, shape: tuple[int, ...], result: tuple[int, ...]) -> list[I
     if calls(split, {aten.chunk}):
         width = -(-shape[axis] // int(given[1:2][0]))
         return [_slice(axis, index * width, index * width + result[axis])]
-    raise NoMoveError(f"{packet(split)}")
+    raise NoMoveError(str(packet(split)).removeprefix("aten."))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.fx import Node
 
@@ -31,26 +33,22 @@ from vitquant.quantizers.logarithmic import Log2Quantizer
 
 def hide(context: Context, node: Node) -> Hidden:
     """Scores of which a mask hides some."""
-    scores, hidden = (context.values[argument] for argument in arguments(node)[:2])
+    scores, hidden = (context.value(argument) for argument in arguments(node)[:2])
     if not isinstance(scores, Scaled) or not isinstance(hidden, Static):
         raise context.refuse("its mask depends on the image", "give a constant mask")
-    return Hidden(scores, hidden.value != 0, node, windows=_repeated(context, arguments(node)[1]))
-
-
-def _repeated(context: Context, mask: Node) -> int | None:
-    """How many rows of a mask are repeated for each image; None when the same mask serves every row of the batch."""
-    grows = [axis for axis, size in enumerate(mask.meta["shape"]) if size == -1]
-    if not grows:
-        return None
-    one, two = context.static[mask], context.static_of_two(mask)
-    if grows != [0] or two.shape[0] != 2 * one.shape[0] or not torch.equal(two, torch.cat([one, one])):
-        raise context.refuse("its mask is not repeated image by image", "give each image the same mask")
-    return one.shape[0]
+    value = arguments(node)[2]
+    if not isinstance(value, int | float) or value != -math.inf:
+        raise context.refuse(f"it fills with {value}, which does not hide", "fill with minus infinity before a softmax")
+    mask = growing_shape(arguments(node)[1])
+    if -1 in mask[1:]:
+        raise context.refuse("its mask grows with the batch along another axis than the first", "repeat it there")
+    # `static` made sure that such a mask is repeated image by image.
+    return Hidden(scores, hidden.value != 0, node, windows=hidden.value.shape[0] if -1 in mask else None)
 
 
 def on_codes(context: Context, node: Node, operation: IntegerOperation) -> Scaled:
     """An operation on codes."""
-    value, shape = context.values[arguments(node)[0]], growing_shape(node)
+    value, shape = context.value(arguments(node)[0]), growing_shape(node)
     if not isinstance(value, Hidden):
         return _computed(context, node, operation, _single(context, value), None, shape)
     hidden = context.constant(f"{context.site}.hidden", value.hidden.to(torch.int64), "u8")

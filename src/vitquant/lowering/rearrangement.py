@@ -16,14 +16,16 @@ from vitquant.lowering.scaled import Hidden, Joined, Scaled, Static, Term, compa
 from vitquant.program.instructions import Concat, Instruction, Pad, Register, Reshape, smallest_type
 from vitquant.program.moving import move
 
-_SPLITS = {aten.unbind, aten.split, aten.split_with_sizes, aten.chunk}
+SPLITS = {aten.unbind, aten.split, aten.split_with_sizes, aten.chunk}
 
 
 def joined(context: Context, node: Node) -> Joined:
     """A concatenation or a stack; a quantizer behind it gives all parts one scale."""
     parts = []
     for part in arguments(node)[0]:
-        value = context.values[part]
+        if 0 in context.one_image[part]:
+            continue
+        value = context.value(part)
         value = together(context, value) if isinstance(value, Joined) else value
         if not isinstance(value, Scaled | Static):
             raise context.refuse("it joins what is no sum of integers", "quantize its parts")
@@ -48,7 +50,8 @@ def together(context: Context, value: Joined) -> Scaled:
     if len(parts) < len(value.parts):
         raise context.refuse("what it reads is joined from an activation and a constant", "quantize the parts")
     one, axis = context.one_image[value.node], value.axis
-    widths = [context.registers[part.terms[0].register].shape[axis] for part in parts]
+    parts = [_foldable(context, part, shape_of(context, part)) for part in parts]
+    widths = [shape_of(context, part)[axis] for part in parts]
 
     def beside(values: Sequence[Tensor]) -> Tensor:
         shapes = [(*one[:axis], width, *one[axis + 1 :]) for width in widths]
@@ -73,9 +76,9 @@ def _of_one_length(parts: Sequence[tuple[Term, ...]]) -> list[tuple[Term, ...]]:
 def moved(context: Context, node: Node) -> Value:
     """A rearrangement or a selection."""
     source = node.all_input_nodes[0]
-    if calls(source, _SPLITS) and not source.meta.get("shape"):
+    if calls(source, SPLITS) and not source.meta.get("shape"):
         source = source.all_input_nodes[0]
-    value = context.values[source]
+    value = context.value(source)
     if isinstance(value, Hidden):
         if len(node.meta["shape"]) < 2 or node.meta["shape"][-1] != source.meta["shape"][-1]:
             raise context.refuse("the rows of masked scores are rearranged", "apply the mask last")
@@ -95,6 +98,31 @@ def follow(context: Context, value: Scaled, source: Node, node: Node) -> Scaled:
     return walk(context, value, steps, growing_shape(source), context.one_image[source])
 
 
+def shape_of(context: Context, value: Scaled) -> tuple[int, ...]:
+    """The shape that the registers of a value have together; -1 for the size that grows with the batch."""
+    shapes = [context.registers[term.register].shape for term in value.terms]
+    rank = max(map(len, shapes))
+    filled = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    return tuple(-1 if -1 in sizes else max(sizes) for sizes in zip(*filled, strict=True))
+
+
+def _foldable(context: Context, value: Scaled, shape: tuple[int, ...]) -> Scaled:
+    """A value whose registers all have its shape: constants that repeat in it become numbers.
+
+    Raises:
+        LoweringError: a part of it that depends on the image repeats.
+    """
+    terms, constant = [], value.constant
+    for term in value.terms:
+        if context.registers[term.register].shape == shape:
+            terms.append(term)
+        elif term.register in context.constants:
+            constant = constant + term.scale * (context.constants[term.register] - term.zero)
+        else:
+            raise context.refuse("it rearranges a sum in which a part is repeated", "quantize the sum first")
+    return Scaled(tuple(terms), constant)
+
+
 def walk(
     context: Context, value: Scaled, steps: Sequence[Instruction], shape: tuple[int, ...], one: tuple[int, ...]
 ) -> Scaled:
@@ -103,6 +131,7 @@ def walk(
     Arguments:
         shape, one: of the value, for any batch and for one image.
     """
+    value = _foldable(context, value, shape) if steps else value
     for step in steps:
         value, shape, one = _step(context, value, step, shape, one)
     return value
@@ -122,7 +151,10 @@ def _step(
         register = context.emit(type(step), written, input=term.register, **given)
         zero, scale = (_rearranged(context, values, step, shape, one) for values in (term.zero, term.scale))
         terms.append(replace(term, register=register, zero=zero, scale=scale))
-    return Scaled(tuple(terms), _rearranged(context, value.constant, step, shape, one)), growing, after
+    constant = value.constant
+    if isinstance(step, Pad) and bool(constant.any()):  # beside it lie zeros
+        constant = dense(constant, one)
+    return Scaled(tuple(terms), _rearranged(context, constant, step, shape, one)), growing, after
 
 
 def _growing(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vitquant.graph.operators import arguments, aten, calls, packet
-from vitquant.lowering.context import Context, accumulated, growing_shape, nothing, options
+from vitquant.graph.operators import arguments, aten, calls
+from vitquant.lowering.context import Context, accumulated, growing_shape, nothing, operator_name, options
 from vitquant.lowering.scaled import Scaled, Static, Term
 from vitquant.program.instructions import Convolution, Linear, Multiply, Product, Register, Sum
 
@@ -30,8 +30,10 @@ def linear(context: Context, node: Node) -> Scaled:
 def convolution(context: Context, node: Node) -> Scaled:
     """A two-dimensional convolution."""
     given = options(node, "bias", "stride", "padding", "dilation", "groups")
-    if not calls(node, {aten.conv2d}) or isinstance(given.get("padding"), str):
-        raise context.refuse(f"{packet(node)} is not a plain two-dimensional convolution", "use conv2d")
+    if not calls(node, {aten.conv2d}):
+        raise context.refuse(f"{operator_name(node)} has no integer form")
+    if isinstance(given.get("padding"), str):
+        raise context.refuse(f"its padding is {given['padding']!r}", "give it as numbers")
     source, weight = _layer(context, node)
     scale = source.scale * weight.scale.flatten()
     bias, rest = _bias(context, given.get("bias"), scale)
@@ -102,7 +104,7 @@ def _bias(context: Context, node: Node | None, scale: Tensor) -> tuple[str | Non
     """The bias on the accumulator's scale, and what that rounding left over, which costs nothing to add later."""
     if node is None:
         return None, nothing()
-    value = context.values[node]
+    value = context.value(node)
     if not isinstance(value, Static):
         raise context.refuse("its bias depends on the image")
     bias = torch.round(value.value / scale)
@@ -116,7 +118,8 @@ def _pooled(context: Context, node: Node, read: tuple[int, ...]) -> tuple[tuple[
     """The axes of a mean, and whether they stay with size one."""
     if calls(node, {aten.mean}):
         given = options(node, "keepdim")
-        axes = arguments(node)[1] if len(arguments(node)) > 1 else range(len(read))
+        axes = arguments(node)[1] if len(arguments(node)) > 1 else None
+        axes = range(len(read)) if axes is None else axes
         return tuple(sorted(int(axis) % len(read) for axis in axes)), bool(given.get("keepdim", False))
     size = arguments(node)[1]
     sizes = list(size) if isinstance(size, list | tuple) else [size]

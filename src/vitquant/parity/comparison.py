@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+FARTHEST = 0.5  # 1 - cosine that rounding may explain
 AGREEMENT = 98.0  # per cent of images that the integer program gives the float64 simulation's class
 
 
@@ -66,9 +67,9 @@ def as_close_as(comparison: Comparison, usual: Comparison | None) -> Comparison:
     Arguments:
         usual: the simulation beside the float model; without one, a cosine of 0.9 is asked for. Of two independent
             draws of rounding noise 1 - cosine is twice what each has beside what both round; four times is another
-            model.
+            model, and so is a cosine below one half, whatever quantization did.
     """
-    most = 0.1 if usual is None else 4 * (1 - usual.cosine) + 1e-3
+    most = 0.1 if usual is None else min(4 * (1 - usual.cosine) + 1e-3, FARTHEST)
     return replace(comparison, promise=f"cosine at least {1 - most:.3f}", kept=comparison.cosine >= 1 - most)
 
 

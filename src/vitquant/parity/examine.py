@@ -93,6 +93,7 @@ def examine(
         program = lower(model)
     except LoweringError as reason:
         comparisons += [_rounding(form, run(form.run, batches), single, usual) for form in forms if not form.exact]
+        comparisons += [_of_no_program(form) for form in forms if form.exact]
         return ParityReport(tuple(comparisons), refused=str(reason))
     progress("simulation in float64")
     double = run(ExactSimulation(model), batches).float()  # its rounding is that of the codes in float32
@@ -129,6 +130,11 @@ def _exact(form: Form, program: IntegerProgram, batches: Sequence[Tensor], expec
             with torch.inference_mode():
                 pair = form.run(codes), interpreter(codes)
             yield bit_exact(compare(f"{form.name}, {name}", pair[0], "integer program", pair[1]))
+
+
+def _of_no_program(form: Form) -> Comparison:
+    promise = "is of this model, which has no integer program"
+    return Comparison(form.name, "integer program", 0, 0.0, 0.0, 0.0, 0.0, promise, kept=False)
 
 
 def _rounding(form: Form, logits: Tensor, simulated: Tensor, usual: Comparison | None) -> Comparison:

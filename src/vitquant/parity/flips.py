@@ -47,8 +47,8 @@ class Flips:
 
     @property
     def kept(self) -> bool:
-        """Whether the promise about rescaling holds: at most `FLIPPED` of the codes, by one step."""
-        return self.made_by != RESCALING or (self.share <= FLIPPED and self.largest <= 1)
+        """Whether the promise holds: rescaling flips at most `FLIPPED` of the codes, by one step; the rest none."""
+        return self.flipped == 0 or (self.made_by == RESCALING and self.share <= FLIPPED and self.largest <= 1)
 
 
 def flipped_codes(

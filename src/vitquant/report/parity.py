@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -18,11 +19,16 @@ def as_dict(report: ParityReport) -> dict[str, Any]:
     """Plain values for JSON."""
     flips = [{**asdict(each), "share": each.share, "kept": each.kept} for each in report.flips]
     return {
-        "comparisons": [asdict(each) for each in report.comparisons],
+        "comparisons": [_finite(asdict(each)) for each in report.comparisons],
         "flips": flips,
         "not_lowered": report.refused or None,
         "broken": report.broken,
     }
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """With null for what JSON has no number for: a form that gives NaN."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def comparisons_table(comparisons: Iterable[Comparison]) -> Table:

@@ -1,0 +1,112 @@
+"""Odd patterns around one block of attention: the program is the simulation, or the pattern is refused by name."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import vitquant
+from vitquant.engines import default_engine
+from vitquant.errors import LoweringError
+from vitquant.lowering import lower
+from vitquant.runtime.on_images import interpreted
+from vitquant.simulation import ExactSimulation
+
+
+class Block(nn.Module):
+    """A patch embedding, one attention with a residual addition, and then `body` of (batch, 16 tokens, 16 channels)."""
+
+    def __init__(self, body, prepare):
+        super().__init__()
+        self.body, self.prepare = body, prepare
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.norm, self.qkv, self.proj = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.fc, self.bare, self.narrow = nn.Linear(16, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 8)
+        self.other, self.conv = nn.Linear(16, 8), nn.Conv2d(16, 16, 3, padding=1)
+        self.gain, self.position = nn.Parameter(torch.randn(16)), nn.Parameter(torch.randn(1, 16, 16))
+        self.token, self.head = nn.Parameter(torch.randn(1, 2, 16)), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.patches(self.prepare(x)).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        probs = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1)
+        x = x + self.proj((probs @ v).transpose(1, 2).flatten(2))
+        return self.head(self.body(self, x).mean(1))
+
+
+def same(x):
+    return x
+
+
+def quantized(body=lambda s, x: x, prepare=same, recipe="fq-vit"):
+    torch.manual_seed(0)
+    return vitquant.quantize(Block(body, prepare).eval(), recipe, [torch.randn(4, 3, 16, 16) for _ in range(2)])
+
+
+BODIES = {
+    "padding beside a constant": lambda s, x: s.fc(functional.pad(s.bare(x) + 0.5, (0, 0, 1, 2))),
+    "padding beside a constant of each channel": lambda s, x: s.fc(functional.pad(s.bare(x) + s.gain, (0, 0, 1, 2))),
+    "gains of either sign on both branches": lambda s, x: s.norm(x * s.gain - s.fc(x) * s.gain.flip(0)),
+    "a gain of zero": lambda s, x: x + s.fc(x) * (s.gain * 0),
+    "channels joined before a norm": lambda s, x: s.norm(torch.cat([s.narrow(x), s.other(x)], -1)),
+    "a constant joined along the tokens": lambda s, x: s.fc(torch.cat([x, s.token.expand(len(x), -1, -1), s.fc(x)], 1)),
+    "a repeated sum joined": lambda s, x: s.fc(torch.cat([s.fc(x).mean(1, keepdim=True) * 2 + s.token, x], 1)),
+    "positions moved on": lambda s, x: (
+        s.conv((s.fc(x) + s.position).transpose(1, 2).reshape(-1, 16, 4, 4)).flatten(2).mT
+    ),
+    "positions in windows": lambda s, x: s.fc((s.fc(x) + s.position).reshape(-1, 4, 16)).reshape(-1, 16, 16),
+    "half of it turned": lambda s, x: s.fc(torch.cat([-s.fc(x)[..., 8:], s.fc(x)[..., :8]], -1) * s.gain),
+    "a gate": lambda s, x: s.fc(s.fc(x) * functional.silu(s.bare(x))),
+    "a batch along the second axis": lambda s, x: s.fc(x.transpose(0, 1)).transpose(0, 1),
+    "an empty part": lambda s, x: s.fc(torch.cat([x[:, :0], x * 2], 1)),
+    "one layer twice": lambda s, x: s.fc(s.fc(x)),
+    "constant minus tensor": lambda s, x: s.fc(s.position - s.fc(x)),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_odd_patterns_give_the_codes_of_the_simulation(name):
+    check(quantized(BODIES[name]))
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [lambda x: functional.pad(x[..., 1:-1, 1:-1], (1, 1, 1, 1)), lambda x: x.transpose(2, 3).roll(1, 2)],
+    ids=["cut and padded", "turned"],
+)
+def test_an_image_may_be_moved_before_it_is_quantized(prepare):
+    model = quantized(prepare=prepare)
+    assert model.image_quantizer is not None
+    check(model)
+
+
+def check(model):
+    images = torch.randn(6, 3, 16, 16)
+    with torch.inference_mode():
+        logits, simulated = interpreted(lower(model))(images), ExactSimulation(model)(images).float()
+    assert torch.equal(logits, simulated)
+    assert logits.unique().numel() > 10
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (lambda s, x: s.fc(s.fc(x) + torch.arange(x.shape[0]).float().view(-1, 1, 1)), "not repeated image by image"),
+        (lambda s, x: s.fc((x.mean(1, keepdim=True) + s.fc(x)).transpose(1, 2)), "a part is repeated"),
+        (lambda s, x: s.fc(s.fc(x) / x.shape[0]), "which is no tensor"),
+        (lambda s, x: s.fc(s.fc(x).to(torch.bfloat16).float()), "has no integer form"),
+        (lambda s, x: s.fc(s.fc(x).max(1, keepdim=True)[0] + x), "max has no integer form"),
+        (lambda s, x: s.fc(x) - torch.mean(x, dim=None, keepdim=True), "averages over the batch"),
+    ],
+)
+def test_what_has_no_integer_form_is_refused_for_what_it_is(body, said):
+    with pytest.raises(LoweringError, match=said):
+        lower(quantized(body))
+
+
+@pytest.mark.parametrize("recipe", ["fq-vit", "minmax"])
+def test_a_model_that_normalizes_its_images_is_simulated(recipe):
+    model = quantized(prepare=lambda x: (x - 0.5) / 0.25, recipe=recipe)
+    name, _, reason = default_engine(model)
+    assert name == "simulated"
+    assert "image" in reason or "computes it in float" in reason
