@@ -308,7 +308,7 @@ def test_multiply_repeats_sizes_of_one_and_may_need_64_bits():
         (p.Slice("y", "m", "x", 3, 1, 6, 2), (-1, 4, 6, 3)),
         (p.Slice("y", "m", "x", 1, 2, 3, 1), (-1, 1, 6, 7)),
         (p.Roll("y", "m", "x", (2, -3), (1, 3)), (-1, 4, 6, 7)),
-        (p.Roll("y", "m", "x", (6, 9, -8), (2, 3, 3)), (-1, 4, 6, 7)),
+        (p.Roll("y", "m", "x", (6, 9), (2, 3)), (-1, 4, 6, 7)),
         (p.Pad("y", "m", "x", (1, 2, 0, 3), 77), (-1, 4, 9, 10)),
         (p.Pad("y", "m", "x", (0, 1), -3), (-1, 4, 6, 8)),
         (p.Sum("y", "m", "x", (2, 3), False, 31), (-1, 4)),
@@ -323,12 +323,6 @@ def test_moves_and_sums(instruction, shape, type):
     program = single(instruction, output, (type, (-1, 4, 6, 7)))
     low, high = (-(2**20), 2**20) if type == "s32" else p.type_limits(type)
     same_everywhere(program, torch.randint(low, high, (1, 4, 6, 7)), torch.randint(low, high, (3, 4, 6, 7)))
-
-
-def test_a_pad_that_cuts_off():
-    instruction = p.Pad("y", "m", "x", (-1, 2, 1, -3), 9)
-    program = single(instruction, ("u8", (-1, 4, 4, 8)))
-    same_everywhere(program, torch.randint(0, 256, (2, 4, 6, 7)))
 
 
 def test_what_is_joined_is_repeated_for_every_image():

@@ -78,11 +78,6 @@ def _roll(x: Value, shift: int, axis: int, size: int) -> Value:
 
 
 def _pad(x: Value, amounts: Sequence[int], value: int, rank: int) -> Value:
-    """Amounts before and after each axis, the last axis first; negative ones cut off, which onnx.reference cannot."""
-    before, after = (np.array([0] * (rank - len(amounts) // 2) + list(amounts[side::2])[::-1]) for side in (0, 1))
-    cut = [axis for axis in range(rank) if before[axis] < 0 or after[axis] < 0]
-    if cut:
-        ends = [min(after[axis], 0) or _END for axis in cut]
-        x = _slice(x, cut, [max(-before[axis], 0) for axis in cut], ends)
-    widths = np.maximum([*before, *after], 0).tolist()
-    return x.graph.node("Pad", x, x.graph.shape(widths), x.graph.scalar(value, x.dtype))
+    """Amounts before and after each axis, the last axis first."""
+    before, after = ([0] * (rank - len(amounts) // 2) + list(amounts[side::2])[::-1] for side in (0, 1))
+    return x.graph.node("Pad", x, x.graph.shape([*before, *after]), x.graph.scalar(value, x.dtype))

@@ -91,6 +91,8 @@ def _pad(node: Node) -> list[Instruction]:
         rest[0] if rest else "constant", rest[1] if len(rest) > 1 else 0)  # fmt: skip
     if mode != "constant" or value not in (0, 0.0, None) or not all(isinstance(a, int) for a in amounts):
         raise NoMoveError("padding with other than zeros")
+    if min(amounts) < 0:
+        raise NoMoveError("padding that cuts off")
     return [Pad("", "", "", tuple(amounts), 0)]
 
 
