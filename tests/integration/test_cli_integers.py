@@ -128,6 +128,16 @@ def test_an_export_goes_where_it_is_told_with_float_ends(run, out, tmp_path):
     assert (session.get_inputs()[0].type, session.get_outputs()[0].type) == ("tensor(float)",) * 2
 
 
+def test_an_export_that_cannot_be_leaves_everything_as_it_was(run, workshop, out, tmp_path):
+    code, _, err = run("export", out, "--format", "program", "--output", out / "model.safetensors", "--force")
+    assert code == 2
+    assert "is a file of the saved model" in err
+    words = ("--format", "onnx-integer", "--output", tmp_path / "new" / "deep" / "x.onnx")
+    assert run("export", workshop / "float", *words)[0] == 2
+    assert not (tmp_path / "new").exists()
+    assert run("inspect", out, "--quiet")[0] == 0
+
+
 def test_parity_makes_what_was_not_exported_and_throws_it_away(run, workshop):
     before = sorted(path.name for path in (workshop / "integers").iterdir())
     words = ("--against", "onnxruntime", "openvino", "interpreter", "--images", 4, "--json")
@@ -153,6 +163,18 @@ def test_parity_of_a_model_that_does_not_lower_says_why(run, workshop):
     assert "blocks.0.norm1" in found["not_lowered"]
     assert found["flips"] == []
     assert any(each["form"].startswith("onnxruntime, onnx-qdq") for each in found["comparisons"])
+
+
+def test_programs_of_a_model_that_does_not_lower_are_not_passed_over(run, workshop, tmp_path):
+    model = shutil.copytree(workshop / "float", tmp_path / "float")
+    code, _, err = run("parity", model, "--against", "interpreter", "--images", 4)
+    assert code == 2
+    assert "blocks.0.norm1" in err
+    assert run("export", workshop / "others", "--format", "program", "--images", 4, "--quiet", "--force")[0] == 0
+    shutil.copy(workshop / "others" / "integer.program", model)
+    code, found, _ = run("parity", model, "--images", 4, "--json")
+    assert code == 1
+    assert "no integer program" in found["broken"][0]
 
 
 def test_tables_say_what_json_says(run, workshop):

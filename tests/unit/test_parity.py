@@ -1,0 +1,76 @@
+"""Promises about forms of a model hold when they should, and break when they should."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vitquant.parity import Flips, ParityReport
+from vitquant.parity.comparison import as_close_as, bit_exact, compare, same_classes
+from vitquant.report.parity import as_dict
+
+LOGITS = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
+
+
+def near(cosine):
+    """Logits with about that cosine to `LOGITS`."""
+    other = torch.randn(100, 10, generator=torch.Generator().manual_seed(1))
+    return cosine * LOGITS + (1 - cosine**2) ** 0.5 * other
+
+
+def test_bits_are_the_same_or_the_promise_is_broken():
+    assert bit_exact(compare("a", LOGITS, "b", LOGITS.clone())).kept
+    changed = LOGITS.clone()
+    changed[7, 3] = torch.nextafter(changed[7, 3], torch.tensor(10.0))
+    one = bit_exact(compare("a", changed, "b", LOGITS))
+    assert (one.kept, one.identical, one.agreement) == (False, 99, 100)
+
+
+def test_classes_are_counted_and_ties_go_to_the_first():
+    swapped = LOGITS.clone()
+    swapped[:3] = -swapped[:3]
+    found = same_classes(compare("a", swapped, "b", LOGITS))
+    assert (found.agreement, found.kept) == (97, False)
+    swapped[0] = LOGITS[0]
+    assert same_classes(compare("a", swapped, "b", LOGITS)).kept
+    ties = torch.zeros(4, 3)
+    assert compare("a", ties, "b", ties).agreement == 100
+
+
+@pytest.mark.parametrize(
+    ("usual", "found", "kept"),
+    [(0.97, 0.97, True), (0.97, 0.8, False), (0.9, 0.8, True), (0.3, 0.6, True), (0.3, 0.1, False), (None, 0.8, False)],
+)
+def test_rounding_explains_so_much_and_no_more(usual, found, kept):
+    reference = None if usual is None else replace(compare("s", LOGITS, "f", LOGITS), cosine=usual)
+    assert as_close_as(replace(compare("a", LOGITS, "s", LOGITS), cosine=found), reference).kept is kept
+
+
+def test_logits_that_are_no_numbers_break_every_promise_and_are_null_in_json():
+    broken = LOGITS.clone()
+    broken[0] = torch.nan
+    comparisons = [
+        promise(compare("a", broken, "b", LOGITS)) for promise in (bit_exact, lambda c: as_close_as(c, None))
+    ]
+    assert not any(each.kept for each in comparisons)
+    values = json.loads(json.dumps(as_dict(ParityReport(tuple(comparisons))), allow_nan=False))
+    assert values["comparisons"][0]["worst"] is None
+    assert len(values["broken"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("made_by", "flipped", "largest", "kept"),
+    [
+        ("rescaling", 0, 0, True),
+        ("rescaling", 10, 1, True),
+        ("rescaling", 11, 1, False),
+        ("rescaling", 1, 2, False),
+        ("softmax", 0, 0, True),
+        ("activation", 1, 1, False),
+    ],
+)
+def test_flips_of_rescaling_are_few_and_of_operations_none(made_by, flipped, largest, kept):
+    flips = Flips("a:input", made_by, 10_000, flipped, largest)
+    assert flips.kept is kept
+    assert bool(ParityReport((), (flips,)).broken) is not kept
