@@ -23,6 +23,7 @@ from vitquant.export.onnx_integer import onnx_integer_model
 from vitquant.files import write_file
 from vitquant.integer.exponential import exact_exponential
 from vitquant.lowering import lower
+from vitquant.parity.examine import adversarial_codes
 from vitquant.program import instructions as p
 from vitquant.quantizers.quantizer import Quantizer
 from vitquant.runtime.interpreter import Interpreter
@@ -443,18 +444,34 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch):
 # The real DeiT-Tiny
 
 
-@pytest.mark.slow
-def test_the_real_deit_tiny_is_the_same_bit_for_bit(shared):
-    source = ModelSource(
-        "timm:deit_tiny_patch16_224", weights=str(shared / "weights/deit_tiny_patch16_224.safetensors")
-    )
+def with_trained_weights(name):
+    def build(shared):
+        return create(pinned(ModelSource(name, weights=str(shared / "weights/deit_tiny_patch16_224.safetensors"))))
 
+    return build
+
+
+def swin(shared):
+    return create(ModelSource("timm:swin_tiny_patch4_window7_224", weights="random"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "bits"), [("fq-vit", "w8a8s4"), ("fq-vit", "w4a8s4"), ("fq-vit+uniform-probs+wide-residual", "w8a8")]
+)
+@pytest.mark.parametrize(
+    "build",
+    [with_trained_weights("timm:deit_tiny_patch16_224"), with_trained_weights("timm:vit_tiny_patch16_224"), swin],
+    ids=["deit", "vit", "swin with random weights"],
+)
+def test_on_photographs_and_on_codes_that_none_has_every_bit_is_the_same(shared, build, recipe, bits):
     def photographs(name, count):
         return batches(subset(load_listing(shared / "images" / name), count, 0), Preprocessing(), 16)
 
-    model = vitquant.quantize(create(pinned(source)), "fq-vit", photographs("photos_calibration", 25))
+    model = vitquant.quantize(build(shared), recipe, photographs("photos_calibration", 25), bits=bits)
     program = lower(model)
-    codes = [model.quantizers["patch_embed:input"].encode(images) for images, _ in photographs("photos_eval", 64)]
+    codes = [model.image_quantizer.encode(images) for images, _ in photographs("photos_eval", 64)]
+    codes += adversarial_codes(program).values()
     exported = onnx_integer_model(program)
     content = exported.SerializeToString()
     interpreter = Interpreter(program)
