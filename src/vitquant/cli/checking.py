@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BROKEN = 1  # the exit code
 _BATCH = 8
 
-Images = Annotated[int, typer.Option(min=1, help="How many images the forms are compared on.")]
+Images = Annotated[int, typer.Option(min=1, help="How many images the forms are compared on; they are held in memory.")]
 Data = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Images to compare on; those that it was calibrated on when not given."),
