@@ -10,6 +10,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vitquant.cli import main
+from vitquant.cli.evaluate import Engine
+from vitquant.cli.export import Format
+from vitquant.engines import ENGINES
+from vitquant.export.formats import PATHS
 
 ARGUMENTS = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32, "num_classes": 10}
 MODEL = ["timm:vit_tiny_patch16_224"] + [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]
@@ -58,6 +62,11 @@ def run(capsys):
         return code, json.loads(printed.out) if "--json" in words and printed.out else printed.out, printed.err
 
     return run
+
+
+def test_the_command_line_offers_what_python_does():
+    assert tuple(Engine) == ENGINES
+    assert list(Format) == list(PATHS)
 
 
 def test_what_is_evaluated_is_the_integer_program_and_every_engine_can_be_asked_for(run, workshop, out):

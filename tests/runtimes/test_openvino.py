@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pytest
 import torch
 from torch import nn
 
-import vitquant
 from vitquant.errors import ExportError
 from vitquant.export.qdq_operators import StoredCodes, quantizer_operator
 from vitquant.quantizers import build_quantizer
@@ -19,46 +17,11 @@ onnx = pytest.importorskip("onnx")
 openvino = pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")
 
-from vitquant.export.onnx_qdq import onnx_qdq_model  # noqa: E402
+from exported_models import exported, photos, timm_swin, timm_vit  # noqa: E402
+
 from vitquant.export.openvino import check_directory, write_openvino  # noqa: E402
 from vitquant.export.qdq_rewriting import rewrite  # noqa: E402
 from vitquant.runtime.openvino import OpenVinoModel  # noqa: E402
-
-
-def vit():
-    import timm
-
-    return timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=48, num_heads=3, img_size=64, num_classes=7)
-
-
-def swin():
-    import timm
-
-    sizes = {"depths": (2, 2), "embed_dim": 24, "num_heads": (2, 4), "img_size": 64, "window_size": 4}
-    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=7, **sizes)
-
-
-def trained(model):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
-                parameter.copy_((1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.1 * noise)
-            else:
-                parameter.copy_(noise / max(1, parameter[0].numel()) ** (0.5 * (parameter.shape[0] > 1)))
-    return model.eval()
-
-
-def photos(count, seed=0):
-    return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
-
-
-@functools.cache
-def exported(make, recipe, bits=None):
-    torch.manual_seed(0)
-    quantized = vitquant.quantize(trained(make()), recipe, list(photos(8).split(4)), bits=bits)
-    return quantized, onnx_qdq_model(quantized)
 
 
 def written(proto, folder):
@@ -68,7 +31,12 @@ def written(proto, folder):
 
 @pytest.mark.parametrize(
     ("make", "recipe", "bits"),
-    [(vit, "minmax", None), (vit, "fq-vit", "w4a8s4"), (vit, "fq-vit", "w4a4s4"), (swin, "fq-vit", None)],
+    [
+        (timm_vit, "minmax", None),
+        (timm_vit, "fq-vit", "w4a8s4"),
+        (timm_vit, "fq-vit", "w4a4s4"),
+        (timm_swin, "fq-vit", None),
+    ],
 )
 def test_openvino_computes_the_simulation(make, recipe, bits, tmp_path):
     quantized, proto = exported(make, recipe, bits)
@@ -84,7 +52,7 @@ def test_openvino_computes_the_simulation(make, recipe, bits, tmp_path):
 
 
 def test_results_are_kept_when_the_model_runs_again(tmp_path):
-    _, proto = exported(vit, "minmax")
+    _, proto = exported(timm_vit, "minmax")
     runtime = written(proto, tmp_path)
     first = runtime(photos(2, seed=1))
     kept = first.clone()
@@ -93,7 +61,7 @@ def test_results_are_kept_when_the_model_runs_again(tmp_path):
 
 
 def test_an_ir_is_the_onnx_file_bit_for_bit(tmp_path):
-    _, proto = exported(vit, "fq-vit", "w4a8s4")
+    _, proto = exported(timm_vit, "fq-vit", "w4a8s4")
     onnx.save(proto, tmp_path / "model.onnx")
     images = photos(2, seed=1)
     assert torch.equal(written(proto, tmp_path)(images), OpenVinoModel(tmp_path / "model.onnx", threads=1)(images))
@@ -202,7 +170,7 @@ def test_a_convolution_keeps_its_bias_when_its_quantizer_is_moved_to_it(bias, to
 
 
 def test_an_ir_is_not_replaced_unless_forced(tmp_path):
-    _, proto = exported(vit, "minmax")
+    _, proto = exported(timm_vit, "minmax")
     target = tmp_path / "deep" / "ir"
     write_openvino(proto, target)
     assert {file.name for file in target.iterdir()} == {"model.xml", "model.bin"}
@@ -217,7 +185,7 @@ def test_an_ir_is_not_replaced_unless_forced(tmp_path):
 
 
 def test_what_is_no_ir_is_never_replaced(tmp_path):
-    _, proto = exported(vit, "minmax")
+    _, proto = exported(timm_vit, "minmax")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("words")
     with pytest.raises(ExportError, match="holds no OpenVINO model"):
@@ -229,7 +197,7 @@ def test_what_is_no_ir_is_never_replaced(tmp_path):
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
-    _, proto = exported(vit, "minmax")
+    _, proto = exported(timm_vit, "minmax")
     target = tmp_path / "ir"
     write_openvino(proto, target)
     before = (target / "model.xml").read_bytes()
@@ -251,7 +219,7 @@ def test_what_cannot_be_run_is_refused(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(ExportError, match="OpenVINO refuses"):
         OpenVinoModel(tmp_path / "model.onnx")
-    _, proto = exported(vit, "minmax")
+    _, proto = exported(timm_vit, "minmax")
     runtime = written(proto, tmp_path)
     with pytest.raises(ExportError, match=r"takes float32 images \[\?,3,64,64\]; these are torch.float64"):
         runtime(photos(1).double())

@@ -7,24 +7,14 @@ from dataclasses import fields, replace
 import pytest
 import timm
 import torch
+from small_programs import POWERS, TABLE, one, program
 
 import vitquant
 from vitquant.errors import LoweringError
-from vitquant.integer.exponential import exact_exponential
 from vitquant.lowering import lower
 from vitquant.program import instructions as p
 from vitquant.program.checking import check_program
 from vitquant.runtime.interpreter import Interpreter
-
-TABLE = exact_exponential(0.05)
-POWERS = torch.tensor([1 << (14 - code) for code in range(15)] + [0])
-
-
-def program(*steps: p.Instruction, registers: dict[str, p.Register], constants: dict[str, torch.Tensor]):
-    """From codes u8 (-1, 4, 6) to the last step's output."""
-    types = {name: p.Register("s32", tuple(values.shape)) for name, values in constants.items()}
-    given = {"x": p.Register("u8", (-1, 4, 6)), **types, **registers}
-    return p.IntegerProgram("x", steps[-1].output, given, constants, steps)
 
 
 def everything() -> p.IntegerProgram:
@@ -59,7 +49,8 @@ def everything() -> p.IntegerProgram:
         p.Requantize("y", "logits", ("t",), ("m",), "half", 18, -128, 127),
     )
     made = program(*steps, registers=registers, constants=constants)
-    facts = {"input": {"scale": 0.1, "zero_point": 3}, "output": {"scale": [0.2], "zero_point": 0}}
+    ends = {"scale": 0.1, "zero_point": 3, "low": 0, "high": 255}
+    facts = {"input": ends, "output": {"scale": [0.2], "zero_point": 0}}
     return replace(made, codes={"norm:input": "x"}, facts=facts)
 
 
@@ -187,6 +178,9 @@ SMALL = {"gain": torch.full((6,), 2**31 - 1), "weight": torch.full((5, 6), 127)}
         (lambda w: {"facts": {"output": {"scale": [0.1, 0.1], "zero_point": 0}}}, "output: no scale"),
         (lambda w: {"facts": {"output": {"scale": [float("nan")], "zero_point": 0}}}, "output: no scale"),
         (lambda w: {"facts": {"output": []}}, "output: no scale"),
+        (lambda w: {"facts": {"input": {"scale": 0.1, "zero_point": 0}}}, "input: no lowest and highest code"),
+        (lambda w: {"facts": {"input": {**w.facts["input"], "high": 256}}}, "input: no lowest and highest code"),
+        (lambda w: {"facts": {"input": {**w.facts["input"], "low": "0"}}}, "input: no lowest and highest code"),
         (
             lambda w: {"constants": {**w.constants, "gain": SMALL["gain"], "shift": torch.full((6,), 2**63 - 1)}},
             "affine part may exceed 64 bits",
@@ -206,12 +200,6 @@ def test_an_instruction_of_another_class_is_refused():
     whole = everything()
     with pytest.raises(LoweringError, match="no instruction Surprise"):
         check_program(replace(whole, instructions=(Surprise("x1", "here"),)))
-
-
-def one(step: p.Instruction, written: p.Register, shape=(-1, 4, 6), kind="u8", **constants: torch.Tensor):
-    """A program of one instruction."""
-    registers = {"x": p.Register(kind, shape), step.output: written}
-    return program(step, registers=registers, constants=constants)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,11 @@ def tiny() -> p.IntegerProgram:
         "extra": torch.tensor([0, 255, 7]),
     }  # fmt: skip
     registers = {name: p.Register(kind, tuple(shape)) for name, (kind, *shape) in types.items()}
-    facts = {"input": {"scale": 0.1, "zero_point": 128}, "recipe": "fq-vit", "odd": [None, True, 1.5, "\u00fc"]}
+    facts = {
+        "input": {"scale": 0.1, "zero_point": 128, "low": 0, "high": 255},
+        "recipe": "fq-vit",
+        "odd": [None, True, 1.5, "\u00fc"],
+    }
     return p.IntegerProgram("x", "z", registers, constants, steps, {"head:input": "x"}, facts)
 
 

@@ -1,11 +1,8 @@
 """Every architecture of the zoo lowers to a program that is its simulation, or is refused for a right reason."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from architectures import CLASSES, ZOO, vary
 from torch import nn
 
 import vitquant
@@ -13,18 +10,6 @@ from vitquant.errors import LoweringError
 from vitquant.lowering import lower
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.simulation import ExactSimulation
-
-
-def zoo():
-    """The architectures of test_capture.py; no package holds it."""
-    spec = importlib.util.spec_from_file_location("zoo_of_capture", Path(__file__).with_name("test_capture.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-capture = zoo()
 
 REFUSED = {
     "timm cait": r"blocks\.0\.attn.*only a softmax gives powers of two; quantize it uniformly",  # talking heads
@@ -52,14 +37,14 @@ class Logits(nn.Module):
 
 
 def quantized(name, recipe="fq-vit"):
-    build, size = capture.ZOO[name]
+    build, size = ZOO[name]
     torch.manual_seed(0)
     model = build().eval()
-    capture.vary(model)
+    vary(model)
     return vitquant.quantize(Logits(model), recipe, [torch.randn(4, 3, size, size) for _ in range(2)]), size
 
 
-@pytest.mark.parametrize("name", sorted(capture.ZOO.keys() - REFUSED.keys()))
+@pytest.mark.parametrize("name", sorted(ZOO.keys() - REFUSED.keys()))
 def test_the_program_gives_the_codes_of_the_simulation(name):
     model, size = quantized(name)
     program, images = lower(model), torch.randn(6, 3, size, size)
@@ -67,7 +52,7 @@ def test_the_program_gives_the_codes_of_the_simulation(name):
         codes = Interpreter(program)(model.image_quantizer.encode(images))
         simulated = model.quantizers[final(model)].encode(ExactSimulation(model)(images))
     assert torch.equal(codes, simulated.to(torch.int64))
-    assert codes.unique().numel() >= capture.CLASSES  # not one constant
+    assert codes.unique().numel() >= CLASSES  # not one constant
 
 
 def final(model):
@@ -85,4 +70,4 @@ def test_what_is_refused_is_refused_for_what_it_is(name):
 def test_talking_heads_lower_without_powers_of_two():
     model, size = quantized("timm cait", "fq-vit+uniform-probs")
     codes = Interpreter(lower(model))(model.image_quantizer.encode(torch.randn(2, 3, size, size)))
-    assert codes.shape == (2, capture.CLASSES)
+    assert codes.shape == (2, CLASSES)

@@ -120,8 +120,20 @@ def _check_facts(program: p.IntegerProgram) -> None:
             case {"scale": float() | list() as scale, "zero_point": int(zero)} if abs(zero) < 2**31:
                 count, scales = (len(scale), scale) if isinstance(scale, list) else (None, [scale])
                 if count in scales_of[end] and all(isinstance(each, float) and 0 < each < inf for each in scales):
+                    _check_codes_of(program, end)
                     continue
         raise _refuse(end, "no scale and zero point")
+
+
+def _check_codes_of(program: p.IntegerProgram, end: str) -> None:
+    """The lowest and the highest code of an image."""
+    if end != "input":
+        return
+    least, most = program.registers[program.input].limits
+    match program.facts[end]:
+        case {"low": int(low), "high": int(high)} if least <= low < high <= most:
+            return
+    raise _refuse(end, f"no lowest and highest code between {least} and {most}")
 
 
 def _check_written(program: p.IntegerProgram, i: p.Instruction, shape: Shape, known: dict[str, Shape]) -> None:
