@@ -7,12 +7,9 @@ BIN := $(VENV)/bin
 
 .PHONY: test test-slow demo lint bench clean
 
-# ONNX Runtime and OpenVINO have a process of their own: loaded into the one of all other tests, twice it ended with a
-# segmentation fault (docs/open-points.md).
 test: $(VENV)/.installed
 	$(BIN)/python -c "import torch; print('torch', torch.__version__)"
-	$(BIN)/python -m pytest --ignore tests/runtimes
-	$(BIN)/python -m pytest tests/runtimes
+	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow --timeout 7200

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -49,6 +51,26 @@ def test_openvino_computes_the_simulation(make, recipe, bits, tmp_path):
         assert (found.dtype, found.shape) == (torch.float32, (size, 7))
         cosine = torch.cosine_similarity(found, expected[:size], dim=1).min()
         assert cosine > (0.95 if bits == "w4a4s4" else 0.999)
+
+
+SIGNALLED = """
+import os, signal, sys
+from vitquant.runtime.openvino import OpenVinoModel
+
+first, second = OpenVinoModel(sys.argv[1]), OpenVinoModel(sys.argv[1])
+del first
+del second
+signal.signal(signal.SIGCHLD, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGCHLD)
+"""
+
+
+def test_signals_are_handled_after_models_are_gone_in_the_order_they_came(tmp_path):
+    """With a core for each model the process of this test ends with a segmentation fault."""
+    _, proto = exported(timm_vit, "minmax")
+    write_openvino(proto, tmp_path / "ir")
+    run = subprocess.run([sys.executable, "-c", SIGNALLED, tmp_path / "ir"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "handled\n"), run.stderr
 
 
 def test_results_are_kept_when_the_model_runs_again(tmp_path):

@@ -6,12 +6,13 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vitquant.errors import ExportError
 from vitquant.export.onnx_qdq import onnx_qdq_model
 from vitquant.files import put_in_place
 from vitquant.model import QuantizedModel
+from vitquant.runtime.openvino import openvino_core
 
 if TYPE_CHECKING:
     import onnx
@@ -37,9 +38,11 @@ def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Pat
     """
     directory = Path(directory).absolute()
     check_directory(directory, force)
-    openvino = _openvino()
+    core = openvino_core()
+    import openvino
+
     proto = onnx_qdq_model(model) if isinstance(model, QuantizedModel) else model
-    converted = openvino.Core().read_model(proto.SerializeToString())
+    converted = core.read_model(proto.SerializeToString())
     partial = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -74,11 +77,3 @@ def check_directory(directory: Path, force: bool = False) -> None:
     parent = next(folder for folder in directory.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ExportError(f"{parent} cannot be written; give another directory")
-
-
-def _openvino() -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise ExportError("OpenVINO files need openvino: pip install 'vitquant[openvino]'") from error
-    return openvino

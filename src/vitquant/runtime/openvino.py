@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class OpenVinoModel:
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
-        core = _openvino().Core()
+        core = openvino_core()
         try:
             self._compiled = core.compile_model(core.read_model(file), "CPU", options)
         except RuntimeError as error:
@@ -68,9 +69,19 @@ def _first_line(error: Exception) -> str:
     return next((line for line in reversed(lines) if not line.startswith("Exception from")), type(error).__name__)
 
 
-def _openvino() -> Any:
+@functools.cache
+def openvino_core() -> Any:
+    """The `openvino.Core` of this process; there is one, and it stays.
+
+    Every one of OpenVINO's CPU plug-ins (seen in 2026.4) gives the thread an alternate signal stack and puts the
+    earlier one back when it goes. Two plug-ins that go in the order in which they came leave the stack of the first
+    behind, freed, and the next signal that Python handles, a data loader's worker that ends, is a segmentation fault.
+
+    Raises:
+        ExportError: the extra `openvino` is not installed.
+    """
     try:
         import openvino
     except ImportError as error:
-        raise ExportError("running OpenVINO models needs openvino: pip install 'vitquant[openvino]'") from error
-    return openvino
+        raise ExportError("OpenVINO models need openvino: pip install 'vitquant[openvino]'") from error
+    return openvino.Core()
