@@ -250,6 +250,58 @@ def test_omse_cuts_an_outlier_and_says_how_much() -> None:
     assert float((build_quantizer(spec, params)(x) - x).square().sum()) == pytest.approx(best, rel=1e-2)
 
 
+@law
+@given(SEEDS, st.sampled_from(GRANULARITIES), st.sampled_from([0.0, 0.001, 0.3, 0.999, 0.99999, 1.0]))
+def test_quantiles_of_a_histogram_are_off_by_half_a_bin(seed: int, granularity: Granularity, q: float) -> None:
+    histogram, data = Histogram(512), batches(seed)
+    for x in data:
+        histogram.update(x, *extremes(x, granularity), granularity)
+    exact = torch.quantile(rows(torch.cat(data), granularity).double(), q, dim=1)
+    bins = torch.exp2(histogram.exponent.double())
+    assert bool(((histogram.quantiles(q) - exact).abs() <= bins * (0.5 + 1e-6)).all())
+
+
+@law
+@given(
+    SEEDS,
+    st.sampled_from(GRANULARITIES),
+    st.sampled_from([Uniform(), PowerOfTwoScale(), Log2()]),
+    st.integers(2, 8),
+)
+def test_best_percentile_is_the_best_of_the_published_quantiles(
+    seed: int, granularity: Granularity, scheme: Uniform | PowerOfTwoScale | Log2, bits: int
+) -> None:
+    spec = QuantSpec(bits, granularity=granularity, scheme=scheme)
+    observer, data = build_observer("best-percentile", spec), batches(seed, spread=1.0)
+    for x in data:
+        observer.update(x)
+    x = rows(torch.cat(data), granularity).double()
+    by_row = replace(spec, granularity=PerAxis(0))
+
+    def error(low: Tensor, high: Tensor) -> Tensor:
+        quantizer = build_quantizer(by_row, params_from_range(low.view(-1), high.view(-1), by_row))
+        return (quantizer(x) - x).square().sum(1)
+
+    quantiles = [(torch.quantile(x, 1 - q, 1), torch.quantile(x, q, 1)) for q in (0.999, 0.9999, 0.99999)]
+    best = torch.stack([error(low, high) for low, high in quantiles]).amin(0)
+    # the histogram's values are its bins' centres
+    assert bool((error(*observer.observed_range()) <= best * 1.05 + 1e-6).all())
+
+
+def test_best_percentile_cuts_an_outlier_that_costs_more_than_it_is_worth() -> None:
+    x = torch.cat([torch.linspace(-1, 1, 100_000), torch.tensor([10.0])])
+    low, high = (float(each) for each in _observed("best-percentile", x))
+    assert (low, high) == (pytest.approx(-1, abs=0.01), pytest.approx(1, abs=0.01))
+    short = torch.linspace(-1, 1, 20)
+    assert [float(each) for each in _observed("best-percentile", short)] == pytest.approx([-1, 1], abs=0.01)
+
+
+def _observed(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    observer = build_observer(name, QuantSpec(4))
+    observer.update(x)
+    return observer.observed_range()
+
+
 @pytest.mark.parametrize("name", OBSERVERS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -318,7 +370,7 @@ def test_observing_keeps_no_graph_and_leaves_the_operand() -> None:
 
 
 def test_unknown_names_and_schemes_are_refused() -> None:
-    with pytest.raises(RecipeError, match="minmax, moving-average, percentile, omse, unit"):
+    with pytest.raises(RecipeError, match="minmax, moving-average, percentile, omse, best-percentile, unit"):
         build_observer("ema", QuantSpec(8))
     with pytest.raises(RecipeError, match="omse"):
         build_observer("omse", QuantSpec(4, scheme=Log2()))

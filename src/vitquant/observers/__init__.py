@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vitquant.errors import RecipeError
+from vitquant.observers.best_percentile import BestPercentile
 from vitquant.observers.minmax import MinMax
 from vitquant.observers.moving_average import MovingAverage
 from vitquant.observers.mse import Omse
@@ -13,7 +14,7 @@ from vitquant.spec import QuantSpec
 
 __all__ = ["OBSERVERS", "Observer", "build_observer"]
 
-OBSERVERS = ("minmax", "moving-average", "percentile", "omse", "unit")
+OBSERVERS = ("minmax", "moving-average", "percentile", "omse", "best-percentile", "unit")
 
 
 def build_observer(name: str, spec: QuantSpec) -> Observer:
@@ -31,6 +32,8 @@ def build_observer(name: str, spec: QuantSpec) -> Observer:
             return Percentile(spec)
         case "omse":
             return Omse(spec)
+        case "best-percentile":
+            return BestPercentile(spec)
         case "unit":
             return Unit(spec)
         case _:

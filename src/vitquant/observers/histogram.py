@@ -54,6 +54,19 @@ class Histogram:
         j = self.first[:, None] + torch.arange(self.bins, device=self.first.device)
         return ((j + 0.5) * torch.exp2(self.exponent.double())[:, None]).to(torch.float32)
 
+    def quantiles(self, q: float) -> Tensor:
+        """What a share q of each channel's values lies below: float64 (channels,).
+
+        Interpolated linearly at position (n - 1) * q between the centres of the bins of its two neighbours.
+        """
+        position = (self.counts.sum(dim=1) - 1).double() * q
+        cumulated = self.counts.cumsum(dim=1)
+        below, above = (
+            self.centers().double().gather(1, torch.searchsorted(cumulated, index.long()[:, None] + 1))[:, 0]
+            for index in (position.floor(), position.ceil())
+        )
+        return torch.lerp(below, above, position - position.floor())
+
     def _grow(self, low: Tensor, high: Tensor) -> None:
         """Widen the window so that it holds [low, high] too."""
         if not len(self.counts):
