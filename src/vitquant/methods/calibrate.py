@@ -5,7 +5,7 @@ Every operand is observed in float, as FQ-ViT does: no quantizer sees the error 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from vitquant.model import QuantizedModel, Record
 from vitquant.observers import build_observer
 from vitquant.observers.observer import Observer
 from vitquant.quantizers import build_quantizer
+from vitquant.recipe import Assignment
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,8 @@ def calibrate(model: QuantizedModel, data: Iterable[torch.Tensor], settings: Cal
     Raises:
         CalibrationError: no data, or NaN or infinity at an operand, which the message names.
     """
-    observers = {name: _observer(model, name) for name in model.quantized_names}
-    stored = {name for name in observers if model.value(name).parameter is not None}
-    taps = {name: _tap(name, observer) for name, observer in observers.items() if name not in stored}
-    batches = images = 0
-    with torch.inference_mode():
-        for batch in data:
-            model.run(batch, taps)
-            batches, images = batches + 1, images + len(batch)
-        if not images:
-            raise CalibrationError("no calibration images: give at least one batch")
-        for name in sorted(stored):
-            _tap(name, observers[name])(model.parameter(model.value(name)))
+    observers = {name: observer_of(model.assignments[name]) for name in model.quantized_names}
+    images, batches = observe(model, data, observers)
     model.insert({name: build_quantizer(observer.spec, observer.estimate()) for name, observer in observers.items()})
     decisions = {}
     for name, observer in observers.items():
@@ -54,9 +45,36 @@ def calibrate(model: QuantizedModel, data: Iterable[torch.Tensor], settings: Cal
     return Record("calibrate", {"images": images, "batches": batches}, decisions)
 
 
-def _observer(model: QuantizedModel, name: str) -> Observer:
-    assignment = model.assignments[name]
-    assert assignment.spec is not None  # quantized_names holds no others
+def observe(model: QuantizedModel, data: Iterable[torch.Tensor], observers: Mapping[str, Observer]) -> tuple[int, int]:
+    """Show observers what the float model computes, and the stored tensors as they are now.
+
+    Arguments:
+        data: read once, unless all observers watch stored tensors.
+        observers: by the name of the value that each watches.
+
+    Returns:
+        How many images and batches there were.
+
+    Raises:
+        CalibrationError: no data, or NaN or infinity at an operand, which the message names.
+    """
+    stored = {name for name in observers if model.value(name).parameter is not None}
+    taps = {name: _tap(name, observer) for name, observer in observers.items() if name not in stored}
+    batches = images = 0
+    with torch.inference_mode():
+        for batch in data if taps else ():
+            model.run(batch, taps, quantized=False)
+            batches, images = batches + 1, images + len(batch)
+        if taps and not images:
+            raise CalibrationError("no calibration images: give at least one batch")
+        for name in sorted(stored):
+            _tap(name, observers[name])(model.parameter(model.value(name)))
+    return images, batches
+
+
+def observer_of(assignment: Assignment) -> Observer:
+    """A fresh observer for a value that the recipe quantizes."""
+    assert assignment.spec is not None
     assert assignment.observer is not None
     return build_observer(assignment.observer, assignment.spec)
 

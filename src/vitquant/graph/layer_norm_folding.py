@@ -1,0 +1,181 @@
+"""Scales and shifts of a LayerNorm's channels, moved between it and the linear layers that read it."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from vitquant.graph.operators import LINEAR, arguments, aten, calls, is_rearrangement, is_selection, packet
+
+
+class NotFoldableError(Exception):
+    """Nothing can be moved across a LayerNorm; the message says why."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The stored tensors of one layer.
+
+    Arguments:
+        weight: (channels,) of a LayerNorm, (outputs, channels) of a linear layer.
+        bias: (channels,) or (outputs,); None where the layer has none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class FoldableNorm:
+    """A LayerNorm that linear layers read, and nothing else.
+
+    Arguments:
+        norm: its gain and bias.
+        linears: by the name of their graph node.
+        padded: zeros lie beside its output, as in Swin's windows.
+    """
+
+    norm: Affine
+    linears: dict[str, Affine]
+    padded: bool
+
+    @property
+    def shiftable(self) -> bool:
+        """Whether its output may be shifted and not only scaled: all have a bias, and nothing lies beside it."""
+        return not self.padded and all(layer.bias is not None for layer in (self.norm, *self.linears.values()))
+
+
+def foldable_norm(module: GraphModule, node: Node) -> FoldableNorm:
+    """A LayerNorm and the linear layers that its channels can be folded into.
+
+    Arguments:
+        module: the graph; quantizers in it are looked through.
+        node: of the LayerNorm.
+
+    Raises:
+        NotFoldableError: something else reads it, it has no gain, or a tensor of these layers is used elsewhere too.
+    """
+    if len(arguments(node)) < 3 or arguments(node)[2] is None:
+        raise NotFoldableError("it has no gain")
+    if len(arguments(node)[1]) != 1:
+        raise NotFoldableError("it normalizes more than the channels")
+    linears, padded = _readers(node)
+    uses = _uses(module)
+    layers = {reader.name: _affine(module, uses, *_affine_nodes(reader, 1)) for reader in linears}
+    return FoldableNorm(_affine(module, uses, *_affine_nodes(node, 2)), layers, padded)
+
+
+def fold(layers: FoldableNorm, ratio: Tensor, shift: Tensor) -> None:
+    """Make the LayerNorm give x / ratio - shift where it gave x, and what reads it give what it gave.
+
+    With x' = x / ratio - shift, W x + b = (W ratio) x' + b + (W ratio) shift: the gain becomes gain / ratio, the bias
+    bias / ratio - shift, the weights W ratio and their biases b + (W ratio) shift. Nothing is divided by a gain, so
+    a gain of zero is harmless. Computed in float64 and stored in the layers' own type.
+
+    Arguments:
+        layers: changed in place.
+        ratio: float64 (channels,), positive.
+        shift: float64 (channels,); zero unless `layers.shiftable`.
+
+    Raises:
+        NotFoldableError: a shift that is not zero of layers that cannot be shifted.
+
+    Source: RepQ-ViT, Li et al. 2023, section "Scale Reparam for LayerNorm Activations", equations of gamma, beta, W, b.
+    """
+    if not layers.shiftable and bool(shift.any()):
+        raise NotFoldableError("its output cannot be shifted: a layer has no bias, or zeros lie beside it")
+    with torch.no_grad():
+        norm = layers.norm
+        norm.weight.copy_(norm.weight.double() / ratio)
+        if norm.bias is not None:
+            norm.bias.copy_(norm.bias.double() / ratio - shift)
+        for linear in layers.linears.values():
+            weight = linear.weight.double() * ratio
+            linear.weight.copy_(weight)
+            if linear.bias is not None:
+                linear.bias.copy_(linear.bias.double() + weight @ shift)
+
+
+def _readers(node: Node) -> tuple[list[Node], bool]:
+    """The linear layers that read a tensor, rearranged or in part, and whether zeros are put beside it."""
+    linears: dict[Node, None] = {}
+    padded = False
+    waiting = [(node, user) for user in node.users]
+    while waiting:
+        source, user = waiting.pop(0)
+        if calls(user, LINEAR) and arguments(user)[0] is source:
+            linears[user] = None
+        elif user.op == "call_module" or is_rearrangement(user) or is_selection(user):
+            if user.op == "call_function" and not _keeps_channels_last(source, user):
+                raise NotFoldableError(f"{user.name} moves its channels")
+            padded = padded or calls(user, {aten.pad, aten.constant_pad_nd})
+            waiting += [(user, each) for each in user.users]
+        else:
+            raise NotFoldableError(f"{user.name} reads it too, which is no linear layer")
+    if not linears:
+        raise NotFoldableError("no linear layer reads it")
+    return list(linears), padded
+
+
+def _keeps_channels_last(source: Node, node: Node) -> bool:
+    """Whether the last axis of a rearrangement's or selection's result is that of what it reads."""
+    if not source.meta.get("shape"):  # one part of a split: the split itself was looked at
+        return True
+    rank, width = len(source.meta["shape"]), source.meta["shape"][-1]
+    axes: tuple = ()
+    match packet(node):
+        case aten.permute:
+            return arguments(node)[1][-1] % rank == rank - 1
+        case aten.transpose | aten.t | aten.movedim:
+            axes = arguments(node)[1:3] or (0, 1)
+        case aten.roll | aten.flip:
+            axes = tuple(arguments(node)[-1])
+        case aten.split | aten.split_with_sizes | aten.chunk:
+            axes = arguments(node)[2:3] or (0,)
+        case aten.unbind | aten.select | aten.slice | aten.narrow | aten.index_select:
+            axes = arguments(node)[1:2] or (0,)
+        case aten.pad | aten.constant_pad_nd:
+            return tuple(arguments(node)[1][:2]) == (0, 0)
+        case aten.pixel_shuffle | aten.pixel_unshuffle | aten.channel_shuffle | aten.unfold | aten.repeat | aten.tile:
+            return False
+        case _:
+            return node.target is operator.getitem or node.meta["shape"][-1] == width
+    return all(int(axis) % rank != rank - 1 for axis in axes)
+
+
+def _affine_nodes(node: Node, first: int) -> tuple[Node, Node | None]:
+    """The weight, which is argument `first` of a layer, and the bias behind it."""
+    given = (*arguments(node), *(None,) * 5)
+    return given[first], node.kwargs.get("bias", given[first + 1])  # type: ignore[return-value]
+
+
+def _affine(module: GraphModule, uses: dict[int, int], *nodes: Node | None) -> Affine:
+    weight, bias = (None if node is None else _stored(module, uses, node) for node in nodes)
+    assert weight is not None
+    return Affine(weight, bias)
+
+
+def _stored(module: GraphModule, uses: dict[int, int], node: Node) -> Tensor:
+    while node.op == "call_module":  # its quantizer
+        node = node.all_input_nodes[0]
+    if node.op != "get_attr":
+        raise NotFoldableError(f"{node.name} is computed, not stored")
+    tensor = operator.attrgetter(str(node.target))(module)
+    if uses[id(tensor)] > 1:
+        raise NotFoldableError(f"{node.target} is used elsewhere too")
+    return tensor
+
+
+def _uses(module: GraphModule) -> dict[int, int]:
+    """How many nodes read each stored tensor, by its identity."""
+    counts: dict[int, int] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            tensor = operator.attrgetter(str(node.target))(module)
+            readers = sum(1 for user in node.users for each in user.all_input_nodes if each is node)
+            counts[id(tensor)] = counts.get(id(tensor), 0) + readers
+    return counts

@@ -1,0 +1,177 @@
+"""Scale reparameterization: one scale for each channel of a LayerNorm's output, folded away until one is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitquant.errors import CalibrationError, RecipeError
+from vitquant.graph.layer_norm_folding import FoldableNorm, NotFoldableError, fold, foldable_norm
+from vitquant.methods.calibrate import observe, observer_of
+from vitquant.model import QuantizedModel, Record
+from vitquant.observers.observer import Observer
+from vitquant.quantizers import Quantizer, build_quantizer
+from vitquant.sites import Site, Value
+from vitquant.spec import PerAxis, PerTensor, QParams, QuantSpec, Uniform
+
+# Steps this much finer than the mean are no finer: a channel that hardly varies would shift by millions of them.
+FINEST = 2.0**-10
+
+
+@dataclass(frozen=True)
+class ReparameterizeScalesSettings:
+    """Which LayerNorms are reparameterized.
+
+    Arguments:
+        sites: globs of their names.
+    """
+
+    sites: tuple[str, ...] | list[str] = ("*",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sites, str) or not all(isinstance(glob, str) for glob in self.sites):
+            raise RecipeError(f"reparameterize-scales: sites = {self.sites!r}: it is a list of globs")
+
+
+@dataclass(frozen=True)
+class Reparameterization:
+    """What makes one scale and zero point serve every channel.
+
+    Arguments:
+        scale: float64 (), of the tensor.
+        zero_point: float64 (), an integer.
+        ratio: float64 (channels,), what channels are divided by.
+        shift: float64 (channels,), what is then subtracted.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    ratio: Tensor
+    shift: Tensor
+
+
+def reparameterize_scales(
+    model: QuantizedModel, data: Iterable[Tensor], settings: ReparameterizeScalesSettings
+) -> Record:
+    """Quantize LayerNorm outputs as finely as with a scale and zero point for each channel, with one of each.
+
+    Every channel of the output is observed by itself, with the observer of its rule; what sets its scale and zero
+    point apart from the mean is folded into the LayerNorm and the linear layers behind it, whose weights are observed
+    again. The float function stays the same. One more float forward pass a batch.
+
+    Arguments:
+        model: calibrated, its operations still in float; weights of LayerNorms and linear layers change.
+        data: the calibration batches again.
+        settings: which LayerNorms.
+
+    Raises:
+        CalibrationError: no data, or operations are computed on codes already.
+        RecipeError: no LayerNorm has such a name.
+
+    Source: RepQ-ViT, Li et al. 2023, section "Scale Reparam for LayerNorm Activations". There the zero point is the
+    mean of the channels' and no integer; here it is rounded before the shift is made of it, which costs nothing.
+
+    Pitfall: a LayerNorm that something else reads too, such as a residual or a pooling, keeps its one scale; the
+        record says why.
+    """
+    model.require_calibrated()
+    if model.arithmetic is not None:
+        raise CalibrationError("reparameterize-scales comes before integer-operations: change the recipe's order")
+    nodes = {node.name: node for node in model.graph_module.graph.nodes}
+    norms = [site for site in model.sites if site.kind == "layer_norm"]
+    chosen = [site for site in norms if any(fnmatchcase(site.name, glob) for glob in settings.sites)]
+    if norms and not chosen:
+        raise RecipeError(f"reparameterize-scales: no LayerNorm is called {' or '.join(settings.sites)}")
+    decisions: dict[str, dict[str, Any]] = {}
+    found: dict[str, tuple[FoldableNorm, Value]] = {}
+    for site in chosen:
+        try:
+            layers = foldable_norm(model.graph_module, nodes[site.node])
+            found[site.name] = layers, _output(model, layers)
+        except NotFoldableError as reason:
+            decisions[site.name] = {"one scale, because": str(reason)}
+    observers = {name: _by_channel(model, value) for name, (_, value) in found.items()}
+    observe(model, data, {found[name][1].name: observer for name, observer in observers.items()})
+    changed: dict[str, Quantizer] = {}
+    for name, (layers, value) in found.items():
+        spec = model.assignments[value.name].spec
+        assert spec is not None
+        result = reparameterization(*observers[name].observed_range(), spec, layers.shiftable)
+        fold(layers, result.ratio, result.shift)
+        params = QParams(result.scale.float(), result.zero_point.to(torch.int32))
+        changed[value.name] = build_quantizer(spec, params)
+        largest, smallest = result.ratio.max().item(), result.ratio.min().item()
+        decisions[name] = {"largest ratio": largest, "smallest ratio": smallest, "shifted": layers.shiftable}
+    weights = {name: observer_of(model.assignments[name]) for name in _weights(model, found)}
+    observe(model, (), weights)
+    changed |= {name: build_quantizer(observer.spec, observer.estimate()) for name, observer in weights.items()}
+    model.insert(changed)
+    return Record("reparameterize-scales", {"reparameterized": len(found), "of": len(norms)}, decisions)
+
+
+def reparameterization(low: Tensor, high: Tensor, spec: QuantSpec, shiftable: bool) -> Reparameterization:
+    """The mean of the channels' scales and zero points, and what brings every channel to it.
+
+    With the channel's scale s_c and zero point z_c, s and z their means and z rounded: ratio = s_c / s, and
+    shift = s (z - z_c), so that (x / ratio - shift) / s + z = x / s_c + z_c: the codes of a scale for each channel.
+
+    Arguments:
+        low, high: float64 (channels,), of each channel's range, which need not hold zero.
+        spec: of the tensor: uniform, per tensor.
+        shiftable: False keeps zero where it is: all channels share the zero point, and a channel's scale is the
+            smallest that covers its range then.
+
+    Source: RepQ-ViT, equations of r_1 and r_2.
+    """
+    levels = spec.qmax - spec.qmin
+    scale = (high - low) / levels
+    scale = scale.clamp(min=FINEST * float(scale.mean()))
+    if not bool(scale.any()):  # nothing varies
+        scale = torch.ones_like(scale)
+    zero_point = spec.qmin - torch.round(low / scale)
+    if shiftable and not spec.symmetric:
+        common = zero_point.mean().round().clamp(spec.qmin, spec.qmax)
+        mean = scale.mean()
+        return Reparameterization(mean, common, scale / mean, mean * (common - zero_point))
+    middle = torch.tensor((spec.qmin + spec.qmax + 1) // 2, dtype=torch.float64, device=low.device)
+    common = middle if spec.symmetric else zero_point.clamp(spec.qmin, spec.qmax).mean().round()
+    above, below = (spec.qmax - common).clamp(min=0.5), (common - spec.qmin).clamp(min=0.5)
+    scale = torch.maximum(high.clamp(min=0) / above, -low.clamp(max=0) / below)
+    scale = scale.clamp(min=FINEST * float(scale.mean())) if bool(scale.any()) else torch.ones_like(scale)
+    return Reparameterization(scale.mean(), common, scale / scale.mean(), torch.zeros_like(scale))
+
+
+def _output(model: QuantizedModel, layers: FoldableNorm) -> Value:
+    """The one value that all linear layers behind a LayerNorm read."""
+    sites = {site.node: site for site in model.sites}
+    values = {(value := _input(model, sites[name])).name: value for name in layers.linears}
+    if len(values) > 1:
+        raise NotFoldableError("its readers have quantizers of their own")
+    (value,) = values.values()
+    spec = model.assignments[value.name].spec
+    if spec is None or not isinstance(spec.scheme, Uniform) or not isinstance(spec.granularity, PerTensor):
+        raise NotFoldableError("its output is not quantized uniformly with one scale")
+    return value
+
+
+def _input(model: QuantizedModel, site: Site) -> Value:
+    return model.value(str(site.reader("input")))
+
+
+def _by_channel(model: QuantizedModel, value: Value) -> Observer:
+    """The observer of a value's rule, watching each channel by itself."""
+    assignment = model.assignments[value.name]
+    assert assignment.spec is not None
+    return observer_of(replace(assignment, spec=replace(assignment.spec, granularity=PerAxis(value.channel_axis))))
+
+
+def _weights(model: QuantizedModel, found: Mapping[str, tuple[FoldableNorm, Value]]) -> list[str]:
+    """The quantized weights of the linear layers that changed."""
+    changed = {name for layers, _ in found.values() for name in layers.linears}
+    names = [model.value(str(site.reader("weight"))).name for site in model.sites if site.node in changed]
+    return [name for name in names if model.assignments[name].spec is not None]

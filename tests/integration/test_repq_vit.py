@@ -1,0 +1,119 @@
+"""RepQ-ViT from a float model to a quantized one, on tiny models of every library with random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import ZOO, vary
+
+import vitquant
+from vitquant.capture import capture
+from vitquant.errors import CalibrationError, RecipeError
+from vitquant.graph.layer_norm_folding import foldable_norm
+from vitquant.methods.calibrate import CalibrateSettings, calibrate
+from vitquant.methods.scale_reparameterization import ReparameterizeScalesSettings, reparameterize_scales
+from vitquant.model import QuantizedModel
+from vitquant.recipe import Method, Recipe
+from vitquant.recipe.rule import Rule, SpecTemplate
+from vitquant.spec import Uniform
+
+LAYERS = Recipe(
+    "layers",
+    "inputs and weights of linear layers",
+    rules=(
+        Rule("inputs", kind=("linear",), operand=("input",), spec=SpecTemplate(Uniform(), "a"), observer="minmax"),
+        Rule("weights", operand=("weight",), spec=SpecTemplate(Uniform(), "w", per="axis"), observer="minmax"),
+    ),
+    methods=(Method("calibrate"), Method("reparameterize-scales")),
+    passes=2,
+)
+
+
+def made(name):
+    build, size = ZOO[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    vary(model)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm) and module.weight is not None:
+                module.weight *= torch.exp(1.5 * torch.randn_like(module.weight))  # channels that differ in range
+                module.weight[0] = 0.0  # as the real DeiT-Tiny has two of
+    generator = torch.Generator().manual_seed(0)
+    return model, torch.randn(8, 3, size, size, generator=generator)
+
+
+def logits(output):
+    return output if isinstance(output, torch.Tensor) else output[0] if isinstance(output, tuple) else output.logits
+
+
+@pytest.mark.parametrize(
+    "name", ["timm deit", "timm swin", "transformers vit", "transformers swin", "torchvision vit", "torchvision swin"]
+)
+def test_every_channel_of_a_shifted_norm_fills_all_levels(name):
+    model, images = made(name)
+    quantized = vitquant.quantize(model, LAYERS, images.split(4), bits="w8a4")
+    record = next(record for record in quantized.records if record.method == "reparameterize-scales")
+    shifted = [site for site, decision in record.decisions.items() if decision.get("shifted")]
+    assert shifted
+    nodes = {node.name: node for node in quantized.graph_module.graph.nodes}
+    sites = {site.name: site for site in quantized.sites}
+    readers = {site.node: site for site in quantized.sites}
+    for norm in shifted:
+        linear = next(iter(foldable_norm(quantized.graph_module, nodes[sites[norm].node]).linears))
+        value, held = quantized.value(f"{readers[linear].name}:input").name, {}
+        quantized.run(images, {value: lambda x, held=held: held.setdefault("x", x.clone())}, quantized=False)
+        x = held["x"].flatten(0, -2)
+        quantizer = quantized.quantizers[value]
+        width = x.amax(0) - x.amin(0)
+        assert torch.allclose(width[1:], 15 * quantizer.scale, rtol=1e-3)  # the first channel never varies
+        assert bool(((quantizer(x) - x).abs() <= 0.501 * quantizer.scale).all())
+    with torch.no_grad():
+        assert torch.isfinite(logits(quantized(images))).all()
+
+
+def test_the_float_function_stays_the_same_and_the_model_is_saved_as_it_is(tmp_path):
+    model, images = made("timm deit")
+    quantized = vitquant.quantize(model, LAYERS, images.split(4), bits="w4a4")
+    with torch.no_grad():
+        shifted = quantized.run(images, {}, quantized=False)
+        assert torch.allclose(logits(shifted), logits(model(images)), atol=1e-4)
+        quantized.save(tmp_path / "saved")
+        restored = vitquant.load(tmp_path / "saved", model=made("timm deit")[0])
+        assert torch.equal(logits(restored(images)), logits(quantized(images)))
+
+
+def test_each_channel_s_codes_are_those_of_a_scale_of_its_own():
+    model, images = made("timm deit")
+    quantized = vitquant.quantize(model, LAYERS, images.split(4), bits="w8a4")
+    name, held = "blocks.0.attn.qkv:input", {}
+    quantized.run(images, {name: lambda x: held.setdefault("x", x.clone())}, quantized=False)
+    codes = quantized.quantizers[name].encode(held["x"]).flatten(0, -2)
+    assert bool((codes.amin(0)[1:] == 0).all())
+    assert bool((codes.amax(0)[1:] == 15).all())  # the first channel never varies
+    assert codes[:, 0].unique().numel() == 1
+
+
+def test_order_names_and_settings_are_checked():
+    model, images = made("timm deit")
+    quantized = QuantizedModel(capture(model, images), LAYERS, LAYERS.bits, (3, 32, 32))
+    with pytest.raises(CalibrationError, match="is not calibrated"):
+        reparameterize_scales(quantized, [images], ReparameterizeScalesSettings())
+    calibrate(quantized, [images], CalibrateSettings())
+    with pytest.raises(RecipeError, match=r"no LayerNorm is called blocks\.9"):
+        reparameterize_scales(quantized, [images], ReparameterizeScalesSettings(["blocks.9*"]))
+    with pytest.raises(RecipeError, match="it is a list of globs"):
+        ReparameterizeScalesSettings("blocks.*")
+    with pytest.raises(CalibrationError, match="no calibration images"):
+        reparameterize_scales(quantized, [], ReparameterizeScalesSettings())
+    integer = vitquant.quantize(model, "fq-vit", [images])
+    with pytest.raises(CalibrationError, match="comes before integer-operations"):
+        reparameterize_scales(integer, [images], ReparameterizeScalesSettings())
+
+
+def test_norms_that_cannot_be_folded_say_why():
+    model, images = made("encoder post-norm relu")
+    quantized = vitquant.quantize(model, LAYERS, [images], bits="w8a8")
+    record = next(record for record in quantized.records if record.method == "reparameterize-scales")
+    assert record.summary["reparameterized"] == 0
+    assert all("no linear layer" in decision["one scale, because"] for decision in record.decisions.values())
