@@ -195,7 +195,11 @@ class QuantizedModel(nn.Module):
         self.graph_module.recompile()
 
     def run(
-        self, images: torch.Tensor, taps: Mapping[str, Callable[[torch.Tensor], None]], quantized: bool = True
+        self,
+        images: torch.Tensor,
+        taps: Mapping[str, Callable[[torch.Tensor], None]],
+        quantized: bool = True,
+        operands: Mapping[str, Callable[[torch.Tensor], None]] | None = None,
     ) -> Any:
         """Run the graph, calling `taps[name]` with each named value before its quantizer.
 
@@ -203,12 +207,19 @@ class QuantizedModel(nn.Module):
             images: (batch, channels, height, width).
             taps: by the names of values.
             quantized: False leaves out every quantizer and integer operation: the float model.
+            operands: by `site:operand`, called with what that site reads, which may be a rearrangement or a part of
+                its value, and without its quantizer only where that stands behind.
 
         Pitfall: a tap's tensor is lent for the call. Without gradients what comes after may overwrite it; a tap
             that keeps it keeps a clone.
         """
         self._check_shape(images)
-        by_node = {self.value(name).node: tap for name, tap in taps.items()}
+        by_node: dict[str, list[Callable[[torch.Tensor], None]]] = {}
+        for name, tap in taps.items():
+            by_node.setdefault(self.value(name).node, []).append(tap)
+        reads = {str(site.reader(each)): node for site in self.sites for each, node in site.operands.items()}
+        for name, tap in (operands or {}).items():
+            by_node.setdefault(reads[name], []).append(tap)
         return _Tapped(self.graph_module, by_node, quantized).run(images)
 
     def parameter(self, value: Value) -> torch.Tensor:
@@ -337,7 +348,7 @@ class _Tapped(Interpreter):
     """
 
     def __init__(
-        self, module: GraphModule, taps: Mapping[str, Callable[[torch.Tensor], None]], quantized: bool
+        self, module: GraphModule, taps: Mapping[str, list[Callable[[torch.Tensor], None]]], quantized: bool
     ) -> None:
         super().__init__(module)
         self.extra_traceback = False  # it would add a page to a message of one line
@@ -347,8 +358,8 @@ class _Tapped(Interpreter):
         result = self._overwrite(n)
         if result is None:
             result = super().run_node(n)
-        if n.name in self._taps:
-            self._taps[n.name](result)
+        for tap in self._taps.get(n.name, ()):
+            tap(result)
         return result
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

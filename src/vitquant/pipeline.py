@@ -19,6 +19,7 @@ from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.methods.integer_operations import integer_operations
 from vitquant.methods.power_of_two_factor import ChooseFactorsSettings, choose_factors
 from vitquant.methods.scale_reparameterization import ReparameterizeScalesSettings, reparameterize_scales
+from vitquant.methods.scale_search import SearchScalesSettings, search_scales
 from vitquant.model import QuantizedModel, Record
 from vitquant.operations import Arithmetic
 from vitquant.recipe import Bits, Method, Recipe, load_recipe, override
@@ -138,10 +139,12 @@ def _step(method: Method) -> Callable[[QuantizedModel, Iterable[torch.Tensor]], 
             return _with_settings(choose_factors, ChooseFactorsSettings, method)
         case "reparameterize-scales":
             return _with_settings(reparameterize_scales, ReparameterizeScalesSettings, method)
+        case "search-scales":
+            return _with_settings(search_scales, SearchScalesSettings, method)
         case "integer-operations":
             return _with_settings(integer_operations, Arithmetic, method)
         case _:
-            known = "calibrate, choose-factors, reparameterize-scales, integer-operations"
+            known = "calibrate, choose-factors, reparameterize-scales, search-scales, integer-operations"
             raise RecipeError(f"method {method.name!r} is unknown; the methods are: {known}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vitquant.graph.operators import LINEAR, arguments, aten, calls, is_rearrangement, is_selection, packet
+from vitquant.graph.stored import stored, times_read
 
 
 class NotFoldableError(Exception):
@@ -64,9 +66,9 @@ def foldable_norm(module: GraphModule, node: Node) -> FoldableNorm:
     if len(arguments(node)[1]) != 1:
         raise NotFoldableError("it normalizes more than the channels")
     linears, padded = _readers(node)
-    uses = _uses(module)
-    layers = {reader.name: _affine(module, uses, *_affine_nodes(reader, 1)) for reader in linears}
-    return FoldableNorm(_affine(module, uses, *_affine_nodes(node, 2)), layers, padded)
+    counts = times_read(module)
+    layers = {reader.name: _affine(module, counts, *_affine_nodes(reader, 1)) for reader in linears}
+    return FoldableNorm(_affine(module, counts, *_affine_nodes(node, 2)), layers, padded)
 
 
 def fold(layers: FoldableNorm, ratio: Tensor, shift: Tensor) -> None:
@@ -153,29 +155,16 @@ def _affine_nodes(node: Node, first: int) -> tuple[Node, Node | None]:
     return given[first], node.kwargs.get("bias", given[first + 1])  # type: ignore[return-value]
 
 
-def _affine(module: GraphModule, uses: dict[int, int], *nodes: Node | None) -> Affine:
-    weight, bias = (None if node is None else _stored(module, uses, node) for node in nodes)
+def _affine(module: GraphModule, counts: Counter[int], *nodes: Node | None) -> Affine:
+    weight, bias = (None if node is None else _read_once(module, counts, node) for node in nodes)
     assert weight is not None
     return Affine(weight, bias)
 
 
-def _stored(module: GraphModule, uses: dict[int, int], node: Node) -> Tensor:
-    while node.op == "call_module":  # its quantizer
-        node = node.all_input_nodes[0]
-    if node.op != "get_attr":
+def _read_once(module: GraphModule, counts: Counter[int], node: Node) -> Tensor:
+    tensor = stored(module, node)
+    if tensor is None:
         raise NotFoldableError(f"{node.name} is computed, not stored")
-    tensor = operator.attrgetter(str(node.target))(module)
-    if uses[id(tensor)] > 1:
-        raise NotFoldableError(f"{node.target} is used elsewhere too")
+    if counts[id(tensor)] > 1:
+        raise NotFoldableError(f"{node.name} is used elsewhere too")
     return tensor
-
-
-def _uses(module: GraphModule) -> dict[int, int]:
-    """How many nodes read each stored tensor, by its identity."""
-    counts: dict[int, int] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            tensor = operator.attrgetter(str(node.target))(module)
-            readers = sum(1 for user in node.users for each in user.all_input_nodes if each is node)
-            counts[id(tensor)] = counts.get(id(tensor), 0) + readers
-    return counts

@@ -1,0 +1,382 @@
+"""Scales chosen by what they make of a layer's output: operands in turn, among multiples of what they have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.nn import functional
+
+from vitquant.errors import CalibrationError, RecipeError
+from vitquant.graph.operators import arguments, aten, calls
+from vitquant.graph.stored import stored, times_read, unquantized
+from vitquant.model import QuantizedModel, Record
+from vitquant.objectives.correlation import LinearOutput
+from vitquant.objectives.product_output import ProductOutput, Ranking
+from vitquant.quantizers import Quantizer, build_quantizer
+from vitquant.quantizers.parameters import SMALLEST_SCALE
+from vitquant.search.coordinates import alternate, multiples
+from vitquant.sites import Site
+from vitquant.spec import PerTensor, QParams
+
+LAYERS = ("linear", "conv")
+PRODUCTS = ("scores", "context")
+
+
+@dataclass(frozen=True)
+class SearchScalesSettings:
+    """The search's range, its objective, and how much memory it may take.
+
+    Arguments:
+        low, high, candidates: multiples of the calibrated scale that are tried, evenly spaced; itself is tried first.
+        rounds: how often all operands of a layer are gone through at most.
+        gamma, theta: the weight of the ranking loss in attention, and its margin; gamma = 0 leaves it out.
+        pairs: how many pairs of each row it compares, drawn with `seed`; 0 compares all.
+        bias_correction: after each round give every output unit of a layer the mean it has in float.
+        memory: gigabytes that cached operands and what is made of them may take.
+        seed: of the pairs.
+
+    Raises:
+        RecipeError: a number without meaning.
+    """
+
+    low: float = 0.5
+    high: float = 1.2
+    candidates: int = 100
+    rounds: int = 20
+    gamma: float = 0.1
+    theta: float = 0.2
+    pairs: int = 256
+    bias_correction: bool = True
+    memory: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("candidates", 1), ("rounds", 1), ("gamma", 0), ("theta", 0), ("pairs", 0)):
+            if getattr(self, name) < smallest:
+                raise RecipeError(f"search-scales: {name} = {getattr(self, name)}: it is at least {smallest}")
+        if not 0 < self.low < self.high:
+            raise RecipeError(f"search-scales: low = {self.low}, high = {self.high}: 0 < low < high")
+        if self.memory <= 0:
+            raise RecipeError(f"search-scales: memory = {self.memory}: it is positive, in gigabytes")
+
+
+def search_scales(model: QuantizedModel, data: Iterable[Tensor], settings: SearchScalesSettings) -> Record:
+    """Choose the scales of layers' and attention's operands by the outputs that they give.
+
+    For each linear layer, convolution and product of attention the scales of its two operands are searched in turn,
+    among multiples of the calibrated ones, until neither changes: for the highest correlation of the quantized with
+    the float output, and in attention the least loss of order within the map's rows too. Every layer sees float
+    inputs, so layers do not depend on each other. What several layers read is chosen for all of them together.
+
+    As many float forward passes over the data as it takes to cache the operands within `settings.memory`.
+
+    Arguments:
+        model: calibrated, its operations still in float; scales and biases change.
+        data: the calibration batches again; all of its images are looked at together.
+        settings: see there.
+
+    Raises:
+        CalibrationError: no data, operations are computed on codes already, or the memory does not hold one layer.
+
+    Source: VT-PTQ, Liu et al. 2021, sections "Similarity-Aware Quantization for Linear Operation", "Ranking-Aware
+    Quantization for Self-Attention" and "Bias Correction". Differences: docs/vt-ptq.md.
+
+    Pitfall: a bias-corrected model is no longer the float model with quantizers in it: `run(quantized=False)` has the
+        corrected biases.
+    """
+    model.require_calibrated()
+    if model.arithmetic is not None:
+        raise CalibrationError("search-scales comes before integer-operations: change the recipe's order")
+    images = sum(len(batch) for batch in data)
+    if not images:
+        raise CalibrationError("no calibration images: give at least one batch")
+    groups, refused = _groups(model)
+    decisions: dict[str, dict[str, Any]] = {name: {"as calibrated, because": why} for name, why in refused.items()}
+    found: dict[str, Quantizer] = {}
+    rounds = 0
+    for some in _within(groups, images, settings):
+        held = _operands(model, data, [site for group in some for site in group.sites])
+        for group in some:
+            layers = [_layer(model, site, held, settings) for site in group.sites]
+            present = {name: model.quantizers[name] for name in group.values}
+            search = _Search(layers, present, settings)
+            result = alternate(group.values, 0, search.scores, settings.rounds, search.correct)
+            rounds = max(rounds, result.rounds)
+            found |= {name: search.candidates[name][index] for name, index in result.choice.items()}
+            decisions |= {
+                name: {"multiple": float(search.multiples[index]), "rounds": result.rounds, "settled": result.settled}
+                for name, index in result.choice.items()
+            }
+            if settings.bias_correction:
+                for layer in layers:
+                    layer.store()
+        del held
+    model.insert(found)
+    summary = {"images": images, "layers": sum(len(group.sites) for group in groups), "rounds": rounds}
+    return Record("search-scales", summary, decisions)
+
+
+# --- which layers are searched together ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Layers that share operands.
+
+    Arguments:
+        sites: the layers, in graph order.
+        values: the operands' values, by name.
+        held: bytes for each image of their operands.
+        work: bytes for each image of what the search of one of them makes of those.
+        candidates: bytes of what a candidate weight is for one of them.
+    """
+
+    sites: tuple[Site, ...]
+    values: tuple[str, ...]
+    held: int
+    work: int
+    candidates: int
+
+
+def _groups(model: QuantizedModel) -> tuple[list[_Group], dict[str, str]]:
+    """The layers that can be searched, those with a common operand together; and why others cannot."""
+    refused: dict[str, str] = {}
+    members: list[tuple[set[str], list[Site]]] = []
+    for site in model.sites:
+        if site.kind not in LAYERS + PRODUCTS:
+            continue
+        if reason := _unfit(model, site):
+            refused[site.name] = reason
+            continue
+        names = {model.value(str(site.reader(operand))).name for operand in site.operands}
+        sites = [site]
+        apart = []
+        for group in members:
+            if names & group[0]:
+                names |= group[0]
+                sites = group[1] + sites
+            else:
+                apart.append(group)
+        members = [*apart, (names, sites)]
+    order = {value.name: index for index, value in enumerate(model.values)}
+    return [
+        _Group(tuple(sites), tuple(sorted(names, key=order.__getitem__)), *_bytes(model, sites))
+        for names, sites in members
+    ], refused
+
+
+def _unfit(model: QuantizedModel, site: Site) -> str:
+    """Why the scales of a site's operands cannot be searched; empty when they can."""
+    values = {operand: model.value(str(site.reader(operand))) for operand in site.operands}
+    if len({value.name for value in values.values()}) < 2:
+        return "both of its operands are one value"
+    for operand, value in values.items():
+        spec = model.assignments[value.name].spec
+        if spec is None:
+            return f"its {operand} is in float"
+        if operand != "weight" and not isinstance(spec.granularity, PerTensor):
+            return f"its {operand} has more than one scale"
+        if operand == "weight" and value.node != site.operands[operand]:
+            return "its weight is rearranged"
+    node = _node(model, site)
+    if site.kind == "conv" and (not calls(node, {aten.conv2d}) or _option(node, 6, "groups", 1) != 1):
+        return "it is no plain two-dimensional convolution"
+    return ""
+
+
+def _bytes(model: QuantizedModel, sites: Sequence[Site]) -> tuple[int, int, int]:
+    """`held`, `work` and `candidates` of a group; see `objectives` for what is made of the operands."""
+    held = work = candidate = 0
+    for site in sites:
+        node = _node(model, site)
+        if site.kind in LAYERS:
+            weight = model.value(str(site.reader("weight"))).shape
+            outputs, inputs = weight[0], math.prod(weight[1:])
+            tokens = _elements(node) // outputs
+            held += tokens * inputs
+            work += tokens * (inputs + outputs) + 3 * inputs * (inputs + outputs)
+            candidate = max(candidate, 3 * inputs * outputs)
+        else:
+            held += sum(_elements(argument) for argument in arguments(node)[:2])
+    return 4 * held, 4 * work, 4 * candidate
+
+
+def _within(groups: Sequence[_Group], images: int, settings: SearchScalesSettings) -> Iterator[list[_Group]]:
+    """Groups in graph order, as many at a time as the budget holds."""
+    some: list[_Group] = []
+    for group in groups:
+        if (alone := _needed([group], images, settings)) > settings.memory * 1e9:
+            raise CalibrationError(
+                f"{group.sites[0].name} needs {alone / 1e9:.3f} GB for {images} images, and search-scales may take "
+                f"{settings.memory:g}: give memory = {math.ceil(alone / 1e7) / 100:g}, or fewer images"
+            )
+        if _needed([*some, group], images, settings) > settings.memory * 1e9:
+            yield some
+            some = []
+        some.append(group)
+    if some:
+        yield some
+
+
+def _needed(groups: Sequence[_Group], images: int, settings: SearchScalesSettings) -> int:
+    """Bytes: operands are held for all groups, what the search makes of them for one layer at a time."""
+    held = sum(group.held for group in groups) * images
+    return held + max(group.work * images + group.candidates * settings.candidates for group in groups)
+
+
+def _operands(model: QuantizedModel, data: Iterable[Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
+    """What every operand of some sites is in the float model, for all images."""
+    held: dict[str, list[Tensor]] = {}
+    names = [str(site.reader(operand)) for site in sites for operand in site.operands if operand != "weight"]
+    taps = {name: lambda x, name=name: held.setdefault(name, []).append(x.clone()) for name in names}
+    with torch.inference_mode():
+        for batch in data:
+            model.run(batch, {}, quantized=False, operands=taps)
+    return {name: torch.cat(held.pop(name)) for name in names}
+
+
+# --- one layer ----------------------------------------------------------------------------------------
+
+
+class _Search:
+    """The score of every candidate of an operand, summed over the layers that read it."""
+
+    def __init__(
+        self, layers: Sequence[_Linear | _Product], present: Mapping[str, Quantizer], settings: SearchScalesSettings
+    ):
+        self.multiples = multiples(settings.low, settings.high, settings.candidates)
+        self.candidates = {name: _multiplied(quantizer, self.multiples) for name, quantizer in present.items()}
+        self._layers, self._correct = layers, settings.bias_correction
+
+    def scores(self, name: str, choice: Mapping[str, int]) -> Tensor:
+        """The objective of every candidate of one operand, while the others stay as chosen."""
+        fixed = {other: self.candidates[other][index] for other, index in choice.items()}
+        with torch.inference_mode():
+            scores = [each.scores(name, self.candidates[name], fixed) for each in self._layers if name in each.values]
+        return torch.stack(scores).sum(0)
+
+    def correct(self, choice: Mapping[str, int]) -> None:
+        """Correct the biases for a choice."""
+        if self._correct:
+            with torch.inference_mode():
+                for layer in self._layers:
+                    layer.correct({name: self.candidates[name][index] for name, index in choice.items()})
+
+
+class _Linear:
+    """A linear layer, or a convolution as a linear layer of its patches.
+
+    Arguments:
+        x: float (images, tokens, inputs).
+        weight: as stored, outputs first.
+        bias: as stored, or None.
+        correctable: whether the bias may change.
+        values: the names of the input's and the weight's value.
+    """
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, correctable: bool, values: tuple[str, ...]
+    ) -> None:
+        self.values = values
+        self._output = LinearOutput(x, weight.flatten(1), bias)
+        self._weight, self._stored, self._bias = weight, bias if correctable else None, self._output.bias
+
+    def scores(self, name: str, candidates: Sequence[Quantizer], fixed: Mapping[str, Quantizer]) -> Tensor:
+        source, weight = (fixed[each] for each in self.values)
+        if name == self.values[0]:
+            return self._output.of_inputs(candidates, weight(self._weight).flatten(1), self._bias)
+        return self._output.of_weights(source, [each(self._weight).flatten(1) for each in candidates], self._bias)
+
+    def correct(self, chosen: Mapping[str, Quantizer]) -> None:
+        if self._stored is not None:
+            source, weight = (chosen[each] for each in self.values)
+            self._bias = self._output.corrected_bias(source, weight(self._weight).flatten(1))
+
+    def store(self) -> None:
+        """Write the corrected bias into the model."""
+        if self._stored is not None:
+            with torch.no_grad():
+                self._stored.copy_(self._bias)
+
+
+class _Product:
+    """A product of two activations.
+
+    Arguments:
+        output: its.
+        values: the names of its operands' values.
+    """
+
+    def __init__(self, output: ProductOutput, values: tuple[str, ...]) -> None:
+        self.values, self._output = values, output
+
+    def scores(self, name: str, candidates: Sequence[Quantizer], fixed: Mapping[str, Quantizer]) -> Tensor:
+        left, right = (fixed[each] for each in self.values)
+        if name == self.values[0]:
+            return self._output.of_operands(candidates, [right])
+        return self._output.of_operands([left], candidates)
+
+    def correct(self, chosen: Mapping[str, Quantizer]) -> None:
+        """It has no bias."""
+
+    def store(self) -> None:
+        """It has no bias."""
+
+
+def _layer(
+    model: QuantizedModel, site: Site, held: Mapping[str, Tensor], settings: SearchScalesSettings
+) -> _Linear | _Product:
+    """A site with what its operands are in float."""
+    node, module = _node(model, site), model.graph_module
+    values = tuple(model.value(str(site.reader(operand))).name for operand in site.operands)
+    if site.kind in PRODUCTS:
+        left, right = (held[str(site.reader(operand))] for operand in site.operands)
+        if unquantized(arguments(node)[0]).name != next(iter(site.operands.values())):
+            left, right = left.mT, right.mT  # it is written value^T probs^T
+        ranking = Ranking(settings.gamma, settings.theta, settings.pairs, settings.seed)
+        return _Product(ProductOutput(left, right, _factor(node) if site.kind == "scores" else None, ranking), values)
+    x, weight = held[str(site.reader("input"))], model.parameter(model.value(str(site.reader("weight")))).detach()
+    if site.kind == "conv":
+        stride, padding, dilation = (_option(node, place, name, default) for place, name, default in _OF_CONV)
+        x = functional.unfold(x, weight.shape[2:], dilation, padding, stride).mT
+    x = x[:, None] if x.ndim == 2 else x.flatten(1, -2)
+    bias = stored(module, _option(node, 2, "bias", None))
+    return _Linear(x, weight, bias, bias is not None and times_read(module)[id(bias)] == 1, values)
+
+
+_OF_CONV = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+
+
+def _option(node: Node, place: int, name: str, default: Any) -> Any:
+    given = arguments(node)[place] if len(arguments(node)) > place else node.kwargs.get(name, default)
+    return tuple(given) if isinstance(given, list | tuple) else given
+
+
+def _node(model: QuantizedModel, site: Site) -> Node:
+    return next(node for node in model.graph_module.graph.nodes if node.name == site.node)
+
+
+def _factor(node: Node) -> float:
+    """What the scores are multiplied by before their softmax."""
+    for user in node.users:
+        if calls(user, {aten.mul}) and isinstance(arguments(user)[1], float):
+            return arguments(user)[1]
+    return 1.0
+
+
+def _elements(node: Node) -> int:
+    """Of one image."""
+    return math.prod(size for size in node.meta["shape"] if size != -1)
+
+
+def _multiplied(quantizer: Quantizer, by: Tensor) -> list[Quantizer]:
+    """The quantizer with each multiple of its scale."""
+    scales = [(quantizer.scale.double() * m).float().clamp(min=SMALLEST_SCALE) for m in by.tolist()]
+    params = (QParams(scale, quantizer.zero_point, quantizer.factor) for scale in scales)
+    return [build_quantizer(quantizer.spec, each) for each in params]

@@ -1,0 +1,1 @@
+"""What a search maximizes or a training minimizes: pure functions of tensors."""

@@ -1,0 +1,157 @@
+"""Pearson correlation of a layer's output with its float output, and of many candidates for it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Quantize = Callable[[Tensor], Tensor]
+
+IN_CACHE = 1 << 17  # elements that are worked on at once
+_AT_ONCE = 1 << 25  # elements of the candidates' Gram matrices
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a correlation is made of: sums over all elements of an output, float64, of one shape.
+
+    Arguments:
+        count: how many elements there are.
+        total, square: the sums of y and of y**2 of the float output.
+        total_hat, square_hat: of the quantized output.
+        cross: the sum of their products.
+    """
+
+    count: int
+    total: Tensor
+    square: Tensor
+    total_hat: Tensor
+    square_hat: Tensor
+    cross: Tensor
+
+    def correlation(self) -> Tensor:
+        """Pearson's coefficient; 0 where an output is constant, as no direction can be compared then.
+
+        Source: VT-PTQ, Liu et al. 2021, equation of Gamma.
+        """
+        covariance = self.cross - self.total * self.total_hat / self.count
+        variance = self.square - self.total.square() / self.count
+        variance_hat = self.square_hat - self.total_hat.square() / self.count
+        # A difference of sums that is rounding noise is no variance.
+        constant = (variance <= 1e-12 * self.square) | (variance_hat <= 1e-12 * self.square_hat)
+        found = covariance / torch.where(constant, 1.0, variance * variance_hat).sqrt()
+        return torch.where(constant, 0.0, found.clamp(-1.0, 1.0))
+
+
+def correlation(y: Tensor, y_hat: Tensor) -> Tensor:
+    """Pearson's coefficient of each image: float64 (images,), from outputs (images, ...)."""
+    y, y_hat = y.flatten(1).double(), y_hat.flatten(1).double()
+    sums = (y.sum(1), y.square().sum(1), y_hat.sum(1), y_hat.square().sum(1), (y * y_hat).sum(1))
+    return Moments(y.shape[1], *sums).correlation()
+
+
+class LinearOutput:
+    """The output of a linear layer, correlated with what candidates for its operands would make of it.
+
+    No candidate's output is written down where that can be avoided. With G = X^T X of each image and A = W^T W, the
+    squares of X W^T sum to <G, A>, and its products with the float output Y to <Y^T X, W>. So a candidate for W costs
+    N K^2 operations and N K + K^2 an image instead of T N K an image, and one for X at most T K min(K, N) an image
+    instead of T N K (T tokens, K inputs, N outputs).
+
+    Arguments:
+        x: the layer's float input (images, tokens, inputs).
+        weight: (outputs, inputs).
+        bias: (outputs,), or None.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.x, self.weight = x, weight
+        self.bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
+        self.y = torch.nn.functional.linear(x, weight, bias)
+        flat = self.y.flatten(1)
+        self._total = flat.sum(1, dtype=torch.float64)
+        self._square = torch.stack([each.double().square().sum() for each in flat])
+        self._by_output = self.y.sum(1, dtype=torch.float64)  # (images, outputs)
+
+    def of_weights(self, quantize_input: Quantize, weights: Sequence[Tensor], bias: Tensor) -> Tensor:
+        """The mean correlation with each candidate weight: float64 (candidates,).
+
+        Arguments:
+            quantize_input: what the input is quantized with.
+            weights: candidates, (outputs, inputs) each, quantized.
+            bias: (outputs,), which is added to the quantized output.
+        """
+        inputs = self.x.shape[-1]
+        x = torch.cat([quantize_input(part) for part in self.x.split(self._images(inputs))])
+        sums = x.sum(1, dtype=torch.float64)  # (images, inputs)
+        gram, cross = (x.mT @ x).flatten(1).double(), (self.y.mT @ x).flatten(1).double()
+        found = []
+        for some in _chunks(weights, max(1, _AT_ONCE // inputs**2)):
+            w = torch.stack(list(some))
+            squares = gram @ (w.mT @ w).flatten(1).double().T
+            crosses = cross @ w.flatten(1).double().T  # (images, candidates)
+            found.append(
+                self._moments(bias, squares, crosses, sums @ w.sum(1).double().T, sums @ (bias @ w).double().T)
+            )
+        return torch.cat([moments.correlation().mean(0) for moments in found])
+
+    def of_inputs(self, quantizers: Sequence[Quantize], weight: Tensor, bias: Tensor) -> Tensor:
+        """The mean correlation with each candidate quantizer of the input: float64 (candidates,).
+
+        Arguments:
+            quantizers: candidates.
+            weight: (outputs, inputs), quantized.
+            bias: (outputs,), which is added to the quantized output.
+        """
+        images, _, inputs = self.x.shape
+        gram = weight.T @ weight if inputs <= len(weight) else None
+        ends = torch.stack([weight.sum(0), bias @ weight], 1).double()  # (inputs, 2)
+        shape = (images, len(quantizers))
+        squares, crosses, totals, products = (self._total.new_zeros(shape) for _ in range(4))
+        width = self._images(inputs)
+        for start in range(0, images, width):
+            part = slice(start, start + width)
+            x, back = self.x[part], self.y[part] @ weight
+            for index, quantize in enumerate(quantizers):
+                xq = quantize(x)
+                crosses[part, index] = (xq * back).sum((1, 2), dtype=torch.float64)
+                made = xq @ weight.T if gram is None else xq @ gram
+                squares[part, index] = (made * (made if gram is None else xq)).sum((1, 2), dtype=torch.float64)
+                sums = xq.sum(1, dtype=torch.float64) @ ends
+                totals[part, index], products[part, index] = sums[:, 0], sums[:, 1]
+        return self._moments(bias, squares, crosses, totals, products).correlation().mean(0)
+
+    def corrected_bias(self, quantize_input: Quantize, weight: Tensor) -> Tensor:
+        """The bias with which each output unit of the quantized layer has the float layer's mean: (outputs,).
+
+        Source: VT-PTQ, section "Bias Correction".
+        """
+        images, tokens, inputs = self.x.shape
+        parts = self.x.split(self._images(inputs))
+        sums = torch.stack([quantize_input(part).sum((0, 1), dtype=torch.float64) for part in parts]).sum(0)
+        mean = (sums / (images * tokens)) @ weight.double().T
+        return (self._by_output.sum(0) / (images * tokens) - mean).to(self.bias.dtype)
+
+    def _moments(self, bias: Tensor, squares: Tensor, crosses: Tensor, totals: Tensor, products: Tensor) -> Moments:
+        """Of X W^T + bias, from the sums of X W^T, of its squares, and of its products with Y and with the bias."""
+        tokens, bias = self.x.shape[1], bias.double()
+        return Moments(
+            count=self.y[0].numel(),
+            total=self._total[:, None],
+            square=self._square[:, None],
+            total_hat=totals + tokens * bias.sum(),
+            square_hat=squares + 2 * products + tokens * bias.square().sum(),
+            cross=crosses + (self._by_output @ bias)[:, None],
+        )
+
+    def _images(self, inputs: int) -> int:
+        """How many images are worked on at once."""
+        return max(1, IN_CACHE // (self.x.shape[1] * inputs))
+
+
+def _chunks(sequence: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
+    for start in range(0, len(sequence), size):
+        yield sequence[start : start + size]

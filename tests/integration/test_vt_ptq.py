@@ -1,0 +1,166 @@
+"""VT-PTQ from a float model to a quantized one, on tiny models of every library with random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import ZOO, vary
+
+import vitquant
+from vitquant.errors import CalibrationError, RecipeError
+from vitquant.methods.scale_search import SearchScalesSettings, search_scales
+from vitquant.objectives.correlation import correlation
+
+QUICK = ("search-scales.candidates=12", "search-scales.pairs=16")
+
+LIBRARIES = "timm deit", "timm swin", "timm levit", "timm cait", "transformers vit", "torchvision swin", "einsum"
+
+
+def made(name, count=6):
+    build, size = ZOO[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    vary(model)
+    return model, torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def quantized(name, *settings, bits="w4a4"):
+    model, images = made(name)
+    return vitquant.quantize(model, "vt-ptq", images.split(3), bits=bits, settings=[*QUICK, *settings]), images
+
+
+def record_of(model):
+    return next(record for record in model.records if record.method == "search-scales")
+
+
+@pytest.mark.parametrize(
+    "name", ["timm deit", "timm swin", "timm levit", "timm cait", "transformers vit", "torchvision swin", "einsum"]
+)
+def test_every_layer_of_every_library_is_searched(name):
+    model, images = quantized(name)
+    record = record_of(model)
+    searched = {value for value, decision in record.decisions.items() if "multiple" in decision}
+    assert searched <= set(model.quantizers)
+    assert len(searched) > 8
+    assert all(0.5 <= record.decisions[value]["multiple"] <= 1.2 for value in searched)
+    assert any(record.decisions[value]["multiple"] != 1.0 for value in searched)
+    with torch.no_grad():
+        output = model(images)
+    leaves = output if isinstance(output, torch.Tensor) else output[0] if isinstance(output, tuple) else output.logits
+    assert torch.isfinite(leaves).all()
+
+
+def layer(model, site, x, bias):
+    quantizers = model.quantizers
+    weight = model.parameter(model.value(f"{site}:weight"))
+    return torch.nn.functional.linear(quantizers[f"{site}:input"](x), quantizers[f"{site}:weight"](weight), bias)
+
+
+def test_no_other_scale_of_an_operand_gives_a_higher_correlation():
+    model, images = quantized("timm deit", "search-scales.bias_correction=false")
+    site, held = "blocks.0.mlp.fc1", []
+    model.run(images, {f"{site}:input": lambda x: held.append(x.clone())}, quantized=False)
+    bias = model.graph_module.get_parameter("blocks.0.mlp.fc1.bias")
+    weight = model.parameter(model.value(f"{site}:weight"))
+    y = torch.nn.functional.linear(held[0], weight, bias)
+    with torch.no_grad():
+        best = correlation(y, layer(model, site, held[0], bias)).mean()
+        for operand in ("input", "weight"):
+            quantizer = model.quantizers[f"{site}:{operand}"]
+            chosen = quantizer.scale.clone()
+            start = chosen / record_of(model).decisions[f"{site}:{operand}"]["multiple"]
+            for multiple in torch.linspace(0.5, 1.2, 12):
+                quantizer.scale.copy_(start * multiple)
+                assert correlation(y, layer(model, site, held[0], bias)).mean() <= best + 1e-6
+            quantizer.scale.copy_(chosen)
+
+
+def test_biases_are_corrected_to_the_float_means():
+    model, images = quantized("timm deit")
+    float_model, _ = made("timm deit")
+    site, held = "blocks.0.mlp.fc1", []
+    with torch.no_grad():
+        float_model.blocks[0].mlp.fc1.register_forward_hook(lambda _, given, made: held.extend([given[0], made]))
+        float_model(images)
+        bias = model.graph_module.get_parameter("blocks.0.mlp.fc1.bias")
+        assert not torch.equal(bias, float_model.blocks[0].mlp.fc1.bias)
+        found = layer(model, site, held[0], bias).mean((0, 1))
+        assert torch.allclose(found, held[1].mean((0, 1)), atol=1e-4)
+        plain, _ = quantized("timm deit", "search-scales.bias_correction=false")
+        assert torch.equal(
+            plain.graph_module.get_parameter("blocks.0.mlp.fc1.bias"), float_model.blocks[0].mlp.fc1.bias
+        )
+
+
+class Counted(list):
+    """Batches that know how often they were gone through."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def test_memory_is_a_budget_and_does_not_change_the_result():
+    model, images = made("timm deit")
+    results = []
+    for memory in (1.0, 0.04793):  # all layers at once; the patch embedding alone
+        data = Counted(images.split(3))
+        settings = [*QUICK, f"search-scales.memory={memory}"]
+        results.append((vitquant.quantize(model, "vt-ptq", data, bits="w4a4", settings=settings), data.passes))
+    (whole, few), (parts, more) = results
+    assert more == few + 1
+    for name, quantizer in whole.quantizers.items():
+        assert torch.equal(quantizer.scale, parts.quantizers[name].scale)
+    settings = [*QUICK, "search-scales.memory=1e-6"]
+    with pytest.raises(CalibrationError, match=r"patch_embed needs 0\.048 GB for 6 images.*give memory = 0\.05, or"):
+        vitquant.quantize(model, "vt-ptq", images.split(3), bits="w4a4", settings=settings)
+
+
+def test_the_same_seed_gives_the_same_model():
+    first, second = quantized("timm deit")[0], quantized("timm deit")[0]
+    for key, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[key])
+
+
+def test_a_searched_model_is_saved_and_loaded_as_it_is(tmp_path):
+    model, images = quantized("timm deit")
+    model.save(tmp_path / "saved")
+    restored = vitquant.load(tmp_path / "saved", model=made("timm deit")[0])
+    with torch.no_grad():
+        assert torch.equal(restored(images), model(images))
+
+
+def test_what_several_layers_read_is_chosen_once():
+    model, _ = quantized("transformers vit")
+    shared = model.value("blocks.0.attn.query:input")
+    assert len(shared.readers) == 3
+    decision = record_of(model).decisions
+    assert [name for name in decision if name in map(str, shared.readers)] == [shared.name]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("candidates=0", "candidates = 0: it is at least 1"),
+        ("low=1.3", "0 < low < high"),
+        ("gamma=-1", "gamma = -1: it is at least 0"),
+        ("memory=0", "memory = 0: it is positive"),
+        ("depth=3", "settings .* do not fit"),
+    ],
+)
+def test_settings_without_meaning_are_refused(setting, message):
+    model, images = made("timm deit")
+    with pytest.raises(RecipeError, match=message):
+        vitquant.quantize(model, "vt-ptq", [images], settings=[f"search-scales.{setting}"])
+
+
+def test_order_and_data_are_checked():
+    model, images = made("timm deit")
+    integer = vitquant.quantize(model, "fq-vit", [images])
+    with pytest.raises(CalibrationError, match="comes before integer-operations"):
+        search_scales(integer, [images], SearchScalesSettings())
+    floating, _ = quantized("timm deit")
+    with pytest.raises(CalibrationError, match="no calibration images"):
+        search_scales(floating, [], SearchScalesSettings())
