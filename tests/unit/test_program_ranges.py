@@ -19,7 +19,7 @@ from vitquant.runtime.interpreter import Interpreter
 def softmax_row(values: torch.Tensor, octaves: torch.Tensor, powers: torch.Tensor, length: int, published: bool):
     """Probabilities of rows, times a register of 255."""
     steps = (
-        p.LogSoftmax("l", "softmax", "x", None, "values", "octaves", 15, published),
+        p.LogSoftmax("l", "softmax", "x", None, "values", "octaves", 15, 1, 0, published),
         p.Lookup("o", "softmax", "l", "powers", 0),
         p.Product("y", "context", "o", "v", 0, 0),
     )
@@ -29,7 +29,7 @@ def softmax_row(values: torch.Tensor, octaves: torch.Tensor, powers: torch.Tenso
         "y": p.Register("s64", (-1, 1, 1)),
         "o": p.Register("u16", (-1, 1, length)),
         "values": p.Register("u16", (len(values),)),
-        "octaves": p.Register("u16", (len(octaves),)),
+        "octaves": p.Register("s32", (len(octaves),)),
         "powers": p.Register("u16", (16,)),
         "v": p.Register("u8", (length, 1)),
     }
@@ -73,7 +73,7 @@ def test_what_are_no_rows_any_more_sums_to_more(step, size):
         step = replace(step, shape=(-1, 1, size * size))
     shape = (-1, size, size) if isinstance(step, p.Permute) else step.shape
     steps = (
-        p.LogSoftmax("l", "softmax", "x", None, "values", "octaves", 15, False),
+        p.LogSoftmax("l", "softmax", "x", None, "values", "octaves", 15, 1, 0, False),
         p.Lookup("o", "softmax", "l", "powers", 0),
         step,
         p.Product("y", "context", "m", "v", 0, 0),
@@ -83,7 +83,7 @@ def test_what_are_no_rows_any_more_sums_to_more(step, size):
         "x": p.Register("u8", codes.shape), "l": p.Register("u4", codes.shape), "o": codes,
         "v": p.Register("u8", (shape[2], 1)), "m": p.Register("u16", shape),
         "y": p.Register("s64", (*shape[:2], 1)), "values": p.Register("u16", (257,)),
-        "octaves": p.Register("u16", (257,)), "powers": p.Register("u16", (16,)),
+        "octaves": p.Register("s32", (257,)), "powers": p.Register("u16", (16,)),
     }  # fmt: skip
     tables = {"values": TABLE.values, "octaves": TABLE.octaves, "powers": POWERS}
     made = program(*steps, registers=registers, constants={**tables, "v": torch.full((shape[2], 1), 255)})
@@ -136,7 +136,7 @@ def test_a_uniform_softmax_whose_quotient_leaves_64_bits_is_refused(multiplier, 
         registers={
             "y": p.Register("u8", (-1, 4, 6)),
             "values": p.Register("u16", (257,)),
-            "octaves": p.Register("u16", (257,)),
+            "octaves": p.Register("s32", (257,)),
         },
         constants={"values": TABLE.values, "octaves": TABLE.octaves},
     )
