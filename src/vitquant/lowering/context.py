@@ -105,7 +105,7 @@ class Context:
         """
         term = value.single if isinstance(value, Scaled) else None
         if term is None:
-            raise self.refuse(f"its {what} is not quantized", "let the recipe quantize it")
+            raise self._not_quantized(what)
         return term
 
     def linear(self, value: Scaled) -> Scaled:
@@ -127,25 +127,37 @@ class Context:
         """The integers with a scale and a zero point that a node is.
 
         Raises:
-            LoweringError: it is anything else.
+            LoweringError: it is anything else, powers of the root of two among them.
         """
-        term, *more = self._linear(self.codes(self.value(node), what))
+        term, *more = self._terms(node, what)
         if more:
-            raise self.refuse(f"its {what} is powers of the root of two, which products of two activations read only")
+            raise self.refuse(f"its {what} is powers of the root of two, which only products of activations read")
         return term
 
     def factor(self, node: Node, what: str) -> Term:
-        """The integers that a node is, of 8 bits or less or powers, with one scale and zero point, as layers read."""
+        """The integers that a node is, of 8 bits or less or powers, with one scale and zero point: as layers read."""
         term = self.term(node, what)
         self._check_factor(term, what)
         return term
 
     def factors(self, node: Node, what: str) -> tuple[Term, ...]:
         """The integers that a node is the sum of, each as `factor` has it: what products of activations read."""
-        terms = self._linear(self.codes(self.value(node), what))
+        terms = self._terms(node, what)
         for term in terms:
             self._check_factor(term, what)
         return terms
+
+    def _terms(self, node: Node, what: str) -> tuple[Term, ...]:
+        """One term, or one for each step of an octave where they are numerators of powers."""
+        value = self.value(node)
+        if isinstance(value, Scaled) and not bool(value.constant.any()):
+            terms = self.linear(value).terms
+            if len(terms) == 1 or (terms and all(term.numerators for term in terms)):
+                return terms
+        raise self._not_quantized(what)
+
+    def _not_quantized(self, what: str) -> LoweringError:
+        return self.refuse(f"its {what} is not quantized", "let the recipe quantize it")
 
     def _check_factor(self, term: Term, what: str) -> None:
         kind = self.registers[term.register].type

@@ -12,7 +12,7 @@ from torch.fx import Node
 from vitquant.graph.operators import arguments, aten, calls, packet
 from vitquant.lowering.context import Context, Value, growing_shape, nothing
 from vitquant.lowering.moves import NoMoveError, moves
-from vitquant.lowering.scaled import Hidden, Joined, Powers, Scaled, Static, Term, compact, dense, size_along
+from vitquant.lowering.scaled import Hidden, Joined, Scaled, Static, Term, compact, dense, size_along
 from vitquant.program.instructions import Concat, Instruction, Pad, Register, Reshape, smallest_type
 from vitquant.program.moving import move
 
@@ -50,8 +50,7 @@ def together(context: Context, value: Joined) -> Scaled:
     if len(parts) < len(value.parts):
         raise context.refuse("what it reads is joined from an activation and a constant", "quantize the parts")
     one, axis = context.one_image[value.node], value.axis
-    if not _one_kind(parts):
-        parts = [context.linear(part) for part in parts]
+    parts = [context.linear(part) for part in parts]
     parts = [_foldable(context, part, shape_of(context, part)) for part in parts]
     widths = [shape_of(context, part)[axis] for part in parts]
 
@@ -66,17 +65,8 @@ def together(context: Context, value: Joined) -> Scaled:
         registers = tuple(term.register for term in each)
         register = context.emit(Concat, Register(kind, growing_shape(value.node)), inputs=registers, axis=axis)
         zero, scale = beside([term.zero for term in each]), beside([term.scale for term in each])
-        same = all(term.numerators for term in each)
-        terms.append(replace(each[0], register=register, zero=zero, scale=scale, numerators=same))
+        terms.append(Term(register, zero, scale, numerators=all(term.numerators for term in each)))
     return Scaled(tuple(terms), beside([part.constant for part in parts]))
-
-
-def _one_kind(parts: Sequence[Scaled]) -> bool:
-    """Whether codes of powers lie beside codes that stand for the same powers, if there are any."""
-    kinds = {
-        (each.steps, int(each.zero)) if isinstance(each, Powers) else None for part in parts for each in part.terms
-    }
-    return len(kinds) == 1
 
 
 def _of_one_length(parts: Sequence[tuple[Term, ...]]) -> list[tuple[Term, ...]]:
