@@ -79,7 +79,7 @@ class Log2:
 class LogSqrt2:
     """Powers of the square root of two, `scale * 2**(-code / 2)`, in [0, scale]; the largest code means zero.
 
-    RepQ-ViT, section "Scale Reparam for Post-Softmax Activations".
+    RepQ-ViT, its log-sqrt2 quantizer.
 
     Arguments:
         separate_zero: zero has a code of its own after the 2**bits powers, as in RepQ-ViT's code: 2**bits + 1 levels,

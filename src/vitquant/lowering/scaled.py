@@ -115,7 +115,7 @@ def numerators(powers: Powers) -> list[tuple[Tensor, Tensor]]:
     With two steps, 2**(-code / 2) is 2**-(code / 2), or sqrt(2) * 2**-((code + 1) / 2) of an odd code: a shift with one
     scale of two. Each table is zero for the codes of the others.
 
-    Source: RepQ-ViT, Li et al. 2023, section "Scale Reparam for Post-Softmax Activations".
+    Source: RepQ-ViT, Li et al. 2023, its log-sqrt2 quantizer.
     """
     steps, zero = powers.steps, int(powers.zero)
     lowest = -(-(zero - 1) // steps)  # the octave of the last power

@@ -84,7 +84,7 @@ class LogSqrt2Quantizer(LogarithmicQuantizer):
 
     The level of an odd code is sqrt(1/2), rounded once to float32 (float64 for float64 operands), times a power of two.
 
-    Source: RepQ-ViT, Li et al. 2023, section "Scale Reparam for Post-Softmax Activations".
+    Source: RepQ-ViT, Li et al. 2023, its log-sqrt2 quantizer.
 
     Pitfall: b bits hold 2**b - 1 powers and zero. RepQ-ViT's code has 2**b powers and zero (`separate_zero`).
     """
