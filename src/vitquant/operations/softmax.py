@@ -77,10 +77,10 @@ class LogIntSoftmax(_Softmax):
 
     published = False
 
-    def __init__(self, source: Quantizer, result: Quantizer, exponential: str) -> None:
-        super().__init__(source, result, exponential)
+    def connect(self, source: Quantizer, result: Quantizer) -> None:
+        super().connect(source, result)
         powers = "powers of two" if self.powers.steps == 1 else "powers of the root of two"
-        self.description = f"table of exponentials, {powers}"
+        self.description = f"table of exponentials, {powers}{' rounded as published' if self.published else ''}"
 
     def check(self, source: Quantizer, result: Quantizer) -> None:
         super().check(source, result)
@@ -115,10 +115,6 @@ class PublishedLogIntSoftmax(LogIntSoftmax):
     """`LogIntSoftmax` with the rounding of FQ-ViT's code, which is for powers of two that begin at 1."""
 
     published = True
-
-    def __init__(self, source: Quantizer, result: Quantizer, exponential: str) -> None:
-        super().__init__(source, result, exponential)
-        self.description += " rounded as published"
 
     def check(self, source: Quantizer, result: Quantizer) -> None:
         super().check(source, result)
