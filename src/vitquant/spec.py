@@ -75,7 +75,22 @@ class Log2:
     separate_zero: bool = False
 
 
-Scheme = Uniform | PowerOfTwoScale | PowerOfTwoFactor | Log2
+@dataclass(frozen=True)
+class LogSqrt2:
+    """Powers of the square root of two, `scale * 2**(-code / 2)`, in [0, scale]; the largest code means zero.
+
+    RepQ-ViT, its log-sqrt2 quantizer.
+
+    Arguments:
+        separate_zero: zero has a code of its own after the 2**bits powers, as in RepQ-ViT's code: 2**bits + 1 levels,
+            which `bits` bits cannot hold.
+    """
+
+    separate_zero: bool = False
+
+
+Logarithmic = Log2 | LogSqrt2
+Scheme = Uniform | PowerOfTwoScale | PowerOfTwoFactor | Logarithmic
 
 
 @dataclass(frozen=True)
@@ -103,8 +118,9 @@ class QuantSpec:
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise RecipeError(f"bits = {self.bits}: a quantizer takes {MIN_BITS} to {MAX_BITS} bits")
         match self.scheme:
-            case Log2() if self.signed or self.bits > 8:
-                raise RecipeError("log2 codes are unsigned and have at most 8 bits: set signed = false, bits <= 8")
+            case Log2() | LogSqrt2() if self.signed or self.bits > 8:
+                name = _snake_case(self.scheme)
+                raise RecipeError(f"{name} codes are unsigned and have at most 8 bits: set signed = false, bits <= 8")
             case PowerOfTwoFactor(factors) if not 1 <= factors <= 8:
                 raise RecipeError(f"factors = {factors}: a power-of-two factor chooses among 1 to 8 shifts")
             case PowerOfTwoFactor() if not isinstance(self.granularity, PerAxis):
@@ -148,7 +164,7 @@ class QParams:
 
     Arguments:
         scale: float32, positive; shape () for one scale, (n,) along the granularity's axis.
-        zero_point: int32 of scale's shape, the code of the real number 0; None for log2.
+        zero_point: int32 of scale's shape, the code of the real number 0; None for powers.
         factor: int32 (channels,), the power-of-two factors; None for every other scheme.
     """
 

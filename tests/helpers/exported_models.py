@@ -73,8 +73,8 @@ def photos(count, seed=0):
 
 
 @functools.cache
-def exported(make, recipe, bits=None):
+def exported(make, recipe, bits=None, settings=()):
     """A quantized model and its ONNX form; nobody changes them."""
     torch.manual_seed(0)
-    quantized = vitquant.quantize(trained(make()), recipe, list(photos(8).split(4)), bits=bits)
+    quantized = vitquant.quantize(trained(make()), recipe, list(photos(8).split(4)), bits=bits, settings=settings)
     return quantized, onnx_qdq_model(quantized)

@@ -16,12 +16,14 @@ from vitquant.errors import CalibrationError, LoweringError
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
 from vitquant.parity import flipped_codes
-from vitquant.program.instructions import LayerNorm, Linear, Requantize
+from vitquant.program.instructions import LayerNorm, Linear, Product, Requantize
 from vitquant.program.ranges import prove_ranges
 from vitquant.quantizers import build_quantizer
 from vitquant.recipe import load_recipe
 from vitquant.runtime.interpreter import Interpreter
+from vitquant.runtime.on_images import interpreted
 from vitquant.runtime.products import exact_int64
+from vitquant.simulation import ExactSimulation
 from vitquant.spec import PerAxis, QParams
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -88,6 +90,46 @@ def test_every_value_lies_in_its_proved_range(name):
         Interpreter(program)(codes, taps)
         assert all(ranges[name][0] <= low and high <= ranges[name][1] for name, (low, high) in seen.items())
     assert len(seen) == len(program.instructions)
+
+
+POWERS = [
+    ("log2", "w8a8s4", "minmax"),
+    ("log_sqrt2", "w8a8s4", "unit"),
+    ("log_sqrt2", "w8a8s5", "unit"),
+    ("log_sqrt2", "w8a8s5", "minmax"),
+]
+
+
+@pytest.mark.parametrize(("scheme", "bits", "observer"), POWERS)
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_powers_of_either_base_and_any_first_one_are_computed_in_integers(name, scheme, bits, observer):
+    settings = [f"attention-probs.scheme={scheme}", f"attention-probs.observer={observer}"]
+    model = quantized(name, "fq-vit", bits=bits, settings=settings)
+    program, images = lower(model), torch.randn(6, 3, 32, 32)
+    codes = model.quantizers["patch_embed:input"].encode(images)
+    with NoFloat():
+        logits = Interpreter(program, exact_int64)(codes)
+    assert torch.equal(Interpreter(program)(codes), logits)
+    with torch.no_grad():
+        assert torch.equal(interpreted(program)(images).argmax(1), ExactSimulation(model)(images).argmax(1))
+    probs = model.quantizers["blocks.0.attn.context:probs"]
+    assert (float(probs.scale) == 1) is (observer == "unit")
+    flips = {each.value: each for each in flipped_codes(model, program, [images])}
+    assert all(each.kept for each in flips.values())
+    assert flips["blocks.0.attn.context:probs"].flipped == 0
+    register = program.registers[program.codes["blocks.0.attn.context:probs"]]
+    assert register.type == ("u4" if bits.endswith("s4") else "u8")
+    here = [each for each in program.instructions if each.site == "blocks.0.attn.context"]
+    registers = 2 if scheme == "log_sqrt2" else 1
+    assert sum(isinstance(each, Product) for each in here) == registers
+    assert [len(each.inputs) for each in here if isinstance(each, Requantize)] == [registers]
+
+
+@pytest.mark.parametrize(("scheme", "bits", "fit"), [("log2", "w8a8s5", "s4"), ("log_sqrt2", "w8a8", "s5")])
+def test_more_powers_than_numerators_hold_are_refused_with_the_bits_that_fit(scheme, bits, fit):
+    model = quantized("vit", "fq-vit", bits=bits, settings=[f"attention-probs.scheme={scheme}"])
+    with pytest.raises(LoweringError, match=rf"blocks\.0\.attn\.softmax: .* bits: .* give --bits with {fit}"):
+        lower(model)
 
 
 def test_a_sum_that_could_overflow_is_refused():

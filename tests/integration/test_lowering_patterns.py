@@ -14,11 +14,14 @@ from vitquant.simulation import ExactSimulation
 
 
 class Block(nn.Module):
-    """A patch embedding, one attention with a residual addition, and then `body` of (batch, 16 tokens, 16 channels)."""
+    """A patch embedding, one attention with a residual addition, and then `body` of (batch, 16 tokens, 16 channels).
 
-    def __init__(self, body, prepare):
+    `mix` is what becomes of probabilities and values.
+    """
+
+    def __init__(self, body, prepare, mix):
         super().__init__()
-        self.body, self.prepare = body, prepare
+        self.body, self.prepare, self.mix = body, prepare, mix
         self.patches = nn.Conv2d(3, 16, 4, 4)
         self.norm, self.qkv, self.proj = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
         self.fc, self.bare, self.narrow = nn.Linear(16, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 8)
@@ -30,7 +33,7 @@ class Block(nn.Module):
         x = self.patches(self.prepare(x)).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
         probs = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1)
-        x = x + self.proj((probs @ v).transpose(1, 2).flatten(2))
+        x = x + self.proj(self.mix(probs, v).transpose(1, 2).flatten(2))
         return self.head(self.body(self, x).mean(1))
 
 
@@ -38,9 +41,10 @@ def same(x):
     return x
 
 
-def quantized(body=lambda s, x: x, prepare=same, recipe="fq-vit"):
+def quantized(body=lambda s, x: x, prepare=same, recipe="fq-vit", mix=torch.matmul, settings=()):
     torch.manual_seed(0)
-    return vitquant.quantize(Block(body, prepare).eval(), recipe, [torch.randn(4, 3, 16, 16) for _ in range(2)])
+    data = [torch.randn(4, 3, 16, 16) for _ in range(2)]
+    return vitquant.quantize(Block(body, prepare, mix).eval(), recipe, data, settings=settings)
 
 
 BODIES = {
@@ -67,6 +71,30 @@ BODIES = {
 @pytest.mark.parametrize("name", BODIES)
 def test_odd_patterns_give_the_codes_of_the_simulation(name):
     check(quantized(BODIES[name]))
+
+
+MIXES = {
+    "a part of it": lambda p, v: p[..., 1:] @ v[..., 1:, :],
+    "turned": lambda p, v: p.transpose(-1, -2) @ v,
+    "rolled": lambda p, v: p.roll(3, -1) @ v,
+    "padded": lambda p, v: functional.pad(p, (0, 1))[..., 1:] @ v,
+    "scaled": lambda p, v: (p * 0.5) @ v,
+    "on the right": lambda p, v: (v.mT @ p.mT).mT,
+    "as a gate": lambda p, v: (p @ v) * p[..., :8],
+    "in a sum": lambda p, v: (p @ v) - p[..., :8],
+}
+
+
+@pytest.mark.parametrize("scheme", ["log2", "log_sqrt2"])
+@pytest.mark.parametrize("name", MIXES)
+def test_powers_may_be_moved_and_read_by_products_and_sums(name, scheme):
+    check(quantized(mix=MIXES[name], settings=[f"attention-probs.scheme={scheme}"]))
+
+
+def test_a_pooling_of_powers_of_the_root_of_two_is_refused():
+    model = quantized(mix=lambda p, v: p.mean(-1, keepdim=True) + p @ v, settings=["attention-probs.scheme=log_sqrt2"])
+    with pytest.raises(LoweringError, match="pool: its input is powers of the root of two, which only products"):
+        lower(model)
 
 
 @pytest.mark.parametrize(

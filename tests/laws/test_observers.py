@@ -22,6 +22,7 @@ from vitquant.quantizers.quantizer import channel_axis
 from vitquant.spec import (
     Granularity,
     Log2,
+    LogSqrt2,
     PerAxis,
     PerHead,
     PerTensor,
@@ -343,6 +344,7 @@ def test_every_scheme_can_be_observed(name: str) -> None:
     x = torch.rand(4, 7, 6)
     for spec in (
         QuantSpec(4, scheme=Log2()),
+        QuantSpec(5, scheme=LogSqrt2()),
         QuantSpec(8, granularity=PerAxis(-1), scheme=PowerOfTwoFactor()),
         QuantSpec(8, scheme=PowerOfTwoScale()),
     ):

@@ -149,7 +149,7 @@ class Maker:
         table = exact_exponential(self.random.choice([0.001, 0.05, 0.7]), high - low + 1)
         given = {
             "input": self.x, "values": self.constant("u16", values=table.values),
-            "octaves": self.constant("u16", values=table.octaves),
+            "octaves": self.constant("s32", values=table.octaves),
             "hidden": self.random.choice([None, self.constant("u8", values=self.mask())]),
         }  # fmt: skip
         if self.random.random() < 0.5:
@@ -160,9 +160,13 @@ class Maker:
                 high=p.type_limits(type)[1],
             )  # fmt: skip
             return
-        published = self.random.random() < 0.5
-        self.x = self.emit(p.LogSoftmax, "u4", **given, zero=15, published=published)
-        powers = torch.tensor([1 << (14 - code) for code in range(15)] + [0])
+        published, steps = self.random.random() < 0.3, self.random.choice([1, 2])
+        steps = 1 if published else steps
+        offset = 0 if published else self.random.choice([0, -3000, -9999, 700])
+        form = {"zero": 15, "steps": steps, "offset": offset, "published": published}
+        self.x = self.emit(p.LogSoftmax, "u4", **given, **form)
+        parity = self.random.randrange(steps)  # one of the registers that powers of the root of two are
+        powers = torch.tensor([(code % steps == parity) << (14 - -(-code // steps)) for code in range(15)] + [0])
         self.x = self.emit(p.Lookup, "u16", input=self.x, table=self.constant("u16", values=powers), lowest=0)
         if self.random.random() < 0.7 and min(self.shape[-2:]) > 0:
             other = self.constant(self.random.choice(CODES), self.shape[-1], 3)

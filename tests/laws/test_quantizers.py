@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vitquant.quantizers import Quantizer, build_quantizer
+from vitquant.quantizers.logarithmic import threshold
 from vitquant.quantizers.quantizer import along_axis, channel_axis, code_dtype
 from vitquant.spec import (
     Log2,
+    Logarithmic,
+    LogSqrt2,
     PerAxis,
     PerHead,
     PerTensor,
@@ -30,7 +34,8 @@ SHAPE = (2, 3, 4, 5)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 EXACT_DTYPES = (torch.float32, torch.float64)
 UP_TO_8_BITS = st.integers(2, 8)
-SCHEMES = (Uniform(), Uniform(clamp_before_round=True), PowerOfTwoScale(), PowerOfTwoFactor(), Log2(), Log2(True))
+POWERS = (Log2(), Log2(separate_zero=True), LogSqrt2(), LogSqrt2(separate_zero=True))
+SCHEMES = (Uniform(), Uniform(clamp_before_round=True), PowerOfTwoScale(), PowerOfTwoFactor(), *POWERS)
 
 law = settings(max_examples=60, deadline=None)
 
@@ -60,8 +65,14 @@ class Case:
 
 def largest_code(quantizer: Quantizer) -> int:
     """`qmax`, but one more where zero has a code of its own and a byte holds it."""
-    separate = quantizer.spec.scheme == Log2(separate_zero=True) and quantizer.spec.bits < 8
+    scheme = quantizer.spec.scheme
+    separate = isinstance(scheme, Logarithmic) and scheme.separate_zero and quantizer.spec.bits < 8
     return quantizer.spec.qmax + separate
+
+
+def steps_of(spec: QuantSpec) -> int:
+    """Levels in an octave."""
+    return 2 if isinstance(spec.scheme, LogSqrt2) else 1
 
 
 @st.composite
@@ -71,7 +82,7 @@ def specs(draw: st.DrawFn, scheme: Scheme, bits: st.SearchStrategy[int]) -> Quan
     match scheme:
         case PowerOfTwoFactor():
             return QuantSpec(draw(bits), granularity=draw(axes), scheme=PowerOfTwoFactor(draw(st.integers(1, 8))))
-        case Log2():
+        case Log2() | LogSqrt2():
             return QuantSpec(min(draw(bits), 8), granularity=draw(granularities), scheme=scheme)
     return QuantSpec(draw(bits), draw(st.booleans()), draw(st.booleans()), draw(granularities), scheme)
 
@@ -81,7 +92,7 @@ def params_for(spec: QuantSpec, random: torch.Generator) -> QParams:
     shape = () if axis is None else (SHAPE[axis],)
     exponent = torch.randint(-16, 9, shape, generator=random)
     scale = torch.ldexp(1 + torch.rand(shape, generator=random), exponent)
-    if isinstance(spec.scheme, Log2):
+    if isinstance(spec.scheme, Logarithmic):
         return QParams(scale)
     if isinstance(spec.scheme, PowerOfTwoScale):
         scale = torch.ldexp(torch.ones(shape), exponent)
@@ -100,9 +111,10 @@ def operand(quantizer: Quantizer, random: torch.Generator) -> Tensor:
     step = along_axis(quantizer.step, spec.granularity, len(SHAPE)).double()
     offsets = torch.stack([torch.zeros(SHAPE), torch.full(SHAPE, 0.5), torch.rand(SHAPE, generator=random)])
     offset = offsets.gather(0, torch.randint(0, 3, (1, *SHAPE), generator=random))[0].double()
-    if isinstance(spec.scheme, Log2):
-        code = torch.randint(-1, min(largest_code(quantizer) + 2, 120), SHAPE, generator=random)
-        x = step * torch.exp2(-(code + offset)) * torch.where(torch.rand(SHAPE, generator=random) < 0.1, -1, 1)
+    if isinstance(spec.scheme, Logarithmic):
+        steps = steps_of(spec)
+        code = torch.randint(-1, min(largest_code(quantizer) + 2, 110 * steps), SHAPE, generator=random)
+        x = step * torch.exp2(-(code + offset) / steps) * torch.where(torch.rand(SHAPE, generator=random) < 0.1, -1, 1)
     else:
         assert quantizer.zero_point is not None
         zero = along_axis(quantizer.zero_point, spec.granularity, len(SHAPE))
@@ -132,7 +144,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def survives_cast(case: Case, codes: Tensor) -> Tensor:
     """Where a result rounded to the operand's dtype must still encode to the same code."""
-    if case.x.dtype != torch.bfloat16 or isinstance(case.spec.scheme, Log2 | PowerOfTwoScale):
+    if case.x.dtype != torch.bfloat16 or isinstance(case.spec.scheme, Logarithmic | PowerOfTwoScale):
         return torch.ones_like(codes, dtype=torch.bool)
     return (codes.int() - case.zero_point).abs() <= 128
 
@@ -151,8 +163,8 @@ def test_codes_are_integers_of_the_spec(case: Case) -> None:
 @given(ALL)
 def test_codes_are_those_of_the_nearest_level(case: Case) -> None:
     ratio = case.x.double() / case.step.double()
-    if isinstance(case.spec.scheme, Log2):
-        exponent = -torch.log2(ratio.clamp(1e-300, 1.0))
+    if isinstance(case.spec.scheme, Logarithmic):
+        exponent = -steps_of(case.spec) * torch.log2(ratio.clamp(1e-300, 1.0))
         expected = exponent.round().clamp(max=case.largest)
         clear = (exponent - exponent.floor() - 0.5).abs() > 1e-4
     else:
@@ -164,13 +176,14 @@ def test_codes_are_those_of_the_nearest_level(case: Case) -> None:
 @law
 @given(ALL)
 def test_output_is_on_the_grid(case: Case) -> None:
-    codes = case.quantizer.encode(case.x).double()
-    if isinstance(case.spec.scheme, Log2):
-        grid = torch.where(codes == case.largest, 0.0, case.step.double() * 2.0**-codes)
+    codes, work = case.quantizer.encode(case.x).double(), torch.promote_types(case.x.dtype, torch.float32)
+    if isinstance(case.spec.scheme, Logarithmic):
+        root = torch.tensor(0.5, dtype=work).sqrt().double()
+        level = torch.where(codes % steps_of(case.spec) == 1, root, 1.0) * 0.5 ** (codes // steps_of(case.spec))
+        grid = torch.where(codes == case.largest, 0.0, case.step.double() * level)
     else:
         grid = (codes - case.zero_point) * case.step.double()
-    if case.x.dtype != torch.float64:
-        grid = grid.float()  # one rounding, as in the float32 product
+    grid = grid.to(work)  # one rounding, as in the float32 product
     assert torch.equal(case.quantizer(case.x), grid.to(case.x.dtype))
 
 
@@ -223,7 +236,7 @@ def test_error_is_within_its_bound_inside_the_range(case: Case) -> None:
 @given(ALL)
 def test_error_bound_is_not_idle(case: Case) -> None:
     half_step = case.step.double() / 2
-    if isinstance(case.spec.scheme, Log2):
+    if isinstance(case.spec.scheme, Logarithmic):
         half_step = case.x.double().abs()
     eps = torch.finfo(case.x.dtype).eps
     rounding = eps * (case.x.double().abs() + 2 * half_step)
@@ -375,27 +388,58 @@ def test_log2_gradient_is_zero_where_saturated_or_zero() -> None:
     assert x.grad.tolist() == [0, 0, 0, 1, 1, 1, 0]
 
 
+def test_log_sqrt2_gradient_is_zero_where_saturated_or_zero() -> None:
+    quantizer = build_quantizer(QuantSpec(3, scheme=LogSqrt2()), QParams(torch.tensor(0.5)))
+    x = torch.tensor([-1.0, 0.0, 0.5 * 2**-3.3, 0.5 * 2**-3.2, 0.35, 0.5, 0.51], requires_grad=True)
+    y = quantizer(x)
+    assert y.tolist() == [0, 0, 0, 0.5 * 2**-3, torch.tensor(0.5).sqrt() / 2, 0.5, 0.5]
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 0, 0, 1, 1, 1, 0]
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_log2_is_exact_at_powers_of_two(bits: int) -> None:
-    spec = QuantSpec(bits, scheme=Log2())
+@pytest.mark.parametrize("scheme", POWERS)
+def test_powers_are_exact(scheme: Scheme, bits: int) -> None:
+    """Levels are the powers rounded once, of either dtype."""
+    spec = QuantSpec(bits, scheme=scheme)
     quantizer = build_quantizer(spec, QParams(torch.tensor(1.0)))
-    codes = torch.arange(min(spec.qmax, 127))
-    x = torch.tensor([2.0 ** -int(k) for k in codes])
-    assert torch.equal(quantizer.encode(x).long(), codes)
-    assert torch.equal(quantizer(x), x)
+    codes = torch.arange(min(largest_code(quantizer), 127 * steps_of(spec)))
+    for dtype in EXACT_DTYPES:
+        x = torch.tensor([2.0 ** (-int(k) / steps_of(spec)) for k in codes], dtype=torch.float64).to(dtype)
+        assert torch.equal(quantizer.encode(x).long(), codes)
+        assert torch.equal(quantizer.decode(codes, dtype), x)
+        assert same_bits(quantizer(x), x)
+
+
+@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+@pytest.mark.parametrize("scheme", POWERS)
+def test_codes_change_at_the_first_number_above_the_real_threshold(scheme: Scheme, dtype: torch.dtype) -> None:
+    """Fourth powers of floats are compared with powers of two as fractions: nothing is rounded."""
+    quantizer = build_quantizer(QuantSpec(5, scheme=scheme), QParams(torch.tensor(1.0)))
+    steps = steps_of(quantizer.spec)
+    for code in range(largest_code(quantizer)):
+        x = torch.tensor(threshold(code, steps, dtype), dtype=dtype)
+        assert x.item() == threshold(code, steps, dtype)
+        below = torch.nextafter(x, torch.tensor(0.0, dtype=dtype))
+        real = Fraction(1, 2 ** ((2 * code + 1) * 2 // steps))
+        assert Fraction(below.item()) ** 4 < real < Fraction(x.item()) ** 4
+        assert quantizer.encode(torch.stack([x, below])).tolist() == [code, code + 1]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 7])
-def test_a_separate_zero_leaves_all_codes_to_powers(bits: int) -> None:
-    quantizer = build_quantizer(QuantSpec(bits, scheme=Log2(separate_zero=True)), QParams(torch.tensor(1.0)))
-    last = 2**bits - 1
-    x = torch.tensor([1.0, 2.0**-last, 2.0 ** -(last + 0.49), 2.0 ** -(last + 0.51), 0.0, -1.0])
-    assert quantizer.encode(x).tolist() == [0, last, last, last + 1, last + 1, last + 1]
-    assert quantizer(x).tolist() == [1.0, 2.0**-last, 2.0**-last, 0.0, 0.0, 0.0]
+@pytest.mark.parametrize("scheme", [Log2(separate_zero=True), LogSqrt2(separate_zero=True)])
+def test_a_separate_zero_leaves_all_codes_to_powers(scheme: Scheme, bits: int) -> None:
+    quantizer = build_quantizer(QuantSpec(bits, scheme=scheme), QParams(torch.tensor(1.0)))
+    last, steps = 2**bits - 1, steps_of(quantizer.spec)
+    x = torch.exp2(-torch.tensor([0.0, last, last + 0.49, last + 0.51, torch.inf]) / steps)
+    assert quantizer.encode(x).tolist() == [0, last, last, last + 1, last + 1]
+    assert torch.equal(quantizer(x), torch.stack([x[0], x[1], x[1], x[4], x[4]]))
+    assert quantizer.encode(-x).tolist() == [last + 1] * 5
 
 
 def test_nan_stays_nan() -> None:
-    for scheme in (Uniform(), Log2()):
-        zero = None if isinstance(scheme, Log2) else torch.tensor(0)
+    for scheme in (Uniform(), Log2(), LogSqrt2()):
+        zero = None if isinstance(scheme, Logarithmic) else torch.tensor(0)
         quantizer = build_quantizer(QuantSpec(8, scheme=scheme), QParams(torch.tensor(0.5), zero))
         assert bool(quantizer(torch.tensor([torch.nan])).isnan().all())

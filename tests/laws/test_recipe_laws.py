@@ -14,7 +14,7 @@ from vitquant.recipe.override import override
 from vitquant.recipe.recipe import Calibration, Method, Recipe
 from vitquant.recipe.rule import GRANULARITIES, Rule, SpecTemplate
 from vitquant.sites import KINDS, OPERANDS, Reader, Value
-from vitquant.spec import Log2, PowerOfTwoFactor, PowerOfTwoScale, Uniform
+from vitquant.spec import Log2, LogSqrt2, PowerOfTwoFactor, PowerOfTwoScale, Uniform
 
 widths = st.integers(2, 16)
 all_bits = st.builds(Bits, widths, widths, widths, widths)
@@ -40,7 +40,13 @@ templates = st.one_of(
         st.sampled_from(GRANULARITIES),
     ),
     st.builds(SpecTemplate, st.builds(PowerOfTwoFactor, st.integers(1, 8)), symbols, per=st.just("axis")),
-    st.builds(SpecTemplate, st.just(Log2()), symbols, symmetric=st.booleans(), per=st.sampled_from(GRANULARITIES)),
+    st.builds(
+        SpecTemplate,
+        st.sampled_from([Log2(), LogSqrt2(), LogSqrt2(True)]),
+        symbols,
+        symmetric=st.booleans(),
+        per=st.sampled_from(GRANULARITIES),
+    ),
 )
 
 

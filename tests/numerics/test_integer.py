@@ -179,12 +179,12 @@ LEVELS = st.sampled_from([4, 16, 128, 256])
 def assert_well_formed(table: Exponential, levels: int) -> None:
     assert len(table.values) == len(table.octaves) == levels + 1
     assert table.hidden == levels
-    assert (table.values[-1], table.octaves[-1]) == (0, 2**16 - 1)
+    assert (table.values[-1], table.octaves[-1]) == (0, 2**18 - 1)
     assert (table.values[0], table.octaves[0]) == (2**15, 0)
-    for entries in (table.values, table.octaves):
+    for entries, bits in ((table.values, 16), (table.octaves, 18)):
         assert entries.dtype == torch.int64
         assert int(entries.min()) >= 0
-        assert int(entries.max()) < 2**16
+        assert int(entries.max()) < 2**bits
 
 
 @law
@@ -195,7 +195,7 @@ def test_exact_exponential_is_rounded_once(scale: float, levels: int) -> None:
     for distance, (value, octaves) in enumerate(zip(table.values.tolist(), table.octaves.tolist(), strict=True)):
         if distance < levels:
             assert abs(value - 2**15 * math.exp(-scale * distance)) <= 0.5 + 1e-6
-            assert abs(octaves - min(2**16 - 1, 2**12 * scale * distance / math.log(2))) <= 0.5 + 1e-6
+            assert abs(octaves - min(2**18 - 1, 2**12 * scale * distance / math.log(2))) <= 0.5 + 1e-6
 
 
 def published_exponential(scale: float, distance: int) -> Fraction:
@@ -225,7 +225,7 @@ def test_polynomial_exponential_is_the_published_one(scale: float, levels: int) 
     for distance in range(levels):
         exact = published_exponential(scale, distance)
         assert abs(int(table.values[distance]) - 2**15 * exact) <= Fraction(1, 2) + Fraction(1, 10**6)
-        octaves = min(2**16 - 1, -(2**12) * math.log2(exact))
+        octaves = min(2**18 - 1, -(2**12) * math.log2(exact))
         assert abs(int(table.octaves[distance]) - octaves) <= 0.5 + 1e-6
 
 
@@ -277,29 +277,57 @@ def test_distances_are_those_from_the_largest_visible_score(given_rows: tuple[Te
     )
 
 
+FIRST_POWERS = st.just(1.0) | st.floats(2**-20, 4.0)  # scales of the result
+STEPS_AND_ZERO = st.sampled_from([(1, 3), (1, 7), (1, 15), (1, 16), (2, 7), (2, 15), (2, 16), (2, 31), (2, 32)])
+
+
+def offset_of(first: float) -> int:
+    return round(math.log2(first) * 2**12)
+
+
+def off_by(first: float) -> float:
+    """How far, in octaves, a boundary is off: half a unit of octaves, one of the sum's, half a one of the offset's."""
+    return 2**-11 if first == 1 else 5 * 2**-13
+
+
 @law
-@given(rows(), st.sampled_from([3, 7, 15, 16]))
+@given(rows(), STEPS_AND_ZERO, FIRST_POWERS)
 def test_log_int_softmax_rounds_the_logarithm_of_the_tables_quotient(
-    given_rows: tuple[Tensor, float], zero: int
+    given_rows: tuple[Tensor, float], form: tuple[int, int], first: float
 ) -> None:
-    """Within 2**-11 of a boundary between two powers it may take either."""
-    codes, scale = given_rows
+    """Near a boundary between two powers it may take either."""
+    (codes, scale), (steps, zero) = given_rows, form
     table = exact_exponential(scale)
     distance = distances(codes, None, table)
     total = row_sums(distance, table).double().log2() - 15
-    exponent = distance * scale / math.log(2) + total
-    assert_nearest(log_int_softmax(distance, table, zero), exponent, zero, 2**-11)
+    exponent = steps * (distance * scale / math.log(2) + total + math.log2(first))
+    found = log_int_softmax(distance, table, zero, steps, offset_of(first))
+    assert_nearest(found, exponent, zero, steps * off_by(first))
 
 
 @law
-@given(rows(), st.sampled_from([3, 7, 15, 16]))
-def test_log_int_softmax_is_the_rounded_logarithm_of_softmax(given_rows: tuple[Tensor, float], zero: int) -> None:
+@given(rows(), STEPS_AND_ZERO, FIRST_POWERS)
+def test_log_int_softmax_is_the_rounded_logarithm_of_softmax(
+    given_rows: tuple[Tensor, float], form: tuple[int, int], first: float
+) -> None:
     """The row's sum moves the boundary by as much as rounding its exponentials moves the sum."""
-    codes, scale = given_rows
-    exponent = -torch.log2(probabilities(codes, scale).clamp(min=1e-300))
+    (codes, scale), (steps, zero) = given_rows, form
+    exponent = -steps * torch.log2(probabilities(codes, scale).clamp(min=1e-300) / first)
     table = exact_exponential(scale)
-    found = log_int_softmax(distances(codes, None, table), table, zero)
-    assert_nearest(found, exponent, zero, 2**-11 + math.log2(1 + sum_error(codes.shape[-1])))
+    found = log_int_softmax(distances(codes, None, table), table, zero, steps, offset_of(first))
+    margin = off_by(first) + math.log2(1 + sum_error(codes.shape[-1]))
+    assert_nearest(found, exponent, zero, steps * margin)
+
+
+@law
+@given(rows(40), st.floats(2**-32, 2**32), st.sampled_from([(1, 16), (2, 32)]))
+def test_hidden_entries_are_zero_whatever_the_first_power(
+    given_rows: tuple[Tensor, float], first: float, form: tuple[int, int]
+) -> None:
+    (codes, scale), (steps, zero) = given_rows, form
+    table, hidden = exact_exponential(scale), torch.arange(codes.shape[-1]) % 2 == 0
+    found = log_int_softmax(distances(codes, hidden, table), table, zero, steps, offset_of(first))
+    assert bool((found[:, hidden] == zero).all())
 
 
 def assert_nearest(found: Tensor, exponent: Tensor, zero: int, margin: float) -> None:
@@ -319,11 +347,15 @@ def test_log_int_softmax_by_hand() -> None:
     table = exact_exponential(math.log(2))  # each step halves
     distance = distances(torch.tensor([[7, 7, 0, 0], [40, 20, 26, 27]]), None, table)
     assert log_int_softmax(distance, table, 15).tolist() == [[1, 1, 8, 8], [0, 15, 14, 13]]
+    assert log_int_softmax(distance, table, 31, 2).tolist() == [[2, 2, 16, 16], [0, 31, 28, 26]]
+    assert log_int_softmax(distance, table, 31, 2, -2 << 12).tolist() == [[0, 0, 12, 12], [0, 31, 24, 22]]
+    assert log_int_softmax(distance, table, 15, 1, 1 << 12).tolist() == [[2, 2, 9, 9], [1, 15, 15, 14]]
 
 
 FORMS = [
     (lambda distance, table: log_int_softmax(distance, table, 15), 15),
     (lambda distance, table: log_int_softmax(distance, table, 16), 16),
+    (lambda distance, table: log_int_softmax(distance, table, 31, 2, -7777), 31),
     (lambda distance, table: published_log_int_softmax(distance, table, 16), 16),
     (lambda distance, table: integer_softmax(distance, table, 255 << 22, 22), 0),
 ]

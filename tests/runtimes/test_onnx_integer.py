@@ -42,6 +42,8 @@ FAMILIES = {
 }
 UNIFORM = "fq-vit+uniform-probs"
 ASYMMETRIC = ("weights.symmetric=false",)
+ROOTS = ("attention-probs.scheme=log_sqrt2",)
+OBSERVED = ("attention-probs.observer=minmax",)
 CASES = [
     ("vit", "fq-vit", "w8a8s4", ()),
     ("vit", UNIFORM, "w8a8", ()),
@@ -51,6 +53,10 @@ CASES = [
     ("vit", "fq-vit", "w4a8s4", ASYMMETRIC),
     ("vit", "fq-vit", "w8a8s4", ("integer-operations.softmax=published",)),
     ("vit", UNIFORM, "w8a8", ("activations.signed=true", "network-input.signed=true")),
+    ("vit", "fq-vit", "w8a8s4", OBSERVED),
+    ("vit", "fq-vit", "w8a8s5", ROOTS),
+    ("vit", "fq-vit", "w4a8s4", (*ROOTS, *OBSERVED)),
+    ("swin", "fq-vit", "w8a8s5", (*ROOTS, *OBSERVED)),
     ("deit", "fq-vit", "w8a8s4", ASYMMETRIC),
     ("swin", "fq-vit", "w8a8s4", ()),
     ("swin", UNIFORM, "w8a8", ()),
@@ -350,7 +356,7 @@ def test_requantize_up_to_the_last_bit_of_64(shift, type):
 @pytest.mark.parametrize("shape", [None, (7,), (1, 6, 7), (4, 1, 1), (1, 4, 6, 7)])
 def test_softmax_of_signed_codes_with_any_mask(shape):
     table = exact_exponential(0.05)
-    constants = {"values": ("u16", table.values), "octaves": ("u16", table.octaves)}
+    constants = {"values": ("u16", table.values), "octaves": ("s32", table.octaves)}
     if shape is not None:
         constants["hidden"] = ("u8", torch.randint(0, 2, shape))
     hidden = None if shape is None else "hidden"
@@ -358,8 +364,12 @@ def test_softmax_of_signed_codes_with_any_mask(shape):
     images.append(torch.tensor([-128, 127])[torch.randint(0, 2, (2, 4, 6, 7))])
     for instruction, type in (
         (p.UniformSoftmax("y", "s", "x", hidden, "values", "octaves", 2**31 - 9, 23, -100, -90, 127), "s8"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 16, False), "u8"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 16, True), "u8"),
+        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 16, 1, 0, False), "u8"),
+        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 16, 1, 0, True), "u8"),
+        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 15, 1, -9000, False), "u4"),
+        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 31, 2, 0, False), "u8"),
+        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 31, 2, -(2**17), False), "u8"),
+        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 32, 2, 5000, False), "u8"),
     ):
         same_everywhere(single(instruction, (type, (-1, 4, 6, 7)), ("s8", (-1, 4, 6, 7)), **constants), *images)
 

@@ -20,7 +20,7 @@ from vitquant.errors import CalibrationError, ExportError
 from vitquant.export.qdq_operators import quantizer_operator
 from vitquant.model import QuantizedModel
 from vitquant.quantizers import build_quantizer
-from vitquant.spec import Log2, PerAxis, PowerOfTwoFactor, QParams, QuantSpec
+from vitquant.spec import Log2, LogSqrt2, PerAxis, PowerOfTwoFactor, QParams, QuantSpec
 from vitquant.tasks.classification import logits_of
 
 onnx = pytest.importorskip("onnx")
@@ -133,11 +133,19 @@ def uniform(bits, signed, scale=0.0371):
 UNIFORM = {
     f"{'s' if signed else 'u'}{bits}": uniform(bits, signed) for bits in (2, 3, 4, 6, 8, 10, 16) for signed in (0, 1)
 }
-LOG2 = {
-    f"{bits}{'+zero' if separate else ''}@{scale}": build_quantizer(
-        QuantSpec(bits, scheme=Log2(separate_zero=separate)), QParams(torch.tensor(scale))
+POWERS = {
+    f"{kind.__name__}{bits}{'+zero' if separate else ''}@{scale}": build_quantizer(
+        QuantSpec(bits, scheme=kind(separate_zero=separate)), QParams(torch.tensor(scale))
     )
-    for bits, separate, scale in ((2, False, 1.0), (3, True, 1.0), (4, False, 1.0), (4, True, 1.0), (4, False, 0.37))
+    for kind in (Log2, LogSqrt2)
+    for bits, separate, scale in (
+        (2, False, 1.0),
+        (3, True, 1.0),
+        (4, False, 1.0),
+        (4, True, 1.0),
+        (4, False, 0.37),
+        (5, False, 0.37),
+    )
 }
 FACTORED = build_quantizer(
     QuantSpec(8, granularity=PerAxis(-1), scheme=PowerOfTwoFactor(4)),
@@ -164,11 +172,10 @@ def test_a_uniform_quantizer_is_exact_on_any_value(name, values):
     assert_same(UNIFORM[name], torch.tensor(values))
 
 
-@pytest.mark.parametrize("name", LOG2)
-def test_powers_of_two_are_exact_at_every_level_and_threshold(name):
-    quantizer = LOG2[name]
-    exponents = torch.arange(0, 24.0)
-    places = torch.cat([torch.exp2(-exponents), torch.exp2(-exponents - 0.5), torch.tensor([0.0, -1.0, 1.5, 1e30])])
+@pytest.mark.parametrize("name", POWERS)
+def test_powers_are_exact_at_every_level_and_threshold(name):
+    quantizer = POWERS[name]
+    places = torch.cat([torch.exp2(-torch.arange(0, 34, 0.25)), torch.tensor([0.0, -1.0, 1.5, 1e30])])
     places = places * quantizer.scale
     nearest = [places]
     for end in (math.inf, -math.inf):
@@ -178,9 +185,9 @@ def test_powers_of_two_are_exact_at_every_level_and_threshold(name):
 
 
 @law
-@given(st.sampled_from(sorted(LOG2)), st.lists(st.floats(-1, 2, width=32), min_size=1, max_size=40))
-def test_powers_of_two_are_exact_on_any_value(name, values):
-    assert_same(LOG2[name], torch.tensor(values))
+@given(st.sampled_from(sorted(POWERS)), st.lists(st.floats(-1, 2, width=32), min_size=1, max_size=40))
+def test_powers_are_exact_on_any_value(name, values):
+    assert_same(POWERS[name], torch.tensor(values))
 
 
 @law
@@ -215,9 +222,9 @@ EVERY_RECIPE = [
 ]  # fmt: skip
 
 
-def assert_agrees(make, recipe, bits):
+def assert_agrees(make, recipe, bits, settings=()):
     """The same grids all the way, up to codes that flip."""
-    quantized, proto = exported(make, recipe, bits)
+    quantized, proto = exported(make, recipe, bits, settings)
     images = photos(5, seed=1)
     expected = simulated(quantized, images)
     early = "blocks.0.norm2:input"
@@ -244,6 +251,10 @@ def tensor_of(proto, operand):
 @pytest.mark.parametrize(("make", "recipe", "bits"), PAIRS)
 def test_onnx_runtime_computes_the_simulation(make, recipe, bits):
     assert_agrees(make, recipe, bits)
+
+
+def test_onnx_runtime_computes_the_simulation_with_powers_of_the_root_of_two():
+    assert_agrees(timm_vit, "fq-vit", "w8a8s5", ("attention-probs.scheme=log_sqrt2",))
 
 
 @pytest.mark.slow

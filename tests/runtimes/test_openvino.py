@@ -13,7 +13,7 @@ from torch import nn
 from vitquant.errors import ExportError
 from vitquant.export.qdq_operators import StoredCodes, quantizer_operator
 from vitquant.quantizers import build_quantizer
-from vitquant.spec import Log2, PerAxis, PowerOfTwoFactor, QParams, QuantSpec
+from vitquant.spec import Log2, LogSqrt2, PerAxis, PowerOfTwoFactor, QParams, QuantSpec
 
 onnx = pytest.importorskip("onnx")
 openvino = pytest.importorskip("openvino")
@@ -127,11 +127,10 @@ def test_halves_go_the_other_way_where_the_zero_point_is_odd(tmp_path):
     assert (found - quantizer(values)).abs().max() == 0.0625
 
 
-@pytest.mark.parametrize("separate", [False, True])
-def test_powers_of_two_are_exact_at_every_level_and_threshold(separate, tmp_path):
-    quantizer = build_quantizer(QuantSpec(4, scheme=Log2(separate_zero=separate)), QParams(torch.tensor(1.0)))
-    exponents = torch.arange(0, 20.0)
-    places = torch.cat([torch.exp2(-exponents), torch.exp2(-exponents - 0.5), torch.tensor([0.0, -1.0, 1.5])])
+@pytest.mark.parametrize("scheme", [Log2(), Log2(separate_zero=True), LogSqrt2(), LogSqrt2(separate_zero=True)])
+def test_powers_are_exact_at_every_level_and_threshold(scheme, tmp_path):
+    quantizer = build_quantizer(QuantSpec(4, scheme=scheme), QParams(torch.tensor(1.0)))
+    places = torch.cat([torch.exp2(-torch.arange(0, 20, 0.25)), torch.tensor([0.0, -1.0, 1.5])])
     values = torch.cat([places, *(torch.nextafter(places, torch.tensor(end)) for end in ENDS)]).view(3, -1)
     assert torch.equal(run_module(quantizer_operator("x", quantizer, 2), values, tmp_path, values), quantizer(values))
 

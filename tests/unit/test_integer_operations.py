@@ -23,17 +23,19 @@ from vitquant.operations import (
     LogIntSoftmax,
     NotIntegerError,
     PublishedLayerNorm,
+    PublishedLogIntSoftmax,
     TableActivation,
 )
 from vitquant.quantizers import Quantizer, build_quantizer, params_from_range
 from vitquant.quantizers.quantizer import channel_axis
-from vitquant.spec import Log2, PerAxis, PerHead, PowerOfTwoFactor, QParams, QuantSpec
+from vitquant.spec import Log2, Logarithmic, LogSqrt2, PerAxis, PerHead, PowerOfTwoFactor, QParams, QuantSpec
 
 U8, U4 = QuantSpec(8), QuantSpec(4)
 S8 = QuantSpec(8, signed=True, symmetric=True)
 PTF = QuantSpec(8, granularity=PerAxis(-1), scheme=PowerOfTwoFactor())
 CHANNELS = QuantSpec(8, granularity=PerAxis(-1))
 POWERS, POWERS_AND_ZERO = QuantSpec(4, scheme=Log2()), QuantSpec(4, scheme=Log2(separate_zero=True))
+ROOTS, ROOTS_AND_ZERO = QuantSpec(5, scheme=LogSqrt2()), QuantSpec(4, scheme=LogSqrt2(separate_zero=True))
 WIDTH = 48
 
 
@@ -43,9 +45,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def covering(x: Tensor, spec: QuantSpec) -> Quantizer:
     """The quantizer whose range is that of `x`."""
-    if isinstance(spec.scheme, Log2):
-        return build_quantizer(spec, QParams(torch.ones(())))
     axis = channel_axis(spec.granularity)
+    if isinstance(spec.scheme, Logarithmic):
+        return build_quantizer(spec, QParams(torch.ones(() if axis is None else (x.shape[axis],))))
     others = [i for i in range(x.ndim) if axis is None or i != axis % x.ndim]
     return build_quantizer(spec, params_from_range(x.amin(others), x.amax(others), spec))
 
@@ -57,8 +59,10 @@ SOFTMAXES: dict[str, tuple[Make, QuantSpec, float, float]] = {
     # the operation, what its result is, how many codes it may be off, how many elements at least are equal
     "powers": (lambda a, b: LogIntSoftmax(a, b, "exact"), POWERS, 1, 0.99),
     "powers and zero": (lambda a, b: LogIntSoftmax(a, b, "exact"), POWERS_AND_ZERO, 1, 0.99),
+    "roots": (lambda a, b: LogIntSoftmax(a, b, "exact"), ROOTS, 1, 0.99),
+    "roots and zero": (lambda a, b: LogIntSoftmax(a, b, "exact"), ROOTS_AND_ZERO, 1, 0.99),
     "3 bits": (lambda a, b: LogIntSoftmax(a, b, "exact"), QuantSpec(3, scheme=Log2()), 1, 0.99),
-    "published": (lambda a, b: LogIntSoftmax(a, b, "polynomial", published=True), POWERS_AND_ZERO, 2, 0.7),
+    "published": (lambda a, b: PublishedLogIntSoftmax(a, b, "polynomial"), POWERS_AND_ZERO, 2, 0.7),
     "8 bits": (lambda a, b: IntegerSoftmax(a, b, "exact"), U8, 1, 0.97),
     "8 bits and a sign": (lambda a, b: IntegerSoftmax(a, b, "exact"), QuantSpec(8, signed=True), 1, 0.97),
     "4 bits": (lambda a, b: IntegerSoftmax(a, b, "exact"), U4, 1, 0.99),
@@ -240,6 +244,7 @@ def quantizer(spec: QuantSpec) -> Quantizer:
 
 
 SIXTEEN, HEADS = QuantSpec(16), QuantSpec(8, granularity=PerHead())
+HEADS_OF_POWERS = QuantSpec(4, granularity=PerHead(), scheme=Log2())
 
 
 @pytest.mark.parametrize(
@@ -255,8 +260,13 @@ SIXTEEN, HEADS = QuantSpec(16), QuantSpec(8, granularity=PerHead())
         (lambda a, b: LogIntSoftmax(a, b, "exact"), HEADS, POWERS, "its input has more than one scale"),
         (lambda a, b: LogIntSoftmax(a, b, "exact"), PTF, POWERS, "its input has more than one scale"),
         (lambda a, b: LogIntSoftmax(a, b, "exact"), POWERS, POWERS, "its input has more than one scale"),
-        (lambda a, b: LogIntSoftmax(a, b, "exact"), U8, U8, "its powers of two do not begin at 1"),
-        (lambda a, b: LogIntSoftmax(a, b, "exact"), U8, QuantSpec(5, scheme=Log2()), "its result has 5 bits"),
+        (lambda a, b: LogIntSoftmax(a, b, "exact"), U8, U8, "its result is on no powers of two"),
+        (lambda a, b: LogIntSoftmax(a, b, "exact"), U8, HEADS_OF_POWERS, "its result has more than one scale"),
+        (lambda a, b: LogIntSoftmax(a, b, "exact"), U8, QuantSpec(5, scheme=Log2()), "has 5 bits.*--bits with s4"),
+        (lambda a, b: LogIntSoftmax(a, b, "exact"), U8, QuantSpec(6, scheme=LogSqrt2()), "has 6 bits.*--bits with s5"),
+        (lambda a, b: LogIntSoftmax(a, b, "exact"), U8, QuantSpec(8, scheme=Log2(True)), "has 8 bits.*--bits with s4"),
+        (lambda a, b: LogIntSoftmax(a, b, "exact"), U8, QuantSpec(5, scheme=LogSqrt2(True)), "5 bits.*--bits with s4"),
+        (lambda a, b: PublishedLogIntSoftmax(a, b, "exact"), U8, ROOTS, "the published code rounds to powers of two"),
         (lambda a, b: IntegerSoftmax(a, b, "exact"), U8, POWERS, "its result has more than one scale"),
         (lambda a, b: IntegerSoftmax(a, b, "exact"), U8, HEADS, "its result has more than one scale"),
         (lambda a, b: IntegerLayerNorm(a, b, 1e-6), CHANNELS, U8, "its input has a scale for each channel"),
@@ -276,9 +286,16 @@ def test_quantizers_that_have_no_integer_definition_are_refused(
         make(quantizer(source), quantizer(result))
 
 
-def test_powers_of_two_that_do_not_begin_at_1_are_refused() -> None:
-    with pytest.raises(NotIntegerError, match="the observer of the probabilities must be unit"):
-        LogIntSoftmax(quantizer(U8), build_quantizer(POWERS, QParams(torch.tensor(0.9))), "exact")
+def test_the_published_rounding_is_of_powers_of_two_that_begin_at_1() -> None:
+    with pytest.raises(NotIntegerError, match="begin at 1: use the scheme log2 and the observer unit"):
+        PublishedLogIntSoftmax(quantizer(U8), build_quantizer(POWERS, QParams(torch.tensor(0.9))), "exact")
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0**-33, 2.0**33, torch.inf, torch.nan])
+def test_powers_that_begin_nowhere_near_a_probability_are_refused(scale: float) -> None:
+    """A hidden entry, 64 octaves down, must stay zero."""
+    with pytest.raises(NotIntegerError, match=r"the scale of its result, .*, is not between"):
+        LogIntSoftmax(quantizer(U8), build_quantizer(POWERS, QParams(torch.tensor(scale))), "exact")
 
 
 def test_a_refused_connection_leaves_the_operation_as_it_was() -> None:

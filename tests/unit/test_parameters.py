@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitquant.quantizers import build_quantizer, params_from_range
-from vitquant.spec import Log2, PerAxis, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec, Scheme, Uniform
+from vitquant.spec import (
+    Log2,
+    LogSqrt2,
+    PerAxis,
+    PowerOfTwoFactor,
+    PowerOfTwoScale,
+    QParams,
+    QuantSpec,
+    Scheme,
+    Uniform,
+)
 
 EPS = torch.finfo(torch.float32).eps
 UNIFORM = [
@@ -99,8 +109,9 @@ def test_power_of_two_zero_point_is_that_of_the_rounded_scale() -> None:
     assert (params.scale, params.zero_point) == (1.0, 3)
 
 
-def test_log2_scale_is_the_maximum() -> None:
-    params = params_from_range(torch.tensor([0.0, -1.0]), torch.tensor([0.7, -1.0]), QuantSpec(4, scheme=Log2()))
+@pytest.mark.parametrize("scheme", [Log2(), LogSqrt2()])
+def test_the_scale_of_powers_is_the_maximum(scheme: Scheme) -> None:
+    params = params_from_range(torch.tensor([0.0, -1.0]), torch.tensor([0.7, -1.0]), QuantSpec(4, scheme=scheme))
     assert torch.equal(params.scale, torch.tensor([0.7, EPS]))
     assert params.zero_point is None
 
@@ -148,7 +159,7 @@ def test_factors_cover_and_no_smaller_one_would(bits: int, factors: int, seed: i
     assert build_quantizer(spec, params).step.max() <= params.scale * 2 ** (factors - 1)
 
 
-@pytest.mark.parametrize("scheme", [Uniform(), PowerOfTwoScale(), Log2()])
+@pytest.mark.parametrize("scheme", [Uniform(), PowerOfTwoScale(), Log2(), LogSqrt2()])
 def test_channels_are_independent(scheme: Scheme) -> None:
     spec = QuantSpec(8, scheme=scheme)
     low, high = torch.tensor([-1.0, 0.0, -3.0]), torch.tensor([1.0, 2.0, 7.0])

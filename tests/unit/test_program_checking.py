@@ -29,7 +29,7 @@ def everything() -> p.IntegerProgram:
         "n": "u8 -1 4 6", "a": "s32 -1 4 5", "q": "u8 -1 4 5", "k": "u8 -1 5 4", "s": "s32 -1 4 4", "c": "u8 -1 4 4",
         "l": "u4 -1 4 4", "o": "u16 -1 4 4", "v": "s32 -1 4 5", "w": "u8 -1 4 5", "g": "u8 -1 4 5", "t": "s32 -1 5",
         "y": "s8 -1 5", "gain": "s32 6", "shift": "s64 6", "factors": "u8 6", "weight": "s8 5 6", "half": "s64",
-        "weight_zero": "s8 5 1", "values": "u16 257", "octaves": "u16 257", "hidden": "u8 4 4", "powers": "u16 16",
+        "weight_zero": "s8 5 1", "values": "u16 257", "octaves": "s32 257", "hidden": "u8 4 4", "powers": "u16 16",
         "square": "u8 256",
     }  # fmt: skip
     registers = {name: p.Register(type.split()[0], tuple(map(int, type.split()[1:]))) for name, type in types.items()}
@@ -40,7 +40,7 @@ def everything() -> p.IntegerProgram:
         p.Permute("k", "query", "q", (0, 2, 1)),
         p.Product("s", "scores", "q", "k", 3, 4),
         p.Requantize("c", "scores", ("s",), ("m",), "half", 27, 0, 255),
-        p.LogSoftmax("l", "softmax", "c", "hidden", "values", "octaves", 15, False),
+        p.LogSoftmax("l", "softmax", "c", "hidden", "values", "octaves", 15, 1, 0, False),
         p.Lookup("o", "softmax", "l", "powers", 0),
         p.Product("v", "context", "o", "q", 0, 5),
         p.Requantize("w", "context", ("v",), ("m",), "half", 34, 0, 255),
@@ -107,6 +107,14 @@ CHANGES = [
     ("softmax", {"zero": 17}, "zero 17 is not from 1 to 16"),
     ("softmax", {"zero": 16}, "do not fit u4"),
     ("softmax", {"zero": 0}, "zero 0 is not from 1 to 16"),
+    ("softmax", {"zero": 33, "steps": 2}, "zero 33 is not from 1 to 32"),
+    ("softmax", {"steps": 0}, "zero 15 is not from 1 to 0"),
+    ("softmax", {"steps": 3}, "steps 3 is not from 1 to 2"),
+    ("softmax", {"offset": 2**17 + 1}, "offset 131073 is not from -131072 to 131072"),
+    ("softmax", {"offset": -(2**17) - 1}, "offset -131073 is not from"),
+    ("softmax", {"steps": 2, "published": True}, "published rounding is to powers of two that begin at 1"),
+    ("softmax", {"offset": 1, "published": True}, "published rounding is to powers of two that begin at 1"),
+    ("softmax", {"octaves": "values"}, "values is not of s32"),
     ("softmax", {"values": "powers"}, "tables of 16 and 257"),
     ("softmax", {"values": "square"}, "square is not of u16"),
     ("softmax", {"hidden": "factors"}, "is not 0 or 1"),
@@ -334,3 +342,12 @@ def test_what_is_lowered_is_valid(name, recipe):
             patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), **sizes
         )
     check_program(lower(vitquant.quantize(model.eval(), recipe, [torch.randn(4, 3, 32, 32)])))
+
+
+@pytest.mark.parametrize("octave", [-1, 2**18])
+def test_octaves_beyond_the_table_s_own_are_refused(octave):
+    whole = everything()
+    octaves = whole.constants["octaves"].clone()
+    octaves[3] = octave
+    with pytest.raises(LoweringError, match="softmax: octaves is not from 0 to 262143"):
+        check_program(replace(whole, constants={**whole.constants, "octaves": octaves}))

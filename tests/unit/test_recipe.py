@@ -162,6 +162,7 @@ class TestReading:
             ('scheme = "uniform", bits = 8, per = "heads"', ["'heads'", "'head'"]),
             ('scheme = "power_of_two_factor", bits = 8', ['per = "axis"']),
             ('scheme = "log2", bits = 8, signed = true', ["log2", "signed = false"]),
+            ('scheme = "log_sqrt2", bits = 9', ["log_sqrt2", "at most 8 bits"]),
         ],
     )
     def test_what_is_wrong_in_a_spec_is_refused_by_name(self, spec: str, parts: list[str]) -> None:

@@ -119,7 +119,7 @@ class _Export:
                 values, octaves = self._read(i.values, np.int32), self._read(i.octaves, np.int32)
                 if i.published:
                     return published_log_softmax(distance, values, i.zero)
-                return log_softmax(distance, values, octaves, i.zero)
+                return log_softmax(distance, values, octaves, i.zero, i.steps, i.offset)
             case p.UniformSoftmax() as i:
                 distance = self._distances(i)
                 steps = uniform_softmax(distance, self._read(i.values, np.int32), i.multiplier, i.shift)

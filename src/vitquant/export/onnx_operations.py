@@ -8,7 +8,7 @@ from vitquant.export.onnx_arithmetic import logarithm, shift_down, shift_right, 
 from vitquant.export.onnx_builder import Value
 from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS
 from vitquant.integer.layer_norm import NORMALIZED_BITS, RECIPROCAL_BITS, guard_bits
-from vitquant.integer.softmax import ROW_BITS
+from vitquant.integer.softmax import ROW_BITS, step_bits
 
 _BELOW_ALL_CODES = -(1 << 16)
 
@@ -36,17 +36,22 @@ def distances(codes: Value, hidden: Value | None, last: int) -> Value:
     return hidden.where(last, hidden.where(_BELOW_ALL_CODES, codes).largest() - codes)
 
 
-def log_softmax(distance: Value, values: Value, octaves: Value, zero: int) -> Value:
+def log_softmax(distance: Value, values: Value, octaves: Value, zero: int, steps: int = 1, offset: int = 0) -> Value:
     """`integer.softmax.log_int_softmax`: uint32 codes.
 
     Arguments:
         distance: int32, from `distances`.
         values, octaves: int32 tables of the exponential.
         zero: the code that means zero.
+        steps, offset: how many powers an octave has, and where they begin.
     """
+    digits = step_bits(steps)
     total = logarithm(_row_sums(values.entries(distance)), OCTAVE_BITS) - (VALUE_BITS << OCTAVE_BITS)
-    rounded_up = (total + (1 << (OCTAVE_BITS - 1))).cast(np.int32)
-    return ((octaves.entries(distance) + rounded_up).cast(np.uint32) >> OCTAVE_BITS).minimum(zero)
+    rounded_up = (total + (offset + (1 << (digits - 1)))).cast(np.int32)
+    found = octaves.entries(distance) + rounded_up
+    if offset < 0:  # the largest scores of a row may lie above the first power
+        found = found.maximum(0)
+    return (found.cast(np.uint32) >> digits).minimum(zero)
 
 
 def published_log_softmax(distance: Value, values: Value, zero: int) -> Value:

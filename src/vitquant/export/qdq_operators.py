@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitquant.errors import ExportError
 from vitquant.operations import IntegerOperation
 from vitquant.quantizers import Quantizer
-from vitquant.quantizers.logarithmic import SQRT_HALF, Log2Quantizer
+from vitquant.quantizers.logarithmic import LogarithmicQuantizer, power, threshold
 from vitquant.quantizers.quantizer import along_axis, channel_axis
 from vitquant.quantizers.uniform import UniformQuantizer
 
@@ -134,14 +134,15 @@ class StoredCodes(LinearOperators):
         return self._dequantize(self.codes)
 
 
-class NearestPowerOfTwo(nn.Module):
-    """A quantizer on powers of two, by comparisons and exact products alone: no logarithm is rounded.
+class NearestPower(nn.Module):
+    """A quantizer on powers of two or of its root, by comparisons and exact products alone: no logarithm is rounded.
 
-    The exponent's binary digits are found from the highest on: a value below the first of the `n` levels still in
-    question that lie in the lower half belongs to that half. Levels and thresholds are those of the quantizer.
+    The code's binary digits are found from the highest on: a value below the first of the `n` levels still in
+    question that lie in the lower half belongs to that half. Levels and thresholds are those of the quantizer; an odd
+    code is found last, so whatever is multiplied by the root of 1/2 is a power of two.
 
     Arguments:
-        quantizer: on powers of two.
+        quantizer: on powers of two or of its root.
         rank: how many axes the value has.
 
     Pitfall: with 7 and 8 bits the last levels and thresholds are subnormal numbers, which runtimes may take for zero.
@@ -149,28 +150,26 @@ class NearestPowerOfTwo(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, quantizer: Log2Quantizer, rank: int) -> None:
+    def __init__(self, quantizer: LogarithmicQuantizer, rank: int) -> None:
         super().__init__()
-        self._powers = quantizer.zero_code  # codes 0 .. zero_code - 1 are powers
+        self._steps, self._powers = quantizer.steps, quantizer.zero_code  # codes 0 .. zero_code - 1 are powers
         self._scaled = bool((quantizer.scale != 1).any())
         self.register_buffer("scale", along_axis(quantizer.scale.detach(), quantizer.spec.granularity, rank).clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """The value on its grid."""
         ratio = x / self.scale if self._scaled else x
-        power = torch.ones(())
-        octaves = 1 << (self._powers - 1).bit_length()
-        while octaves > 1:
-            octaves //= 2
-            below = ratio < power * _threshold(octaves - 1)
-            power = torch.where(below, power * 2.0**-octaves, power)
-        power = torch.where(ratio < _threshold(self._powers - 1), 0.0, power)
-        return power * self.scale if self._scaled else power
+        level = torch.ones(())
+        levels = 1 << (self._powers - 1).bit_length()
+        while levels > 1:
+            levels //= 2
+            below = ratio < level * self._threshold(levels - 1)
+            level = torch.where(below, level * power(levels, self._steps), level)
+        level = torch.where(ratio < self._threshold(self._powers - 1), 0.0, level)
+        return level * self.scale if self._scaled else level
 
-
-def _threshold(code: int) -> float:
-    """The smallest ratio that is nearer to 2**-code than to the next power; float32 rounds it as the quantizer does."""
-    return SQRT_HALF * 2.0**-code
+    def _threshold(self, code: int) -> float:
+        return threshold(code, self._steps, torch.float32)
 
 
 class FloatOperation(nn.Module):
@@ -191,7 +190,7 @@ class FloatOperation(nn.Module):
 
 def quantizer_operator(name: str, quantizer: Quantizer, rank: int) -> nn.Module:
     """What a quantizer of a value that images change becomes."""
-    if isinstance(quantizer, Log2Quantizer):
-        return NearestPowerOfTwo(quantizer, rank)
+    if isinstance(quantizer, LogarithmicQuantizer):
+        return NearestPower(quantizer, rank)
     assert isinstance(quantizer, UniformQuantizer)
     return QuantizeDequantize(name, quantizer, rank)

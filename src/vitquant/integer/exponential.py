@@ -10,7 +10,7 @@ from torch import Tensor
 
 VALUE_BITS = 15  # a value of 2**15 is exp(0) = 1
 OCTAVE_BITS = 12  # an octave, a factor of 2, is 2**12
-_NO_MORE = 2**16 - 1  # 16 octaves down: whatever lies there rounds to no power that 4 bits hold
+MOST_OCTAVES = 2**18 - 1  # 64 octaves down: more than `integer.softmax` can make up for by a scale
 
 # I-BERT's polynomial (Kim et al. 2021, section 3.4): exp(p) is about a p**2 + b p + c on [-log 2, 0].
 _A, _B, _C = 0.35815147, 0.96963238, 1.0
@@ -23,7 +23,7 @@ class Exponential:
 
     Arguments:
         values: int64 (levels + 1,), times 2**15, at most 16 bits; 0 for a hidden entry.
-        octaves: int64 (levels + 1,), minus the logarithm to base 2, times 2**12, at most 16 bits.
+        octaves: int64 (levels + 1,), minus the logarithm to base 2, times 2**12, at most 18 bits.
     """
 
     values: Tensor
@@ -67,6 +67,6 @@ def polynomial_exponential(scale: float, levels: int = 256) -> Exponential:
 def _tables(logarithm: Tensor) -> Exponential:
     """From the logarithm to base 2 of every value."""
     values = torch.round(torch.exp2(logarithm + VALUE_BITS)).to(torch.int64)
-    octaves = torch.round(-logarithm * 2**OCTAVE_BITS).clamp(0, _NO_MORE).to(torch.int64)
-    hidden = torch.tensor([0]), torch.tensor([_NO_MORE])
+    octaves = torch.round(-logarithm * 2**OCTAVE_BITS).clamp(0, MOST_OCTAVES).to(torch.int64)
+    hidden = torch.tensor([0]), torch.tensor([MOST_OCTAVES])
     return Exponential(torch.cat([values, hidden[0]]), torch.cat([octaves, hidden[1]]))

@@ -1,4 +1,4 @@
-"""Softmax of integer codes: to powers of two, or to equally spaced levels."""
+"""Softmax of integer codes: to powers of two or of its square root, or to equally spaced levels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS, Exponential
 
 LONGEST_ROW = 2**15  # a row of exponentials of at most 2**15 sums to less than 2**31
 ROW_BITS = 16
+LARGEST_OFFSET = 32 << OCTAVE_BITS  # half of the octaves of a hidden entry
 
 
 def distances(codes: Tensor, hidden: Tensor | None, exponential: Exponential) -> Tensor:
@@ -34,25 +35,37 @@ def row_sums(distance: Tensor, exponential: Exponential) -> Tensor:
     return exponential.values.take(distance).sum(-1, keepdim=True).clamp(min=1 << VALUE_BITS)
 
 
-def log_int_softmax(distance: Tensor, exponential: Exponential, zero: int) -> Tensor:
-    """Probabilities as powers of two: the code k of 2**-k, rounded to nearest by the logarithm.
+def log_int_softmax(distance: Tensor, exponential: Exponential, zero: int, steps: int = 1, offset: int = 0) -> Tensor:
+    """Probabilities as powers: the code k of scale * 2**(-k / steps), rounded to nearest by the logarithm.
 
     -log2(probability) = log2(row sum) + octaves, so no element is divided and none is taken the logarithm of.
 
     Arguments:
         distance: from `distances`.
-        zero: the code that means zero, at most 16; so do all exponents from there on.
+        zero: the code that means zero, at most 16 * steps; so do all exponents from there on.
+        steps: how many powers an octave has, 1 or 2.
+        offset: log2(scale) * 2**12, rounded, at most `LARGEST_OFFSET` in magnitude; 0 for a scale of 1.
 
     Returns:
-        int64 codes 0..zero. They are those of the real exponential over the table's row sum, except where its
-        logarithm lies within 2**-11 of the middle between two integers; the row sum itself is off by at most
-        (N - 1) / 2**16 of a row's largest exponential, for rows of N entries.
+        int64 codes 0..zero. They are those of the real exponential over the table's row sum, except where
+        steps * log2(probability / scale) lies within steps * 2**-11 (with an offset, steps * 5 * 2**-13) of the middle
+        between two integers; the row sum itself is off by at most (N - 1) / 2**16 of a row's largest exponential, for
+        rows of N entries.
 
     Source: FQ-ViT, Lin et al. 2022, section "Log-Int-Softmax", which divides, rounds the quotient to an integer,
-    and rounds that up from 1.5 times a power of two on.
+    and rounds that up from 1.5 times a power of two on. Powers of sqrt(2) are RepQ-ViT's, Li et al. 2023.
     """
     total = logarithm(row_sums(distance, exponential), OCTAVE_BITS) - (VALUE_BITS << OCTAVE_BITS)
-    return shift_right(exponential.octaves.take(distance) + total, OCTAVE_BITS).clamp(0, zero)
+    return shift_right(exponential.octaves.take(distance) + (total + offset), step_bits(steps)).clamp(0, zero)
+
+
+def step_bits(steps: int) -> int:
+    """The binary digits of a step between two codes, in units of `Exponential.octaves`.
+
+    Arguments:
+        steps: how many powers an octave has, 1 or 2.
+    """
+    return OCTAVE_BITS - (steps.bit_length() - 1)
 
 
 def published_log_int_softmax(distance: Tensor, exponential: Exponential, zero: int) -> Tensor:

@@ -17,7 +17,7 @@ from vitquant.lowering.scaled import Joined, Scaled, Static, Term, compact, size
 from vitquant.operations.replacement import operation_at
 from vitquant.program.instructions import Concat, Register, Requantize, Reshape, smallest_type
 from vitquant.quantizers import Quantizer
-from vitquant.quantizers.logarithmic import Log2Quantizer
+from vitquant.quantizers.logarithmic import LogarithmicQuantizer
 from vitquant.quantizers.quantizer import along_axis
 
 IMAGE = "input"  # the register of the image's codes
@@ -65,7 +65,7 @@ def codes_of(context: Context, register: str, quantizer: Quantizer, rank: int) -
     Raises:
         LoweringError: the codes are powers of two, or a scale is not positive.
     """
-    if isinstance(quantizer, Log2Quantizer):
+    if isinstance(quantizer, LogarithmicQuantizer):
         raise context.refuse("only a softmax gives powers of two", "quantize it uniformly")
     step = quantizer.step.detach().cpu().double()
     if not bool((torch.isfinite(step) & (step > 0)).all()):
@@ -126,7 +126,7 @@ def _requantized(context: Context, value: Value, shape: tuple[int, ...], target:
         case Static():
             return _static_codes(context, context.site, value.value, quantizer)
         case Scaled():
-            pass
+            value = context.linear(value)
         case _:
             raise context.refuse("what it reads is not a sum of integers", "quantize its input")
     if shape_of(context, value) != shape:

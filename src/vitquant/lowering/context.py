@@ -12,9 +12,9 @@ from torch.fx import Interpreter, Node
 from vitquant.errors import LoweringError
 from vitquant.graph.operators import arguments, packet
 from vitquant.graph.walk import depends_on_input
-from vitquant.lowering.scaled import Hidden, Joined, Scaled, Static, Term
+from vitquant.lowering.scaled import Hidden, Joined, Powers, Scaled, Static, Term, numerators
 from vitquant.model import QuantizedModel
-from vitquant.program.instructions import TYPES, Instruction, Register, smallest_type
+from vitquant.program.instructions import TYPES, Instruction, Lookup, Register, smallest_type
 
 Value = Scaled | Static | Joined | Hidden | tuple
 SIMULATE = "run it with --engine simulated, or export it as onnx-qdq"
@@ -97,29 +97,76 @@ class Context:
             raise self.refuse("it reads the image before that is quantized", "do in the preprocessing what it does")
         raise self.refuse(f"it computes with {node.name}, which is no tensor")
 
-    def term(self, node: Node, what: str) -> Term:
-        """The codes that a node is.
+    def codes(self, value: Value, what: str) -> Term:
+        """The codes that a value is, whatever they stand for.
 
         Raises:
             LoweringError: it is anything else.
         """
-        value = self.value(node)
         term = value.single if isinstance(value, Scaled) else None
         if term is None:
-            raise self.refuse(f"its {what} is not quantized", "let the recipe quantize it")
+            raise self._not_quantized(what)
+        return term
+
+    def linear(self, value: Scaled) -> Scaled:
+        """A value without codes of powers: they become their numerators, by a table each."""
+        return Scaled(tuple(each for term in value.terms for each in self._linear(term)), value.constant)
+
+    def _linear(self, term: Term) -> tuple[Term, ...]:
+        if not isinstance(term, Powers):
+            return (term,)
+        terms, shape = [], self.registers[term.register].shape
+        for table, scale in numerators(term):
+            written = Register(smallest_type(0, int(table.max())), shape)
+            constant = self.constant(f"{self.site}.powers", table, written.type)
+            register = self.emit(Lookup, written, input=term.register, table=constant, lowest=0)
+            terms.append(Term(register, torch.zeros((), dtype=torch.int64), scale, numerators=True))
+        return tuple(terms)
+
+    def term(self, node: Node, what: str) -> Term:
+        """The integers with a scale and a zero point that a node is.
+
+        Raises:
+            LoweringError: it is anything else, powers of the root of two among them.
+        """
+        term, *more = self._terms(node, what)
+        if more:
+            raise self.refuse(f"its {what} is powers of the root of two, which only products of activations read")
         return term
 
     def factor(self, node: Node, what: str) -> Term:
-        """The codes that a node is, of 8 bits or less, with one scale and one zero point: what products read."""
+        """The integers that a node is, of 8 bits or less or powers, with one scale and zero point: as layers read."""
         term = self.term(node, what)
+        self._check_factor(term, what)
+        return term
+
+    def factors(self, node: Node, what: str) -> tuple[Term, ...]:
+        """The integers that a node is the sum of, each as `factor` has it: what products of activations read."""
+        terms = self._terms(node, what)
+        for term in terms:
+            self._check_factor(term, what)
+        return terms
+
+    def _terms(self, node: Node, what: str) -> tuple[Term, ...]:
+        """One term, or one for each step of an octave where they are numerators of powers."""
+        value = self.value(node)
+        if isinstance(value, Scaled) and not bool(value.constant.any()):
+            terms = self.linear(value).terms
+            if len(terms) == 1 or (terms and all(term.numerators for term in terms)):
+                return terms
+        raise self._not_quantized(what)
+
+    def _not_quantized(self, what: str) -> LoweringError:
+        return self.refuse(f"its {what} is not quantized", "let the recipe quantize it")
+
+    def _check_factor(self, term: Term, what: str) -> None:
         kind = self.registers[term.register].type
-        if TYPES[kind][0] > 8 and not term.powers:
+        if TYPES[kind][0] > 8 and not term.numerators:
             raise self.refuse(f"its {what} is {kind}, and products are of 8 bits", "give it 8 bits or less")
         if term.scale.numel() != 1:
             reason = f"its {what} has {term.scale.numel()} scales, and its sums run over them"
             raise self.refuse(reason, "use per = tensor")
         self.zero(term, what)
-        return term
 
     def zero(self, term: Term, what: str) -> int:
         """The code of zero, where an instruction has room for one only."""
@@ -134,9 +181,9 @@ class Context:
         return Static(torch.tensor(float(argument), dtype=torch.float64))
 
 
-def accumulated(register: str, scale: Tensor, powers: bool = False) -> Scaled:
-    """The real tensor that a register of sums is, or of numerators of powers of two."""
-    return Scaled((Term(register, torch.zeros((), dtype=torch.int64), scale.double().cpu(), powers),), nothing())
+def accumulated(register: str, scale: Tensor) -> Scaled:
+    """The real tensor that a register of sums is."""
+    return Scaled((Term(register, torch.zeros((), dtype=torch.int64), scale.double().cpu()),), nothing())
 
 
 def nothing() -> Tensor:

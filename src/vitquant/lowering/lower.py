@@ -60,7 +60,7 @@ def lower(model: QuantizedModel) -> IntegerProgram:
             result = _result(context, node)
         elif (quantizer := _quantizer(context, node)) is not None:
             context.values[node] = quantized(context, node, quantizer)
-            codes[str(node.target).removeprefix("quantizers.")] = context.term(node, "result").register
+            codes[str(node.target).removeprefix("quantizers.")] = context.codes(context.values[node], "result").register
             if first is None and context.image is not None:
                 first, spec = context.image, quantizer.spec
                 image = {

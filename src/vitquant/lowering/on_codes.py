@@ -9,9 +9,9 @@ from torch.fx import Node
 
 from vitquant.graph.operators import arguments
 from vitquant.lowering.codes import code_type, codes_of
-from vitquant.lowering.context import Context, accumulated, growing_shape
+from vitquant.lowering.context import Context, growing_shape, nothing
 from vitquant.lowering.rearrangement import follow, walk
-from vitquant.lowering.scaled import Hidden, Scaled, Static, Term
+from vitquant.lowering.scaled import Hidden, Powers, Scaled, Static, Term
 from vitquant.operations import (
     IntegerLayerNorm,
     IntegerOperation,
@@ -28,7 +28,6 @@ from vitquant.program.instructions import (
     UniformSoftmax,
     smallest_type,
 )
-from vitquant.quantizers.logarithmic import Log2Quantizer
 
 
 def hide(context: Context, node: Node) -> Hidden:
@@ -50,27 +49,20 @@ def on_codes(context: Context, node: Node, operation: IntegerOperation) -> Scale
     """An operation on codes."""
     value, shape = context.value(arguments(node)[0]), growing_shape(node)
     if not isinstance(value, Hidden):
-        return _computed(context, node, operation, _single(context, value), None, shape)
+        return _computed(context, node, operation, context.codes(value, "input"), None, shape)
     hidden = context.constant(f"{context.site}.hidden", value.hidden.to(torch.int64), "u8")
     scores, shape, one = value.scores, growing_shape(value.node), context.one_image[value.node]
     if value.windows is not None:  # the mask's rows are those of one image: give them an axis of their own
         apart = Reshape("", "", "", (-1, value.windows, *shape[1:]))
         scores = walk(context, scores, [apart], shape, one)
-        result = _computed(context, node, operation, _single(context, scores), hidden, apart.shape)
+        result = _computed(context, node, operation, context.codes(scores, "input"), hidden, apart.shape)
         result = walk(context, result, [Reshape("", "", "", shape)], apart.shape, (1, *one))
     else:
-        result = _computed(context, node, operation, _single(context, scores), hidden, shape)
+        result = _computed(context, node, operation, context.codes(scores, "input"), hidden, shape)
     before = value.node
     for each in value.moved:
         result, before = follow(context, result, before, each), each
     return result
-
-
-def _single(context: Context, value: object) -> Term:
-    term = value.single if isinstance(value, Scaled) else None
-    if term is None:
-        raise context.refuse("its input is not quantized", "let the recipe quantize it")
-    return term
 
 
 def _computed(
@@ -87,7 +79,7 @@ def _computed(
             register = context.emit(
                 UniformSoftmax, written, input=term.register, hidden=hidden,
                 values=context.constant(f"{context.site}.values", table.values, "u16"),
-                octaves=context.constant(f"{context.site}.octaves", table.octaves, "u16"),
+                octaves=context.constant(f"{context.site}.octaves", table.octaves, "s32"),
                 multiplier=multiplier, shift=shift, result_zero=int(result.zero_point), low=low, high=high,
             )  # fmt: skip
         case IntegerLayerNorm():
@@ -106,22 +98,16 @@ def _computed(
 def _log_softmax(
     context: Context, operation: LogIntSoftmax, term: Term, hidden: str | None, shape: tuple[int, ...]
 ) -> Scaled:
-    """The codes, and what they stand for: 2**(zero - 1 - code), or 0."""
-    result, table = operation.result, operation.exponential
-    assert isinstance(result, Log2Quantizer)
+    """The codes, which stand for scale * 2**(-code / steps), or 0."""
+    powers, table = operation.powers, operation.exponential
     codes = context.emit(
-        LogSoftmax, Register(smallest_type(0, result.zero_code), shape), input=term.register, hidden=hidden,
+        LogSoftmax, Register(smallest_type(0, powers.zero_code), shape), input=term.register, hidden=hidden,
         values=context.constant(f"{context.site}.values", table.values, "u16"),
-        octaves=context.constant(f"{context.site}.octaves", table.octaves, "u16"),
-        zero=result.zero_code, published=operation.published,
+        octaves=context.constant(f"{context.site}.octaves", table.octaves, "s32"),
+        zero=powers.zero_code, steps=powers.steps, offset=operation.offset, published=operation.published,
     )  # fmt: skip
-    last = result.zero_code - 1
-    powers = torch.tensor([1 << (last - code) for code in range(last + 1)] + [0])
-    register = context.emit(
-        Lookup, Register("u16", shape), input=codes,
-        table=context.constant(f"{context.site}.powers", powers, "u16"), lowest=0,
-    )  # fmt: skip
-    return accumulated(register, torch.tensor(2.0**-last, dtype=torch.float64), powers=True)
+    zero, scale = torch.tensor(powers.zero_code), powers.scale.detach().cpu().double().reshape(())
+    return Scaled((Powers(codes, zero, scale, steps=powers.steps),), nothing())
 
 
 def _layer_norm(context: Context, node: Node, operation: IntegerLayerNorm, term: Term, written: Register) -> str:

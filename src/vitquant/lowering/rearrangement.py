@@ -50,6 +50,7 @@ def together(context: Context, value: Joined) -> Scaled:
     if len(parts) < len(value.parts):
         raise context.refuse("what it reads is joined from an activation and a constant", "quantize the parts")
     one, axis = context.one_image[value.node], value.axis
+    parts = [context.linear(part) for part in parts]
     parts = [_foldable(context, part, shape_of(context, part)) for part in parts]
     widths = [shape_of(context, part)[axis] for part in parts]
 
@@ -63,7 +64,8 @@ def together(context: Context, value: Joined) -> Scaled:
         kind = smallest_type(min(low for low, _ in limits), max(high for _, high in limits))
         registers = tuple(term.register for term in each)
         register = context.emit(Concat, Register(kind, growing_shape(value.node)), inputs=registers, axis=axis)
-        terms.append(Term(register, beside([term.zero for term in each]), beside([term.scale for term in each])))
+        zero, scale = beside([term.zero for term in each]), beside([term.scale for term in each])
+        terms.append(Term(register, zero, scale, numerators=all(term.numerators for term in each)))
     return Scaled(tuple(terms), beside([part.constant for part in parts]))
 
 

@@ -17,13 +17,26 @@ class Term:
         register: its name.
         zero: int64, broadcastable to the register.
         scale: float64, broadcastable to the register.
-        powers: whether the register has numerators of powers of two, whose codes have 4 bits.
+        numerators: whether the register has numerators of powers, of which products read more than 8 bits.
     """
 
     register: str
     zero: Tensor
     scale: Tensor
-    powers: bool = False
+    numerators: bool = False
+
+
+@dataclass(frozen=True)
+class Powers(Term):
+    """scale * 2**(-register / steps), and 0 where the register is zero.
+
+    Codes move as they are; `numerators` makes sums of terms of them where something is computed.
+
+    Arguments:
+        steps: how many powers an octave has, 1 or 2.
+    """
+
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,25 @@ class Hidden:
     node: Node
     moved: tuple[Node, ...] = ()
     windows: int | None = None
+
+
+def numerators(powers: Powers) -> list[tuple[Tensor, Tensor]]:
+    """Integers that powers are sums of: for each of the steps of an octave a table of codes, and its scale.
+
+    With two steps, 2**(-code / 2) is 2**-(code / 2), or sqrt(2) * 2**-((code + 1) / 2) of an odd code: a shift with one
+    scale of two. Each table is zero for the codes of the others.
+
+    Source: RepQ-ViT, Li et al. 2023, its log-sqrt2 quantizer.
+    """
+    steps, zero = powers.steps, int(powers.zero)
+    lowest = -(-(zero - 1) // steps)  # the octave of the last power
+    codes = torch.arange(zero + 1)
+    octaves = (codes + steps - 1) // steps
+    tables = []
+    for step in range(steps):
+        table = torch.where((codes < zero) & (codes % steps == step), 1 << (lowest - octaves).clamp(min=0), 0)
+        tables.append((table, powers.scale * 2.0 ** (-step % steps / steps - lowest)))
+    return tables
 
 
 def dense(values: Tensor, shape: tuple[int, ...]) -> Tensor:

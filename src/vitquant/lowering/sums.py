@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product as pairs
 from typing import Any
 
 import torch
@@ -57,12 +58,16 @@ def multiplied(context: Context, node: Node) -> Scaled:
 
 
 def _of_two(context: Context, node: Node, kind: type[Product | Multiply]) -> Scaled:
-    left, right = (context.factor(argument, "operand") for argument in arguments(node)[:2])
-    output = context.emit(
-        kind, Register("s32", growing_shape(node)), left=left.register, right=right.register,
-        left_zero=int(left.zero), right_zero=int(right.zero),
-    )  # fmt: skip
-    return accumulated(output, left.scale * right.scale)
+    """A product of each term with each: powers of the root of two have two."""
+    lefts, rights = (context.factors(argument, "operand") for argument in arguments(node)[:2])
+    total = Scaled((), nothing())
+    for left, right in pairs(lefts, rights):
+        output = context.emit(
+            kind, Register("s32", growing_shape(node)), left=left.register, right=right.register,
+            left_zero=int(left.zero), right_zero=int(right.zero),
+        )  # fmt: skip
+        total = total.plus(accumulated(output, left.scale * right.scale))
+    return total
 
 
 def mean(context: Context, node: Node) -> Scaled:

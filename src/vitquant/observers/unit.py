@@ -11,7 +11,7 @@ from vitquant.spec import QuantSpec
 
 
 class Unit(Observer):
-    """[0, 1], whatever the data: for the outputs of a softmax. With log2 the scale is exactly 1.
+    """[0, 1], whatever the data: for the outputs of a softmax. With powers the scale is exactly 1.
 
     Arguments:
         spec: what the quantizer will be. With a single scale no data are needed; otherwise one batch,

@@ -4,7 +4,7 @@ from vitquant.operations.activation import TableActivation
 from vitquant.operations.arithmetic import Arithmetic
 from vitquant.operations.layer_norm import IntegerLayerNorm, PublishedLayerNorm
 from vitquant.operations.operation import IntegerOperation, NotIntegerError
-from vitquant.operations.softmax import IntegerSoftmax, LogIntSoftmax
+from vitquant.operations.softmax import IntegerSoftmax, LogIntSoftmax, PublishedLogIntSoftmax
 
 __all__ = [
     "Arithmetic",
@@ -14,5 +14,6 @@ __all__ = [
     "LogIntSoftmax",
     "NotIntegerError",
     "PublishedLayerNorm",
+    "PublishedLogIntSoftmax",
     "TableActivation",
 ]

@@ -17,9 +17,9 @@ from vitquant.operations.activation import TableActivation
 from vitquant.operations.arithmetic import Arithmetic
 from vitquant.operations.layer_norm import IntegerLayerNorm, PublishedLayerNorm
 from vitquant.operations.operation import IntegerOperation, NotIntegerError
-from vitquant.operations.softmax import IntegerSoftmax, LogIntSoftmax
+from vitquant.operations.softmax import IntegerSoftmax, LogIntSoftmax, PublishedLogIntSoftmax
 from vitquant.quantizers import Quantizer
-from vitquant.quantizers.logarithmic import Log2Quantizer
+from vitquant.quantizers.logarithmic import LogarithmicQuantizer
 from vitquant.quantizers.quantizer import channel_axis
 from vitquant.sites import Site
 
@@ -139,8 +139,9 @@ def _softmax(node: Node, source: Quantizer, result: Quantizer, arithmetic: Arith
         raise NotIntegerError("it does not run over the last axis")
     if node.meta["shape"][-1] > LONGEST_ROW:
         raise NotIntegerError(f"its rows have {node.meta['shape'][-1]} entries: sums are proved up to {LONGEST_ROW}")
-    if isinstance(result, Log2Quantizer):
-        return LogIntSoftmax(source, result, arithmetic.exponential, arithmetic.softmax == "published")
+    if isinstance(result, LogarithmicQuantizer):
+        form = PublishedLogIntSoftmax if arithmetic.softmax == "published" else LogIntSoftmax
+        return form(source, result, arithmetic.exponential)
     if arithmetic.softmax == "published":
         raise NotIntegerError("the published code keeps softmax in float where probabilities are no powers of two")
     return IntegerSoftmax(source, result, arithmetic.exponential)

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from math import log2
+
 import torch
 from torch import Tensor
 
 from vitquant.integer.arithmetic import rescaling
-from vitquant.integer.exponential import Exponential, exact_exponential, polynomial_exponential
-from vitquant.integer.softmax import distances, integer_softmax, log_int_softmax, published_log_int_softmax
+from vitquant.integer.exponential import (
+    OCTAVE_BITS,
+    VALUE_BITS,
+    Exponential,
+    exact_exponential,
+    polynomial_exponential,
+)
+from vitquant.integer.softmax import (
+    LARGEST_OFFSET,
+    distances,
+    integer_softmax,
+    log_int_softmax,
+    published_log_int_softmax,
+)
 from vitquant.operations.operation import IntegerOperation, NotIntegerError
 from vitquant.quantizers import Quantizer
-from vitquant.quantizers.logarithmic import Log2Quantizer
+from vitquant.quantizers.logarithmic import Log2Quantizer, LogarithmicQuantizer
 from vitquant.quantizers.uniform import UniformQuantizer
-from vitquant.spec import PerTensor, PowerOfTwoFactor
+from vitquant.spec import Logarithmic, PerTensor, PowerOfTwoFactor
 
 
 class _Softmax(IntegerOperation):
@@ -56,32 +70,61 @@ class _Softmax(IntegerOperation):
 
 
 class LogIntSoftmax(_Softmax):
-    """Softmax to powers of two.
+    """Softmax to powers of two, or of its square root.
 
-    Arguments:
-        published: with the rounding of FQ-ViT's code.
-
-    Source: FQ-ViT, Lin et al. 2022, section "Log-Int-Softmax".
+    Source: FQ-ViT, Lin et al. 2022, section "Log-Int-Softmax"; the root, RepQ-ViT, Li et al. 2023.
     """
 
-    def __init__(self, source: Quantizer, result: Quantizer, exponential: str, published: bool = False) -> None:
-        super().__init__(source, result, exponential)
-        self.published = published
-        self.description = "table of exponentials, powers of two" + (" rounded as published" if published else "")
+    published = False
+
+    def connect(self, source: Quantizer, result: Quantizer) -> None:
+        super().connect(source, result)
+        powers = "powers of two" if self.powers.steps == 1 else "powers of the root of two"
+        self.description = f"table of exponentials, {powers}{' rounded as published' if self.published else ''}"
 
     def check(self, source: Quantizer, result: Quantizer) -> None:
         super().check(source, result)
-        if not isinstance(result, Log2Quantizer) or result.scale.numel() != 1 or result.scale.item() != 1.0:
-            raise NotIntegerError("its powers of two do not begin at 1: the observer of the probabilities must be unit")
-        if result.zero_code > 16:
+        if not isinstance(result, LogarithmicQuantizer):
+            raise NotIntegerError("its result is on no powers of two")
+        if result.scale.numel() != 1:
+            raise NotIntegerError("its result has more than one scale")
+        scale, scheme, most = result.scale.item(), result.spec.scheme, VALUE_BITS * result.steps + 1
+        if not abs(log2(max(scale, 2.0**-200))) <= LARGEST_OFFSET >> OCTAVE_BITS:
+            raise NotIntegerError(f"the scale of its result, {scale:.3g}, is not between 2**-32 and 2**32")
+        if result.zero_code > most:
+            fit = (most + 1 - (isinstance(scheme, Logarithmic) and scheme.separate_zero)).bit_length() - 1
+            reason = f"its result has {result.spec.bits} bits: the numerators reach 2**-15, which {fit} bits hold"
+            raise NotIntegerError(f"{reason}; give --bits with s{fit}")
+
+    @property
+    def powers(self) -> LogarithmicQuantizer:
+        """The quantizer of the result."""
+        assert isinstance(self.result, LogarithmicQuantizer)
+        return self.result
+
+    @property
+    def offset(self) -> int:
+        """The logarithm of the result's scale, in units of the table's octaves."""
+        return round(log2(self.powers.scale.item()) * 2**OCTAVE_BITS)
+
+    def probabilities(self, distance: Tensor, exponential: Exponential) -> Tensor:
+        return log_int_softmax(distance, exponential, self.powers.zero_code, self.powers.steps, self.offset)
+
+
+class PublishedLogIntSoftmax(LogIntSoftmax):
+    """`LogIntSoftmax` with the rounding of FQ-ViT's code, which is for powers of two that begin at 1."""
+
+    published = True
+
+    def check(self, source: Quantizer, result: Quantizer) -> None:
+        super().check(source, result)
+        if not isinstance(result, Log2Quantizer) or result.scale.item() != 1.0:
             raise NotIntegerError(
-                f"its result has {result.spec.bits} bits: the table reaches 2**-15, which 4 bits hold"
+                "the published code rounds to powers of two that begin at 1: use the scheme log2 and the observer unit"
             )
 
     def probabilities(self, distance: Tensor, exponential: Exponential) -> Tensor:
-        assert isinstance(self.result, Log2Quantizer)
-        softmax = published_log_int_softmax if self.published else log_int_softmax
-        return softmax(distance, exponential, self.result.zero_code)
+        return published_log_int_softmax(distance, exponential, self.powers.zero_code)
 
 
 class IntegerSoftmax(_Softmax):

@@ -14,7 +14,6 @@ from vitquant.model import QuantizedModel
 from vitquant.operations import IntegerOperation
 from vitquant.program.instructions import IntegerProgram
 from vitquant.quantizers import Quantizer
-from vitquant.quantizers.logarithmic import Log2Quantizer
 from vitquant.runtime.interpreter import Interpreter
 
 RESCALING = "rescaling"
@@ -99,7 +98,7 @@ def _count(
     def compared(name: str, quantizer: Quantizer, x: Tensor) -> Tensor:
         if name not in names:
             return quantizer(x)
-        codes = _codes(quantizer, held[names[name]])
+        codes = held[names[name]]
         difference = (quantizer.encode(x).to(torch.int64) - codes).abs()
         entry = counts.setdefault(name, [0, 0, 0])
         entry[0] += codes.numel()
@@ -108,13 +107,6 @@ def _count(
         return quantizer.decode(codes, x.dtype)
 
     _Fed(model.graph_module, compared).run(images)
-
-
-def _codes(quantizer: Quantizer, register: Tensor) -> Tensor:
-    """A quantizer's codes from its register, which for powers of two holds numerators."""
-    if not isinstance(quantizer, Log2Quantizer):
-        return register
-    return quantizer.encode(torch.ldexp(register.double(), torch.tensor(1 - quantizer.zero_code))).to(torch.int64)
 
 
 class _Fed(GraphInterpreter):

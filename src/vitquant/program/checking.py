@@ -9,6 +9,8 @@ from math import inf, prod
 import torch
 
 from vitquant.errors import LoweringError
+from vitquant.integer.exponential import MOST_OCTAVES
+from vitquant.integer.softmax import LARGEST_OFFSET
 from vitquant.program import instructions as p
 from vitquant.program.ranges import prove_ranges
 from vitquant.program.shapes import Shape, written_shape
@@ -22,7 +24,7 @@ _CONSTANTS = {
     "weight", "bias", "weight_zero", "multipliers", "addend", "hidden", "values", "octaves", "factors", "multiplier",
     "table",
 }  # fmt: skip
-_TABLES = {"values": "u16", "octaves": "u16", "multiplier": "s32", "multipliers": "s32"}
+_TABLES = {"values": "u16", "octaves": "s32", "multiplier": "s32", "multipliers": "s32"}
 
 
 def check_program(program: p.IntegerProgram) -> None:
@@ -183,7 +185,11 @@ def _limits(i: p.Instruction, name: str) -> tuple[int, int]:
         case _, "shift":
             return 1, 62
         case p.LogSoftmax(), "zero":
-            return 1, 16
+            return 1, 16 * i.steps
+        case p.LogSoftmax(), "steps":
+            return 1, 2
+        case p.LogSoftmax(), "offset":
+            return -LARGEST_OFFSET, LARGEST_OFFSET
         case p.LayerNorm(), "epsilon":
             return 1, 2**60
         case p.Convolution(), "stride" | "dilation" | "groups":
@@ -212,3 +218,7 @@ def _check_together(program: p.IntegerProgram, i: p.Instruction) -> None:
             raise _refuse(i.site, f"{i.factors} is not from 0 to 31")
         case p.LogSoftmax() | p.UniformSoftmax() if i.hidden and bool((program.constants[i.hidden] >> 1).any()):
             raise _refuse(i.site, f"{i.hidden} is not 0 or 1")
+        case p.LogSoftmax() | p.UniformSoftmax() if bool((program.constants[i.octaves] & ~MOST_OCTAVES).any()):
+            raise _refuse(i.site, f"{i.octaves} is not from 0 to {MOST_OCTAVES}")
+        case p.LogSoftmax(published=True) if (i.steps, i.offset) != (1, 0):
+            raise _refuse(i.site, "the published rounding is to powers of two that begin at 1")

@@ -122,13 +122,21 @@ class Requantize(Instruction):
 
 @dataclass(frozen=True)
 class LogSoftmax(Instruction):
-    """`integer.softmax.log_int_softmax`, or as published, of the last axis."""
+    """`integer.softmax.log_int_softmax`, or as published, of the last axis.
+
+    Arguments:
+        zero: the code that means zero.
+        steps, offset: how many powers an octave has, and how many 2**-12 of octaves the first lies above 1; as
+            published 1 and 0.
+    """
 
     input: str
     hidden: str | None
     values: str
     octaves: str
     zero: int
+    steps: int
+    offset: int
     published: bool
 
 
@@ -251,8 +259,7 @@ class IntegerProgram:
         registers: the type and shape of every register, constants included.
         constants: int64 tensors; their values fit the type of their register.
         instructions: in order; each writes one register, and none twice.
-        codes: for the name of each quantized value of the model, the register or constant that holds its codes; for
-            powers of two their numerators, 2**(last - code) or 0.
+        codes: for the name of each quantized value of the model, the register or constant that holds its codes.
         facts: plain JSON values: scale and zero point of input and output, the lowest and the highest code of the
             input, and where the program came from.
     """

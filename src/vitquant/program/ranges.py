@@ -12,14 +12,15 @@ from torch import Tensor
 from vitquant.errors import LoweringError
 from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS
 from vitquant.integer.layer_norm import NORMALIZED_BITS
-from vitquant.integer.softmax import LONGEST_ROW
+from vitquant.integer.softmax import LONGEST_ROW, step_bits
 from vitquant.program import instructions as p
 
 Range = tuple[int, int]
 
-# `integer.softmax` rounds the exponent of a power of two to nearest, which can make it sqrt(2) times the probability,
-# and a little more where the logarithm of the row's sum was rounded; as published it is at most 3/2 times.
-_NEAREST, _PUBLISHED = Fraction(1415, 1000), Fraction(3, 2)
+# `integer.softmax` rounds the exponent to nearest, to whole steps of which an octave has one or two. That can make a
+# power sqrt(2) or 2**(1/4) times the probability, and a little more where the logarithm of the row's sum was rounded
+# down, by 2**-12 of an octave and next to nothing; as published it is at most 3/2 times.
+_NEAREST, _PUBLISHED = {1: Fraction(1415, 1000), 2: Fraction(1190, 1000)}, Fraction(3, 2)
 _OCTAVE = Fraction(1, 2 ** (OCTAVE_BITS + 1))  # half a unit of an octave, and more than that in a factor
 
 
@@ -61,8 +62,8 @@ def prove_terms(program: p.IntegerProgram) -> dict[str, Terms]:
 class _Proof:
     """Goes through a program once.
 
-    It knows the range of each register, and of powers of two from a softmax what the row of their codes and what the
-    row of themselves sums to at most.
+    It knows the range of each register, and of powers from a softmax what a row of them sums to at most: of their codes
+    what these stand for, and of numerators themselves.
     """
 
     def __init__(self, program: p.IntegerProgram) -> None:
@@ -70,7 +71,7 @@ class _Proof:
         self.ranges: dict[str, Range] = {name: _extremes(values) for name, values in program.constants.items()}
         self.ranges[program.input] = program.registers[program.input].limits
         self.terms: dict[str, Terms] = {}
-        self.probabilities: dict[str, tuple[int, Fraction]] = {}
+        self.probabilities: dict[str, _Powers] = {}
         self.row_sums: dict[str, int] = {}
         self.magnitudes: dict[tuple[str, str | None], tuple[Tensor, Tensor]] = {}
         for instruction in program.instructions:
@@ -113,7 +114,10 @@ class _Proof:
                 low, high = self.ranges[i.input]
                 return min(low, i.value), max(high, i.value)
             case p.Reshape() | p.Permute() | p.Slice() | p.Roll() as i:
-                if i.input in self.row_sums and self._keeps_rows(i):
+                keeps_rows = self._keeps_rows(i)
+                if keeps_rows and i.input in self.probabilities:
+                    self.probabilities[i.output] = self.probabilities[i.input]
+                if keeps_rows and i.input in self.row_sums:
                     self.row_sums[i.output] = self.row_sums[i.input]
                 return self.ranges[i.input]
             case _:
@@ -186,20 +190,23 @@ class _Proof:
         return length
 
     def _log_softmax(self, i: p.LogSoftmax) -> Range:
-        """Notes what 2**-code sums to in a row at most, without the codes that mean zero.
+        """Notes what 2**(-code / steps) sums to in a row at most, without the codes that mean zero.
 
-        With the sum s of a row's values, an octave o gives at most sqrt(2) * 2**-o / s. The values are those of the
-        octaves but for rounding: of octaves, which is relative, and of values, half a unit for each entry of a row.
+        With the sum s >= 1 of a row's values and the offset f, an octave o gives at most c * 2**-(o + f) / s, c as in
+        `_NEAREST`; code 0 stands for less where it was clamped. The values are those of the octaves but for rounding:
+        of octaves, which is relative, and of values, half a unit for each entry of a row that is not zero, its gain.
+        So a row sums to at most c * 2**-f * (1 + rounding + gains / s), and to no more than its length.
         """
         length, factor = self._row_of_scores(i), _PUBLISHED
         if not i.published:
             values, octaves = self.program.constants[i.values], self.program.constants[i.octaves]
-            half = 1 << (OCTAVE_BITS - 1)
+            digits = step_bits(i.steps)
             gains = torch.exp2(VALUE_BITS - octaves.double() / 2**OCTAVE_BITS) - values * float(1 + _OCTAVE)
-            counts = (octaves + half - 1) >> OCTAVE_BITS < i.zero
+            counts = (octaves + i.offset + (1 << (digits - 1)) - 1) >> digits < i.zero
             gain = Fraction(float((gains * counts).clamp(min=0).amax())) + Fraction(1, 2**20)
-            factor = _NEAREST * (1 + _OCTAVE + length * gain / 2**VALUE_BITS)
-        self.probabilities[i.output] = i.zero, factor
+            largest = _NEAREST[i.steps] * Fraction(2 ** (-i.offset / 2**OCTAVE_BITS))
+            factor = largest * (1 + _OCTAVE + length * gain / 2**VALUE_BITS)
+        self.probabilities[i.output] = _Powers(i.zero, i.steps, min(factor, Fraction(length)))
         return 0, i.zero
 
     def _looked_up(self, i: p.Lookup) -> Range:
@@ -210,10 +217,10 @@ class _Proof:
                 f"{i.site}: codes from {low} to {high} leave a table of {i.lowest} to {last}; report this"
             )
         if i.input in self.probabilities:
-            zero, factor = self.probabilities[i.input]
-            *powers, nothing = table[-i.lowest : zero - i.lowest + 1].tolist()
+            codes = self.probabilities[i.input]
+            *powers, nothing = table[-i.lowest : codes.zero - i.lowest + 1].tolist()
             if nothing == 0 and all(power >= 0 and power.bit_count() <= 1 for power in powers):
-                self.row_sums[i.output] = int(factor * max(power << code for code, power in enumerate(powers)))
+                self.row_sums[i.output] = codes.row_of(powers)
         return self.ranges[i.table]
 
     def _layer_norm(self, i: p.LayerNorm) -> Range:
@@ -238,6 +245,31 @@ class _Proof:
         if isinstance(i, p.Permute):
             return i.axes[-1] == len(before) - 1
         return isinstance(i, p.Reshape) and before[-1] == after[-1] != -1
+
+
+@dataclass(frozen=True)
+class _Powers:
+    """Codes of a softmax.
+
+    Arguments:
+        zero: the code that means zero.
+        steps: a code stands for 2**(-code / steps).
+        row: no row of what they stand for sums to more.
+    """
+
+    zero: int
+    steps: int
+    row: Fraction
+
+    def row_of(self, numerators: list[int]) -> int:
+        """What a row sums to at most with other integers in the place of the powers.
+
+        That is as many times the sum of the powers as the largest quotient of an integer and its power; with two steps
+        its square is a fraction, and the square root of one is rounded down, since sums are integers.
+        """
+        largest = max(number**self.steps << code for code, number in enumerate(numerators))
+        bound = int(self.row**self.steps * largest)
+        return isqrt(bound) if self.steps == 2 else bound
 
 
 def _extremes(values: Tensor) -> Range:

@@ -19,7 +19,7 @@ from vitquant.packing import pack, packed_size, unpack
 from vitquant.program import instructions as p
 from vitquant.program.checking import check_program, check_register
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "vitquant_program"  # one key, as several would be written in any order
 _LONGEST_HEADER = 2**23  # bytes; that of a DeiT has 2**18
 
@@ -73,6 +73,8 @@ def load_program(path: Path) -> p.IntegerProgram:
         raise CheckpointError(f"{path} is no saved program: it has no format number")
     if values["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {values['format']}, newer than {FORMAT}: update vitquant")
+    if values["format"] < FORMAT:
+        raise CheckpointError(f"{path} has format {values['format']}, older than {FORMAT}: lower its model again")
     try:
         if values.pop("sha256", None) != _digest(values, packed):
             raise _DamageError("it was altered since it was saved, its sha256 differs; copy it again")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from vitquant.quantizers.logarithmic import Log2Quantizer
+from vitquant.quantizers.logarithmic import Log2Quantizer, LogSqrt2Quantizer
 from vitquant.quantizers.parameters import params_from_range
 from vitquant.quantizers.power_of_two_factor import PowerOfTwoFactorQuantizer
 from vitquant.quantizers.quantizer import Quantizer
 from vitquant.quantizers.uniform import UniformQuantizer
-from vitquant.spec import Log2, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec, Uniform
+from vitquant.spec import Log2, LogSqrt2, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec, Uniform
 
 __all__ = ["Quantizer", "build_quantizer", "params_from_range"]
 
@@ -21,3 +21,5 @@ def build_quantizer(spec: QuantSpec, params: QParams) -> Quantizer:
             return PowerOfTwoFactorQuantizer(spec, params)
         case Log2():
             return Log2Quantizer(spec, params)
+        case LogSqrt2():
+            return LogSqrt2Quantizer(spec, params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitquant.spec import Log2, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec
+from vitquant.spec import Log2, LogSqrt2, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec
 
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 
@@ -31,7 +31,7 @@ def params_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
     """
     low, high = low.double().clamp(max=0.0), high.double().clamp(min=0.0)
     match spec.scheme:
-        case Log2():
+        case Log2() | LogSqrt2():
             return QParams(_floored(high))
         case PowerOfTwoFactor(factors):
             return _covering_factors(low, high, spec, factors)

@@ -15,6 +15,7 @@ from vitquant.sites import KINDS, OPERANDS, Reader
 from vitquant.spec import (
     Granularity,
     Log2,
+    LogSqrt2,
     PerAxis,
     PerHead,
     PerTensor,
@@ -30,6 +31,7 @@ SCHEMES: dict[str, type[Scheme]] = {
     "power_of_two_scale": PowerOfTwoScale,
     "power_of_two_factor": PowerOfTwoFactor,
     "log2": Log2,
+    "log_sqrt2": LogSqrt2,
 }
 GRANULARITIES = ("tensor", "axis", "head")
 SPEC_KEYS = ("scheme", "bits", "signed", "symmetric", "per")

@@ -115,8 +115,10 @@ class Interpreter(nn.Module):
                 return total.bitwise_right_shift_(i.shift).clamp_(i.low, i.high)
             case p.LogSoftmax() as i:
                 table = Exponential(get(i.values), get(i.octaves))
-                softmax = published_log_int_softmax if i.published else log_int_softmax
-                return softmax(distances(get(i.input), _true(maybe(i.hidden)), table), table, i.zero)
+                distance = distances(get(i.input), _true(maybe(i.hidden)), table)
+                if i.published:
+                    return published_log_int_softmax(distance, table, i.zero)
+                return log_int_softmax(distance, table, i.zero, i.steps, i.offset)
             case p.UniformSoftmax() as i:
                 table = Exponential(get(i.values), get(i.octaves))
                 distance = distances(get(i.input), _true(maybe(i.hidden)), table)
