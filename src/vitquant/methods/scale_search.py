@@ -99,6 +99,7 @@ def search_scales(model: QuantizedModel, data: Iterable[Tensor], settings: Searc
     groups, refused = _groups(model)
     decisions: dict[str, dict[str, Any]] = {name: {"as calibrated, because": why} for name, why in refused.items()}
     found: dict[str, Quantizer] = {}
+    biases: list[tuple[Tensor, Tensor]] = []
     rounds = 0
     for some in _within(groups, images, settings):
         held = _operands(model, data, [site for group in some for site in group.sites])
@@ -113,10 +114,11 @@ def search_scales(model: QuantizedModel, data: Iterable[Tensor], settings: Searc
                 name: {"multiple": float(search.multiples[index]), "rounds": result.rounds, "settled": result.settled}
                 for name, index in result.choice.items()
             }
-            if settings.bias_correction:
-                for layer in layers:
-                    layer.store()
-        del held
+            biases += [corrected for layer in layers if (corrected := layer.corrected) is not None]
+        del held, layers, search
+    for stored_bias, corrected in biases:  # last, so that every layer sees what the float model computes
+        with torch.no_grad():
+            stored_bias.copy_(corrected)
     model.insert(found)
     summary = {"images": images, "layers": sum(len(group.sites) for group in groups), "rounds": rounds}
     return Record("search-scales", summary, decisions)
@@ -298,11 +300,10 @@ class _Linear:
             source, weight = (chosen[each] for each in self.values)
             self._bias = self._output.corrected_bias(source, weight(self._weight).flatten(1))
 
-    def store(self) -> None:
-        """Write the corrected bias into the model."""
-        if self._stored is not None:
-            with torch.no_grad():
-                self._stored.copy_(self._bias)
+    @property
+    def corrected(self) -> tuple[Tensor, Tensor] | None:
+        """The stored bias and what it has to become; None where it stays."""
+        return None if self._stored is None or self._bias is self._output.bias else (self._stored, self._bias)
 
 
 class _Product:
@@ -325,7 +326,8 @@ class _Product:
     def correct(self, chosen: Mapping[str, Quantizer]) -> None:
         """It has no bias."""
 
-    def store(self) -> None:
+    @property
+    def corrected(self) -> None:
         """It has no bias."""
 
 
