@@ -15,6 +15,7 @@ from vitquant.operations import IntegerOperation
 from vitquant.program.instructions import IntegerProgram
 from vitquant.quantizers import Quantizer
 from vitquant.runtime.interpreter import Interpreter
+from vitquant.simulation import ExactSimulation
 
 RESCALING = "rescaling"
 FLIPPED = 1e-3  # share of codes that a rescaling may round otherwise than the simulation does
@@ -59,7 +60,8 @@ def flipped_codes(
     """Which codes the integers round otherwise than the simulation does, site by site.
 
     The program runs, and the simulation beside it is fed the program's codes at every quantizer, so that a flipped
-    code is counted where it arises and nowhere else.
+    code is counted where it arises and nowhere else. It runs in float64: float32 flips three codes of a million on
+    its own, and of 16-bit codes one of a thousand.
 
     Arguments:
         model: calibrated.
@@ -69,10 +71,11 @@ def flipped_codes(
     """
     counts: dict[str, list[int]] = {}
     interpreter, done = Interpreter(program).to(next(model.parameters()).device), 0
+    exact = ExactSimulation(model)
     for images in batches:
         for part in images.split(_AT_ONCE):
             with torch.inference_mode():
-                _count(model, program, interpreter, part, counts)
+                _count(exact, program, interpreter, part, counts)
             done += len(part)
             if progress is not None:
                 progress(done)
@@ -81,7 +84,7 @@ def flipped_codes(
 
 
 def _count(
-    model: QuantizedModel,
+    exact: ExactSimulation,
     program: IntegerProgram,
     interpreter: Interpreter,
     images: Tensor,
@@ -90,10 +93,9 @@ def _count(
     constant = program.constants.keys() | {program.input}
     names = {name: register for name, register in program.codes.items() if register not in constant}
     held: dict[str, Tensor] = {}
-    image = model.image_quantizer
-    assert image is not None
+    assert exact.input is not None
     taps = {register: lambda x, register=register: held.__setitem__(register, x) for register in set(names.values())}
-    interpreter(image.encode(images), taps)
+    interpreter(exact.input.encode(images), taps)
 
     def compared(name: str, quantizer: Quantizer, x: Tensor) -> Tensor:
         if name not in names:
@@ -106,7 +108,7 @@ def _count(
         entry[2] = max(entry[2], int(difference.max()))
         return quantizer.decode(codes, x.dtype)
 
-    _Fed(model.graph_module, compared).run(images)
+    _Fed(exact.model.graph_module, compared).run(exact.input(images).double())
 
 
 class _Fed(GraphInterpreter):
