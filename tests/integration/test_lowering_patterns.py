@@ -1,5 +1,7 @@
 """Odd patterns around one block of attention: the program is the simulation, or the pattern is refused by name."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -25,6 +27,7 @@ class Block(nn.Module):
         self.other, self.conv = nn.Linear(16, 8), nn.Conv2d(16, 16, 3, padding=1)
         self.gain, self.position = nn.Parameter(torch.randn(16)), nn.Parameter(torch.randn(1, 16, 16))
         self.token, self.head = nn.Parameter(torch.randn(1, 2, 16)), nn.Linear(16, 5)
+        self.register_buffer("later", torch.ones(16, 16, dtype=torch.bool).triu(1))
 
     def forward(self, x):
         x = self.patches(self.prepare(x)).flatten(2).transpose(1, 2)
@@ -41,6 +44,17 @@ def same(x):
 def quantized(body=lambda s, x: x, prepare=same, recipe="fq-vit"):
     torch.manual_seed(0)
     return vitquant.quantize(Block(body, prepare).eval(), recipe, [torch.randn(4, 3, 16, 16) for _ in range(2)])
+
+
+def masked(before=same, after=same, hide=lambda s, x: s.later, fill=-math.inf, first=same):
+    """An attention whose scores are moved before the mask and between it and the softmax, and moved back."""
+
+    def body(s, x):
+        h = s.fc(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        scores = before(first(h @ h.mT).masked_fill(hide(s, x), fill))
+        return (after(scores.softmax(-1)) @ h).transpose(1, 2).flatten(2)
+
+    return body
 
 
 BODIES = {
@@ -60,6 +74,9 @@ BODIES = {
     "a batch along the second axis": lambda s, x: s.fc(x.transpose(0, 1)).transpose(0, 1),
     "an empty part": lambda s, x: s.fc(torch.cat([x[:, :0], x * 2], 1)),
     "one layer twice": lambda s, x: s.fc(s.fc(x)),
+    "masked scores moved twice": masked(
+        lambda scores: scores.transpose(1, 2).flatten(1, 2), lambda probs: probs.unflatten(1, (16, 2)).transpose(1, 2)
+    ),
     "constant minus tensor": lambda s, x: s.fc(s.position - s.fc(x)),
 }
 
@@ -97,6 +114,11 @@ def check(model):
         (lambda s, x: s.fc(s.fc(x).to(torch.bfloat16).float()), "has no integer form"),
         (lambda s, x: s.fc(s.fc(x).max(1, keepdim=True)[0] + x), "max has no integer form"),
         (lambda s, x: s.fc(x) - torch.mean(x, dim=None, keepdim=True), "averages over the batch"),
+        (masked(lambda scores: scores.mT, lambda probs: probs.mT), "rows of masked scores are rearranged"),
+        (
+            masked(lambda scores: scores.flatten(), lambda probs: probs.view(-1, 2, 16, 16)),
+            "rows of masked scores are rearranged",
+        ),
     ],
 )
 def test_what_has_no_integer_form_is_refused_for_what_it_is(body, said):
