@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,12 @@ import vitquant
 from vitquant.engines import default_engine
 from vitquant.errors import LoweringError
 from vitquant.lowering import lower
+from vitquant.lowering.codes import _integers
+from vitquant.lowering.scaled import Scaled, Term
+from vitquant.quantizers import build_quantizer
 from vitquant.runtime.on_images import interpreted
 from vitquant.simulation import ExactSimulation
+from vitquant.spec import PerAxis, QParams
 
 
 class Block(nn.Module):
@@ -42,9 +47,10 @@ def same(x):
     return x
 
 
-def quantized(body=lambda s, x: x, prepare=same, recipe="fq-vit"):
+def quantized(body=lambda s, x: x, prepare=same, recipe="fq-vit", settings=()):
     torch.manual_seed(0)
-    return vitquant.quantize(Block(body, prepare).eval(), recipe, [torch.randn(4, 3, 16, 16) for _ in range(2)])
+    images = [torch.randn(4, 3, 16, 16) for _ in range(2)]
+    return vitquant.quantize(Block(body, prepare).eval(), recipe, images, settings=list(settings))
 
 
 def masked(before=same, after=same, hide=lambda s, x: s.later, fill=-math.inf, first=same):
@@ -79,6 +85,9 @@ BODIES = {
     "a gate": lambda s, x: s.fc(s.fc(x) * functional.silu(s.bare(x))),
     "a batch along the second axis": lambda s, x: s.fc(x.transpose(0, 1)).transpose(0, 1),
     "an empty part": lambda s, x: s.fc(torch.cat([x[:, :0], x * 2], 1)),
+    "chunks of which the last is narrower": lambda s, x: s.fc(
+        torch.cat([part * (1 + number) for number, part in enumerate(x.chunk(3, 1))], 1)
+    ),
     "one layer twice": lambda s, x: s.fc(s.fc(x)),
     "masked scores moved twice": masked(
         lambda scores: scores.transpose(1, 2).flatten(1, 2), lambda probs: probs.unflatten(1, (16, 2)).transpose(1, 2)
@@ -101,6 +110,36 @@ def test_an_image_may_be_moved_before_it_is_quantized(prepare):
     model = quantized(prepare=prepare)
     assert model.image_quantizer is not None
     check(model)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_may_have_zero_points(bits):
+    model = quantized(settings=["weights.symmetric=false", f"weights.bits={bits}"])
+    assert model.quantizers["blocks.0.attn.qkv:weight"].zero_point.any()
+    check(model)
+
+
+def test_a_mean_over_things_with_a_scale_each_is_refused():
+    model = quantized()
+    tokens = model.quantizers["pool:input"]
+    scales = QParams(tokens.scale * torch.linspace(1, 2, 16), tokens.zero_point.expand(16).clone())
+    model.insert({"pool:input": build_quantizer(replace(tokens.spec, granularity=PerAxis(1)), scales)})
+    with pytest.raises(LoweringError, match=r"pool: its input has a scale for each thing that it sums"):
+        lower(model)
+
+
+def test_codes_with_a_constant_beside_them_are_no_codes_of_one_quantizer():
+    codes = Term("x", torch.tensor(3), torch.tensor(0.5).double())
+    assert Scaled((codes,), torch.zeros(16).double()).single is codes
+    assert Scaled((codes,), torch.tensor([0, 0.5]).double()).single is None
+    assert Scaled((codes, codes), torch.zeros(()).double()).single is None
+
+
+def test_a_ratio_just_below_a_power_of_two_keeps_31_bits():
+    zero, one = torch.tensor(0), torch.tensor(1.0).double()
+    for ratio in (1 - 2.0**-40, -1 + 2.0**-40):
+        (multiplier,), _, shift = _integers(Scaled((Term("x", zero, ratio * one),), 0 * one), Term("y", zero, one))
+        assert (abs(int(multiplier)), shift) == (2**31 - 1, 31)
 
 
 def check(model, images=None):
