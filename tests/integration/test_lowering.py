@@ -193,6 +193,10 @@ def per_channel(quantizer):
     return spec, QParams(quantizer.scale.expand(32).clone(), quantizer.zero_point.expand(32).clone())
 
 
+def of_each_input(quantizer):
+    return replace(quantizer.spec, granularity=PerAxis(1)), QParams(quantizer.scale, quantizer.zero_point)
+
+
 def without_scale(quantizer):
     return quantizer.spec, QParams(torch.zeros(()), quantizer.zero_point)
 
@@ -205,6 +209,8 @@ def of_16_bits(quantizer):
     ("value", "change", "message"),
     [
         ("blocks.0.attn.qkv:input", per_channel, r"blocks\.0\.attn\.qkv: its input has 32 scales, .* use per = tensor"),
+        ("patch_embed:input", per_channel, r"patch_embed:input: the image has several scales; use per = tensor"),
+        ("blocks.0.attn.proj:weight", of_each_input, r"attn\.proj: its weight's scales are not those of its outputs"),
         (
             "blocks.0.attn.scores:query",
             without_scale,

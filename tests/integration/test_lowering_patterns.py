@@ -1,5 +1,9 @@
 """Odd patterns around one block of attention: the program is the simulation, or the pattern is refused by name."""
 
+import copy
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +13,12 @@ import vitquant
 from vitquant.engines import default_engine
 from vitquant.errors import LoweringError
 from vitquant.lowering import lower
+from vitquant.lowering.codes import _integers
+from vitquant.lowering.scaled import Scaled, Term
+from vitquant.quantizers import build_quantizer
 from vitquant.runtime.on_images import interpreted
 from vitquant.simulation import ExactSimulation
+from vitquant.spec import PerAxis, QParams
 
 
 class Block(nn.Module):
@@ -19,7 +27,7 @@ class Block(nn.Module):
     `mix` is what becomes of probabilities and values.
     """
 
-    def __init__(self, body, prepare, mix):
+    def __init__(self, body, prepare, mix=torch.matmul):
         super().__init__()
         self.body, self.prepare, self.mix = body, prepare, mix
         self.patches = nn.Conv2d(3, 16, 4, 4)
@@ -28,6 +36,7 @@ class Block(nn.Module):
         self.other, self.conv = nn.Linear(16, 8), nn.Conv2d(16, 16, 3, padding=1)
         self.gain, self.position = nn.Parameter(torch.randn(16)), nn.Parameter(torch.randn(1, 16, 16))
         self.token, self.head = nn.Parameter(torch.randn(1, 2, 16)), nn.Linear(16, 5)
+        self.register_buffer("later", torch.ones(16, 16, dtype=torch.bool).triu(1))
 
     def forward(self, x):
         x = self.patches(self.prepare(x)).flatten(2).transpose(1, 2)
@@ -47,12 +56,28 @@ def quantized(body=lambda s, x: x, prepare=same, recipe="fq-vit", mix=torch.matm
     return vitquant.quantize(Block(body, prepare, mix).eval(), recipe, data, settings=settings)
 
 
+def masked(before=same, after=same, hide=lambda s, x: s.later, fill=-math.inf, first=same):
+    """An attention whose scores are moved before the mask and between it and the softmax, and moved back."""
+
+    def body(s, x):
+        h = s.fc(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        scores = before(first(h @ h.mT).masked_fill(hide(s, x), fill))
+        return (after(scores.softmax(-1)) @ h).transpose(1, 2).flatten(2)
+
+    return body
+
+
+def over_the_batch(s, x):
+    """Masked scores of one row, which a softmax takes for all images together."""
+    return (x[:, :1] @ x.mT).masked_fill(s.later[2], -math.inf).flatten().softmax(0).view(-1, 1, 16) @ x
+
+
 BODIES = {
     "padding beside a constant": lambda s, x: s.fc(functional.pad(s.bare(x) + 0.5, (0, 0, 1, 2))),
     "padding beside a constant of each channel": lambda s, x: s.fc(functional.pad(s.bare(x) + s.gain, (0, 0, 1, 2))),
     "gains of either sign on both branches": lambda s, x: s.norm(x * s.gain - s.fc(x) * s.gain.flip(0)),
     "a gain of zero": lambda s, x: x + s.fc(x) * (s.gain * 0),
-    "channels joined before a norm": lambda s, x: s.norm(torch.cat([s.narrow(x), s.other(x)], -1)),
+    "channels of two sizes joined before a norm": lambda s, x: s.norm(torch.cat([s.narrow(x), s.other(x) * 6], -1)),
     "a constant joined along the tokens": lambda s, x: s.fc(torch.cat([x, s.token.expand(len(x), -1, -1), s.fc(x)], 1)),
     "a repeated sum joined": lambda s, x: s.fc(torch.cat([s.fc(x).mean(1, keepdim=True) * 2 + s.token, x], 1)),
     "positions moved on": lambda s, x: (
@@ -63,7 +88,13 @@ BODIES = {
     "a gate": lambda s, x: s.fc(s.fc(x) * functional.silu(s.bare(x))),
     "a batch along the second axis": lambda s, x: s.fc(x.transpose(0, 1)).transpose(0, 1),
     "an empty part": lambda s, x: s.fc(torch.cat([x[:, :0], x * 2], 1)),
+    "chunks of which the last is narrower": lambda s, x: s.fc(
+        torch.cat([part * (1 + number) for number, part in enumerate(x.chunk(3, 1))], 1)
+    ),
     "one layer twice": lambda s, x: s.fc(s.fc(x)),
+    "masked scores moved twice": masked(
+        lambda scores: scores.transpose(1, 2).flatten(1, 2), lambda probs: probs.unflatten(1, (16, 2)).transpose(1, 2)
+    ),
     "constant minus tensor": lambda s, x: s.fc(s.position - s.fc(x)),
 }
 
@@ -108,8 +139,38 @@ def test_an_image_may_be_moved_before_it_is_quantized(prepare):
     check(model)
 
 
-def check(model):
-    images = torch.randn(6, 3, 16, 16)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_may_have_zero_points(bits):
+    model = quantized(settings=["weights.symmetric=false", f"weights.bits={bits}"])
+    assert model.quantizers["blocks.0.attn.qkv:weight"].zero_point.any()
+    check(model)
+
+
+def test_a_mean_over_things_with_a_scale_each_is_refused():
+    model = quantized()
+    tokens = model.quantizers["pool:input"]
+    scales = QParams(tokens.scale * torch.linspace(1, 2, 16), tokens.zero_point.expand(16).clone())
+    model.insert({"pool:input": build_quantizer(replace(tokens.spec, granularity=PerAxis(1)), scales)})
+    with pytest.raises(LoweringError, match=r"pool: its input has a scale for each thing that it sums"):
+        lower(model)
+
+
+def test_codes_with_a_constant_beside_them_are_no_codes_of_one_quantizer():
+    codes = Term("x", torch.tensor(3), torch.tensor(0.5).double())
+    assert Scaled((codes,), torch.zeros(16).double()).single is codes
+    assert Scaled((codes,), torch.tensor([0, 0.5]).double()).single is None
+    assert Scaled((codes, codes), torch.zeros(()).double()).single is None
+
+
+def test_a_ratio_just_below_a_power_of_two_keeps_31_bits():
+    zero, one = torch.tensor(0), torch.tensor(1.0).double()
+    for ratio in (1 - 2.0**-40, -1 + 2.0**-40):
+        (multiplier,), _, shift = _integers(Scaled((Term("x", zero, ratio * one),), 0 * one), Term("y", zero, one))
+        assert (abs(int(multiplier)), shift) == (2**31 - 1, 31)
+
+
+def check(model, images=None):
+    images = torch.randn(6, 3, 16, 16) if images is None else images
     with torch.inference_mode():
         logits, simulated = interpreted(lower(model))(images), ExactSimulation(model)(images).float()
     assert torch.equal(logits, simulated)
@@ -125,11 +186,71 @@ def check(model):
         (lambda s, x: s.fc(s.fc(x).to(torch.bfloat16).float()), "has no integer form"),
         (lambda s, x: s.fc(s.fc(x).max(1, keepdim=True)[0] + x), "max has no integer form"),
         (lambda s, x: s.fc(x) - torch.mean(x, dim=None, keepdim=True), "averages over the batch"),
+        (
+            lambda s, x: s.fc((s.fc(x) + s.position).transpose(0, 1).reshape(-1, 16)).view(16, -1, 16).transpose(0, 1),
+            "has the images inside",
+        ),
+        (
+            lambda s, x: s.norm(torch.cat([s.narrow(x), 6 * s.gain[:8].expand(len(x), 16, 8)], -1)),
+            "a constant is joined along the axis of the scales",
+        ),
+        (lambda s, x: s.fc(functional.pad(s.bare(x), (0, 0, 1, 2), value=1.0)), "padding with other than zeros"),
+        (lambda s, x: s.bare(functional.pad(s.fc(x), (1, 2), "reflect")[..., :16]), "padding with other than zeros"),
+        (lambda s, x: s.fc(torch.add(s.fc(x), s.position, alpha=2)), "it adds a multiple"),
+        (lambda s, x: s.fc(torch.div(s.fc(x), 0.5, rounding_mode="floor")), "divides by whole numbers"),
+        (masked(fill=-5.0), "fills with -5.0, which does not hide"),
+        (masked(lambda scores: scores.mT, lambda probs: probs.mT), "rows of masked scores are rearranged"),
+        (
+            masked(lambda scores: scores.flatten(), lambda probs: probs.view(-1, 2, 16, 16)),
+            "rows of masked scores are rearranged",
+        ),
+        (
+            lambda s, x: x + s.bare(over_the_batch(s, s.fc(x))),
+            "rows of masked scores are rearranged",
+        ),
+        (
+            masked(
+                after=lambda probs: probs.transpose(0, 1),
+                first=lambda scores: scores.transpose(0, 1),
+                hide=lambda s, x: s.later.expand(2, len(x), 16, 16),
+            ),
+            "its mask grows with the batch along another axis than the first",
+        ),
     ],
 )
 def test_what_has_no_integer_form_is_refused_for_what_it_is(body, said):
     with pytest.raises(LoweringError, match=said):
         lower(quantized(body))
+
+
+class Halves(nn.Module):
+    """A patch embedding of an image's left half and one of its right half."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 16, (4, 2), (4, 2)), nn.Conv2d(3, 16, (4, 2), (4, 2))
+
+    def forward(self, x):
+        return self.left(x[..., :8]) + self.right(x[..., 8:])
+
+
+def test_two_quantizers_of_one_image_are_refused():
+    torch.manual_seed(0)
+    model = Block(lambda s, x: x, same)
+    model.patches = Halves()
+    halves = torch.tensor([1.0, 3.0]).repeat_interleave(8)
+    with pytest.raises(LoweringError, match="the image has two quantizers"):
+        lower(vitquant.quantize(model.eval(), "fq-vit", [torch.randn(4, 3, 16, 16) * halves for _ in range(2)]))
+
+
+def test_the_exact_simulation_has_the_codes_of_images_and_weights_that_float32_has():
+    model = quantized()
+    quantizer = model.image_quantizer
+    halves = (torch.arange(-90, 90) + 0.5) * quantizer.scale
+    images = torch.cat([halves, halves.nextafter(torch.tensor(9.0)), halves.nextafter(torch.tensor(-9.0))])
+    images = images.repeat(9)[: 6 * 3 * 16 * 16].view(6, 3, 16, 16)
+    assert not torch.equal(copy.deepcopy(quantizer).double().encode(images.double()), quantizer.encode(images))
+    check(model, images)
 
 
 @pytest.mark.parametrize("recipe", ["fq-vit", "minmax"])

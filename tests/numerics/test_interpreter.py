@@ -329,6 +329,25 @@ def test_registers_are_held_in_the_bytes_of_their_type(monkeypatch: pytest.Monke
     assert torch.equal(run(codes.to(torch.uint8)), run(codes))
 
 
+def test_registers_that_nobody_reads_any_more_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = (
+        p.Lookup("a", "here", "x", "t", 0), p.Lookup("b", "here", "a", "t", 0), p.Concat("c", "here", ("a", "b"), 1),
+        p.Lookup("d", "here", "c", "t", 0), p.Lookup("y", "here", "d", "t", 0),
+    )  # fmt: skip
+    registers = {name: p.Register("u4", (-1, 6 if name in "cdy" else 3)) for name in "xabcdy"}
+    registers["t"] = p.Register("u4", (16,))
+    run, kept = Interpreter(p.IntegerProgram("x", "y", registers, {"t": torch.arange(16)}, steps)), []
+    execute = run._execute
+
+    def spy(instruction, held):
+        kept.append("".join(held))
+        return execute(instruction, held)
+
+    monkeypatch.setattr(run, "_execute", spy)
+    run(torch.tensor([[0, 7, 15]]))
+    assert kept == ["x", "a", "ab", "c", "d"]
+
+
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
@@ -343,7 +362,8 @@ def test_what_are_no_codes_is_refused(codes: Tensor, message: str) -> None:
 
 
 @pytest.mark.parametrize("images", [0, 1, 3, 4, 5, 9])
-def test_any_number_of_images(images: int) -> None:
+def test_any_number_of_images(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitquant.runtime.interpreter._AT_ONCE", 4)  # images, of one element each
     run = Interpreter(one(p.Sum("y", "here", "x", (1,), True, 2), "u8", (4,)))
     codes = torch.randint(0, 256, (images, 4))
     assert torch.equal(run(codes), codes.sum(1, keepdim=True) - 8)

@@ -27,6 +27,7 @@ from vitquant.parity.examine import adversarial_codes
 from vitquant.program import instructions as p
 from vitquant.quantizers.quantizer import Quantizer
 from vitquant.runtime.interpreter import Interpreter
+from vitquant.runtime.on_images import interpreted
 from vitquant.runtime.onnxruntime import OnnxModel
 from vitquant.runtime.products import exact_int64
 from vitquant.tasks.images import batches, load_listing, subset
@@ -222,6 +223,22 @@ def _quantized_only(model):
     graph = onnx.helper.make_graph([front], "front", model.graph.input, [codes], constants)
     alone = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     return OnnxModel(alone.SerializeToString(), threads=1)
+
+
+def test_float_images_beyond_codes_that_do_not_fill_a_byte_are_clipped():
+    program = lower(quantized("vit", settings=("network-input.bits=6",)))
+    assert program.facts["input"]["high"] == 63
+    images = torch.randn(2, 3, 32, 32) * 9
+    content = onnx_integer_model(program, float_io=True).SerializeToString()
+    assert torch.equal(OnnxModel(content, threads=1)(images), interpreted(program)(images))
+
+
+def test_float_logits_have_the_scales_of_their_classes(vit_program):
+    output = {**vit_program.facts["output"], "scale": [0.01 * (number + 1) for number in range(10)]}
+    program = replace(vit_program, facts={**vit_program.facts, "output": output})
+    content = onnx_integer_model(program, float_io=True).SerializeToString()
+    images = torch.randn(3, 3, 32, 32)
+    assert torch.equal(OnnxModel(content, threads=1)(images), interpreted(program)(images))
 
 
 def test_logits_of_4_bits_stay_codes():

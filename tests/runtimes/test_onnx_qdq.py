@@ -43,6 +43,7 @@ from onnx import TensorProto, numpy_helper  # noqa: E402
 
 from vitquant.export.onnx_qdq import FORMAT, SIGNED, WITHOUT_VNNI, onnx_qdq_model  # noqa: E402
 from vitquant.export.qdq_rewriting import rewrite  # noqa: E402
+from vitquant.runtime.onnxruntime import OnnxModel  # noqa: E402
 
 law = settings(max_examples=60, deadline=None)
 OPSET = 21
@@ -420,3 +421,5 @@ def test_symmetric_activations_keep_the_rules_of_tensorrt(bits):
     images = photos(3, seed=1)
     for level in (ALL, NONE):
         assert cosine(run(proto, images, level, options), simulated(quantized, images)) > 0.99
+    given = OnnxModel(proto.SerializeToString(), threads=1)._session.get_session_options()
+    assert {key: given.get_session_config_entry(key) for key in options} == options

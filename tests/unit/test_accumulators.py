@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_programs import one
+from small_programs import one, program
 
 from vitquant.program import instructions as p
 from vitquant.report.accumulators import Accumulator, accumulators
@@ -36,3 +36,12 @@ def test_a_layers_range_is_that_of_its_own_weights():
     # Codes 0..255 less 3: from -3 * (1 + 3) - 2 * 252 + 10, or -3 - 1000; to 252 * (1 + 3) + 2 * 3 + 10.
     assert (found.low, found.high) == (min(-506, -1003), 1024)
     assert found.to_dict() == {"type": "s32", "low": -1003, "high": 1024, "headroom_bits": 20}
+
+
+@pytest.mark.parametrize("order", [("small", "large"), ("large", "small")])
+def test_of_a_site_that_sums_several_times_the_fullest_is_told(order):
+    weights = {"small": torch.ones(6, 6).long(), "large": torch.full((6, 6), 100)}
+    steps = [p.Linear(f"y{name}", "here", "x", name, None, 0, None) for name in order]
+    written = {step.output: p.Register("s32", (-1, 4, 6)) for step in steps}
+    found = accumulators(program(*steps, registers=written, constants=weights))["here"]
+    assert (found.low, found.high) == (0, 6 * 255 * 100)

@@ -1,14 +1,21 @@
 """Promises about forms of a model hold when they should, and break when they should."""
 
+import importlib
 import json
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 
-from vitquant.parity import Flips, ParityReport
+import vitquant
+from vitquant.lowering import lower
+from vitquant.parity import Flips, Form, ParityReport, examine
 from vitquant.parity.comparison import as_close_as, bit_exact, compare, same_classes
+from vitquant.parity.examine import adversarial_codes
 from vitquant.report.parity import as_dict
+from vitquant.runtime.interpreter import Interpreter
+from vitquant.runtime.products import exact_int64
 
 LOGITS = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
 
@@ -74,3 +81,62 @@ def test_flips_of_rescaling_are_few_and_of_operations_none(made_by, flipped, lar
     flips = Flips("a:input", made_by, 10_000, flipped, largest)
     assert flips.kept is kept
     assert bool(ParityReport((), (flips,)).broken) is not kept
+
+
+# What is examined.
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A tiny float model, what `fq-vit` makes of it, its program, and images."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
+    model = timm.models.vision_transformer.VisionTransformer(**sizes).eval()
+    images = [torch.randn(8, 3, 16, 16) for _ in range(2)]
+    quantized = vitquant.quantize(model, "fq-vit", images)
+    return model, quantized, lower(quantized), images
+
+
+def test_codes_that_no_image_has_are_the_smallest_the_largest_and_all(tiny):
+    program = tiny[2]
+    codes = adversarial_codes(program)
+    assert {name: sorted(set(values.flatten().tolist())) for name, values in codes.items()} == {
+        "all 0": [0],
+        "all 255": [255],
+        "random codes": list(range(256)),
+    }
+    assert all(values.shape[1:] == program.registers["input"].shape[1:] for values in codes.values())
+
+
+@pytest.mark.parametrize("where", ["all 0", "all 255", "random codes"])
+def test_a_form_that_is_wrong_on_codes_that_no_image_has_is_found(tiny, where):
+    _, model, program, images = tiny
+    run, codes = Interpreter(program), adversarial_codes(program)[where]
+    form = Form("mine", lambda x: run(x) + torch.equal(x, codes), exact=True, on_codes=True)
+    assert examine(model, images, [form]).broken == [f"mine, {where} beside integer program: bit for bit"]
+
+
+def test_every_form_has_the_promise_that_it_can_keep(tiny, monkeypatch):
+    float_model, model, program, images = tiny
+    products = []
+
+    class Spy(Interpreter):
+        def __init__(self, program, *given):
+            products.extend(given)
+            super().__init__(program, *given)
+
+    monkeypatch.setattr(importlib.import_module("vitquant.parity.examine"), "Interpreter", Spy)
+    forms = [
+        Form("exact", Interpreter(program), exact=True, on_codes=True),
+        Form("near", lambda x: model(x) * 2, exact=False),
+    ]
+    report = examine(model, images, forms, float_model)
+    promises = {(each.form, each.beside): each.promise for each in report.comparisons if each.promise}
+    usual = report.comparisons[0]
+    assert (usual.form, usual.beside) == ("simulation", "float model")
+    assert promises.pop(("near", "simulation")) == as_close_as(usual, usual).promise != as_close_as(usual, None).promise
+    assert promises.pop(("integer program", "float64 simulation")) == "at least 98 % agree"
+    assert set(promises.values()) == {"bit for bit"}
+    assert {form for form, _ in promises} >= {"exact", "int64 definition"}
+    assert report.broken == []
+    assert products == [exact_int64]

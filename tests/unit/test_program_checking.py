@@ -180,7 +180,9 @@ SMALL = {"gain": torch.full((6,), 2**31 - 1), "weight": torch.full((5, 6), 127)}
         (lambda w: {"output": "x"}, "output: no register that an instruction writes"),
         (lambda w: {"output": "bias"}, "output: no register that an instruction writes"),
         (lambda w: {"codes": {"norm:input": "nowhere"}}, "no register 'nowhere'"),
+        (lambda w: {"codes": {"two\nlines": "x"}}, "codes: no register 'x' for"),
         (lambda w: {"facts": {"input": {"scale": 0.0, "zero_point": 0}}}, "input: no scale"),
+        (lambda w: {"facts": {"input": {**w.facts["input"], "zero_point": 2**31}}}, "input: no scale"),
         (lambda w: {"facts": {"input": {"scale": [0.1], "zero_point": 0}}}, "input: no scale"),
         (lambda w: {"facts": {"input": {"scale": 0.1, "zero_point": 0.5}}}, "input: no scale"),
         (lambda w: {"facts": {"output": {"scale": [0.1, 0.1], "zero_point": 0}}}, "output: no scale"),
@@ -188,6 +190,7 @@ SMALL = {"gain": torch.full((6,), 2**31 - 1), "weight": torch.full((5, 6), 127)}
         (lambda w: {"facts": {"output": []}}, "output: no scale"),
         (lambda w: {"facts": {"input": {"scale": 0.1, "zero_point": 0}}}, "input: no lowest and highest code"),
         (lambda w: {"facts": {"input": {**w.facts["input"], "high": 256}}}, "input: no lowest and highest code"),
+        (lambda w: {"facts": {"input": {**w.facts["input"], "low": 255}}}, "input: no lowest and highest code"),
         (lambda w: {"facts": {"input": {**w.facts["input"], "low": "0"}}}, "input: no lowest and highest code"),
         (
             lambda w: {"constants": {**w.constants, "gain": SMALL["gain"], "shift": torch.full((6,), 2**63 - 1)}},
@@ -287,6 +290,12 @@ def test_a_convolution_that_does_not_fit_is_refused(given):
     check_program(one(step, written, (-1, 3, 5, 5), **weight))
     with pytest.raises(LoweringError, match="here"):
         check_program(one(replace(step, **given), written, (-1, 3, 5, 5), **weight))
+
+
+def test_a_convolution_that_cuts_its_images_is_refused():
+    step = p.Convolution("y", "here", "x", "c", None, 0, None, (1, 1), (-1, 1), (1, 1), 1)
+    with pytest.raises(LoweringError, match="here: padding -1 is not from 0"):
+        check_program(one(step, p.Register("s32", (-1, 2, 1, 5)), (-1, 3, 5, 5), c=torch.ones(2, 3, 3, 3).long()))
 
 
 def test_groups_that_do_not_divide_the_outputs_are_refused():

@@ -67,6 +67,13 @@ def test_what_is_refused_is_refused_for_what_it_is(name):
         lower(quantized(name)[0])
 
 
+def test_a_model_that_gives_two_tensors_is_refused():
+    build, size = ZOO["attention maps"]
+    model = vitquant.quantize(build().eval(), "fq-vit", [torch.randn(2, 3, size, size)])
+    with pytest.raises(LoweringError, match="the model gives 2 tensors; wrap it so that it gives its logits only"):
+        lower(model)
+
+
 def test_talking_heads_lower_without_powers_of_two():
     model, size = quantized("timm cait", "fq-vit+uniform-probs")
     codes = Interpreter(lower(model))(model.image_quantizer.encode(torch.randn(2, 3, size, size)))

@@ -50,7 +50,7 @@ def static(context: Context, node: Node) -> Static:
     if grows and not context.dynamic.isdisjoint(node.users):
         two = context.static_of_two(node)
         repeated = torch.cat([one, one], grows[0])
-        if len(grows) > 1 or two.shape != repeated.shape or not torch.equal(two, repeated):
+        if two.shape != repeated.shape or not torch.equal(two, repeated):
             reason = f"{node.name}, which no image changes, is not repeated image by image"
             raise context.refuse(reason, "give each image the same")
     return Static(one.double())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def moved(context: Context, node: Node) -> Value:
         source = source.all_input_nodes[0]
     value = context.value(source)
     if isinstance(value, Hidden):
-        if len(node.meta["shape"]) < 2 or node.meta["shape"][-1] != source.meta["shape"][-1]:
+        if not _keeps_rows(context, source, node):
             raise context.refuse("the rows of masked scores are rearranged", "apply the mask last")
         return replace(value, moved=(*value.moved, node))
     value = together(context, value) if isinstance(value, Joined) else value
@@ -93,11 +94,25 @@ def moved(context: Context, node: Node) -> Value:
 
 def follow(context: Context, value: Scaled, source: Node, node: Node) -> Scaled:
     """A value of the shape of `source`, rearranged as `node` does."""
+    steps = _moves(context, source, node)
+    return walk(context, value, steps, growing_shape(source), context.one_image[source])
+
+
+def _moves(context: Context, source: Node, node: Node) -> list[Instruction]:
     try:
-        steps = moves(node, growing_shape(source), growing_shape(node))
+        return moves(node, growing_shape(source), growing_shape(node))
     except NoMoveError as reason:
         raise context.refuse(f"{reason} has no integer form") from None
-    return walk(context, value, steps, growing_shape(source), context.one_image[source])
+
+
+def _keeps_rows(context: Context, source: Node, node: Node) -> bool:
+    """Whether a rearrangement leaves together what lies along the last axis, and nothing else beside it."""
+    one = context.one_image[source]
+    row = torch.arange(prod(one[:-1])).view(*one[:-1], 1).expand(one)
+    for step in _moves(context, source, node):
+        row = move(step, row)
+    same_length = growing_shape(node)[-1:] == growing_shape(source)[-1:]  # that of one image may be so by chance
+    return same_length and torch.equal(row, row[..., :1].expand_as(row))
 
 
 def shape_of(context: Context, value: Scaled) -> tuple[int, ...]:
