@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitquant.errors import ExportError
+from vitquant.runtime.metadata import fact_of
 
 
 class OnnxModel:
@@ -90,8 +91,8 @@ _DTYPES = {
 
 def _wanted(model: Any) -> dict[str, str]:
     """The session options that the exporter wrote beside the graph, since ONNX Runtime does not load it without."""
-    texts = [each.value for each in model.metadata_props if each.key == "vitquant.session_options"]
-    return {} if not texts else json.loads(texts[0])
+    metadata = {each.key: each.value for each in model.metadata_props}
+    return json.loads(fact_of(metadata, "session_options") or "{}")
 
 
 def _first_line(error: Exception) -> str:
