@@ -150,9 +150,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_of(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str:
+    """One sha256, in hexadecimal, over tensors and plain JSON values; the order of their names plays no part."""
+    described = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    found = hashlib.sha256(_text({"tensors": described, "config": config}).encode())
+    for name in sorted(tensors):
+        found.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def _digest(config: Mapping[str, Any]) -> str:
-    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_text(config).encode()).hexdigest()
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True, separators=(",", ":"))
 
 
 def _safetensors() -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
 from vitquant.parity import Form
 from vitquant.program.instructions import IntegerProgram
+from vitquant.runtime.metadata import fact_of, to_metadata
 from vitquant.runtime.on_images import Ends, OnImages, interpreted
 from vitquant.runtime.onnxruntime import OnnxModel
 
@@ -43,7 +44,7 @@ def engine(name: str, model: QuantizedModel, directory: Path, threads: int | Non
         threads: that a runtime of its own uses; its choice when None.
 
     Raises:
-        ExportError: the name is unknown, or nothing was exported for that runtime.
+        ExportError: the name is unknown, nothing was exported for that runtime, or it was of another model.
         LoweringError: `integer`, of a model that does not lower.
     """
     match name:
@@ -56,14 +57,18 @@ def engine(name: str, model: QuantizedModel, directory: Path, threads: int | Non
             path = files.get("onnx-integer") or files.get("onnx-qdq")
             if path is None:
                 raise _nothing_for(name, directory, "onnx-integer")
-            return on_images(OnnxModel(path, threads=threads))
+            loaded = OnnxModel(path, threads=threads)
+            _refuse_another(model, loaded.metadata, path)
+            return on_images(loaded)
         case "openvino":
             path = exported(directory).get("openvino")
             if path is None:
                 raise _nothing_for(name, directory, "openvino")
             from vitquant.runtime.openvino import OpenVinoModel
 
-            return OpenVinoModel(path, threads=threads)
+            loaded = OpenVinoModel(path, threads=threads)
+            _refuse_another(model, loaded.metadata, path)
+            return loaded
         case _:
             raise ExportError(f"engine {name!r} is unknown; the engines are: {', '.join(ENGINES)}")
 
@@ -73,28 +78,45 @@ def on_images(model: OnnxModel) -> Engine:
     return OnImages(model, Ends.from_metadata(model.metadata)) if model.takes_codes else model
 
 
-def forms_of(path: Path, format: str) -> list[Form]:
+def forms_of(path: Path, format: str, model: QuantizedModel | None = None) -> list[Form]:
     """What was exported to a path, as each of its runtimes computes it.
 
     Arguments:
         path: of the file, or for `openvino` of the directory.
         format: what it was exported as.
+        model: what it has to be an export of; None when that is not known.
+
+    Raises:
+        ExportError: it cannot be run, or says that it is of another model.
+        CheckpointError: `program`, of no valid file.
     """
     match format:
         case "program":
             from vitquant.program.storage import load_program
             from vitquant.runtime.interpreter import Interpreter
 
-            return [Form("interpreter, stored program", Interpreter(load_program(path)), exact=True, on_codes=True)]
+            program = load_program(path)
+            _refuse_another(model, to_metadata(program.facts), path)
+            return [Form("interpreter, stored program", Interpreter(program), exact=True, on_codes=True)]
         case "onnx-integer" | "onnx-qdq":
             names = {True: f"onnxruntime, {format}", False: f"onnxruntime, {format}, not optimized"}
             models = {name: OnnxModel(path, optimize=optimize) for optimize, name in names.items()}
             exact = format == "onnx-integer"
-            return [Form(name, model, exact, model.takes_codes) for name, model in models.items()]
+            _refuse_another(model, models[names[True]].metadata, path)
+            return [Form(name, loaded, exact, loaded.takes_codes) for name, loaded in models.items()]
         case _:
             from vitquant.runtime.openvino import OpenVinoModel
 
-            return [Form("openvino", OpenVinoModel(path), exact=False)]
+            loaded = OpenVinoModel(path)
+            _refuse_another(model, loaded.metadata, path)
+            return [Form("openvino", loaded, exact=False)]
+
+
+def _refuse_another(model: QuantizedModel | None, metadata: Mapping[str, str], path: Path) -> None:
+    """Refuse a file that says that it is of another model; files from before they said it are taken."""
+    said = fact_of(metadata, "model")
+    if model is not None and said is not None and said != model.digest:
+        raise ExportError(f"{path} was exported from another model than that of {path.parent}; export it again")
 
 
 def _nothing_for(name: str, directory: Path, format: str) -> ExportError:

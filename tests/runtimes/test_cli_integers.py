@@ -1,6 +1,7 @@
 """Integers from the command line: engines, exports, and whether what was exported is what was evaluated."""
 
 import json
+import os
 import re
 import shutil
 
@@ -14,6 +15,9 @@ from vitquant.cli.evaluate import Engine
 from vitquant.cli.export import Format
 from vitquant.engines import ENGINES
 from vitquant.export.formats import PATHS
+from vitquant.lowering import lower
+from vitquant.pipeline import load
+from vitquant.program.storage import save_program
 
 ARGUMENTS = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32, "num_classes": 10}
 MODEL = ["timm:vit_tiny_patch16_224"] + [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]
@@ -158,9 +162,29 @@ def test_parity_makes_what_was_not_exported_and_throws_it_away(run, workshop):
     assert sorted(path.name for path in (workshop / "integers").iterdir()) == before
 
 
-def test_parity_ends_with_1_when_an_export_is_of_another_model(run, workshop, out):
-    assert run("export", workshop / "others", "--format", "program", "--quiet", "--force")[0] == 0
-    shutil.copy(workshop / "others" / "integer.program", out)
+def test_an_export_of_another_model_is_refused(run, workshop, out):
+    for format, engine in (
+        ("program", ""),
+        ("onnx-integer", "onnxruntime"),
+        ("onnx-qdq", "onnxruntime"),
+        ("openvino",) * 2,
+    ):
+        others = workshop / "others" / PATHS[format]
+        assert run("export", workshop / "others", "--format", format, "--images", 4, "--quiet", "--force")[0] == 0
+        shutil.move(others, out / PATHS[format])
+        words = [("parity", out, "--images", 4)]
+        words += [("evaluate", out, "--data", workshop / "images", "--engine", engine)] if engine else []
+        for each in words:
+            code, _, err = run(*each)
+            assert (code, err.count("\n")) == (2, 1)
+            assert f"{out / PATHS[format]} was exported from another model" in err
+        remove = shutil.rmtree if format == "openvino" else os.remove
+        remove(out / PATHS[format])
+
+
+def test_parity_ends_with_1_when_an_export_that_does_not_say_so_is_of_another_model(run, workshop, out):
+    program = lower(load(workshop / "others"))
+    save_program(program, out / "integer.program")  # as before programs said what they are of
     code, found, _ = run("parity", out, "--images", 4, "--json")
     assert code == 1
     assert "stored program beside integer program: bit for bit" in found["broken"][0]
@@ -181,6 +205,10 @@ def test_programs_of_a_model_that_does_not_lower_are_not_passed_over(run, worksh
     assert "blocks.0.norm1" in err
     assert run("export", workshop / "others", "--format", "program", "--images", 4, "--quiet", "--force")[0] == 0
     shutil.copy(workshop / "others" / "integer.program", model)
+    code, _, err = run("parity", model, "--images", 4)
+    assert code == 2
+    assert "was exported from another model" in err
+    save_program(lower(load(workshop / "others")), model / "integer.program", force=True)
     code, found, _ = run("parity", model, "--images", 4, "--json")
     assert code == 1
     assert "no integer program" in found["broken"][0]

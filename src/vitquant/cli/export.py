@@ -80,7 +80,7 @@ def export(
             with terminal.progress("exporting"):
                 write(quantized, format, scratch / path.name, float_io=float_io)
                 size = _size(scratch / path.name)
-                forms = forms_of(scratch / path.name, format)
+                forms = forms_of(scratch / path.name, format, quantized)
             report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, model)
             if not report.broken:
                 path.parent.mkdir(parents=True, exist_ok=True)

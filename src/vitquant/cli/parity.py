@@ -82,7 +82,7 @@ def _forms(quantized: QuantizedModel, out: Path, against: list[Runtime], scratch
 
     found = exported(out)
     if not against:
-        return [form for format, path in found.items() for form in forms_of(path, format)]
+        return [form for format, path in found.items() for form in forms_of(path, format, quantized)]
     forms: list[Form] = []
     program, refused = program_of(quantized)
     lowers = program is not None
@@ -93,5 +93,5 @@ def _forms(quantized: QuantizedModel, out: Path, against: list[Runtime], scratch
         if path is None and (format not in _ON_INTEGERS or lowers):
             path = scratch / PATHS[format]
             write(quantized, format, path)
-        forms += [] if path is None else forms_of(path, format)
+        forms += [] if path is None else forms_of(path, format, quantized)
     return forms

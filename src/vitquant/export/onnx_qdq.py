@@ -189,8 +189,7 @@ def _describe(proto: onnx.ModelProto, model: QuantizedModel, options: dict[str, 
     facts = {
         "format": FORMAT,
         "version": version("vitquant"),
-        "recipe": model.recipe.name,
-        "bits": str(model.bits),
+        **model.facts,
         "session_options": options,
         "session_options.without_vnni": WITHOUT_VNNI,
     }

@@ -19,5 +19,4 @@ def to_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
 
 def fact_of(metadata: Mapping[str, str], name: str) -> str | None:
     """One of them; None where a file does not say it."""
-    older = metadata.get(name)  # integer.onnx had these names alone at first
-    return metadata.get(f"{_PREFIX}{name}", older)
+    return metadata.get(f"{_PREFIX}{name}")
