@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vitquant.errors import ExportError, LoweringError
-from vitquant.export.formats import exported
+from vitquant.errors import ExportError, LoweringError, VitquantError
+from vitquant.export.formats import ON_INTEGERS, exported
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
 from vitquant.parity import Form
@@ -16,7 +16,13 @@ from vitquant.runtime.metadata import fact_of, to_metadata
 from vitquant.runtime.on_images import Ends, OnImages, interpreted
 from vitquant.runtime.onnxruntime import OnnxModel
 
-ENGINES = ("float", "simulated", "integer", "onnxruntime", "openvino")
+ENGINES = ("float", "simulated", "integer", "onnxruntime", "onnx-integer", "onnx-qdq", "openvino")
+_RUNS = {  # the formats that an engine runs, of several the first that was exported
+    "onnxruntime": ("onnx-integer", "onnx-qdq"),
+    "onnx-integer": ("onnx-integer",),
+    "onnx-qdq": ("onnx-qdq",),
+    "openvino": ("openvino",),
+}
 Engine = Callable[[Any], Any]
 
 
@@ -34,36 +40,39 @@ def default_engine(model: QuantizedModel) -> tuple[str, Engine, str]:
     return ("simulated", model, reason) if program is None else ("integer", interpreted(program), "")
 
 
+def file_of(name: str, directory: Path) -> Path | None:
+    """The exported file, or OpenVINO's directory, that an engine runs; None where there is none."""
+    files = exported(directory)
+    return next((files[format] for format in _RUNS.get(name, ()) if format in files), None)
+
+
 def engine(name: str, model: QuantizedModel, directory: Path, threads: int | None = None) -> Engine:
     """What computes logits, (images, classes), from float32 images (batch, channels, height, width).
 
     Arguments:
-        name: one of `ENGINES` but `float`, which is not made of the quantized model.
+        name: one of `ENGINES` but `float`, which is not made of the quantized model. `onnxruntime` runs the integer
+            ONNX file, or the QDQ one where that is all there is; `onnx-integer` and `onnx-qdq` say which.
         model: what `directory` holds.
         directory: where exports are looked for.
         threads: that a runtime of its own uses; its choice when None.
 
     Raises:
         ExportError: the name is unknown, nothing was exported for that runtime, or it was of another model.
-        LoweringError: `integer`, of a model that does not lower.
+        LoweringError: `integer` or `onnx-integer`, of a model that does not lower.
     """
     match name:
         case "simulated":
             return model
         case "integer":
             return interpreted(lower(model))
-        case "onnxruntime":
-            files = exported(directory)
-            path = files.get("onnx-integer") or files.get("onnx-qdq")
+        case "onnxruntime" | "onnx-integer" | "onnx-qdq" | "openvino":
+            path = file_of(name, directory)
             if path is None:
-                raise _nothing_for(name, directory, "onnx-integer")
-            loaded = OnnxModel(path, threads=threads)
-            _refuse_another(model, loaded.metadata, path)
-            return on_images(loaded)
-        case "openvino":
-            path = exported(directory).get("openvino")
-            if path is None:
-                raise _nothing_for(name, directory, "openvino")
+                raise _nothing_for(name, model, directory)
+            if name != "openvino":
+                loaded = OnnxModel(path, threads=threads)
+                _refuse_another(model, loaded.metadata, path)
+                return on_images(loaded)
             from vitquant.runtime.openvino import OpenVinoModel
 
             loaded = OpenVinoModel(path, threads=threads)
@@ -119,5 +128,10 @@ def _refuse_another(model: QuantizedModel | None, metadata: Mapping[str, str], p
         raise ExportError(f"{path} was exported from another model than that of {path.parent}; export it again")
 
 
-def _nothing_for(name: str, directory: Path, format: str) -> ExportError:
-    return ExportError(f"{directory} holds nothing for {name}: vitquant export {directory} --format {format}")
+def _nothing_for(name: str, model: QuantizedModel, directory: Path) -> VitquantError:
+    """What to export for an engine, of what the model allows."""
+    program, refused = program_of(model)
+    possible = [format for format in _RUNS[name] if program is not None or format not in ON_INTEGERS]
+    if not possible:
+        return LoweringError(f"{directory} holds nothing for {name}, and cannot: {refused}")
+    return ExportError(f"{directory} holds nothing for {name}: vitquant export {directory} --format {possible[0]}")

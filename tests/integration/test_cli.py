@@ -21,7 +21,7 @@ from vitquant.errors import CheckpointError
 
 ARGUMENTS = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 10}
 MODEL = ["timm:vit_tiny_patch16_224"] + [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]
-FIGURES = ["engine", "images", "top1", "top5", "float_top1", "agreement", "top1_difference_interval", "seconds"]
+FIGURES = ["engine", "images", "top1", "top5", "float_top1", "agreement", "top1_difference_interval", "seconds", "file"]
 FACTORIES = """
 import torch
 from torch import nn

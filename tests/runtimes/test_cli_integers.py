@@ -74,10 +74,10 @@ def test_the_command_line_offers_what_python_does():
 
 
 def test_what_is_evaluated_is_the_integer_program_and_every_engine_can_be_asked_for(run, workshop, out):
-    for format in ("onnx-integer", "openvino"):
+    for format in ("onnx-integer", "onnx-qdq", "openvino"):
         assert run("export", out, "--format", format, "--quiet")[0] == 0
     found = {}
-    for engine in ("", "float", "simulated", "integer", "onnxruntime", "openvino"):
+    for engine in ("", *ENGINES):
         words = ["--engine", engine] if engine else []
         code, found[engine], _ = run("evaluate", out, "--data", workshop / "images", *words, "--json")
         assert code == 0
@@ -85,9 +85,32 @@ def test_what_is_evaluated_is_the_integer_program_and_every_engine_can_be_asked_
         **{name: name for name in found},
         "": "integer",
     }
+    assert {name: figures["file"] for name, figures in found.items() if figures["file"]} == {
+        "onnxruntime": str(out / "integer.onnx"),
+        "onnx-integer": str(out / "integer.onnx"),
+        "onnx-qdq": str(out / "qdq.onnx"),
+        "openvino": str(out / "openvino"),
+    }
     assert found["float"]["agreement"] == 100
     figures = ("top1", "top5", "agreement")
     assert all(found[""][name] == found["integer"][name] == found["onnxruntime"][name] for name in figures)
+
+
+def test_the_file_that_was_run_is_in_the_table(run, workshop, out):
+    assert run("export", out, "--format", "onnx-qdq", "--images", 4, "--quiet")[0] == 0
+    code, text, _ = run("evaluate", out, "--data", workshop / "images", "--engine", "onnxruntime")
+    assert code == 0
+    assert "qdq.onnx" in text.replace("\n", "")
+
+
+def test_an_engine_without_its_file_says_what_the_model_can_be_exported_to(run, workshop):
+    words = ("evaluate", workshop / "float", "--data", workshop / "images", "--engine")
+    code, _, err = run(*words, "onnxruntime")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--format onnx-qdq" in err
+    code, _, err = run(*words, "onnx-integer")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds nothing for onnx-integer, and cannot: blocks.0.norm1" in err
 
 
 def test_a_recipe_that_computes_in_float_is_simulated(run, workshop):

@@ -33,7 +33,6 @@ _FORMATS = {
     Runtime.ONNXRUNTIME: ("onnx-integer", "onnx-qdq"),
     Runtime.OPENVINO: ("openvino",),
 }
-_ON_INTEGERS = ("program", "onnx-integer")
 
 Against = Annotated[
     list[Runtime] | None,
@@ -78,7 +77,7 @@ def parity(
 
 def _forms(quantized: QuantizedModel, out: Path, against: list[Runtime], scratch: Path) -> list[Form]:
     from vitquant.engines import forms_of, program_of
-    from vitquant.export.formats import PATHS, exported, write
+    from vitquant.export.formats import ON_INTEGERS, PATHS, exported, write
 
     found = exported(out)
     if not against:
@@ -90,7 +89,7 @@ def _forms(quantized: QuantizedModel, out: Path, against: list[Runtime], scratch
         raise LoweringError(f"--against interpreter: {refused}")
     for format in dict.fromkeys(format for runtime in against for format in _FORMATS[runtime]):
         path = found.get(format)
-        if path is None and (format not in _ON_INTEGERS or lowers):
+        if path is None and (format not in ON_INTEGERS or lowers):
             path = scratch / PATHS[format]
             write(quantized, format, path)
         forms += [] if path is None else forms_of(path, format, quantized)

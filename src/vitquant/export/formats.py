@@ -19,6 +19,7 @@ PATHS = {
     "onnx-qdq": "qdq.onnx",
     "openvino": "openvino",
 }
+ON_INTEGERS = ("program", "onnx-integer")  # those of the integer program, which not every model has
 
 
 def exported(directory: Path) -> dict[str, Path]:
