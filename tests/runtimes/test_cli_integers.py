@@ -213,6 +213,25 @@ def test_parity_ends_with_1_when_an_export_that_does_not_say_so_is_of_another_mo
     assert "stored program beside integer program: bit for bit" in found["broken"][0]
 
 
+def test_a_broken_promise_is_named_on_stderr_where_no_table_names_it(run, workshop, out, monkeypatch):
+    save_program(lower(load(workshop / "others")), out / "integer.program")
+    code, text, err = run("parity", out, "--images", 4, "--quiet")
+    assert (code, text, err.count("\n")) == (1, "", 1)
+    assert err.startswith("broken: interpreter, stored program beside integer program: bit for bit")
+    monkeypatch.setattr("vitquant.parity.comparison.AGREEMENT", 101.0)
+    code, text, err = run("export", out, "--format", "onnx-qdq", "--images", 4, "--quiet")
+    assert (code, text, err.count("\n")) == (1, "", 1)
+    assert err.startswith("broken: integer program beside float64 simulation")
+    assert not (out / "qdq.onnx").exists()
+
+
+def test_parity_without_anything_to_promise_is_refused(run, workshop):
+    code, text, err = run("parity", workshop / "float", "--images", 4)
+    assert (code, text, err.count("\n")) == (2, "", 1)
+    assert "blocks.0.norm1" in err
+    assert f"vitquant export {workshop / 'float'} --format onnx-qdq" in err
+
+
 def test_parity_of_a_model_that_does_not_lower_says_why(run, workshop):
     code, found, _ = run("parity", workshop / "float", "--against", "onnxruntime", "--images", 4, "--json")
     assert code == 0

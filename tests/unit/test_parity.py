@@ -8,7 +8,7 @@ import torch
 
 from vitquant.parity import Flips, ParityReport
 from vitquant.parity.comparison import as_close_as, bit_exact, compare, same_classes
-from vitquant.report.parity import as_dict
+from vitquant.report.parity import as_dict, verdict
 
 LOGITS = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
 
@@ -57,6 +57,12 @@ def test_logits_that_are_no_numbers_break_every_promise_and_are_null_in_json():
     values = json.loads(json.dumps(as_dict(ParityReport(tuple(comparisons))), allow_nan=False))
     assert values["comparisons"][0]["worst"] is None
     assert len(values["broken"]) == 2
+
+
+def test_the_verdict_says_kept_only_of_what_was_promised():
+    alone = compare("simulation", LOGITS, "float model", LOGITS)
+    assert str(verdict(ParityReport((alone,), refused="a: why"))) == "not lowered: a: why\nnothing was promised"
+    assert str(verdict(ParityReport((alone, bit_exact(alone))))) == "every promise is kept"
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,13 @@ def shown(report: ParityReport) -> tuple[dict[str, Any], list[RenderableType]]:
     return as_dict(report), [*tables, verdict(report)]
 
 
+def end(terminal: Terminal, report: ParityReport) -> None:
+    """End the command with exit code 1 where a promise is broken."""
+    if report.broken:
+        terminal.failure(f"broken: {'; '.join(report.broken)}")
+        raise typer.Exit(BROKEN)
+
+
 def _calibrated_on(quantized: QuantizedModel, out: Path) -> Path:
     directory = (quantized.provenance.get("calibration") or {}).get("directory")
     if directory is None or not Path(directory).is_dir():

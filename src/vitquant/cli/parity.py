@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitquant.cli import options
-from vitquant.cli.checking import BROKEN, Data, Images, compare_forms, shown
+from vitquant.cli.checking import Data, Images, compare_forms, end, shown
 from vitquant.cli.evaluate import Weights
 from vitquant.cli.terminal import Terminal
-from vitquant.errors import LoweringError
+from vitquant.errors import ExportError, LoweringError
 
 if TYPE_CHECKING:
     from vitquant.model import QuantizedModel
@@ -71,8 +71,7 @@ def parity(
         report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, model)
         values, tables = shown(report)
         terminal.result(values, *tables)
-    if report.broken:
-        raise typer.Exit(BROKEN)
+        end(terminal, report)
 
 
 def _forms(quantized: QuantizedModel, out: Path, against: list[Runtime], scratch: Path) -> list[Form]:
@@ -80,11 +79,16 @@ def _forms(quantized: QuantizedModel, out: Path, against: list[Runtime], scratch
     from vitquant.export.formats import ON_INTEGERS, PATHS, exported, write
 
     found = exported(out)
-    if not against:
-        return [form for format, path in found.items() for form in forms_of(path, format, quantized)]
     forms: list[Form] = []
     program, refused = program_of(quantized)
     lowers = program is not None
+    if not against:
+        if not found and not lowers:
+            raise ExportError(
+                f"{out} holds nothing to compare: nothing was exported, and the model does not lower: {refused}; "
+                f"vitquant export {out} --format onnx-qdq"
+            )
+        return [form for format, path in found.items() for form in forms_of(path, format, quantized)]
     if not lowers and Runtime.INTERPRETER in against:
         raise LoweringError(f"--against interpreter: {refused}")
     for format in dict.fromkeys(format for runtime in against for format in _FORMATS[runtime]):

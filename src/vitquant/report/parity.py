@@ -72,10 +72,12 @@ def flips_table(flips: Sequence[Flips]) -> Table:
 
 
 def verdict(report: ParityReport) -> Text:
-    """The promises in one line."""
-    said = f"not lowered: {report.refused}. " if report.refused else ""
+    """The promises in one line, below the one that says why there is no integer program."""
+    said = f"not lowered: {report.refused}\n" if report.refused else ""
     if report.broken:
         return Text.assemble(said, ("broken: ", "bold red"), "; ".join(report.broken))
+    if not report.promised:
+        return Text.assemble(said, "nothing was promised")
     return Text.assemble(said, ("every promise is kept", "green"))
 
 
