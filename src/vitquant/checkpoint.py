@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vitquant.errors import CheckpointError
-from vitquant.files import put_in_place
+from vitquant.files import put_in_place, share
 
 FORMAT = 1
 TENSORS = "model.safetensors"
@@ -80,7 +80,7 @@ def write_checkpoint(
         (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
         for name in (TENSORS, CONFIG):
             _flush(partial / name)
-        partial.chmod(0o755)
+        share(partial)  # safetensors' files are private as well
         put_in_place(partial, directory)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error

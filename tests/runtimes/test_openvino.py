@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import stat
 import subprocess
 import sys
 
@@ -189,6 +191,17 @@ def test_a_convolution_keeps_its_bias_when_its_quantizer_is_moved_to_it(bias, to
 
 
 # Files.
+
+
+def test_an_ir_has_the_mode_that_the_umask_gives(tmp_path):
+    _, proto = exported(timm_vit, "minmax")
+    before = os.umask(0o027)
+    try:
+        write_openvino(proto, tmp_path / "ir")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes == {"ir": 0o750, "model.xml": 0o640, "model.bin": 0o640}
 
 
 def test_an_ir_is_not_replaced_unless_forced(tmp_path):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vitquant.errors import ExportError
 from vitquant.export.onnx_qdq import onnx_qdq_model
-from vitquant.files import put_in_place
+from vitquant.files import put_in_place, share
 from vitquant.model import QuantizedModel
 from vitquant.runtime.openvino import openvino_core
 
@@ -51,7 +51,7 @@ def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Pat
         for file in partial.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        partial.chmod(0o755)
+        share(partial)
         put_in_place(partial, directory)
     except (OSError, RuntimeError) as error:  # OpenVINO's word for a full disk is RuntimeError
         raise ExportError(f"{directory} could not be written: {getattr(error, 'strerror', None) or error}") from error
