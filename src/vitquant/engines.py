@@ -40,13 +40,13 @@ def default_engine(model: QuantizedModel) -> tuple[str, Engine, str]:
     return ("simulated", model, reason) if program is None else ("integer", interpreted(program), "")
 
 
-def file_of(name: str, directory: Path) -> Path | None:
+def file_of(name: str, directory: str | Path) -> Path | None:
     """The exported file, or OpenVINO's directory, that an engine runs; None where there is none."""
     files = exported(directory)
     return next((files[format] for format in _RUNS.get(name, ()) if format in files), None)
 
 
-def engine(name: str, model: QuantizedModel, directory: Path, threads: int | None = None) -> Engine:
+def engine(name: str, model: QuantizedModel, directory: str | Path, threads: int | None = None) -> Engine:
     """What computes logits, (images, classes), from float32 images (batch, channels, height, width).
 
     Arguments:
@@ -87,7 +87,7 @@ def on_images(model: OnnxModel) -> Engine:
     return OnImages(model, Ends.from_metadata(model.metadata)) if model.takes_codes else model
 
 
-def forms_of(path: Path, format: str, model: QuantizedModel | None = None) -> list[Form]:
+def forms_of(path: str | Path, format: str, model: QuantizedModel | None = None) -> list[Form]:
     """What was exported to a path, as each of its runtimes computes it.
 
     Arguments:
@@ -99,6 +99,7 @@ def forms_of(path: Path, format: str, model: QuantizedModel | None = None) -> li
         ExportError: it cannot be run, or says that it is of another model.
         CheckpointError: `program`, of no valid file.
     """
+    path = Path(path)
     match format:
         case "program":
             from vitquant.program.storage import load_program
@@ -128,7 +129,7 @@ def _refuse_another(model: QuantizedModel | None, metadata: Mapping[str, str], p
         raise ExportError(f"{path} was exported from another model than that of {path.parent}; export it again")
 
 
-def _nothing_for(name: str, model: QuantizedModel, directory: Path) -> VitquantError:
+def _nothing_for(name: str, model: QuantizedModel, directory: str | Path) -> VitquantError:
     """What to export for an engine, of what the model allows."""
     program, refused = program_of(model)
     possible = [format for format in _RUNS[name] if program is not None or format not in ON_INTEGERS]

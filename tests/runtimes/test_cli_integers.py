@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from vitquant import engines
 from vitquant.cli import main
 from vitquant.cli.evaluate import Engine
 from vitquant.cli.export import Format
-from vitquant.engines import ENGINES
-from vitquant.export.formats import PATHS
+from vitquant.export.formats import PATHS, exported
 from vitquant.lowering import lower
 from vitquant.pipeline import load
 from vitquant.program.storage import save_program
@@ -69,7 +69,7 @@ def run(capsys):
 
 
 def test_the_command_line_offers_what_python_does():
-    assert tuple(Engine) == ENGINES
+    assert tuple(Engine) == engines.ENGINES
     assert list(Format) == list(PATHS)
 
 
@@ -77,7 +77,7 @@ def test_what_is_evaluated_is_the_integer_program_and_every_engine_can_be_asked_
     for format in ("onnx-integer", "onnx-qdq", "openvino"):
         assert run("export", out, "--format", format, "--quiet")[0] == 0
     found = {}
-    for engine in ("", *ENGINES):
+    for engine in ("", *engines.ENGINES):
         words = ["--engine", engine] if engine else []
         code, found[engine], _ = run("evaluate", out, "--data", workshop / "images", *words, "--json")
         assert code == 0
@@ -101,6 +101,15 @@ def test_the_file_that_was_run_is_in_the_table(run, workshop, out):
     code, text, _ = run("evaluate", out, "--data", workshop / "images", "--engine", "onnxruntime")
     assert code == 0
     assert "qdq.onnx" in text.replace("\n", "")
+
+
+def test_python_takes_paths_as_strings(run, workshop, out):
+    for format in ("program", "onnx-qdq"):
+        assert run("export", out, "--format", format, "--images", 4, "--quiet")[0] == 0
+    model, images = load(str(out)), torch.zeros(1, 3, 32, 32)
+    assert exported(str(out)) == exported(out) == {name: out / PATHS[name] for name in ("program", "onnx-qdq")}
+    assert engines.engine("onnxruntime", model, str(out))(images).shape == (1, 10)
+    assert all(engines.forms_of(str(path), name, model) for name, path in exported(out).items())
 
 
 def test_an_engine_without_its_file_says_what_the_model_can_be_exported_to(run, workshop):
@@ -149,6 +158,19 @@ def test_an_export_is_compared_and_not_overwritten(run, out, format):
     assert "--force" in err
     assert run("export", out, "--format", format, "--images", 4, "--force", "--quiet")[0] == 0
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_without_the_float_weights_a_note_says_what_is_promised(run, workshop, out, tmp_path):
+    weights = workshop / "integers.safetensors"
+    moved = weights.rename(weights.with_suffix(".moved"))
+    try:
+        code, found, err = run("export", out, "--format", "onnx-qdq", "--images", 4, "--json")
+        assert (code, err.count("\n")) == (0, 2)
+        assert "promise no more than a cosine of 0.9" in err
+        assert "cosine at least 0.900" in [each["promise"] for each in found["parity"]["comparisons"]]
+        assert "cosine" not in run("export", out, "--format", "program", "--images", 4, "--json")[2]
+    finally:
+        moved.rename(weights)
 
 
 def test_an_export_goes_where_it_is_told_with_float_ends(run, out, tmp_path):
@@ -218,7 +240,8 @@ def test_a_broken_promise_is_named_on_stderr_where_no_table_names_it(run, worksh
     code, text, err = run("parity", out, "--images", 4, "--quiet")
     assert (code, text, err.count("\n")) == (1, "", 1)
     assert err.startswith("broken: interpreter, stored program beside integer program: bit for bit")
-    monkeypatch.setattr("vitquant.parity.comparison.AGREEMENT", 101.0)
+    for name, value in (("AGREEMENT", 101.0), ("FLIPPED_IMAGES", -1)):  # more must agree than there are
+        monkeypatch.setattr(f"vitquant.parity.comparison.{name}", value)
     code, text, err = run("export", out, "--format", "onnx-qdq", "--images", 4, "--quiet")
     assert (code, text, err.count("\n")) == (1, "", 1)
     assert err.startswith("broken: integer program beside float64 simulation")

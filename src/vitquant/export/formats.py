@@ -22,9 +22,9 @@ PATHS = {
 ON_INTEGERS = ("program", "onnx-integer")  # those of the integer program, which not every model has
 
 
-def exported(directory: Path) -> dict[str, Path]:
+def exported(directory: str | Path) -> dict[str, Path]:
     """What was exported into the directory of a saved model, by format."""
-    return {name: directory / path for name, path in PATHS.items() if (directory / path).exists()}
+    return {name: Path(directory, path) for name, path in PATHS.items() if Path(directory, path).exists()}
 
 
 def described_program(model: QuantizedModel) -> IntegerProgram:

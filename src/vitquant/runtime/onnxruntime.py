@@ -29,7 +29,7 @@ class OnnxModel:
         ExportError: onnxruntime is missing, there is no such file, or ONNX Runtime refuses the model.
     """
 
-    def __init__(self, model: Path | bytes, optimize: bool = True, threads: int | None = None) -> None:
+    def __init__(self, model: str | Path | bytes, optimize: bool = True, threads: int | None = None) -> None:
         try:
             import onnx
             import onnxruntime
