@@ -34,6 +34,8 @@ def test_classes_are_counted_and_ties_go_to_the_first():
     assert (found.agreement, found.kept) == (97, False)
     swapped[0] = LOGITS[0]
     assert same_classes(compare("a", swapped, "b", LOGITS)).kept
+    assert same_classes(compare("a", swapped[1:3], "b", LOGITS[1:3])).kept is False
+    assert same_classes(compare("a", swapped[2:18], "b", LOGITS[2:18])).kept  # one of 16
     ties = torch.zeros(4, 3)
     assert compare("a", ties, "b", ties).agreement == 100
 
