@@ -27,7 +27,7 @@ from vitquant.parity.examine import adversarial_codes
 from vitquant.program import instructions as p
 from vitquant.quantizers.quantizer import Quantizer
 from vitquant.runtime.interpreter import Interpreter
-from vitquant.runtime.on_images import Ends
+from vitquant.runtime.on_images import Ends, interpreted
 from vitquant.runtime.onnxruntime import OnnxModel
 from vitquant.runtime.products import exact_int64
 from vitquant.tasks.images import batches, load_listing, subset
@@ -170,6 +170,19 @@ def test_what_codes_mean_is_in_the_metadata(vit_program, tmp_path):
     assert all(name.startswith("vitquant.") for name in model.metadata)
     # The names that such files had at first are read too.
     assert Ends.from_metadata(said) == Ends.from_metadata(model.metadata) == Ends.of(vit_program)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_no_images_have_no_logits(family):
+    program = lower(quantized(family))
+    first = program.registers[program.input]
+    images, codes = torch.zeros(0, *first.shape[1:]), torch.zeros(0, *first.shape[1:], dtype=torch.int64)
+    classes = program.registers[program.output].shape[1]
+    assert interpreted(program)(images).shape == (0, classes)
+    for float_io, given in ((False, codes), (True, images)):
+        model = OnnxModel(onnx_integer_model(program, float_io).SerializeToString(), threads=1)
+        assert model(given).shape == (0, classes)
+        assert model(given).dtype == given.dtype
 
 
 @pytest.mark.parametrize(("optimize", "level"), [(True, "ORT_ENABLE_ALL"), (False, "ORT_DISABLE_ALL")])

@@ -25,6 +25,7 @@ from exported_models import exported, photos, timm_swin, timm_vit  # noqa: E402
 
 from vitquant.export.openvino import check_directory, write_openvino  # noqa: E402
 from vitquant.export.qdq_rewriting import rewrite  # noqa: E402
+from vitquant.runtime.onnxruntime import OnnxModel  # noqa: E402
 from vitquant.runtime.openvino import OpenVinoModel  # noqa: E402
 
 
@@ -48,6 +49,7 @@ def test_openvino_computes_the_simulation(make, recipe, bits, tmp_path):
     images = photos(5, seed=1)
     with torch.no_grad():
         expected = quantized(images)
+    assert runtime(images[:0]).shape == OnnxModel(proto.SerializeToString())(images[:0]).shape == (0, 7)
     for size in (5, 2, 1):
         found = runtime(images[:size])
         assert (found.dtype, found.shape) == (torch.float32, (size, 7))

@@ -68,6 +68,8 @@ class OnnxModel:
             ExportError: floats for a model that takes codes or the other way round, codes that its input cannot
                 hold, or images of another size.
         """
+        if not len(images):  # ONNX Runtime fails to broadcast nothing
+            return self(images.new_zeros((1, *images.shape[1:])))[:0]
         if images.is_floating_point() != (self._dtype.kind == "f"):
             raise ExportError(f"{self._name} takes {self._dtype} images, and these are {images.dtype}")
         values = images.detach().cpu().numpy()
