@@ -265,7 +265,9 @@ class QuantizedModel(nn.Module):
     @property
     def facts(self) -> dict[str, Any]:
         """What every export says of the model that it is of, plain values."""
-        return {"recipe": self.recipe.name, "bits": str(self.bits), "model": self.digest}
+        preprocessing = self.provenance.get("preprocessing")
+        known = {} if preprocessing is None else {"preprocessing": preprocessing}
+        return {"recipe": self.recipe.name, "bits": str(self.bits), "model": self.digest, **known}
 
     def _packed(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The tensors that are saved, and for each that is packed its operand and shape."""

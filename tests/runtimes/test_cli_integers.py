@@ -17,7 +17,10 @@ from vitquant.cli.export import Format
 from vitquant.export.formats import PATHS, exported
 from vitquant.lowering import lower
 from vitquant.pipeline import load
-from vitquant.program.storage import save_program
+from vitquant.program.storage import load_program, save_program
+from vitquant.runtime.metadata import to_metadata
+from vitquant.runtime.onnxruntime import OnnxModel
+from vitquant.runtime.openvino import OpenVinoModel
 
 ARGUMENTS = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32, "num_classes": 10}
 MODEL = ["timm:vit_tiny_patch16_224"] + [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]
@@ -205,6 +208,18 @@ def test_parity_makes_what_was_not_exported_and_throws_it_away(run, workshop):
     assert all(word in forms for word in ("onnx-integer", "onnx-qdq", "openvino", "stored program", "int64"))
     assert len(found["flips"]) > 15
     assert sorted(path.name for path in (workshop / "integers").iterdir()) == before
+
+
+def test_every_export_says_the_same_of_its_model(run, out):
+    for format in PATHS:
+        assert run("export", out, "--format", format, "--images", 4, "--quiet")[0] == 0
+    said = [OnnxModel(out / "integer.onnx").metadata, OnnxModel(out / "qdq.onnx").metadata]
+    said += [OpenVinoModel(out / "openvino").metadata, to_metadata(load_program(out / "integer.program").facts)]
+    model = load(out)
+    for metadata in said:
+        facts = {name: metadata[f"vitquant.{name}"] for name in ("recipe", "bits", "model")}
+        assert facts == {"recipe": "fq-vit", "bits": "w8a8s4", "model": model.digest}
+        assert json.loads(metadata["vitquant.preprocessing"]) == model.provenance["preprocessing"]
 
 
 def test_an_export_of_another_model_is_refused(run, workshop, out):
