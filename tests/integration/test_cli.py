@@ -305,6 +305,23 @@ def test_fewer_calibration_images_than_a_batch_are_refused(refused, workshop, tm
     )
 
 
+def test_a_batch_is_no_more_than_the_images_there_are(run, workshop, tmp_path):
+    words = [
+        word for word in quantize_words(workshop / "images", tmp_path / "out", "--images", 12) if word != "--batch"
+    ]
+    words.remove("10")  # that of the batch
+    code, printed, _ = run(*words, "--json")
+    assert code == 0
+    assert json.loads(printed)["calibration"]["batch"] == 12
+
+
+@pytest.mark.parametrize("model", ["timm:deit_tiny_patch16_225", "torchvision:vit_b_17", "transformers:vot"])
+def test_an_unknown_model_is_refused_before_the_images_are(refused, tmp_path, model):
+    err = refused(*quantize_words(tmp_path / "absent", tmp_path / "out", model=[model]))
+    assert "did you mean" in err
+    assert "absent" not in err
+
+
 def test_weights_that_do_not_fit_are_refused_by_their_keys(refused, workshop, tmp_path):
     save_file(state_dict(depth=2), tmp_path / "deep.safetensors")
     err = refused(*quantize_words(workshop / "images", tmp_path / "out", weights=tmp_path / "deep.safetensors"))
