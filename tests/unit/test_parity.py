@@ -1,14 +1,16 @@
 """Promises about forms of a model hold when they should, and break when they should."""
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from vitquant.parity import Flips, ParityReport
 from vitquant.parity.comparison import as_close_as, bit_exact, compare, same_classes
-from vitquant.report.parity import as_dict, verdict
+from vitquant.report.parity import as_dict, comparisons_table, verdict
 
 LOGITS = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
 
@@ -59,6 +61,18 @@ def test_logits_that_are_no_numbers_break_every_promise_and_are_null_in_json():
     values = json.loads(json.dumps(as_dict(ParityReport(tuple(comparisons))), allow_nan=False))
     assert values["comparisons"][0]["worst"] is None
     assert len(values["broken"]) == 2
+
+
+def test_no_word_of_the_table_is_broken_in_80_columns():
+    form = "onnxruntime, onnx-integer, not optimized, random codes"
+    apart = replace(compare(form, -LOGITS, "integer program", LOGITS), worst=1.23e-5)
+    pairs = [bit_exact(apart), same_classes(replace(apart, beside="float64 simulation")), as_close_as(apart, None)]
+    console = Console(width=80, file=io.StringIO())
+    console.print(comparisons_table(pairs))
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    words = " ".join([form, "integer program", "float64 simulation", "1.23e-05", *(each.promise for each in pairs)])
+    assert {*words.split(), "broken"} <= set(shown.replace(":", "").split())
 
 
 def test_the_verdict_says_kept_only_of_what_was_promised():
