@@ -24,7 +24,7 @@ def check_new_file(path: Path, force: bool = False) -> None:
     if path.is_dir():
         raise ExportError(f"{path} is a directory; give the name of a file")
     if path.exists() and not force:
-        raise ExportError(f"{path} exists; give another path, or --force to replace it")
+        raise ExportError(f"{path} exists; give another path, or --force (force=True) to replace it")
     parent = next(folder for folder in path.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ExportError(f"{parent} cannot be written; give another path")

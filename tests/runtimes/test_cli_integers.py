@@ -324,7 +324,7 @@ def test_inspect_tells_accumulators_and_that_everything_is_in_integers(run, work
         (("evaluate", "--data", "IMAGES", "--engine", "onnxruntime"), "vitquant export .* --format onnx-integer"),
         (("evaluate", "--data", "IMAGES", "--engine", "quick"), "'quick' is not one of"),
         (("export", "--format", "tflite"), "'tflite' is not one of"),
-        (("export", "--format", "onnx-qdq", "--float-io"), "float_io belongs to onnx-integer"),
+        (("export", "--format", "onnx-qdq", "--float-io"), r"--float-io \(float_io=True\) belongs to onnx-integer"),
         (("export", "--format", "program", "--data", "NOWHERE"), "NOWHERE"),
         (("parity", "--against", "tensorrt"), "'tensorrt' is not one of"),
     ],

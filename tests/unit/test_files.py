@@ -14,7 +14,7 @@ from vitquant.files import check_new_file, write_file
 def test_a_file_is_written_and_replaced_only_when_asked(tmp_path):
     path = tmp_path / "new" / "a.bin"
     write_file(path, b"one")
-    with pytest.raises(ExportError, match=r"a\.bin exists; .*--force"):
+    with pytest.raises(ExportError, match=r"a\.bin exists; .*--force \(force=True\)"):
         write_file(path, b"two")
     assert path.read_bytes() == b"one"
     write_file(path, b"two", force=True)

@@ -74,7 +74,7 @@ def write(model: QuantizedModel, format: str, path: str | Path, force: bool = Fa
     if format not in PATHS:
         raise ExportError(f"format {format!r} is unknown; the formats are: {', '.join(PATHS)}")
     if float_io and format != "onnx-integer":
-        raise ExportError(f"float_io belongs to onnx-integer; {format} has the ends that it has")
+        raise ExportError(f"--float-io (float_io=True) belongs to onnx-integer; {format} has the ends that it has")
     check_target(format, path, force)
     match format:
         case "program":
