@@ -40,7 +40,9 @@ def check_target(directory: Path, force: bool = False) -> None:
         raise CheckpointError(f"{directory} is a file; give a directory")
     if directory.is_dir() and any(directory.iterdir()):
         if not force:
-            raise CheckpointError(f"{directory} is not empty; give another directory, or --force (force=True) to replace it")
+            raise CheckpointError(
+                f"{directory} is not empty; give another directory, or --force (force=True) to replace it"
+            )
         if not (directory / CONFIG).is_file():
             raise CheckpointError(f"{directory} is not empty and holds no saved model; remove it yourself")
     parent = next(folder for folder in directory.parents if folder.exists())

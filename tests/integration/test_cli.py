@@ -441,6 +441,16 @@ def test_a_refusal_shows_a_traceback_with_debug(run, workshop):
     assert "error: " in err.splitlines()[-1]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("words", [["recipes"], ["recipes", "--json"], ["--version"], ["--help"]])
+def test_a_result_that_cannot_be_written_is_one_line(words):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", "from vitquant.cli import main; main()", *words]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.stderr == "error: the result cannot be written: no space left where stdout goes\n"
+    assert ended.returncode == 2
+
+
 # Runs that end early
 
 

@@ -71,7 +71,9 @@ def check_directory(directory: Path, force: bool = False) -> None:
         raise ExportError(f"{directory} is a file; give a directory")
     if directory.is_dir() and any(directory.iterdir()):
         if not force:
-            raise ExportError(f"{directory} is not empty; give another directory, or --force (force=True) to replace it")
+            raise ExportError(
+                f"{directory} is not empty; give another directory, or --force (force=True) to replace it"
+            )
         if not (directory / _IR).is_file():
             raise ExportError(f"{directory} is not empty and holds no OpenVINO model; remove it yourself")
     parent = next(folder for folder in directory.parents if folder.exists())
