@@ -126,7 +126,9 @@ def _refuse_another(model: QuantizedModel | None, metadata: Mapping[str, str], p
     """Refuse a file that says that it is of another model; files from before they said it are taken."""
     said = fact_of(metadata, "model")
     if model is not None and said is not None and said != model.digest:
-        raise ExportError(f"{path} was exported from another model than that of {path.parent}; export it again")
+        raise ExportError(
+            f"{path} was exported from another model than that of {path.parent}; export it again, with --force"
+        )
 
 
 def _nothing_for(name: str, model: QuantizedModel, directory: str | Path) -> VitquantError:

@@ -98,7 +98,7 @@ def evaluate(
             first = labelled.skipped[0]
             terminal.note(f"{len(labelled.skipped)} images were left out, first: {first.path}: {first.reason}")
         recipe = {"recipe": f"{quantized.recipe.name}, {quantized.bits}", "ends": ends_text(quantized)}
-        path = file_of(name, out)
+        path = file_of(name, out.absolute())
         file = {} if path is None else {"file": str(path)}
         terminal.result({**asdict(result), "file": file.get("file")}, facts({**result_rows(result), **file, **recipe}))
 
