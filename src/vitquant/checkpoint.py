@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vitquant.errors import CheckpointError
-from vitquant.files import put_in_place
+from vitquant.files import put_in_place, share
 
 FORMAT = 1
 TENSORS = "model.safetensors"
@@ -40,7 +40,9 @@ def check_target(directory: Path, force: bool = False) -> None:
         raise CheckpointError(f"{directory} is a file; give a directory")
     if directory.is_dir() and any(directory.iterdir()):
         if not force:
-            raise CheckpointError(f"{directory} is not empty; give another directory, or --force to replace it")
+            raise CheckpointError(
+                f"{directory} is not empty; give another directory, or --force (force=True) to replace it"
+            )
         if not (directory / CONFIG).is_file():
             raise CheckpointError(f"{directory} is not empty and holds no saved model; remove it yourself")
     parent = next(folder for folder in directory.parents if folder.exists())
@@ -80,7 +82,7 @@ def write_checkpoint(
         (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
         for name in (TENSORS, CONFIG):
             _flush(partial / name)
-        partial.chmod(0o755)
+        share(partial)  # safetensors' files are private as well
         put_in_place(partial, directory)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -150,9 +152,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_of(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str:
+    """One sha256, in hexadecimal, over tensors and plain JSON values; the order of their names plays no part."""
+    described = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    found = hashlib.sha256(_text({"tensors": described, "config": config}).encode())
+    for name in sorted(tensors):
+        found.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def _digest(config: Mapping[str, Any]) -> str:
-    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_text(config).encode()).hexdigest()
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True, separators=(",", ":"))
 
 
 def _safetensors() -> Any:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vitquant.errors import ExportError, LoweringError
-from vitquant.export.formats import exported
+from vitquant.errors import ExportError, LoweringError, VitquantError
+from vitquant.export.formats import ON_INTEGERS, exported
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
 from vitquant.parity import Form
 from vitquant.program.instructions import IntegerProgram
+from vitquant.runtime.metadata import fact_of, to_metadata
 from vitquant.runtime.on_images import Ends, OnImages, interpreted
 from vitquant.runtime.onnxruntime import OnnxModel
 
-ENGINES = ("float", "simulated", "integer", "onnxruntime", "openvino")
+ENGINES = ("float", "simulated", "integer", "onnxruntime", "onnx-integer", "onnx-qdq", "openvino")
+_RUNS = {  # the formats that an engine runs, of several the first that was exported
+    "onnxruntime": ("onnx-integer", "onnx-qdq"),
+    "onnx-integer": ("onnx-integer",),
+    "onnx-qdq": ("onnx-qdq",),
+    "openvino": ("openvino",),
+}
 Engine = Callable[[Any], Any]
 
 
@@ -33,37 +40,44 @@ def default_engine(model: QuantizedModel) -> tuple[str, Engine, str]:
     return ("simulated", model, reason) if program is None else ("integer", interpreted(program), "")
 
 
-def engine(name: str, model: QuantizedModel, directory: Path, threads: int | None = None) -> Engine:
+def file_of(name: str, directory: str | Path) -> Path | None:
+    """The exported file, or OpenVINO's directory, that an engine runs; None where there is none."""
+    files = exported(directory)
+    return next((files[format] for format in _RUNS.get(name, ()) if format in files), None)
+
+
+def engine(name: str, model: QuantizedModel, directory: str | Path, threads: int | None = None) -> Engine:
     """What computes logits, (images, classes), from float32 images (batch, channels, height, width).
 
     Arguments:
-        name: one of `ENGINES` but `float`, which is not made of the quantized model.
+        name: one of `ENGINES` but `float`, which is not made of the quantized model. `onnxruntime` runs the integer
+            ONNX file, or the QDQ one where that is all there is; `onnx-integer` and `onnx-qdq` say which.
         model: what `directory` holds.
         directory: where exports are looked for.
         threads: that a runtime of its own uses; its choice when None.
 
     Raises:
-        ExportError: the name is unknown, or nothing was exported for that runtime.
-        LoweringError: `integer`, of a model that does not lower.
+        ExportError: the name is unknown, nothing was exported for that runtime, or it was of another model.
+        LoweringError: `integer` or `onnx-integer`, of a model that does not lower.
     """
     match name:
         case "simulated":
             return model
         case "integer":
             return interpreted(lower(model))
-        case "onnxruntime":
-            files = exported(directory)
-            path = files.get("onnx-integer") or files.get("onnx-qdq")
+        case "onnxruntime" | "onnx-integer" | "onnx-qdq" | "openvino":
+            path = file_of(name, directory)
             if path is None:
-                raise _nothing_for(name, directory, "onnx-integer")
-            return on_images(OnnxModel(path, threads=threads))
-        case "openvino":
-            path = exported(directory).get("openvino")
-            if path is None:
-                raise _nothing_for(name, directory, "openvino")
+                raise _nothing_for(name, model, directory)
+            if name != "openvino":
+                loaded = OnnxModel(path, threads=threads)
+                _refuse_another(model, loaded.metadata, path)
+                return on_images(loaded)
             from vitquant.runtime.openvino import OpenVinoModel
 
-            return OpenVinoModel(path, threads=threads)
+            loaded = OpenVinoModel(path, threads=threads)
+            _refuse_another(model, loaded.metadata, path)
+            return loaded
         case _:
             raise ExportError(f"engine {name!r} is unknown; the engines are: {', '.join(ENGINES)}")
 
@@ -73,29 +87,54 @@ def on_images(model: OnnxModel) -> Engine:
     return OnImages(model, Ends.from_metadata(model.metadata)) if model.takes_codes else model
 
 
-def forms_of(path: Path, format: str) -> list[Form]:
+def forms_of(path: str | Path, format: str, model: QuantizedModel | None = None) -> list[Form]:
     """What was exported to a path, as each of its runtimes computes it.
 
     Arguments:
         path: of the file, or for `openvino` of the directory.
         format: what it was exported as.
+        model: what it has to be an export of; None when that is not known.
+
+    Raises:
+        ExportError: it cannot be run, or says that it is of another model.
+        CheckpointError: `program`, of no valid file.
     """
+    path = Path(path)
     match format:
         case "program":
             from vitquant.program.storage import load_program
             from vitquant.runtime.interpreter import Interpreter
 
-            return [Form("interpreter, stored program", Interpreter(load_program(path)), exact=True, on_codes=True)]
+            program = load_program(path)
+            _refuse_another(model, to_metadata(program.facts), path)
+            return [Form("interpreter, stored program", Interpreter(program), exact=True, on_codes=True)]
         case "onnx-integer" | "onnx-qdq":
             names = {True: f"onnxruntime, {format}", False: f"onnxruntime, {format}, not optimized"}
             models = {name: OnnxModel(path, optimize=optimize) for optimize, name in names.items()}
             exact = format == "onnx-integer"
-            return [Form(name, model, exact, model.takes_codes) for name, model in models.items()]
+            _refuse_another(model, models[names[True]].metadata, path)
+            return [Form(name, loaded, exact, loaded.takes_codes) for name, loaded in models.items()]
         case _:
             from vitquant.runtime.openvino import OpenVinoModel
 
-            return [Form("openvino", OpenVinoModel(path), exact=False)]
+            loaded = OpenVinoModel(path)
+            _refuse_another(model, loaded.metadata, path)
+            return [Form("openvino", loaded, exact=False)]
 
 
-def _nothing_for(name: str, directory: Path, format: str) -> ExportError:
-    return ExportError(f"{directory} holds nothing for {name}: vitquant export {directory} --format {format}")
+def _refuse_another(model: QuantizedModel | None, metadata: Mapping[str, str], path: Path) -> None:
+    """Refuse a file that says that it is of another model; files from before they said it are taken."""
+    said = fact_of(metadata, "model")
+    if model is not None and said is not None and said != model.digest:
+        raise ExportError(
+            f"{path} was exported from another model than that of {path.parent}; export it again, with --force"
+        )
+
+
+def _nothing_for(name: str, model: QuantizedModel, directory: str | Path) -> VitquantError:
+    """What to export for an engine, of what the model allows."""
+    program, refused = program_of(model)
+    possible = [format for format in _RUNS[name] if program is not None or format not in ON_INTEGERS]
+    if not possible:
+        return LoweringError(f"{directory} holds nothing for {name}, and cannot: {refused}")
+    return ExportError(f"{directory} holds nothing for {name}: vitquant export {directory} --format {possible[0]}")

@@ -24,7 +24,7 @@ def check_new_file(path: Path, force: bool = False) -> None:
     if path.is_dir():
         raise ExportError(f"{path} is a directory; give the name of a file")
     if path.exists() and not force:
-        raise ExportError(f"{path} exists; give another path, or --force to replace it")
+        raise ExportError(f"{path} exists; give another path, or --force (force=True) to replace it")
     parent = next(folder for folder in path.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ExportError(f"{parent} cannot be written; give another path")
@@ -46,13 +46,21 @@ def write_file(path: Path, content: bytes, force: bool = False) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(partial).chmod(0o644)
+        share(Path(partial))
         Path(partial).replace(path)
     except OSError as error:
         raise ExportError(f"{path} could not be written: {error.strerror}") from error
     finally:
         if partial is not None:
             Path(partial).unlink(missing_ok=True)
+
+
+def share(new: Path) -> None:
+    """Give a new file, or a directory and the files in it, the mode that the umask gives; tempfile's are private."""
+    umask = os.umask(0o077)  # it cannot be read otherwise
+    os.umask(umask)
+    for path in (new, *(new.iterdir() if new.is_dir() else ())):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def put_in_place(new: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from vitquant.checkpoint import read_checkpoint, write_checkpoint
+from vitquant.checkpoint import digest_of, read_checkpoint, write_checkpoint
 from vitquant.errors import CalibrationError, CaptureError, CheckpointError
 from vitquant.graph.fingerprint import structural_fingerprint
 from vitquant.graph.operators import PRODUCTS, aten, calls, is_rearrangement, is_selection
@@ -242,6 +242,46 @@ class QuantizedModel(nn.Module):
             CalibrationError: a quantizer is missing.
             CheckpointError: the directory cannot be written, or is not empty and not `force`.
         """
+        tensors, packed = self._packed()
+        config = {
+            **self.provenance,
+            "versions": _versions(),
+            "input_shape": list(self.input_shape),
+            "graph_fingerprint": self.fingerprint,
+            "quantization_config": {
+                "quant_method": "vitquant",
+                "bits": str(self.bits),
+                "arithmetic": None if self.arithmetic is None else asdict(self.arithmetic),
+                "recipe": self.recipe.to_dict(),
+                "operands": self._operands(),
+                "packed": packed,
+            },
+            "records": [asdict(record) for record in self.records],
+        }
+        write_checkpoint(Path(directory), tensors, config, force)
+
+    @property
+    def digest(self) -> str:
+        """Tells models apart: a sha256 over the tensors that are saved, the quantizers' specs and the graph.
+
+        It is the same for a model and for what was loaded of it, on every device.
+
+        Raises:
+            CalibrationError: a quantizer is missing.
+        """
+        tensors, _ = self._packed()
+        arithmetic = None if self.arithmetic is None else asdict(self.arithmetic)
+        return digest_of(tensors, {"graph": self.fingerprint, "operands": self._operands(), "arithmetic": arithmetic})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every export says of the model that it is of, plain values."""
+        preprocessing = self.provenance.get("preprocessing")
+        known = {} if preprocessing is None else {"preprocessing": preprocessing}
+        return {"recipe": self.recipe.name, "bits": str(self.bits), "model": self.digest, **known}
+
+    def _packed(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The tensors that are saved, and for each that is packed its operand and shape."""
         self.require_calibrated()
         quantizers = self.quantizers
         tensors = {name: tensor.clone() for name, tensor in self.graph_module.state_dict().items()}
@@ -253,26 +293,14 @@ class QuantizedModel(nn.Module):
                 continue  # bfloat16 is too coarse for this grid: only the weight itself gives these codes again
             tensors[str(value.parameter)] = pack(codes, quantizer.spec.bits)
             packed[str(value.parameter)] = {"operand": value.name, "shape": list(value.shape)}
-        operands = {
+        return tensors, packed
+
+    def _operands(self) -> dict[str, Any]:
+        """The rule and the spec of every value, as plain values."""
+        return {
             name: {"rule": assignment.rule, "spec": assignment.spec.to_dict() if assignment.spec else None}
             for name, assignment in self.assignments.items()
         }
-        config = {
-            **self.provenance,
-            "versions": _versions(),
-            "input_shape": list(self.input_shape),
-            "graph_fingerprint": self.fingerprint,
-            "quantization_config": {
-                "quant_method": "vitquant",
-                "bits": str(self.bits),
-                "arithmetic": None if self.arithmetic is None else asdict(self.arithmetic),
-                "recipe": self.recipe.to_dict(),
-                "operands": operands,
-                "packed": packed,
-            },
-            "records": [asdict(record) for record in self.records],
-        }
-        write_checkpoint(Path(directory), tensors, config, force)
 
     def _packable(self) -> list[Value]:
         """Weights that nothing but one quantized operand reads: their integers are all that need be kept."""

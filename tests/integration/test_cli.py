@@ -21,7 +21,7 @@ from vitquant.errors import CheckpointError
 
 ARGUMENTS = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 10}
 MODEL = ["timm:vit_tiny_patch16_224"] + [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]
-FIGURES = ["engine", "images", "top1", "top5", "float_top1", "agreement", "top1_difference_interval", "seconds"]
+FIGURES = ["engine", "images", "top1", "top5", "float_top1", "agreement", "top1_difference_interval", "seconds", "file"]
 FACTORIES = """
 import torch
 from torch import nn
@@ -305,6 +305,23 @@ def test_fewer_calibration_images_than_a_batch_are_refused(refused, workshop, tm
     )
 
 
+def test_a_batch_is_no_more_than_the_images_there_are(run, workshop, tmp_path):
+    words = [
+        word for word in quantize_words(workshop / "images", tmp_path / "out", "--images", 12) if word != "--batch"
+    ]
+    words.remove("10")  # that of the batch
+    code, printed, _ = run(*words, "--json")
+    assert code == 0
+    assert json.loads(printed)["calibration"]["batch"] == 12
+
+
+@pytest.mark.parametrize("model", ["timm:deit_tiny_patch16_225", "torchvision:vit_b_17", "transformers:vot"])
+def test_an_unknown_model_is_refused_before_the_images_are(refused, tmp_path, model):
+    err = refused(*quantize_words(tmp_path / "absent", tmp_path / "out", model=[model]))
+    assert "did you mean" in err
+    assert "absent" not in err
+
+
 def test_weights_that_do_not_fit_are_refused_by_their_keys(refused, workshop, tmp_path):
     save_file(state_dict(depth=2), tmp_path / "deep.safetensors")
     err = refused(*quantize_words(workshop / "images", tmp_path / "out", weights=tmp_path / "deep.safetensors"))
@@ -422,6 +439,16 @@ def test_a_refusal_shows_a_traceback_with_debug(run, workshop):
     assert code == 2
     assert "Traceback" in err
     assert "error: " in err.splitlines()[-1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("words", [["recipes"], ["recipes", "--json"], ["--version"], ["--help"]])
+def test_a_result_that_cannot_be_written_is_one_line(words):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", "from vitquant.cli import main; main()", *words]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.stderr == "error: the result cannot be written: no space left where stdout goes\n"
+    assert ended.returncode == 2
 
 
 # Runs that end early

@@ -167,6 +167,20 @@ def test_the_same_input_gives_the_same_file(tmp_path):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_digest_is_that_of_what_was_loaded_and_of_no_other_model(tmp_path, dtype):
+    model, images = timm_vit().to(dtype), [photos().to(dtype)]
+    quantized = vitquant.quantize(model, "fq-vit", images)
+    quantized.save(tmp_path / "out")
+    assert vitquant.load(tmp_path / "out", model=timm_vit().to(dtype)).digest == quantized.digest
+    others = [
+        vitquant.quantize(model, "fq-vit", images, bits="w8a8s8"),  # only a spec differs
+        vitquant.quantize(model, "fq-vit", [2 * images[0]]),
+        vitquant.quantize(timm_vit().to(dtype), "fq-vit", images),
+    ]
+    assert len({quantized.digest, *(other.digest for other in others)}) == 4
+
+
 def test_batches_may_be_tuples_or_mappings():
     model, x = timm_vit(), photos(2, seed=1)
     forms = [[photos()], [(photos(), torch.zeros(6))], [{"pixel_values": photos()}]]

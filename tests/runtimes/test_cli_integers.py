@@ -1,6 +1,7 @@
 """Integers from the command line: engines, exports, and whether what was exported is what was evaluated."""
 
 import json
+import os
 import re
 import shutil
 
@@ -9,11 +10,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from vitquant import engines
 from vitquant.cli import main
 from vitquant.cli.evaluate import Engine
 from vitquant.cli.export import Format
-from vitquant.engines import ENGINES
-from vitquant.export.formats import PATHS
+from vitquant.export.formats import PATHS, exported
+from vitquant.lowering import lower
+from vitquant.pipeline import load
+from vitquant.program.storage import load_program, save_program
+from vitquant.runtime.metadata import to_metadata
+from vitquant.runtime.onnxruntime import OnnxModel
+from vitquant.runtime.openvino import OpenVinoModel
 
 ARGUMENTS = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32, "num_classes": 10}
 MODEL = ["timm:vit_tiny_patch16_224"] + [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]
@@ -65,15 +72,15 @@ def run(capsys):
 
 
 def test_the_command_line_offers_what_python_does():
-    assert tuple(Engine) == ENGINES
+    assert tuple(Engine) == engines.ENGINES
     assert list(Format) == list(PATHS)
 
 
 def test_what_is_evaluated_is_the_integer_program_and_every_engine_can_be_asked_for(run, workshop, out):
-    for format in ("onnx-integer", "openvino"):
+    for format in ("onnx-integer", "onnx-qdq", "openvino"):
         assert run("export", out, "--format", format, "--quiet")[0] == 0
     found = {}
-    for engine in ("", "float", "simulated", "integer", "onnxruntime", "openvino"):
+    for engine in ("", *engines.ENGINES):
         words = ["--engine", engine] if engine else []
         code, found[engine], _ = run("evaluate", out, "--data", workshop / "images", *words, "--json")
         assert code == 0
@@ -81,9 +88,41 @@ def test_what_is_evaluated_is_the_integer_program_and_every_engine_can_be_asked_
         **{name: name for name in found},
         "": "integer",
     }
+    assert {name: figures["file"] for name, figures in found.items() if figures["file"]} == {
+        "onnxruntime": str(out / "integer.onnx"),
+        "onnx-integer": str(out / "integer.onnx"),
+        "onnx-qdq": str(out / "qdq.onnx"),
+        "openvino": str(out / "openvino"),
+    }
     assert found["float"]["agreement"] == 100
     figures = ("top1", "top5", "agreement")
     assert all(found[""][name] == found["integer"][name] == found["onnxruntime"][name] for name in figures)
+
+
+def test_the_file_that_was_run_is_in_the_table(run, workshop, out):
+    assert run("export", out, "--format", "onnx-qdq", "--images", 4, "--quiet")[0] == 0
+    code, text, _ = run("evaluate", out, "--data", workshop / "images", "--engine", "onnxruntime")
+    assert code == 0
+    assert "qdq.onnx" in text.replace("\n", "")
+
+
+def test_python_takes_paths_as_strings(run, workshop, out):
+    for format in ("program", "onnx-qdq"):
+        assert run("export", out, "--format", format, "--images", 4, "--quiet")[0] == 0
+    model, images = load(str(out)), torch.zeros(1, 3, 32, 32)
+    assert exported(str(out)) == exported(out) == {name: out / PATHS[name] for name in ("program", "onnx-qdq")}
+    assert engines.engine("onnxruntime", model, str(out))(images).shape == (1, 10)
+    assert all(engines.forms_of(str(path), name, model) for name, path in exported(out).items())
+
+
+def test_an_engine_without_its_file_says_what_the_model_can_be_exported_to(run, workshop):
+    words = ("evaluate", workshop / "float", "--data", workshop / "images", "--engine")
+    code, _, err = run(*words, "onnxruntime")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--format onnx-qdq" in err
+    code, _, err = run(*words, "onnx-integer")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds nothing for onnx-integer, and cannot: blocks.0.norm1" in err
 
 
 def test_a_recipe_that_computes_in_float_is_simulated(run, workshop):
@@ -124,6 +163,19 @@ def test_an_export_is_compared_and_not_overwritten(run, out, format):
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
+def test_without_the_float_weights_a_note_says_what_is_promised(run, workshop, out, tmp_path):
+    weights = workshop / "integers.safetensors"
+    moved = weights.rename(weights.with_suffix(".moved"))
+    try:
+        code, found, err = run("export", out, "--format", "onnx-qdq", "--images", 4, "--json")
+        assert (code, err.count("\n")) == (0, 2)
+        assert "promise no more than a cosine of 0.9" in err
+        assert "cosine at least 0.900" in [each["promise"] for each in found["parity"]["comparisons"]]
+        assert "cosine" not in run("export", out, "--format", "program", "--images", 4, "--json")[2]
+    finally:
+        moved.rename(weights)
+
+
 def test_an_export_goes_where_it_is_told_with_float_ends(run, out, tmp_path):
     import onnxruntime
 
@@ -158,12 +210,64 @@ def test_parity_makes_what_was_not_exported_and_throws_it_away(run, workshop):
     assert sorted(path.name for path in (workshop / "integers").iterdir()) == before
 
 
-def test_parity_ends_with_1_when_an_export_is_of_another_model(run, workshop, out):
-    assert run("export", workshop / "others", "--format", "program", "--quiet", "--force")[0] == 0
-    shutil.copy(workshop / "others" / "integer.program", out)
+def test_every_export_says_the_same_of_its_model(run, out):
+    for format in PATHS:
+        assert run("export", out, "--format", format, "--images", 4, "--quiet")[0] == 0
+    said = [OnnxModel(out / "integer.onnx").metadata, OnnxModel(out / "qdq.onnx").metadata]
+    said += [OpenVinoModel(out / "openvino").metadata, to_metadata(load_program(out / "integer.program").facts)]
+    model = load(out)
+    for metadata in said:
+        facts = {name: metadata[f"vitquant.{name}"] for name in ("recipe", "bits", "model")}
+        assert facts == {"recipe": "fq-vit", "bits": "w8a8s4", "model": model.digest}
+        assert json.loads(metadata["vitquant.preprocessing"]) == model.provenance["preprocessing"]
+
+
+def test_an_export_of_another_model_is_refused(run, workshop, out):
+    for format, engine in (
+        ("program", ""),
+        ("onnx-integer", "onnxruntime"),
+        ("onnx-qdq", "onnxruntime"),
+        ("openvino",) * 2,
+    ):
+        others = workshop / "others" / PATHS[format]
+        assert run("export", workshop / "others", "--format", format, "--images", 4, "--quiet", "--force")[0] == 0
+        shutil.move(others, out / PATHS[format])
+        words = [("parity", out, "--images", 4)]
+        words += [("evaluate", out, "--data", workshop / "images", "--engine", engine)] if engine else []
+        for each in words:
+            code, _, err = run(*each)
+            assert (code, err.count("\n")) == (2, 1)
+            assert f"{out / PATHS[format]} was exported from another model" in err
+        remove = shutil.rmtree if format == "openvino" else os.remove
+        remove(out / PATHS[format])
+
+
+def test_parity_ends_with_1_when_an_export_that_does_not_say_so_is_of_another_model(run, workshop, out):
+    program = lower(load(workshop / "others"))
+    save_program(program, out / "integer.program")  # as before programs said what they are of
     code, found, _ = run("parity", out, "--images", 4, "--json")
     assert code == 1
     assert "stored program beside integer program: bit for bit" in found["broken"][0]
+
+
+def test_a_broken_promise_is_named_on_stderr_where_no_table_names_it(run, workshop, out, monkeypatch):
+    save_program(lower(load(workshop / "others")), out / "integer.program")
+    code, text, err = run("parity", out, "--images", 4, "--quiet")
+    assert (code, text, err.count("\n")) == (1, "", 1)
+    assert err.startswith("broken: interpreter, stored program beside integer program: bit for bit")
+    for name, value in (("AGREEMENT", 101.0), ("FLIPPED_IMAGES", -1)):  # more must agree than there are
+        monkeypatch.setattr(f"vitquant.parity.comparison.{name}", value)
+    code, text, err = run("export", out, "--format", "onnx-qdq", "--images", 4, "--quiet")
+    assert (code, text, err.count("\n")) == (1, "", 1)
+    assert err.startswith("broken: integer program beside float64 simulation")
+    assert not (out / "qdq.onnx").exists()
+
+
+def test_parity_without_anything_to_promise_is_refused(run, workshop):
+    code, text, err = run("parity", workshop / "float", "--images", 4)
+    assert (code, text, err.count("\n")) == (2, "", 1)
+    assert "blocks.0.norm1" in err
+    assert f"vitquant export {workshop / 'float'} --format onnx-qdq" in err
 
 
 def test_parity_of_a_model_that_does_not_lower_says_why(run, workshop):
@@ -181,6 +285,10 @@ def test_programs_of_a_model_that_does_not_lower_are_not_passed_over(run, worksh
     assert "blocks.0.norm1" in err
     assert run("export", workshop / "others", "--format", "program", "--images", 4, "--quiet", "--force")[0] == 0
     shutil.copy(workshop / "others" / "integer.program", model)
+    code, _, err = run("parity", model, "--images", 4)
+    assert code == 2
+    assert "was exported from another model" in err
+    save_program(lower(load(workshop / "others")), model / "integer.program", force=True)
     code, found, _ = run("parity", model, "--images", 4, "--json")
     assert code == 1
     assert "no integer program" in found["broken"][0]
@@ -216,7 +324,7 @@ def test_inspect_tells_accumulators_and_that_everything_is_in_integers(run, work
         (("evaluate", "--data", "IMAGES", "--engine", "onnxruntime"), "vitquant export .* --format onnx-integer"),
         (("evaluate", "--data", "IMAGES", "--engine", "quick"), "'quick' is not one of"),
         (("export", "--format", "tflite"), "'tflite' is not one of"),
-        (("export", "--format", "onnx-qdq", "--float-io"), "float_io belongs to onnx-integer"),
+        (("export", "--format", "onnx-qdq", "--float-io"), r"--float-io \(float_io=True\) belongs to onnx-integer"),
         (("export", "--format", "program", "--data", "NOWHERE"), "NOWHERE"),
         (("parity", "--against", "tensorrt"), "'tensorrt' is not one of"),
     ],

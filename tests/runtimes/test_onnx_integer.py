@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 import vitquant
 from vitquant.errors import ExportError
 from vitquant.export import onnx_builder
-from vitquant.export.onnx_integer import onnx_integer_model
+from vitquant.export.onnx_integer import FORMAT, onnx_integer_model
 from vitquant.files import write_file
 from vitquant.integer.exponential import exact_exponential
 from vitquant.lowering import lower
@@ -27,7 +27,7 @@ from vitquant.parity.examine import adversarial_codes
 from vitquant.program import instructions as p
 from vitquant.quantizers.quantizer import Quantizer
 from vitquant.runtime.interpreter import Interpreter
-from vitquant.runtime.on_images import interpreted
+from vitquant.runtime.on_images import Ends, interpreted
 from vitquant.runtime.onnxruntime import OnnxModel
 from vitquant.runtime.products import exact_int64
 from vitquant.tasks.images import batches, load_listing, subset
@@ -168,11 +168,27 @@ def test_weights_of_4_bits_are_stored_in_4_bits():
 def test_what_codes_mean_is_in_the_metadata(vit_program, tmp_path):
     write_file(tmp_path / "vit.onnx", onnx_integer_model(vit_program).SerializeToString())
     model = OnnxModel(tmp_path / "vit.onnx", threads=1)
-    assert json.loads(model.metadata["input"]) == vit_program.facts["input"]
-    assert json.loads(model.metadata["output"]) == vit_program.facts["output"]
-    assert (model.metadata["recipe"], model.metadata["bits"]) == ("fq-vit", "w8a8s4")
-    assert model.metadata["vitquant"] == vitquant.__version__
-    assert model.metadata["format"] == "vitquant-integer-1"
+    said = {name.removeprefix("vitquant."): text for name, text in model.metadata.items()}
+    assert json.loads(said["input"]) == vit_program.facts["input"]
+    assert json.loads(said["output"]) == vit_program.facts["output"]
+    assert (said["recipe"], said["bits"]) == ("fq-vit", "w8a8s4")
+    assert (said["format"], said["version"]) == (FORMAT, vitquant.__version__)
+    assert all(name.startswith("vitquant.") for name in model.metadata)
+    # The names that such files had at first are read too.
+    assert Ends.from_metadata(said) == Ends.from_metadata(model.metadata) == Ends.of(vit_program)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_no_images_have_no_logits(family):
+    program = lower(quantized(family))
+    first = program.registers[program.input]
+    images, codes = torch.zeros(0, *first.shape[1:]), torch.zeros(0, *first.shape[1:], dtype=torch.int64)
+    classes = program.registers[program.output].shape[1]
+    assert interpreted(program)(images).shape == (0, classes)
+    for float_io, given in ((False, codes), (True, images)):
+        model = OnnxModel(onnx_integer_model(program, float_io).SerializeToString(), threads=1)
+        assert model(given).shape == (0, classes)
+        assert model(given).dtype == given.dtype
 
 
 @pytest.mark.parametrize(("optimize", "level"), [(True, "ORT_ENABLE_ALL"), (False, "ORT_DISABLE_ALL")])

@@ -303,6 +303,7 @@ def test_the_file_is_standard_and_says_what_it_is():
         "vitquant.version": vitquant.__version__,
         "vitquant.recipe": "fq-vit",
         "vitquant.bits": "w4a4",
+        "vitquant.model": quantized.digest,
         "vitquant.session_options": "{}",
         "vitquant.session_options.without_vnni": json.dumps(WITHOUT_VNNI),
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import stat
 import subprocess
 import sys
 
@@ -23,6 +25,7 @@ from exported_models import exported, photos, timm_swin, timm_vit  # noqa: E402
 
 from vitquant.export.openvino import check_directory, write_openvino  # noqa: E402
 from vitquant.export.qdq_rewriting import rewrite  # noqa: E402
+from vitquant.runtime.onnxruntime import OnnxModel  # noqa: E402
 from vitquant.runtime.openvino import OpenVinoModel  # noqa: E402
 
 
@@ -46,6 +49,7 @@ def test_openvino_computes_the_simulation(make, recipe, bits, tmp_path):
     images = photos(5, seed=1)
     with torch.no_grad():
         expected = quantized(images)
+    assert runtime(images[:0]).shape == OnnxModel(proto.SerializeToString())(images[:0]).shape == (0, 7)
     for size in (5, 2, 1):
         found = runtime(images[:size])
         assert (found.dtype, found.shape) == (torch.float32, (size, 7))
@@ -188,6 +192,17 @@ def test_a_convolution_keeps_its_bias_when_its_quantizer_is_moved_to_it(bias, to
 
 
 # Files.
+
+
+def test_an_ir_has_the_mode_that_the_umask_gives(tmp_path):
+    _, proto = exported(timm_vit, "minmax")
+    before = os.umask(0o027)
+    try:
+        write_openvino(proto, tmp_path / "ir")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes == {"ir": 0o750, "model.xml": 0o640, "model.bin": 0o640}
 
 
 def test_an_ir_is_not_replaced_unless_forced(tmp_path):

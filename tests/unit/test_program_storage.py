@@ -71,6 +71,7 @@ def assert_equal(found: p.IntegerProgram, expected: p.IntegerProgram) -> None:
 
 def test_what_is_saved_is_loaded(saved):
     assert_equal(load_program(saved), tiny())
+    assert_equal(load_program(str(saved)), tiny())
 
 
 @pytest.mark.parametrize("bits", ["w8a8s4", "w4a8s4", "w4a4s4"])
@@ -80,7 +81,7 @@ def test_a_lowered_model_gives_the_same_codes(tmp_path, bits):
         img_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), num_classes=10
     )
     program = lower(vitquant.quantize(model.eval(), "fq-vit", [torch.randn(4, 3, 32, 32)], bits=bits))
-    save_program(program, tmp_path / "swin.vitquant")
+    save_program(program, str(tmp_path / "swin.vitquant"))
     loaded = load_program(tmp_path / "swin.vitquant")
     assert_equal(loaded, program)
     low, high = program.registers[program.input].limits

@@ -35,12 +35,18 @@ class Engine(StrEnum):
     SIMULATED = "simulated"
     INTEGER = "integer"
     ONNXRUNTIME = "onnxruntime"
+    ONNX_INTEGER = "onnx-integer"
+    ONNX_QDQ = "onnx-qdq"
     OPENVINO = "openvino"
 
 
 EngineName = Annotated[
     Engine | None,
-    typer.Option("--engine", help="What computes; integer when the model lowers, else simulated, when not given."),
+    typer.Option(
+        "--engine",
+        help="What computes; integer when the model lowers, else simulated, when not given. onnxruntime: the integer "
+        "ONNX file, or the QDQ one where there is no other; onnx-integer and onnx-qdq say which.",
+    ),
 ]
 
 
@@ -66,6 +72,7 @@ def evaluate(
             import torch
 
             from vitquant import pipeline
+            from vitquant.engines import file_of
             from vitquant.report.tables import ends_text, facts, result_rows
             from vitquant.tasks import classification
             from vitquant.tasks.images import batches, check_labels, load_listing
@@ -91,7 +98,9 @@ def evaluate(
             first = labelled.skipped[0]
             terminal.note(f"{len(labelled.skipped)} images were left out, first: {first.path}: {first.reason}")
         recipe = {"recipe": f"{quantized.recipe.name}, {quantized.bits}", "ends": ends_text(quantized)}
-        terminal.result(asdict(result), facts({**result_rows(result), **recipe}))
+        path = file_of(name, out.absolute())
+        file = {} if path is None else {"file": str(path)}
+        terminal.result({**asdict(result), "file": file.get("file")}, facts({**result_rows(result), **file, **recipe}))
 
 
 def _engine(

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from vitquant.cli import options
-from vitquant.cli.checking import BROKEN, Data, Images, compare_forms, shown
+from vitquant.cli.checking import Data, Images, compare_forms, end, shown
 from vitquant.cli.evaluate import Weights
 from vitquant.cli.terminal import Terminal
 from vitquant.errors import ExportError
@@ -80,7 +80,7 @@ def export(
             with terminal.progress("exporting"):
                 write(quantized, format, scratch / path.name, float_io=float_io)
                 size = _size(scratch / path.name)
-                forms = forms_of(scratch / path.name, format)
+                forms = forms_of(scratch / path.name, format, quantized)
             report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, model)
             if not report.broken:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +89,7 @@ def export(
         where = "nowhere, since a promise is broken" if report.broken else f"{path}, {size / 1e6:.1f} MB"
         about = {"output": None if report.broken else str(path), "format": str(format), "bytes": size}
         terminal.result({**about, "parity": values}, *tables, facts({"format": str(format), "written to": where}))
-    if report.broken:
-        raise typer.Exit(BROKEN)
+        end(terminal, report)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -65,14 +66,26 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 raise KeyboardInterrupt
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         code = OK
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
         code, message = _explain(error)
         print(message, file=sys.stderr)
+        if _is_full(error):
+            _discard_stdout()
     sys.exit(code if isinstance(code, int) else OK)
+
+
+def _discard_stdout() -> None:
+    """What is still in the buffer would be written, and fail, once more at the end of the process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether stdout goes to a disk that is full; files that vitquant writes have errors of their own for that."""
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
@@ -80,6 +93,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return INTERRUPTED, "interrupted; nothing was written"
+    if _is_full(error):
+        return WRONG, "error: the result cannot be written: no space left where stdout goes"
     if isinstance(error, VitquantError):
         return WRONG, f"error: {text}"
     if isinstance(error, _UsageError):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitquant.cli import options
-from vitquant.cli.checking import BROKEN, Data, Images, compare_forms, shown
+from vitquant.cli.checking import Data, Images, compare_forms, end, shown
 from vitquant.cli.evaluate import Weights
 from vitquant.cli.terminal import Terminal
-from vitquant.errors import LoweringError
+from vitquant.errors import ExportError, LoweringError
 
 if TYPE_CHECKING:
     from vitquant.model import QuantizedModel
@@ -33,7 +33,6 @@ _FORMATS = {
     Runtime.ONNXRUNTIME: ("onnx-integer", "onnx-qdq"),
     Runtime.OPENVINO: ("openvino",),
 }
-_ON_INTEGERS = ("program", "onnx-integer")
 
 Against = Annotated[
     list[Runtime] | None,
@@ -72,26 +71,30 @@ def parity(
         report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, model)
         values, tables = shown(report)
         terminal.result(values, *tables)
-    if report.broken:
-        raise typer.Exit(BROKEN)
+        end(terminal, report)
 
 
 def _forms(quantized: QuantizedModel, out: Path, against: list[Runtime], scratch: Path) -> list[Form]:
     from vitquant.engines import forms_of, program_of
-    from vitquant.export.formats import PATHS, exported, write
+    from vitquant.export.formats import ON_INTEGERS, PATHS, exported, write
 
     found = exported(out)
-    if not against:
-        return [form for format, path in found.items() for form in forms_of(path, format)]
     forms: list[Form] = []
     program, refused = program_of(quantized)
     lowers = program is not None
+    if not against:
+        if not found and not lowers:
+            raise ExportError(
+                f"{out} holds nothing to compare: nothing was exported, and the model does not lower: {refused}; "
+                f"vitquant export {out} --format onnx-qdq"
+            )
+        return [form for format, path in found.items() for form in forms_of(path, format, quantized)]
     if not lowers and Runtime.INTERPRETER in against:
         raise LoweringError(f"--against interpreter: {refused}")
     for format in dict.fromkeys(format for runtime in against for format in _FORMATS[runtime]):
         path = found.get(format)
-        if path is None and (format not in _ON_INTEGERS or lowers):
+        if path is None and (format not in ON_INTEGERS or lowers):
             path = scratch / PATHS[format]
             write(quantized, format, path)
-        forms += [] if path is None else forms_of(path, format)
+        forms += [] if path is None else forms_of(path, format, quantized)
     return forms

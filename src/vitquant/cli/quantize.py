@@ -32,6 +32,12 @@ Settings = Annotated[
 ]
 CalibrationFolder = Annotated[Path, typer.Option(metavar="DIR", help="Images to calibrate on; labels are not read.")]
 Images = Annotated[int | None, typer.Option(min=1, help="How many of them; the recipe's number when not given.")]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Images in a batch; the recipe's number, or all images where those are fewer, when not given."
+    ),
+]
 ModelArguments = Annotated[
     list[str] | None, typer.Option("--model-arg", metavar="KEY=VALUE", help="An argument of the model; repeat.")
 ]
@@ -49,7 +55,7 @@ def quantize(
     bits: BitWidths = None,
     settings: Settings = None,
     images: Images = None,
-    batch: options.Batch = None,
+    batch: Batch = None,
     preprocessing: options.PreprocessingFile = None,
     model_arguments: ModelArguments = None,
     force: Force = False,
@@ -73,7 +79,7 @@ def quantize(
             from vitquant.recipe import Bits, load_recipe, override
             from vitquant.report.tables import ends_text, facts
             from vitquant.tasks.images import batches, load_listing
-            from vitquant.zoo import ModelSource, create, parse_model_arguments, pinned
+            from vitquant.zoo import ModelSource, check_name, create, parse_model_arguments, pinned
 
             # What is wrong is said before what takes long.
             check_target(output, force)
@@ -81,15 +87,18 @@ def quantize(
             widths = str(chosen.bits if bits is None else Bits.parse(bits))
             where = options.choose_device(device, threads)
             torch.manual_seed(seed)
-            size = batch or chosen.calibration.batch
-            items = _choose(load_listing(calibration), calibration, images, chosen.calibration.images, size, seed)
             if weights not in ("pretrained", "random"):
                 weights = str(Path(weights).absolute())  # it is saved, and `evaluate` may run elsewhere
-            source = pinned(ModelSource(model, parse_model_arguments(model_arguments or ()), weights, seed))
+            named = ModelSource(model, parse_model_arguments(model_arguments or ()), weights, seed)
+            check_name(named)
+            items = _choose(load_listing(calibration), calibration, images, chosen.calibration.images, seed)
+            size = batch or min(chosen.calibration.batch, len(items))
+            _refuse_less_than_a_batch(len(items), batch, calibration)
+            source = pinned(named)
             network = create(source).to(where)
             steps = _preprocessing(network, source, preprocessing)
             data = batches(items, steps, size, workers, skip_bad_images)
-            _refuse_less_than_a_batch(len(data.items), size, calibration)
+            _refuse_less_than_a_batch(len(data.items), batch, calibration)
         with terminal.progress("capturing, first batch", len(data.items)) as update:
             stream = _Watched(data, update)
             quantized = pipeline.quantize(
@@ -135,7 +144,7 @@ def _facts(quantized: QuantizedModel, network: nn.Module, source: ModelSource, o
     }
 
 
-def _choose(items: list[Item], directory: Path, asked: int | None, usual: int, batch: int, seed: int) -> list[Item]:
+def _choose(items: list[Item], directory: Path, asked: int | None, usual: int, seed: int) -> list[Item]:
     """The images to calibrate on: as many as asked for, or else the recipe's number or all there are."""
     from vitquant.tasks.images import subset
 
@@ -143,15 +152,13 @@ def _choose(items: list[Item], directory: Path, asked: int | None, usual: int, b
         raise DataError(
             f"{directory}: {asked} images asked for, {len(items)} there; give --images {len(items)} or less"
         )
-    count = asked or min(usual, len(items))
-    _refuse_less_than_a_batch(count, batch, directory)
-    return subset(items, count, seed)
+    return subset(items, asked or min(usual, len(items)), seed)
 
 
-def _refuse_less_than_a_batch(count: int, batch: int, directory: Path) -> None:
-    if count < batch:
+def _refuse_less_than_a_batch(count: int, asked: int | None, directory: Path) -> None:
+    if asked is not None and count < asked:
         raise DataError(
-            f"{directory}: {count} calibration images are less than a batch of {batch}; give more, or --batch {count}"
+            f"{directory}: {count} calibration images are less than a batch of {asked}; give more, or --batch {count}"
         )
 
 

@@ -52,6 +52,11 @@ class Terminal:
         if not self._quiet:
             self._stderr.print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
 
+    def failure(self, text: str) -> None:
+        """Say in one line on stderr what failed, unless a table has said it."""
+        if self._json or self._quiet:
+            self._stderr.print(text, soft_wrap=True, markup=False, highlight=False)
+
     @contextmanager
     def progress(self, description: str, images: int | None = None) -> Iterator[Callable[..., None]]:
         """A spinner, or a bar when the number of images is known; shown on a terminal only.

@@ -6,7 +6,6 @@ images and those of the logits.
 
 from __future__ import annotations
 
-import json
 from fractions import Fraction
 from importlib.metadata import version
 from math import prod
@@ -21,8 +20,9 @@ from vitquant.export.onnx_moves import concatenate, move
 from vitquant.export.onnx_operations import distances, log_softmax, normalize, published_log_softmax, uniform_softmax
 from vitquant.export.onnx_products import Bytes, bytes_of, convolution, matmul
 from vitquant.program import instructions as p
+from vitquant.runtime.metadata import to_metadata
 
-FORMAT = "vitquant-integer-1"
+FORMAT = "onnx-integer/1"
 INPUT, OUTPUT = "images", "logits"
 DTYPES: dict[str, Any] = {
     "u4": np.uint8, "s4": np.int8, "u8": np.uint8, "s8": np.int8, "u16": np.int32, "s16": np.int32,
@@ -34,7 +34,7 @@ def onnx_integer_model(program: p.IntegerProgram, float_io: bool = False) -> Mod
     """An integer program as an ONNX model, for any batch.
 
     Its input `images` and its output `logits` are codes, of the smallest type that ONNX Runtime computes with.
-    `metadata_props` hold the program's facts: scale and zero point of both as JSON, recipe and bits.
+    `metadata_props` hold the program's facts: scale and zero point of both as JSON, recipe and bits (docs/integers.md).
 
     Arguments:
         program: from `lower`, so that its ranges are proved.
@@ -210,5 +210,4 @@ class _Export:
         return np.dtype(self._dtype(name))
 
     def _metadata(self) -> dict[str, str]:
-        facts = {key: fact if isinstance(fact, str) else json.dumps(fact) for key, fact in self.program.facts.items()}
-        return {"format": FORMAT, "vitquant": version("vitquant"), **facts}
+        return to_metadata({"format": FORMAT, "version": version("vitquant"), **self.program.facts})

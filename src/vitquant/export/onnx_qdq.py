@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import logging
 import operator
 import warnings
@@ -34,6 +33,7 @@ from vitquant.model import QuantizedModel
 from vitquant.operations import IntegerOperation
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.uniform import UniformQuantizer
+from vitquant.runtime.metadata import to_metadata
 from vitquant.tasks.classification import logits_of
 
 if TYPE_CHECKING:
@@ -187,15 +187,14 @@ def _describe(proto: onnx.ModelProto, model: QuantizedModel, options: dict[str, 
     from onnx.helper import set_model_props
 
     facts = {
-        "vitquant.format": FORMAT,
-        "vitquant.version": version("vitquant"),
-        "vitquant.recipe": model.recipe.name,
-        "vitquant.bits": str(model.bits),
-        "vitquant.session_options": json.dumps(options),
-        "vitquant.session_options.without_vnni": json.dumps(WITHOUT_VNNI),
+        "format": FORMAT,
+        "version": version("vitquant"),
+        **model.facts,
+        "session_options": options,
+        "session_options.without_vnni": WITHOUT_VNNI,
     }
-    set_model_props(proto, facts)
-    proto.producer_name, proto.producer_version = "vitquant", facts["vitquant.version"]
+    set_model_props(proto, to_metadata(facts))
+    proto.producer_name, proto.producer_version = "vitquant", facts["version"]
 
 
 def _check(proto: onnx.ModelProto) -> None:

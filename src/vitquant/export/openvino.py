@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vitquant.errors import ExportError
 from vitquant.export.onnx_qdq import onnx_qdq_model
-from vitquant.files import put_in_place
+from vitquant.files import put_in_place, share
 from vitquant.model import QuantizedModel
 from vitquant.runtime.openvino import openvino_core
 
@@ -51,7 +51,7 @@ def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Pat
         for file in partial.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        partial.chmod(0o755)
+        share(partial)
         put_in_place(partial, directory)
     except (OSError, RuntimeError) as error:  # OpenVINO's word for a full disk is RuntimeError
         raise ExportError(f"{directory} could not be written: {getattr(error, 'strerror', None) or error}") from error
@@ -71,7 +71,9 @@ def check_directory(directory: Path, force: bool = False) -> None:
         raise ExportError(f"{directory} is a file; give a directory")
     if directory.is_dir() and any(directory.iterdir()):
         if not force:
-            raise ExportError(f"{directory} is not empty; give another directory, or --force to replace it")
+            raise ExportError(
+                f"{directory} is not empty; give another directory, or --force (force=True) to replace it"
+            )
         if not (directory / _IR).is_file():
             raise ExportError(f"{directory} is not empty and holds no OpenVINO model; remove it yourself")
     parent = next(folder for folder in directory.parents if folder.exists())

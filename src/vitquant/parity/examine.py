@@ -56,6 +56,11 @@ class ParityReport:
     refused: str = ""
 
     @property
+    def promised(self) -> bool:
+        """Whether anything is promised: without an integer program and an export nothing is."""
+        return bool(self.flips) or any(each.promise for each in self.comparisons)
+
+    @property
     def broken(self) -> list[str]:
         """The promises that do not hold, in words."""
         forms = [f"{c.form} beside {c.beside}: {c.promise}" for c in self.comparisons if not c.kept]

@@ -24,7 +24,7 @@ _KEY = "vitquant_program"  # one key, as several would be written in any order
 _LONGEST_HEADER = 2**23  # bytes; that of a DeiT has 2**18
 
 
-def save_program(program: p.IntegerProgram, path: Path, force: bool = False) -> None:
+def save_program(program: p.IntegerProgram, path: str | Path, force: bool = False) -> None:
     """Write a program to one file; the same program gives the same bytes.
 
     Arguments:
@@ -42,17 +42,17 @@ def save_program(program: p.IntegerProgram, path: Path, force: bool = False) -> 
         name: pack(values.cpu(), p.TYPES[program.registers[name].type][0]) for name, values in program.constants.items()
     }
     text = _text({**_plain(program), "sha256": _digest(_plain(program), packed)})
-    write_file(path, _safetensors().save(packed, {_KEY: text}), force)
+    write_file(Path(path), _safetensors().save(packed, {_KEY: text}), force)
 
 
-def load_program(path: Path) -> p.IntegerProgram:
+def load_program(path: str | Path) -> p.IntegerProgram:
     """Read a program, whoever wrote the file: it is valid or refused.
 
     Raises:
         CheckpointError: missing, truncated, altered, of a newer format, or no valid program; the message names the
             file.
     """
-    safetensors = _safetensors()
+    safetensors, path = _safetensors(), Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; give the file that a program was saved to")
     try:

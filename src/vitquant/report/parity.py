@@ -13,6 +13,7 @@ from rich.text import Text
 from vitquant.parity import RESCALING, Comparison, Flips, ParityReport
 
 _SHOWN = 10
+_FORM, _PROMISE = 21, 17  # columns that the longest of their words needs, `bit for bit: kept` on one line
 
 
 def as_dict(report: ParityReport) -> dict[str, Any]:
@@ -32,25 +33,32 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def comparisons_table(comparisons: Iterable[Comparison]) -> Table:
-    """One line for each pair of forms."""
+    """One line for each pair of forms, below what they are beside; no word is broken in 80 columns."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
-    table.add_column("form", overflow="fold", style="bold")
-    table.add_column("beside", overflow="fold")
-    for header in ("images", "same class", "same logits", "cosine", "worst logit"):
+    table.add_column("form", min_width=_FORM)
+    for header in ("images", "% same\nclass", "% same\nlogits", "cosine", "worst\nlogit"):
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("promise", overflow="fold")
-    for each in comparisons:
-        table.add_row(
-            each.form,
-            each.beside,
-            str(each.images),
-            f"{each.agreement:.1f} %",
-            f"{each.identical:.1f} %",
-            f"{each.cosine:.6f}",
-            f"{each.worst:.3g}",
-            _kept(each.promise, each.kept),
-        )
+    table.add_column("promise", min_width=_PROMISE)
+    for beside, pairs in _by_reference(comparisons).items():
+        table.add_row(Text(f"beside {beside}:", style="bold"))
+        for each in pairs:
+            table.add_row(
+                Text(each.form),
+                str(each.images),
+                f"{each.agreement:.1f}",
+                f"{each.identical:.1f}",
+                f"{each.cosine:.6f}",
+                f"{each.worst:.3g}",
+                _kept(each.promise, each.kept),
+            )
     return table
+
+
+def _by_reference(comparisons: Iterable[Comparison]) -> dict[str, list[Comparison]]:
+    found: dict[str, list[Comparison]] = {}
+    for each in comparisons:
+        found.setdefault(each.beside, []).append(each)
+    return found
 
 
 def flips_table(flips: Sequence[Flips]) -> Table:
@@ -60,7 +68,7 @@ def flips_table(flips: Sequence[Flips]) -> Table:
     table.add_column("made by")
     for header in ("codes", "flipped", "share", "by up to"):
         table.add_column(header, justify="right", no_wrap=True)
-    for made_by in sorted({each.made_by for each in flips}, key=lambda kind: kind != RESCALING):
+    for made_by in sorted({each.made_by for each in flips}, key=lambda kind: (kind != RESCALING, kind)):
         of_kind = [each for each in flips if each.made_by == made_by]
         codes, flipped = sum(each.codes for each in of_kind), sum(each.flipped for each in of_kind)
         whole = Flips(f"all {len(of_kind)}", made_by, codes, flipped, max(each.largest for each in of_kind))
@@ -72,10 +80,12 @@ def flips_table(flips: Sequence[Flips]) -> Table:
 
 
 def verdict(report: ParityReport) -> Text:
-    """The promises in one line."""
-    said = f"not lowered: {report.refused}. " if report.refused else ""
+    """The promises in one line, below the one that says why there is no integer program."""
+    said = f"not lowered: {report.refused}\n" if report.refused else ""
     if report.broken:
         return Text.assemble(said, ("broken: ", "bold red"), "; ".join(report.broken))
+    if not report.promised:
+        return Text.assemble(said, "nothing was promised")
     return Text.assemble(said, ("every promise is kept", "green"))
 
 

@@ -65,6 +65,10 @@ class Interpreter(nn.Module):
             raise CaptureError(
                 f"the program reads codes from {low} to {high}; encode the images by its input quantizer"
             )
+        if not len(codes):  # a reshape could not tell what is left of nothing
+            return torch.zeros(0, *self.program.registers[self.program.output].shape[1:], dtype=torch.int64).to(
+                codes.device
+            )
         if taps or codes.device.type != "cpu":
             return self._run(codes, taps or {})
         return torch.cat([self._run(part, {}) for part in codes.split(self._images)])

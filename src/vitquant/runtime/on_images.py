@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitquant.errors import LoweringError
 from vitquant.program.instructions import IntegerProgram
 from vitquant.runtime.interpreter import Interpreter
+from vitquant.runtime.metadata import fact_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Ends:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Ends:
         """The ends of an ONNX model that takes codes."""
-        return cls._of(*(json.loads(metadata.get(end, "{}")) for end in ("input", "output")))
+        older = metadata.get  # such files had the bare names at first
+        return cls._of(*(json.loads(fact_of(metadata, end) or older(end, "{}")) for end in ("input", "output")))
 
     @classmethod
     def _of(cls, image: Mapping[str, Any], logits: Mapping[str, Any]) -> Ends:

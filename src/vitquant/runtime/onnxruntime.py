@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitquant.errors import ExportError
+from vitquant.runtime.metadata import fact_of
 
 
 class OnnxModel:
@@ -28,7 +29,7 @@ class OnnxModel:
         ExportError: onnxruntime is missing, there is no such file, or ONNX Runtime refuses the model.
     """
 
-    def __init__(self, model: Path | bytes, optimize: bool = True, threads: int | None = None) -> None:
+    def __init__(self, model: str | Path | bytes, optimize: bool = True, threads: int | None = None) -> None:
         try:
             import onnx
             import onnxruntime
@@ -67,6 +68,8 @@ class OnnxModel:
             ExportError: floats for a model that takes codes or the other way round, codes that its input cannot
                 hold, or images of another size.
         """
+        if not len(images):  # ONNX Runtime fails to broadcast nothing
+            return self(images.new_zeros((1, *images.shape[1:])))[:0]
         if images.is_floating_point() != (self._dtype.kind == "f"):
             raise ExportError(f"{self._name} takes {self._dtype} images, and these are {images.dtype}")
         values = images.detach().cpu().numpy()
@@ -90,8 +93,8 @@ _DTYPES = {
 
 def _wanted(model: Any) -> dict[str, str]:
     """The session options that the exporter wrote beside the graph, since ONNX Runtime does not load it without."""
-    texts = [each.value for each in model.metadata_props if each.key == "vitquant.session_options"]
-    return {} if not texts else json.loads(texts[0])
+    metadata = {each.key: each.value for each in model.metadata_props}
+    return json.loads(fact_of(metadata, "session_options") or "{}")
 
 
 def _first_line(error: Exception) -> str:

@@ -22,6 +22,9 @@ class OpenVinoModel:
             when it is not told.
         threads: how many; None lets OpenVINO choose.
 
+    Attributes:
+        metadata: what the exporter wrote beside the graph, such as recipe and bits.
+
     Raises:
         ExportError: the extra `openvino` is not installed, the file is missing, or OpenVINO refuses it.
 
@@ -38,7 +41,10 @@ class OpenVinoModel:
             options["INFERENCE_NUM_THREADS"] = threads
         core = openvino_core()
         try:
-            self._compiled = core.compile_model(core.read_model(file), "CPU", options)
+            model = core.read_model(file)
+            self._compiled = core.compile_model(model, "CPU", options)
+            said = model.rt_info["framework"] if model.has_rt_info(["framework"]) else {}
+            self.metadata: dict[str, str] = {name: text.astype(str) for name, text in said.items()}
         except RuntimeError as error:
             raise ExportError(f"OpenVINO refuses {file}: {_first_line(error)}") from error
 

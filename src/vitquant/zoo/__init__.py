@@ -1,6 +1,6 @@
 """Models by name, as the libraries make them: timm, transformers, torchvision, or a user's factory."""
 
-from vitquant.zoo.build import architecture, create
+from vitquant.zoo.build import architecture, check_name, create
 from vitquant.zoo.preprocessing import preprocessing_of
 from vitquant.zoo.source import LIBRARIES, ModelSource, parse_model_arguments
 from vitquant.zoo.weights import pinned
@@ -9,6 +9,7 @@ __all__ = [
     "LIBRARIES",
     "ModelSource",
     "architecture",
+    "check_name",
     "create",
     "parse_model_arguments",
     "pinned",

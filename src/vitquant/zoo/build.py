@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -58,19 +59,54 @@ def architecture(source: ModelSource) -> nn.Module:
     return model.float().eval()
 
 
-def _build_timm(source: ModelSource, pretrained: bool = False) -> nn.Module:
+def check_name(source: ModelSource) -> None:
+    """Refuse a model that its library does not know, without building one; what a factory gives is known later.
+
+    Raises:
+        ModelError: the library is not installed or does not know the name.
+    """
+    if source.library in _LIBRARIES:
+        _LIBRARIES[source.library](source)
+
+
+def _timm(source: ModelSource) -> ModuleType:
+    """The library, when it knows the model."""
     timm = import_library("timm")
     name = source.model.split(".")[0]  # the rest is a tag of weights
     if ":" not in name and not timm.is_model(name):
         raise unknown(source, name, timm.list_models())
-    return timm.create_model(source.model, pretrained=pretrained, **source.arguments)
+    return timm
 
 
-def _build_torchvision(source: ModelSource, pretrained: bool = False) -> nn.Module:
+def _torchvision(source: ModelSource) -> ModuleType:
     models = import_library("torchvision").models
     if source.model not in models.list_models():
         raise unknown(source, source.model, models.list_models())
-    return models.get_model(source.model, weights="DEFAULT" if pretrained else None, **source.arguments)
+    return models
+
+
+def _transformers(source: ModelSource) -> ModuleType:
+    transformers = import_library("transformers")
+    known = "/" in source.model or _is_local(source) or source.model in transformers.CONFIG_MAPPING
+    if not known:
+        raise unknown(source, source.model, transformers.CONFIG_MAPPING)
+    return transformers
+
+
+def _is_local(source: ModelSource) -> bool:
+    path = Path(source.model)
+    return path.is_file() or (path / "config.json").is_file()
+
+
+_LIBRARIES = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}
+
+
+def _build_timm(source: ModelSource, pretrained: bool = False) -> nn.Module:
+    return _timm(source).create_model(source.model, pretrained=pretrained, **source.arguments)
+
+
+def _build_torchvision(source: ModelSource, pretrained: bool = False) -> nn.Module:
+    return _torchvision(source).get_model(source.model, weights="DEFAULT" if pretrained else None, **source.arguments)
 
 
 def _build_transformers(source: ModelSource, pretrained: bool = False) -> nn.Module:
@@ -124,16 +160,13 @@ def _pretrained(source: ModelSource) -> nn.Module:
 
 
 def _transformers_config(source: ModelSource) -> Any:
-    transformers, path = import_library("transformers"), Path(source.model)
-    local = path.is_file() or (path / "config.json").is_file()
-    if not local and source.model in transformers.CONFIG_MAPPING:
+    transformers = _transformers(source)
+    if not _is_local(source) and source.model in transformers.CONFIG_MAPPING:
         if source.weights == "pretrained":
             raise ModelError(f"{source.name} is a model type without weights; give --weights FILE or --weights random")
         config = transformers.AutoConfig.for_model(source.model, **source.arguments)
         # it would keep a misspelt argument as one more attribute
         return _refuse_unused(source, [key for key in source.arguments if not hasattr(type(config)(), key)], config)
-    if not local and "/" not in source.model:
-        raise unknown(source, source.model, transformers.CONFIG_MAPPING)
     try:
         config, unused = transformers.AutoConfig.from_pretrained(
             source.model, return_unused_kwargs=True, **source.arguments
