@@ -264,7 +264,7 @@ class QuantizedModel(nn.Module):
     def digest(self) -> str:
         """Tells models apart: a sha256 over the tensors that are saved, the quantizers' specs and the graph.
 
-        It is the same for a model and for what was loaded of it, on every device.
+        It is the same for a model and for what was loaded of it.
 
         Raises:
             CalibrationError: a quantizer is missing.

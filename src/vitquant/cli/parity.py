@@ -79,16 +79,16 @@ def _forms(quantized: QuantizedModel, out: Path, against: list[Runtime], scratch
     from vitquant.export.formats import ON_INTEGERS, PATHS, exported, write
 
     found = exported(out)
+    if not against and found:
+        return [form for format, path in found.items() for form in forms_of(path, format, quantized)]
     forms: list[Form] = []
     program, refused = program_of(quantized)
     lowers = program is not None
-    if not against:
-        if not found and not lowers:
-            raise ExportError(
-                f"{out} holds nothing to compare: nothing was exported, and the model does not lower: {refused}; "
-                f"vitquant export {out} --format onnx-qdq"
-            )
-        return [form for format, path in found.items() for form in forms_of(path, format, quantized)]
+    if not against and not lowers:
+        raise ExportError(
+            f"{out} holds nothing to compare: nothing was exported, and the model does not lower: {refused}; "
+            f"vitquant export {out} --format onnx-qdq"
+        )
     if not lowers and Runtime.INTERPRETER in against:
         raise LoweringError(f"--against interpreter: {refused}")
     for format in dict.fromkeys(format for runtime in against for format in _FORMATS[runtime]):
