@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from vitquant.checkpoint import CONFIG, TENSORS
@@ -10,7 +9,6 @@ from vitquant.errors import ExportError
 from vitquant.files import check_new_file, write_file
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
-from vitquant.program.instructions import IntegerProgram
 
 # Names in the directory of the saved model; quantizing into it again removes them with the model they were made from.
 PATHS = {
@@ -25,16 +23,6 @@ ON_INTEGERS = ("program", "onnx-integer")  # those of the integer program, which
 def exported(directory: str | Path) -> dict[str, Path]:
     """What was exported into the directory of a saved model, by format."""
     return {name: Path(directory, path) for name, path in PATHS.items() if Path(directory, path).exists()}
-
-
-def described_program(model: QuantizedModel) -> IntegerProgram:
-    """The integer program of a model, with the facts of that model.
-
-    Raises:
-        LoweringError: the model does not lower.
-    """
-    program = lower(model)
-    return replace(program, facts={**program.facts, **model.facts})
 
 
 def check_target(format: str, path: Path, force: bool = False) -> None:
@@ -80,11 +68,11 @@ def write(model: QuantizedModel, format: str, path: str | Path, force: bool = Fa
         case "program":
             from vitquant.program.storage import save_program
 
-            save_program(described_program(model), path, force)
+            save_program(lower(model), path, force)
         case "onnx-integer":
             from vitquant.export.onnx_integer import onnx_integer_model
 
-            write_file(path, onnx_integer_model(described_program(model), float_io).SerializeToString(), force)
+            write_file(path, onnx_integer_model(lower(model), float_io).SerializeToString(), force)
         case "onnx-qdq":
             from vitquant.export.onnx_qdq import onnx_qdq_model
 

@@ -89,8 +89,7 @@ def lower(model: QuantizedModel) -> IntegerProgram:
         facts={
             "input": image,
             "output": {"scale": result.scale.flatten().tolist(), "zero_point": int(result.zero)},
-            "recipe": model.recipe.name,
-            "bits": str(model.bits),
+            **model.facts,
         },
     )
     check_program(program)
