@@ -4,8 +4,9 @@
 
 Data: ../shared, 1,000 calibration photographs in batches of 100; evaluated on 500 others. A variant is a recipe and,
 if not its own, bits. Prints the tables of docs/integers.md: top-1 beside float; agreement of the integer program with
-the simulation in float64 and in float32, and of these two with each other; and the codes that rescaling flips when both
-are fed the same codes, over all sites and at the worst one (on 32 images). About seven minutes a variant on two cores.
+the simulation in float64 and in float32, and of these two with each other; and the codes that rescaling flips beside
+the float64 simulation when both are fed the same codes, over all sites and at the worst one (on 32 images). About seven
+minutes a variant on two cores.
 """
 
 from __future__ import annotations

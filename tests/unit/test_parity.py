@@ -105,6 +105,11 @@ def test_flips_of_rescaling_are_few_and_of_operations_none(made_by, flipped, lar
     assert bool(ParityReport((), (flips,)).broken) is not kept
 
 
+def test_one_code_of_few_may_flip():
+    assert Flips("a:input", "rescaling", 867, 1, 1).kept
+    assert not Flips("a:input", "rescaling", 867, 2, 1).kept
+
+
 # What is examined.
 
 

@@ -47,8 +47,9 @@ class Flips:
 
     @property
     def kept(self) -> bool:
-        """Whether the promise holds: rescaling flips at most `FLIPPED` of the codes, by one step; the rest none."""
-        return self.flipped == 0 or (self.made_by == RESCALING and self.share <= FLIPPED and self.largest <= 1)
+        """Whether the promise holds: rescaling flips at most `FLIPPED` of the codes, or one, by a step; the rest none."""
+        few = self.flipped <= max(1, FLIPPED * self.codes)
+        return self.flipped == 0 or (self.made_by == RESCALING and few and self.largest <= 1)
 
 
 def flipped_codes(
