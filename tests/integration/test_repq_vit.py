@@ -8,13 +8,15 @@ from architectures import ZOO, vary
 
 import vitquant
 from vitquant.capture import capture
-from vitquant.errors import CalibrationError, RecipeError
+from vitquant.errors import CalibrationError, LoweringError, RecipeError
 from vitquant.graph.layer_norm_folding import foldable_norm
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.methods.scale_reparameterization import ReparameterizeScalesSettings, reparameterize_scales
 from vitquant.model import QuantizedModel
 from vitquant.recipe import Method, Recipe
 from vitquant.recipe.rule import Rule, SpecTemplate
+from vitquant.runtime.on_images import interpreted
+from vitquant.simulation import ExactSimulation
 from vitquant.spec import Uniform
 
 LAYERS = Recipe(
@@ -117,3 +119,44 @@ def test_norms_that_cannot_be_folded_say_why():
     record = next(record for record in quantized.records if record.method == "reparameterize-scales")
     assert record.summary["reparameterized"] == 0
     assert all("no linear layer" in decision["one scale, because"] for decision in record.decisions.values())
+
+
+LIBRARIES = "timm deit", "timm swin", "transformers vit", "transformers swin", "torchvision vit", "torchvision swin"
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_fully_integer_it_lowers_to_its_simulation(name):
+    build, size = ZOO[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    vary(model)
+    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+    quantized = vitquant.quantize(Logits(model), "repq-vit+fully-integer", images.split(4), bits="w4a4")
+    assert not quantized.float_reasons
+    with torch.inference_mode():
+        found, simulated = interpreted(vitquant.lower(quantized))(images), ExactSimulation(quantized)(images).float()
+    assert torch.equal(found, simulated)
+    assert found.unique().numel() > 5
+
+
+def test_the_recipe_alone_stays_in_float_between_products():
+    model, images = made("timm deit")
+    quantized = vitquant.quantize(model, "repq-vit", [images])
+    with pytest.raises(
+        LoweringError, match=r"leaves \d+ operands in float, first .*: lay \+fully-integer over it"
+    ):
+        vitquant.lower(quantized)
+    kinds = {site.name: site.kind for site in quantized.sites}
+    in_float = {kinds[name.partition(":")[0]] for name in set(quantized.assignments) - set(quantized.quantizers)}
+    assert in_float == {"layer_norm", "softmax", "activation", "residual", "concat", "output"}
+
+
+class Logits(torch.nn.Module):
+    """A classifier that gives its logits only."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return logits(self.model(images))

@@ -10,6 +10,8 @@ import vitquant
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.methods.scale_search import SearchScalesSettings, search_scales
 from vitquant.objectives.correlation import correlation
+from vitquant.runtime.on_images import interpreted
+from vitquant.simulation import ExactSimulation
 
 QUICK = ("search-scales.candidates=12", "search-scales.pairs=16")
 
@@ -164,3 +166,19 @@ def test_order_and_data_are_checked():
     floating, _ = quantized("timm deit")
     with pytest.raises(CalibrationError, match="no calibration images"):
         search_scales(floating, [], SearchScalesSettings())
+
+
+@pytest.mark.parametrize("name", ["timm deit", "timm swin", "torchvision swin"])
+@pytest.mark.parametrize("recipe", ["vt-ptq+fully-integer", "repq-vit+searched-scales+fully-integer"])
+def test_fully_integer_it_lowers_to_its_simulation(name, recipe):
+    model, images = made(name)
+    found = vitquant.quantize(model, recipe, images.split(3), bits="w4a4", settings=QUICK)
+    with torch.inference_mode():
+        integers, simulated = interpreted(vitquant.lower(found))(images), ExactSimulation(found)(images).float()
+    assert torch.equal(integers, simulated)
+
+
+def test_searching_after_the_operations_are_integers_is_refused():
+    model, images = made("timm deit")
+    with pytest.raises(CalibrationError, match="comes before integer-operations"):
+        vitquant.quantize(model, "repq-vit+fully-integer+searched-scales", [images], settings=QUICK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from vitquant.errors import LoweringError
 from vitquant.graph.operators import (
     CONVOLUTIONS,
     JOINS,
@@ -50,6 +51,18 @@ def lower(model: QuantizedModel) -> IntegerProgram:
     Pitfall: the codes are the simulation's except where float32 and integers round a sum apart; `parity` counts them.
     """
     model.require_calibrated()
+    try:
+        return _program(model)
+    except LoweringError as reason:
+        left = [name for name, assignment in model.assignments.items() if assignment.spec is None]
+        if not left:
+            raise
+        raise LoweringError(
+            f"{reason}; the recipe leaves {len(left)} operands in float, first {left[0]}: lay +fully-integer over it"
+        ) from None
+
+
+def _program(model: QuantizedModel) -> IntegerProgram:
     context, codes = Context(model), dict[str, str]()
     first = result = image = None
     for node in model.graph_module.graph.nodes:
