@@ -142,9 +142,7 @@ def test_fully_integer_it_lowers_to_its_simulation(name):
 def test_the_recipe_alone_stays_in_float_between_products():
     model, images = made("timm deit")
     quantized = vitquant.quantize(model, "repq-vit", [images])
-    with pytest.raises(
-        LoweringError, match=r"leaves \d+ operands in float, first .*: lay \+fully-integer over it"
-    ):
+    with pytest.raises(LoweringError, match=r"leaves \d+ operands in float, first .*: lay \+fully-integer over it"):
         vitquant.lower(quantized)
     kinds = {site.name: site.kind for site in quantized.sites}
     in_float = {kinds[name.partition(":")[0]] for name in set(quantized.assignments) - set(quantized.quantizers)}

@@ -53,6 +53,39 @@ def correlation(y: Tensor, y_hat: Tensor) -> Tensor:
     return Moments(y.shape[1], *sums).correlation()
 
 
+class FixedFactor:
+    """One factor F of a product F Z, and its float result Y: what a correlation needs of every candidate for Z.
+
+    The product itself is not needed: its squares sum to <Z, F^T F Z>, and its products with Y to <Z, F^T Y>. So a
+    candidate costs D^2 N operations for an F of M rows and D columns and a Z of D rows and N columns, or M D N where
+    that is less, and no pass over M N elements but for that.
+
+    Arguments:
+        fixed: F, (images, ..., M, D), or (M, D) for all images.
+        y: Y, (images, ..., M, N).
+    """
+
+    def __init__(self, fixed: Tensor, y: Tensor) -> None:
+        self._fixed, self._back = fixed, fixed.mT @ y
+        self._gram = fixed.mT @ fixed if fixed.shape[-1] <= fixed.shape[-2] else None
+        self._column_sums = fixed.sum(-2, dtype=torch.float64)
+
+    def sums(self, candidate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums of F Z, of its squares, and of its products with Y: float64 (images,) each.
+
+        Arguments:
+            candidate: Z, (images, ..., D, N).
+        """
+        made = (self._fixed if self._gram is None else self._gram) @ candidate
+        squares = made * (made if self._gram is None else candidate)
+        total = self._column_sums * candidate.sum(-1, dtype=torch.float64)
+        return tuple(_of_images(each) for each in (total, squares, candidate * self._back))  # type: ignore[return-value]
+
+
+def _of_images(x: Tensor) -> Tensor:
+    return x.flatten(1).sum(1, dtype=torch.float64)
+
+
 class LinearOutput:
     """The output of a linear layer, correlated with what candidates for its operands would make of it.
 
@@ -107,21 +140,17 @@ class LinearOutput:
             bias: (outputs,), which is added to the quantized output.
         """
         images, _, inputs = self.x.shape
-        gram = weight.T @ weight if inputs <= len(weight) else None
-        ends = torch.stack([weight.sum(0), bias @ weight], 1).double()  # (inputs, 2)
         shape = (images, len(quantizers))
-        squares, crosses, totals, products = (self._total.new_zeros(shape) for _ in range(4))
+        totals, squares, crosses, products = (self._total.new_zeros(shape) for _ in range(4))
+        on_bias = (bias @ weight).double()
         width = self._images(inputs)
         for start in range(0, images, width):
             part = slice(start, start + width)
-            x, back = self.x[part], self.y[part] @ weight
+            x, factor = self.x[part], FixedFactor(weight, self.y[part].mT)
             for index, quantize in enumerate(quantizers):
                 xq = quantize(x)
-                crosses[part, index] = (xq * back).sum((1, 2), dtype=torch.float64)
-                made = xq @ weight.T if gram is None else xq @ gram
-                squares[part, index] = (made * (made if gram is None else xq)).sum((1, 2), dtype=torch.float64)
-                sums = xq.sum(1, dtype=torch.float64) @ ends
-                totals[part, index], products[part, index] = sums[:, 0], sums[:, 1]
+                totals[part, index], squares[part, index], crosses[part, index] = factor.sums(xq.mT)
+                products[part, index] = xq.sum(1, dtype=torch.float64) @ on_bias
         return self._moments(bias, squares, crosses, totals, products).correlation().mean(0)
 
     def corrected_bias(self, quantize_input: Quantize, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitquant.objectives.correlation import IN_CACHE, Moments, Quantize
+from vitquant.objectives.correlation import IN_CACHE, FixedFactor, Moments, Quantize
 from vitquant.objectives.ranking import column_pairs, differences, hinge
 
 
@@ -63,24 +63,35 @@ class ProductOutput:
 
     def _summed(self, x: Tensor, z: Tensor, left: Sequence[Quantize], right: Sequence[Quantize]) -> Tensor:
         """The objective summed over some images."""
-        y = (x @ z).flatten(1)
-        sums = y.sum(1, dtype=torch.float64), (y * y).sum(1, dtype=torch.float64)
-        ranked = self.ranking.gamma > 0 and bool(self._pairs.numel()) and (self.factor is not None or len(left) > 1)
-        order = torch.sign(differences(self._map(x, y.view(*x.shape[:-1], -1)), self._pairs)) if ranked else None
-        kept_left = left[0](x) if len(left) == 1 else None
-        kept_right = right[0](z) if len(right) == 1 else None
+        y = x @ z
+        flat = y.flatten(1)
+        sums = flat.sum(1, dtype=torch.float64), (flat * flat).sum(1, dtype=torch.float64)
+        on_the_left = len(left) > 1
+        fixed = right[0](z) if on_the_left else left[0](x)
+        factor = FixedFactor(fixed.mT, y.mT) if on_the_left else FixedFactor(fixed, y)
+        order = self._order(x, z, on_the_left)
+        spread = None if self.factor is None else self._spread(fixed if on_the_left else z)
         found = []
-        for index in range(max(len(left), len(right))):
-            xq = left[index](x) if kept_left is None else kept_left
-            made = xq @ (right[index](z) if kept_right is None else kept_right)
-            y_hat = made.flatten(1)
-            sums_hat = (each.sum(1, dtype=torch.float64) for each in (y_hat, y_hat * y_hat, y * y_hat))
-            score = Moments(y.shape[1], *sums, *sums_hat).correlation()
+        for quantize in left if on_the_left else right:
+            candidate = quantize(x) if on_the_left else quantize(z)
+            made = factor.sums(candidate.mT if on_the_left else candidate)
+            score = Moments(flat.shape[1], *sums, *made).correlation()
             if order is not None:
-                loss = hinge(differences(self._map(xq, made), self._pairs), order, self.ranking.theta)
-                score = score - self.ranking.gamma * loss
+                if spread is None:
+                    difference = differences(candidate, self._pairs)
+                else:
+                    difference = candidate @ spread if on_the_left else fixed @ self._spread(candidate)
+                score = score - self.ranking.gamma * hinge(difference, order, self.ranking.theta)
             found.append(score.sum())
         return torch.stack(found)
 
-    def _map(self, left: Tensor, product: Tensor) -> Tensor:
-        return left if self.factor is None else product * self.factor
+    def _order(self, x: Tensor, z: Tensor, on_the_left: bool) -> Tensor | None:
+        """The signs that differences within the float map's rows have; None where no candidate changes the map."""
+        if self.ranking.gamma == 0 or not self._pairs.numel() or (self.factor is None and not on_the_left):
+            return None
+        return torch.sign(differences(x, self._pairs) if self.factor is None else x @ self._spread(z))
+
+    def _spread(self, z: Tensor) -> Tensor:
+        """What the left operand is multiplied by to give the differences of the map: (..., depth, pairs)."""
+        assert self.factor is not None
+        return differences(z, self._pairs) * self.factor
