@@ -10,22 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.nn import functional
 
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.graph.operators import arguments, aten, calls
-from vitquant.graph.stored import stored, times_read, unquantized
+from vitquant.methods.searched_layer import (
+    LAYERS,
+    PRODUCTS,
+    SearchedLayer,
+    SearchedProduct,
+    node_of,
+    option,
+    searched,
+)
 from vitquant.model import QuantizedModel, Record
-from vitquant.objectives.correlation import LinearOutput
-from vitquant.objectives.product_output import ProductOutput, Ranking
+from vitquant.objectives.product_output import Ranking
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
 from vitquant.search.coordinates import alternate, multiples
 from vitquant.sites import Site
 from vitquant.spec import PerTensor, QParams
-
-LAYERS = ("linear", "conv")
-PRODUCTS = ("scores", "context")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def search_scales(model: QuantizedModel, data: Iterable[Tensor], settings: Searc
     if not images:
         raise CalibrationError("no calibration images: give at least one batch")
     groups, refused = _groups(model)
+    ranking = Ranking(settings.gamma, settings.theta, settings.pairs, settings.seed)
     decisions: dict[str, dict[str, Any]] = {name: {"as calibrated, because": why} for name, why in refused.items()}
     found: dict[str, Quantizer] = {}
     biases: list[tuple[Tensor, Tensor]] = []
@@ -104,7 +108,7 @@ def search_scales(model: QuantizedModel, data: Iterable[Tensor], settings: Searc
     for some in _within(groups, images, settings):
         held = _operands(model, data, [site for group in some for site in group.sites])
         for group in some:
-            layers = [_layer(model, site, held, settings) for site in group.sites]
+            layers = [searched(model, site, held, ranking) for site in group.sites]
             present = {name: model.quantizers[name] for name in group.values}
             search = _Search(layers, present, settings)
             result = alternate(group.values, 0, search.scores, settings.rounds, search.correct)
@@ -186,8 +190,8 @@ def _unfit(model: QuantizedModel, site: Site) -> str:
             return f"its {operand} has more than one scale"
         if operand == "weight" and value.node != site.operands[operand]:
             return "its weight is rearranged"
-    node = _node(model, site)
-    if site.kind == "conv" and (not calls(node, {aten.conv2d}) or _option(node, 6, "groups", 1) != 1):
+    node = node_of(model, site)
+    if site.kind == "conv" and (not calls(node, {aten.conv2d}) or option(node, 6, "groups", 1) != 1):
         return "it is no plain two-dimensional convolution"
     return ""
 
@@ -196,7 +200,7 @@ def _bytes(model: QuantizedModel, sites: Sequence[Site]) -> tuple[int, int, int]
     """`held`, `work` and `candidates` of a group; see `objectives` for what is made of the operands."""
     held = work = candidate = 0
     for site in sites:
-        node = _node(model, site)
+        node = node_of(model, site)
         if site.kind in LAYERS:
             weight = model.value(str(site.reader("weight"))).shape
             outputs, inputs = weight[0], math.prod(weight[1:])
@@ -243,14 +247,17 @@ def _operands(model: QuantizedModel, data: Iterable[Tensor], sites: Sequence[Sit
     return {name: torch.cat(held.pop(name)) for name in names}
 
 
-# --- one layer ----------------------------------------------------------------------------------------
+# --- the search of one group ---------------------------------------------------------------------------
 
 
 class _Search:
     """The score of every candidate of an operand, summed over the layers that read it."""
 
     def __init__(
-        self, layers: Sequence[_Linear | _Product], present: Mapping[str, Quantizer], settings: SearchScalesSettings
+        self,
+        layers: Sequence[SearchedLayer | SearchedProduct],
+        present: Mapping[str, Quantizer],
+        settings: SearchScalesSettings,
     ):
         self.multiples = multiples(settings.low, settings.high, settings.candidates)
         self.candidates = {name: _multiplied(quantizer, self.multiples) for name, quantizer in present.items()}
@@ -269,107 +276,6 @@ class _Search:
             with torch.inference_mode():
                 for layer in self._layers:
                     layer.correct({name: self.candidates[name][index] for name, index in choice.items()})
-
-
-class _Linear:
-    """A linear layer, or a convolution as a linear layer of its patches.
-
-    Arguments:
-        x: float (images, tokens, inputs).
-        weight: as stored, outputs first.
-        bias: as stored, or None.
-        correctable: whether the bias may change.
-        values: the names of the input's and the weight's value.
-    """
-
-    def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, correctable: bool, values: tuple[str, ...]
-    ) -> None:
-        self.values = values
-        self._output = LinearOutput(x, weight.flatten(1), bias)
-        self._weight, self._stored, self._bias = weight, bias if correctable else None, self._output.bias
-
-    def scores(self, name: str, candidates: Sequence[Quantizer], fixed: Mapping[str, Quantizer]) -> Tensor:
-        source, weight = (fixed[each] for each in self.values)
-        if name == self.values[0]:
-            return self._output.of_inputs(candidates, weight(self._weight).flatten(1), self._bias)
-        return self._output.of_weights(source, [each(self._weight).flatten(1) for each in candidates], self._bias)
-
-    def correct(self, chosen: Mapping[str, Quantizer]) -> None:
-        if self._stored is not None:
-            source, weight = (chosen[each] for each in self.values)
-            self._bias = self._output.corrected_bias(source, weight(self._weight).flatten(1))
-
-    @property
-    def corrected(self) -> tuple[Tensor, Tensor] | None:
-        """The stored bias and what it has to become; None where it stays."""
-        return None if self._stored is None or self._bias is self._output.bias else (self._stored, self._bias)
-
-
-class _Product:
-    """A product of two activations.
-
-    Arguments:
-        output: its.
-        values: the names of its operands' values.
-    """
-
-    def __init__(self, output: ProductOutput, values: tuple[str, ...]) -> None:
-        self.values, self._output = values, output
-
-    def scores(self, name: str, candidates: Sequence[Quantizer], fixed: Mapping[str, Quantizer]) -> Tensor:
-        left, right = (fixed[each] for each in self.values)
-        if name == self.values[0]:
-            return self._output.of_operands(candidates, [right])
-        return self._output.of_operands([left], candidates)
-
-    def correct(self, chosen: Mapping[str, Quantizer]) -> None:
-        """It has no bias."""
-
-    @property
-    def corrected(self) -> None:
-        """It has no bias."""
-
-
-def _layer(
-    model: QuantizedModel, site: Site, held: Mapping[str, Tensor], settings: SearchScalesSettings
-) -> _Linear | _Product:
-    """A site with what its operands are in float."""
-    node, module = _node(model, site), model.graph_module
-    values = tuple(model.value(str(site.reader(operand))).name for operand in site.operands)
-    if site.kind in PRODUCTS:
-        left, right = (held[str(site.reader(operand))] for operand in site.operands)
-        if unquantized(arguments(node)[0]).name != next(iter(site.operands.values())):
-            left, right = left.mT, right.mT  # it is written value^T probs^T
-        ranking = Ranking(settings.gamma, settings.theta, settings.pairs, settings.seed)
-        return _Product(ProductOutput(left, right, _factor(node) if site.kind == "scores" else None, ranking), values)
-    x, weight = held[str(site.reader("input"))], model.parameter(model.value(str(site.reader("weight")))).detach()
-    if site.kind == "conv":
-        stride, padding, dilation = (_option(node, place, name, default) for place, name, default in _OF_CONV)
-        x = functional.unfold(x, weight.shape[2:], dilation, padding, stride).mT
-    x = x[:, None] if x.ndim == 2 else x.flatten(1, -2)
-    bias = stored(module, _option(node, 2, "bias", None))
-    return _Linear(x, weight, bias, bias is not None and times_read(module)[id(bias)] == 1, values)
-
-
-_OF_CONV = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
-
-
-def _option(node: Node, place: int, name: str, default: Any) -> Any:
-    given = arguments(node)[place] if len(arguments(node)) > place else node.kwargs.get(name, default)
-    return tuple(given) if isinstance(given, list | tuple) else given
-
-
-def _node(model: QuantizedModel, site: Site) -> Node:
-    return next(node for node in model.graph_module.graph.nodes if node.name == site.node)
-
-
-def _factor(node: Node) -> float:
-    """What the scores are multiplied by before their softmax."""
-    for user in node.users:
-        if calls(user, {aten.mul}) and isinstance(arguments(user)[1], float):
-            return arguments(user)[1]
-    return 1.0
 
 
 def _elements(node: Node) -> int:

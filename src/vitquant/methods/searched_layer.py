@@ -1,0 +1,130 @@
+"""One layer of a model with what its operands are in float, and how good candidates for their quantizers are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+from torch.nn import functional
+
+from vitquant.graph.operators import arguments, aten, calls
+from vitquant.graph.stored import stored, times_read, unquantized
+from vitquant.model import QuantizedModel
+from vitquant.objectives.correlation import LinearOutput
+from vitquant.objectives.product_output import ProductOutput, Ranking
+from vitquant.quantizers import Quantizer
+from vitquant.sites import Site
+
+LAYERS = ("linear", "conv")
+PRODUCTS = ("scores", "context")
+
+
+class SearchedLayer:
+    """A linear layer, or a convolution as a linear layer of its patches.
+
+    Arguments:
+        x: float (images, tokens, inputs).
+        weight: as stored, outputs first.
+        bias: as stored, or None.
+        correctable: whether the bias may change.
+        values: the names of the input's and the weight's value.
+    """
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, correctable: bool, values: tuple[str, ...]
+    ) -> None:
+        self.values = values
+        self._output = LinearOutput(x, weight.flatten(1), bias)
+        self._weight, self._stored, self._bias = weight, bias if correctable else None, self._output.bias
+
+    def scores(self, name: str, candidates: Sequence[Quantizer], fixed: Mapping[str, Quantizer]) -> Tensor:
+        source, weight = (fixed[each] for each in self.values)
+        if name == self.values[0]:
+            return self._output.of_inputs(candidates, weight(self._weight).flatten(1), self._bias)
+        return self._output.of_weights(source, [each(self._weight).flatten(1) for each in candidates], self._bias)
+
+    def correct(self, chosen: Mapping[str, Quantizer]) -> None:
+        if self._stored is not None:
+            source, weight = (chosen[each] for each in self.values)
+            self._bias = self._output.corrected_bias(source, weight(self._weight).flatten(1))
+
+    @property
+    def corrected(self) -> tuple[Tensor, Tensor] | None:
+        """The stored bias and what it has to become; None where it stays."""
+        return None if self._stored is None or self._bias is self._output.bias else (self._stored, self._bias)
+
+
+class SearchedProduct:
+    """A product of two activations.
+
+    Arguments:
+        output: its.
+        values: the names of its operands' values.
+    """
+
+    def __init__(self, output: ProductOutput, values: tuple[str, ...]) -> None:
+        self.values, self._output = values, output
+
+    def scores(self, name: str, candidates: Sequence[Quantizer], fixed: Mapping[str, Quantizer]) -> Tensor:
+        left, right = (fixed[each] for each in self.values)
+        if name == self.values[0]:
+            return self._output.of_operands(candidates, [right])
+        return self._output.of_operands([left], candidates)
+
+    def correct(self, chosen: Mapping[str, Quantizer]) -> None:
+        """It has no bias."""
+
+    @property
+    def corrected(self) -> None:
+        """It has no bias."""
+
+
+def searched(
+    model: QuantizedModel, site: Site, held: Mapping[str, Tensor], ranking: Ranking
+) -> SearchedLayer | SearchedProduct:
+    """A site with what its operands are in float.
+
+    Arguments:
+        held: by `site:operand`, what it reads, for all images; not the weight.
+        ranking: of attention maps.
+    """
+    node, module = node_of(model, site), model.graph_module
+    values = tuple(model.value(str(site.reader(operand))).name for operand in site.operands)
+    if site.kind in PRODUCTS:
+        left, right = (held[str(site.reader(operand))] for operand in site.operands)
+        if unquantized(arguments(node)[0]).name != next(iter(site.operands.values())):
+            left, right = left.mT, right.mT  # it is written value^T probs^T
+        return SearchedProduct(
+            ProductOutput(left, right, _factor(node) if site.kind == "scores" else None, ranking), values
+        )
+    x, weight = held[str(site.reader("input"))], model.parameter(model.value(str(site.reader("weight")))).detach()
+    if site.kind == "conv":
+        stride, padding, dilation = (option(node, place, name, default) for place, name, default in _OF_CONV)
+        x = functional.unfold(x, weight.shape[2:], dilation, padding, stride).mT
+    x = x[:, None] if x.ndim == 2 else x.flatten(1, -2)
+    bias = stored(module, option(node, 2, "bias", None))
+    return SearchedLayer(x, weight, bias, bias is not None and times_read(module)[id(bias)] == 1, values)
+
+
+_OF_CONV = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+
+
+def option(node: Node, place: int, name: str, default: Any) -> Any:
+    """An argument of an operator, by place or by name."""
+    given = arguments(node)[place] if len(arguments(node)) > place else node.kwargs.get(name, default)
+    return tuple(given) if isinstance(given, list | tuple) else given
+
+
+def node_of(model: QuantizedModel, site: Site) -> Node:
+    """The graph node of a site."""
+    return next(node for node in model.graph_module.graph.nodes if node.name == site.node)
+
+
+def _factor(node: Node) -> float:
+    """What the scores are multiplied by before their softmax."""
+    for user in node.users:
+        if calls(user, {aten.mul}) and isinstance(arguments(user)[1], float):
+            return arguments(user)[1]
+    return 1.0
