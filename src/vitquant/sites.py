@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -253,12 +254,28 @@ def _axis_before(node: Node, reader: Node, axis: int) -> int:
     """Where the axis that a reader calls `axis` lies in `node`, of which the reader sees a rearrangement or a part."""
     axis %= len(reader.meta["shape"])
     for step in reversed(path_between(node, reader)):
-        rank, rank_before = len(step.meta["shape"]), len(step.all_input_nodes[0].meta["shape"])
-        if calls(step, {aten.permute}):
-            axis = arguments(step)[1][axis] % rank
-        elif calls(step, {aten.transpose}):
-            first, second = (int(dim) % rank for dim in arguments(step)[1:3])
-            axis = {first: second, second: first}.get(axis, axis)
-        elif axis == rank - 1:
-            axis = rank_before - 1
+        if step.meta.get("shape"):  # a split has none; its parts say what it does
+            axis = _axis_in_source(step, axis)
     return -1 if axis == len(node.meta["shape"]) - 1 else axis
+
+
+def _axis_in_source(step: Node, axis: int) -> int:
+    """Where an axis of what a rearrangement or selection gives lies in what it reads."""
+    rank, source = len(step.meta["shape"]), step.all_input_nodes[0]
+    if calls(step, {aten.permute}):
+        return arguments(step)[1][axis] % rank
+    if calls(step, {aten.transpose}):
+        first, second = (int(dim) % rank for dim in arguments(step)[1:3])
+        return {first: second, second: first}.get(axis, axis)
+    if calls(step, {aten.select}) or calls(source, {aten.unbind}):  # an axis less
+        given = arguments(step if calls(step, {aten.select}) else source)[1:2]
+        taken = int(given[0]) % (rank + 1) if given else 0
+        return axis + (axis >= taken)
+    before = source.meta.get("shape")
+    if not before or before == step.meta["shape"] or calls(step, ops.SELECTIONS):
+        return axis
+    # A reshape keeps how many elements lie inside of one step along the axis.
+    inside, place = math.prod(step.meta["shape"][axis + 1 :]), len(before) - 1
+    while place and -1 not in before[place:] and math.prod(before[place:]) <= inside:
+        place -= 1
+    return place

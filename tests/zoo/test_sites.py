@@ -510,3 +510,34 @@ def test_shapes_are_what_runs_and_channels_are_what_norms_scale(name):
                 node = next(node for node in graph.graph.nodes if node.name == site.node)
                 weight = graph.get_parameter(str(node.args[2 if reader.kind == "layer_norm" else 1].target))
                 assert found[value.channel_axis] == weight.shape[-1], str(reader)
+
+
+class Shared(nn.Module):
+    """An attention, and a convolution whose output one layer reads whole and another in part."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.stem, self.part = nn.Conv2d(3, 8, 4, 4), part
+        self.whole, self.some = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, images):
+        x = self.stem(images)
+        tokens = (self.some(self.part(x)) + self.whole(x)).flatten(2).mT  # the part is read first
+        return ((tokens @ tokens.mT).softmax(-1) @ tokens).mean(1)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda x: x.split(4, 1)[1],
+        lambda x: x.chunk(2, 1)[0],
+        lambda x: x.unflatten(1, (2, 4)).unbind(1)[1],
+        lambda x: x.unflatten(1, (4, 2)).unbind(2)[0],
+        lambda x: x[:, 4:],
+    ],
+)
+def test_a_value_that_is_read_whole_and_in_part_has_its_channels_where_both_readers_have_them(part):
+    captured = capture(Shared(part).eval(), torch.randn(2, 3, 16, 16))
+    values = find_values(captured, find_sites(captured))
+    (shared,) = [value for value in values if len(value.readers) == 2 and value.readers[0].kind == "conv"]
+    assert (shared.shape, shared.channel_axis) == ((-1, 8, 4, 4), 1)
