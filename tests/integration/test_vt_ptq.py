@@ -15,7 +15,10 @@ from vitquant.simulation import ExactSimulation
 
 QUICK = ("search-scales.candidates=12", "search-scales.pairs=16")
 
-LIBRARIES = "timm deit", "timm swin", "timm levit", "timm cait", "transformers vit", "torchvision swin", "einsum"
+LIBRARIES = (
+    "timm deit", "timm swin", "timm levit", "timm cait", "timm beit", "transformers vit", "torchvision vit",
+    "torchvision swin", "encoder post-norm relu", "einsum",
+)  # fmt: skip
 
 
 def made(name, count=6):
@@ -39,7 +42,9 @@ def record_of(model):
     "name", ["timm deit", "timm swin", "timm levit", "timm cait", "transformers vit", "torchvision swin", "einsum"]
 )
 def test_every_layer_of_every_library_is_searched(name):
-    model, images = quantized(name)
+    model, images = made(name, count=7)
+    data = images.split(3)  # the last batch is smaller
+    model = vitquant.quantize(model, "vt-ptq", data, bits="w4a4", settings=QUICK)
     record = record_of(model)
     searched = {value for value, decision in record.decisions.items() if "multiple" in decision}
     assert searched <= set(model.quantizers)
@@ -149,6 +154,8 @@ def test_what_several_layers_read_is_chosen_once():
         ("low=1.3", "0 < low < high"),
         ("gamma=-1", "gamma = -1: it is at least 0"),
         ("memory=0", "memory = 0: it is positive"),
+        ("rounds=1.5", "rounds = 1.5: it is a whole number"),
+        ("gamma=nan", "gamma = nan: it is at least 0"),
         ("depth=3", "settings .* do not fit"),
     ],
 )
@@ -182,3 +189,65 @@ def test_searching_after_the_operations_are_integers_is_refused():
     model, images = made("timm deit")
     with pytest.raises(CalibrationError, match="comes before integer-operations"):
         vitquant.quantize(model, "repq-vit+fully-integer+searched-scales", [images], settings=QUICK)
+
+
+class Awkward(torch.nn.Module):
+    """Layers whose weight is computed or shared, whose bias is computed, and a convolution padded by a word."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 16, 3, padding="same")
+        self.patches = torch.nn.Conv2d(16, 16, 4, 4)
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(16) for _ in range(2))
+        self.shared = torch.nn.Linear(16, 16, bias=False)
+        self.computed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(16, 16))
+        self.mixer, self.bias = torch.nn.Parameter(torch.randn(16, 16)), torch.nn.Parameter(torch.randn(8))
+        self.fc = torch.nn.Linear(16, 5)
+
+    def forward(self, images):
+        x = self.patches(self.stem(images)).flatten(2).mT
+        for norm in self.norms:
+            x = x + self.shared(norm(x)).relu()
+        x = torch.nn.functional.linear(self.computed(x), self.mixer, torch.cat([self.bias, self.bias]))
+        return self.fc(((x @ x.mT).softmax(-1) @ x).mean(1))
+
+
+def test_layers_that_cannot_be_searched_say_why():
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 16, 16)
+    found = vitquant.quantize(Awkward().eval(), "vt-ptq", [images], settings=QUICK)
+    reasons = {why["as calibrated, because"] for why in record_of(found).decisions.values() if len(why) == 1}
+    assert reasons == {
+        "it is no plain two-dimensional convolution",
+        "its weight is computed or rearranged",
+        "its bias is computed",
+        "both of its operands are one value",
+    }
+
+
+def test_a_weight_that_two_norms_lead_to_is_not_folded():
+    torch.manual_seed(0)
+    model, images = Awkward().eval(), torch.randn(4, 3, 16, 16)
+    found = vitquant.quantize(model, "repq-vit", [images], bits="w8a8", settings=['reparameterize-scales.sites=["*"]'])
+    with torch.no_grad():
+        assert torch.allclose(found.run(images, {}, quantized=False), model(images), atol=1e-4)
+    record = next(record for record in found.records if record.method == "reparameterize-scales")
+    reasons = [why["one scale, because"] for why in record.decisions.values()]
+    assert reasons == ["shared.weight is used elsewhere too"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_models_are_searched_in_float32(dtype):
+    model, images = made("timm deit")
+    narrow = vitquant.quantize(model.to(dtype), "vt-ptq", images.to(dtype).split(3), bits="w4a4", settings=QUICK)
+    decisions = record_of(narrow).decisions
+    assert sum(decision["multiple"] != 1.0 for decision in decisions.values()) > len(decisions) / 2
+
+
+def test_scales_that_are_powers_of_two_stay_so():
+    model, images = made("timm deit")
+    settings = [*QUICK, "activations.scheme=power_of_two_scale"]
+    found = vitquant.quantize(model, "vt-ptq", [images], settings=settings)
+    scales = [q.scale for q in found.quantizers.values() if type(q.spec.scheme).__name__ == "PowerOfTwoScale"]
+    assert scales
+    assert all(bool((torch.frexp(scale).mantissa == 0.5).all()) for scale in scales)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vitquant.graph.operators import LINEAR, arguments, aten, calls, is_rearrangement, is_selection, packet
-from vitquant.graph.stored import stored, times_read
+from vitquant.graph.stored import stored, times_read, unquantized
 
 
 class NotFoldableError(Exception):
@@ -166,5 +166,5 @@ def _read_once(module: GraphModule, counts: Counter[int], node: Node) -> Tensor:
     if tensor is None:
         raise NotFoldableError(f"{node.name} is computed, not stored")
     if counts[id(tensor)] > 1:
-        raise NotFoldableError(f"{node.name} is used elsewhere too")
+        raise NotFoldableError(f"{unquantized(node).target} is used elsewhere too")
     return tensor

@@ -24,9 +24,16 @@ def stored(module: GraphModule, node: object) -> Tensor | None:
 
 
 def times_read(module: GraphModule) -> Counter[int]:
-    """How often the graph reads each stored tensor, under whatever names, by the tensor's identity."""
+    """How often operations read each stored tensor, under whatever names, by the tensor's identity."""
     counts: Counter[int] = Counter()
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            counts[id(stored(module, node))] += sum(user.all_input_nodes.count(node) for user in node.users)
+            counts[id(stored(module, node))] += _operations_that_read(node)
     return counts
+
+
+def _operations_that_read(node: Node) -> int:
+    """A quantizer is no operation: those that read what it gives are."""
+    return sum(
+        _operations_that_read(user) if user.op == "call_module" else user.args.count(node) or 1 for user in node.users
+    )

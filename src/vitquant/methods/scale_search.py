@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from vitquant.errors import CalibrationError, RecipeError
-from vitquant.graph.operators import arguments, aten, calls
+from vitquant.graph.operators import aten, calls
+from vitquant.graph.stored import stored
 from vitquant.methods.searched_layer import (
     LAYERS,
     PRODUCTS,
@@ -28,7 +29,7 @@ from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
 from vitquant.search.coordinates import alternate, multiples
 from vitquant.sites import Site
-from vitquant.spec import PerTensor, QParams
+from vitquant.spec import PerTensor, PowerOfTwoScale, QParams
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,15 @@ class SearchScalesSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("candidates", "rounds", "pairs", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise RecipeError(f"search-scales: {name} = {getattr(self, name)}: it is a whole number")
         for name, smallest in (("candidates", 1), ("rounds", 1), ("gamma", 0), ("theta", 0), ("pairs", 0)):
-            if getattr(self, name) < smallest:
+            if not smallest <= getattr(self, name) < math.inf:
                 raise RecipeError(f"search-scales: {name} = {getattr(self, name)}: it is at least {smallest}")
-        if not 0 < self.low < self.high:
+        if not 0 < self.low < self.high < math.inf:
             raise RecipeError(f"search-scales: low = {self.low}, high = {self.high}: 0 < low < high")
-        if self.memory <= 0:
+        if not 0 < self.memory < math.inf:
             raise RecipeError(f"search-scales: memory = {self.memory}: it is positive, in gigabytes")
 
 
@@ -99,7 +103,7 @@ def search_scales(model: QuantizedModel, data: Iterable[Tensor], settings: Searc
     images = sum(len(batch) for batch in data)
     if not images:
         raise CalibrationError("no calibration images: give at least one batch")
-    groups, refused = _groups(model)
+    groups, refused = _groups(model, data)
     ranking = Ranking(settings.gamma, settings.theta, settings.pairs, settings.seed)
     decisions: dict[str, dict[str, Any]] = {name: {"as calibrated, because": why} for name, why in refused.items()}
     found: dict[str, Quantizer] = {}
@@ -150,7 +154,7 @@ class _Group:
     candidates: int
 
 
-def _groups(model: QuantizedModel) -> tuple[list[_Group], dict[str, str]]:
+def _groups(model: QuantizedModel, data: Iterable[Tensor]) -> tuple[list[_Group], dict[str, str]]:
     """The layers that can be searched, those with a common operand together; and why others cannot."""
     refused: dict[str, str] = {}
     members: list[tuple[set[str], list[Site]]] = []
@@ -171,8 +175,10 @@ def _groups(model: QuantizedModel) -> tuple[list[_Group], dict[str, str]]:
                 apart.append(group)
         members = [*apart, (names, sites)]
     order = {value.name: index for index, value in enumerate(model.values)}
+    first = next(iter(data))[:1]
+    sizes = {name: x.numel() for name, x in _operands(model, [first], [s for _, some in members for s in some]).items()}
     return [
-        _Group(tuple(sites), tuple(sorted(names, key=order.__getitem__)), *_bytes(model, sites))
+        _Group(tuple(sites), tuple(sorted(names, key=order.__getitem__)), *_bytes(model, sites, sizes))
         for names, sites in members
     ], refused
 
@@ -188,28 +194,42 @@ def _unfit(model: QuantizedModel, site: Site) -> str:
             return f"its {operand} is in float"
         if operand != "weight" and not isinstance(spec.granularity, PerTensor):
             return f"its {operand} has more than one scale"
-        if operand == "weight" and value.node != site.operands[operand]:
-            return "its weight is rearranged"
+        if isinstance(spec.scheme, PowerOfTwoScale):
+            return f"the scale of its {operand} is a power of two, and multiples of it are not"
+        if operand == "weight" and (value.parameter is None or value.node != site.operands[operand]):
+            return "its weight is computed or rearranged"
     node = node_of(model, site)
-    if site.kind == "conv" and (not calls(node, {aten.conv2d}) or option(node, 6, "groups", 1) != 1):
+    if site.kind in LAYERS:
+        bias = option(node, 2, "bias", None)
+        if bias is not None and stored(model.graph_module, bias) is None:
+            return "its bias is computed"
+    if site.kind == "conv" and (
+        not calls(node, {aten.conv2d})
+        or option(node, 6, "groups", 1) != 1
+        or isinstance(option(node, 4, "padding", 0), str)
+    ):
         return "it is no plain two-dimensional convolution"
     return ""
 
 
-def _bytes(model: QuantizedModel, sites: Sequence[Site]) -> tuple[int, int, int]:
-    """`held`, `work` and `candidates` of a group; see `objectives` for what is made of the operands."""
+def _bytes(model: QuantizedModel, sites: Sequence[Site], sizes: Mapping[str, int]) -> tuple[int, int, int]:
+    """`held`, `work` and `candidates` of a group; see `objectives` for what is made of the operands.
+
+    Arguments:
+        sizes: how many elements each operand has for one image.
+    """
     held = work = candidate = 0
     for site in sites:
-        node = node_of(model, site)
         if site.kind in LAYERS:
             weight = model.value(str(site.reader("weight"))).shape
             outputs, inputs = weight[0], math.prod(weight[1:])
-            tokens = _elements(node) // outputs
-            held += tokens * inputs
+            elements = sizes[str(site.reader("input"))]
+            tokens = elements // inputs if site.kind == "linear" else _elements(node_of(model, site)) // outputs
+            held += max(elements, tokens * inputs)  # the patches of a convolution may overlap
             work += tokens * (inputs + outputs) + 3 * inputs * (inputs + outputs)
             candidate = max(candidate, 3 * inputs * outputs)
         else:
-            held += sum(_elements(argument) for argument in arguments(node)[:2])
+            held += sum(sizes[str(site.reader(operand))] for operand in site.operands)
     return 4 * held, 4 * work, 4 * candidate
 
 
@@ -237,14 +257,29 @@ def _needed(groups: Sequence[_Group], images: int, settings: SearchScalesSetting
 
 
 def _operands(model: QuantizedModel, data: Iterable[Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
-    """What every operand of some sites is in the float model, for all images."""
+    """What every operand of some sites is in the float model, (images, ...), for all images, at least in float32."""
     held: dict[str, list[Tensor]] = {}
-    names = [str(site.reader(operand)) for site in sites for operand in site.operands if operand != "weight"]
-    taps = {name: lambda x, name=name: held.setdefault(name, []).append(x.clone()) for name in names}
+    images = 0
+
+    def hold(name: str, axis: int) -> Callable[[Tensor], None]:
+        def tap(x: Tensor) -> None:
+            x = x.movedim(axis, 0).unflatten(0, (images, -1)).to(torch.promote_types(x.dtype, torch.float32))
+            held.setdefault(name, []).append(x.clone())
+
+        return tap
+
+    shapes = {node.name: node.meta.get("shape") for node in model.graph_module.graph.nodes}
+    taps = {}
+    for site in sites:
+        for operand, node in site.operands.items():
+            if operand != "weight":
+                name = str(site.reader(operand))
+                taps[name] = hold(name, shapes[node].index(-1))
     with torch.inference_mode():
         for batch in data:
+            images = len(batch)
             model.run(batch, {}, quantized=False, operands=taps)
-    return {name: torch.cat(held.pop(name)) for name in names}
+    return {name: torch.cat(held.pop(name)) for name in taps}
 
 
 # --- the search of one group ---------------------------------------------------------------------------

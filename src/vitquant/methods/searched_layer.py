@@ -27,17 +27,17 @@ class SearchedLayer:
     Arguments:
         x: float (images, tokens, inputs).
         weight: as stored, outputs first.
-        bias: as stored, or None.
-        correctable: whether the bias may change.
+        bias: (outputs,), or None.
+        correctable: the stored bias, if it may change.
         values: the names of the input's and the weight's value.
     """
 
     def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, correctable: bool, values: tuple[str, ...]
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, correctable: Tensor | None, values: tuple[str, ...]
     ) -> None:
         self.values = values
         self._output = LinearOutput(x, weight.flatten(1), bias)
-        self._weight, self._stored, self._bias = weight, bias if correctable else None, self._output.bias
+        self._weight, self._stored, self._bias = weight, correctable, self._output.bias
 
     def scores(self, name: str, candidates: Sequence[Quantizer], fixed: Mapping[str, Quantizer]) -> Tensor:
         source, weight = (fixed[each] for each in self.values)
@@ -87,7 +87,8 @@ def searched(
     """A site with what its operands are in float.
 
     Arguments:
-        held: by `site:operand`, what it reads, for all images; not the weight.
+        held: by `site:operand`, what it reads, (images, ..., rows, columns) or, for convolutions, (images, parts,
+            channels, height, width); not the weight.
         ranking: of attention maps.
     """
     node, module = node_of(model, site), model.graph_module
@@ -102,10 +103,12 @@ def searched(
     x, weight = held[str(site.reader("input"))], model.parameter(model.value(str(site.reader("weight")))).detach()
     if site.kind == "conv":
         stride, padding, dilation = (option(node, place, name, default) for place, name, default in _OF_CONV)
-        x = functional.unfold(x, weight.shape[2:], dilation, padding, stride).mT
-    x = x[:, None] if x.ndim == 2 else x.flatten(1, -2)
+        patches = functional.unfold(x.flatten(0, 1), weight.shape[2:], dilation, padding, stride).mT
+        x = patches.unflatten(0, x.shape[:2])
     bias = stored(module, option(node, 2, "bias", None))
-    return SearchedLayer(x, weight, bias, bias is not None and times_read(module)[id(bias)] == 1, values)
+    correctable = bias if bias is not None and times_read(module)[id(bias)] == 1 else None
+    used = None if bias is None else bias.detach().to(x.dtype)
+    return SearchedLayer(x.flatten(1, -2), weight.to(x.dtype), used, correctable, values)
 
 
 _OF_CONV = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
