@@ -37,7 +37,8 @@ def test_codes_are_those_of_a_scale_and_a_zero_point_for_each_channel(
     random = torch.Generator().manual_seed(seed)
     x = low + (high - low) * torch.rand(50, len(low), dtype=torch.float64, generator=random)
     scale = found.scale * found.ratio
-    zero_point = spec.qmin - torch.round(low / scale)
+    zero_point = torch.round(found.zero_point - found.shift / found.scale)
+    assert bool(((spec.qmin - low / scale - zero_point).abs() <= 0.5 + 1e-9).all())  # the channel's own, rounded
     position = (x / found.ratio - found.shift) / found.scale + found.zero_point
     expected = x / scale + zero_point
     assert torch.allclose(position, expected, rtol=0, atol=1e-9 * float(1 + zero_point.abs().max()))
