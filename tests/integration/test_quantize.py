@@ -335,6 +335,14 @@ def test_a_model_without_attention_is_refused():
         vitquant.quantize(model, "minmax", [photos()])
 
 
+@pytest.mark.parametrize("rule", ["activations", "weights"])
+@pytest.mark.parametrize("observer", ["minmax", "omse", "best-percentile"])
+def test_a_scale_for_each_head_of_what_has_no_heads_is_refused(rule, observer):
+    settings = [f"{rule}.per=head", f"{rule}.observer={observer}"]
+    with pytest.raises(RecipeError, match=rf"{rule}.*per = .head. needs the heads as third axis .* shape is \("):
+        vitquant.quantize(timm_vit(), "minmax", [torch.randn(2, 3, 64, 64)], settings=settings)
+
+
 def test_unknown_methods_and_settings_are_refused_before_any_work():
     recipe = load_recipe("minmax")
     from dataclasses import replace

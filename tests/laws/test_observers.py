@@ -297,6 +297,34 @@ def test_best_percentile_cuts_an_outlier_that_costs_more_than_it_is_worth() -> N
     assert [float(each) for each in _observed("best-percentile", short)] == pytest.approx([-1, 1], abs=0.01)
 
 
+def test_best_percentile_of_a_free_range_does_not_depend_on_where_zero_is() -> None:
+    centred = torch.cat([torch.linspace(-1, 1, 100_000), torch.tensor([10.0])])
+    for offset in (0.0, 50.0, -300.0):
+        observer = build_observer("best-percentile", QuantSpec(4))
+        observer.update(centred + offset)
+        low, high = (float(each) - offset for each in observer.free_range())
+        assert (low, high) == (pytest.approx(-1, abs=0.1), pytest.approx(1, abs=0.1))
+
+
+@law
+@given(SEEDS, st.sampled_from([-10.0, -3.0, 3.0, 10.0]), st.integers(2, 4))
+def test_a_free_range_is_the_best_of_quantizers_without_a_zero(seed: int, offset: float, bits: int) -> None:
+    spec = QuantSpec(bits, granularity=PerAxis(1))
+    observer, data = build_observer("best-percentile", spec), [x + offset for x in batches(seed, spread=1.0)]
+    for x in data:
+        observer.update(x)
+    x = rows(torch.cat(data), PerAxis(1)).double()
+
+    def error(low: Tensor, high: Tensor) -> Tensor:
+        step = ((high - low) / (2**bits - 1)).view(-1, 1)
+        first = torch.round(low.view(-1, 1) / step)
+        return ((torch.round(x / step) - first).clamp(0, 2**bits - 1).add(first).mul(step) - x).square().sum(1)
+
+    quantiles = [(torch.quantile(x, 1 - q, 1), torch.quantile(x, q, 1)) for q in (0.999, 0.9999, 0.99999)]
+    best = torch.stack([error(low, high) for low, high in quantiles]).amin(0)
+    assert bool((error(*observer.free_range()) <= best * 1.05 + 1e-6).all())
+
+
 def _observed(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     observer = build_observer(name, QuantSpec(4))
     observer.update(x)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitquant.objectives.correlation import LinearOutput, correlation
 from vitquant.objectives.product_output import ProductOutput, Ranking
-from vitquant.objectives.ranking import column_pairs, ranking_loss
+from vitquant.objectives.ranking import column_pairs, differences, ranking_loss
 from vitquant.quantizers import build_quantizer
 from vitquant.quantizers.quantizer import Quantizer
 from vitquant.search.coordinates import alternate, multiples
@@ -66,17 +66,16 @@ def test_candidates_of_a_linear_layer_are_scored_as_their_outputs_are(
     candidates = quantizers(0.3, 6)
     spec = QuantSpec(4, True, True, PerAxis(0) if by_channel else PerTensor())
     scale = weight.abs().amax(1) / 7 if by_channel else weight.abs().max() / 7
-    fixed = build_quantizer(spec, QParams(scale, torch.zeros_like(scale, dtype=torch.int32)))(weight)
+    kept = build_quantizer(spec, QParams(scale, torch.zeros_like(scale, dtype=torch.int32)))
 
     def score(xq: Tensor, wq: Tensor) -> float:
         outputs = torch.nn.functional.linear(xq.double(), wq.double(), new_bias.double())
         return sum(pearson(a, b) for a, b in zip(y, outputs, strict=True)) / 3
 
-    found = layer.of_inputs(candidates, fixed, new_bias)
-    assert found.tolist() == pytest.approx([score(each(x), fixed) for each in candidates], abs=1e-6)
-    weights = [each(weight) for each in candidates]
-    found = layer.of_weights(candidates[2], weights, new_bias)
-    assert found.tolist() == pytest.approx([score(candidates[2](x), each) for each in weights], abs=1e-6)
+    found = layer.of_inputs(candidates, kept, new_bias)
+    assert found.tolist() == pytest.approx([score(each(x), kept(weight)) for each in candidates], abs=1e-6)
+    found = layer.of_weights(candidates[2], candidates, new_bias)
+    assert found.tolist() == pytest.approx([score(candidates[2](x), each(weight)) for each in candidates], abs=1e-6)
 
 
 @law
@@ -85,7 +84,7 @@ def test_the_corrected_bias_gives_each_output_its_float_mean(seed: int, has_bias
     x, weight = random(3, 7, 5, seed=seed) + 1.0, random(4, 5, seed=seed + 1)
     bias = random(4, seed=seed + 2) if has_bias else None
     quantize, wq = quantizers(0.3, 1)[0], weight + 0.1
-    corrected = LinearOutput(x, weight, bias).corrected_bias(quantize, wq)
+    corrected = LinearOutput(x, weight, bias).corrected_bias(quantize, lambda _: wq)
     y_hat = torch.nn.functional.linear(quantize(x), wq, corrected)
     y = torch.nn.functional.linear(x, weight, bias)
     assert torch.allclose(y_hat.mean((0, 1)), y.mean((0, 1)), atol=1e-5)
@@ -101,6 +100,10 @@ def loops(a_hat: Tensor, a: Tensor, pairs: list[tuple[int, int]], theta: float) 
     return sum(terms) / len(terms)
 
 
+def loss_of_maps(a_hat: Tensor, a: Tensor, pairs: Tensor, theta: float) -> Tensor:
+    return ranking_loss(differences(a_hat.mT, pairs), torch.sign(differences(a.mT, pairs)), theta)
+
+
 @law
 @given(SEEDS, st.integers(2, 6), st.sampled_from([0.0, 0.2, 5.0]), st.booleans())
 def test_the_ranking_loss_is_the_published_sum_over_its_terms(
@@ -111,13 +114,13 @@ def test_the_ranking_loss_is_the_published_sum_over_its_terms(
     pairs = column_pairs(columns, 0, 0)
     assert {tuple(pair) for pair in pairs.T.tolist()} == set(itertools.combinations(range(columns), 2))
     expected = [loops(b, c, [tuple(pair) for pair in pairs.T.tolist()], theta) for b, c in zip(a_hat, a, strict=True)]
-    assert ranking_loss(a_hat, a, pairs, theta).tolist() == pytest.approx(expected, abs=1e-5)
+    assert loss_of_maps(a_hat, a, pairs, theta).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_map_of_equal_entries_has_the_margin_for_a_loss_whatever_is_made_of_it() -> None:
     same = torch.full((2, 3, 4, 5), 0.2)
     for a_hat in (same, random(2, 3, 4, 5, seed=0)):
-        assert ranking_loss(a_hat, same, column_pairs(5, 0, 0), 0.2).tolist() == pytest.approx([0.2, 0.2])
+        assert loss_of_maps(a_hat, same, column_pairs(5, 0, 0), 0.2).tolist() == pytest.approx([0.2, 0.2])
 
 
 @law
@@ -185,6 +188,20 @@ def test_coordinates_settle_where_no_candidate_of_any_is_better() -> None:
     assert told[-1] == told[-2] == found.choice
     assert asked == ["left", "right"] * found.rounds
     assert not alternate(["left", "right"], 0, score, 1).settled
+
+
+@law
+@given(SEEDS)
+def test_a_coordinate_is_scored_again_only_when_another_has_changed(seed: int) -> None:
+    table, asked = random(5, 7, seed=seed).double(), []
+
+    def score(name: str, choice: dict[str, int]) -> Tensor:
+        asked.append((name, choice["right" if name == "left" else "left"]))
+        return table[:, choice["right"]] if name == "left" else table[choice["left"]]
+
+    found = alternate(["left", "right"], 0, score, 20)
+    assert all(asked[i] != asked[i + 2] for i in range(len(asked) - 2))
+    assert found == alternate(["left", "right"], 0, score, 20, lambda choice: None)
 
 
 def test_a_candidate_as_good_as_the_present_one_does_not_replace_it() -> None:

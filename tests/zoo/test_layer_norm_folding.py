@@ -132,7 +132,9 @@ class Rearranged(nn.Module):
     [
         lambda x: x.transpose(1, 2),
         lambda x: x.permute(0, 2, 1),
+        lambda x: x.movedim((1, 2), (2, 1)),
         lambda x: x.roll(1, -1),
+        lambda x: x.roll(1),
         lambda x: x.flip(-1),
         lambda x: torch.cat([x[..., 8:], x[..., :8]], -1),
         lambda x: x.reshape(len(x), 4, 4, 16).flatten(1)[:, :16],

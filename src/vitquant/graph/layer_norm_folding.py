@@ -133,9 +133,12 @@ def _keeps_channels_last(source: Node, node: Node) -> bool:
         case aten.permute:
             return arguments(node)[1][-1] % rank == rank - 1
         case aten.transpose | aten.t | aten.movedim:
-            axes = arguments(node)[1:3] or (0, 1)
-        case aten.roll | aten.flip:
-            axes = tuple(arguments(node)[-1])
+            moved = arguments(node)[1:3] or (0, 1)
+            axes = sum((tuple(axis) if isinstance(axis, list | tuple) else (axis,) for axis in moved), ())
+        case aten.flip:
+            axes = tuple(arguments(node)[1])
+        case aten.roll:
+            axes = tuple((arguments(node)[2:3] or ((),))[0]) or (-1,)  # without axes it rolls all elements
         case aten.split | aten.split_with_sizes | aten.chunk:
             axes = arguments(node)[2:3] or (0,)
         case aten.unbind | aten.select | aten.slice | aten.narrow | aten.index_select:

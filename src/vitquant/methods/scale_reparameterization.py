@@ -101,7 +101,9 @@ def reparameterize_scales(
     for name, (layers, value) in found.items():
         spec = model.assignments[value.name].spec
         assert spec is not None
-        result = reparameterization(*observers[name].observed_range(), spec, layers.shiftable)
+        observer = observers[name]
+        low, high = observer.free_range() if layers.shiftable else observer.observed_range()
+        result = reparameterization(low, high, spec, layers.shiftable)
         fold(layers, result.ratio, result.shift)
         params = QParams(result.scale.float(), result.zero_point.to(torch.int32))
         changed[value.name] = build_quantizer(spec, params)

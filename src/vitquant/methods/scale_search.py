@@ -24,6 +24,7 @@ from vitquant.methods.searched_layer import (
     searched,
 )
 from vitquant.model import QuantizedModel, Record
+from vitquant.objectives.correlation import CANDIDATES_AT_ONCE
 from vitquant.objectives.product_output import Ranking
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
@@ -100,10 +101,12 @@ def search_scales(model: QuantizedModel, data: Iterable[Tensor], settings: Searc
     model.require_calibrated()
     if model.arithmetic is not None:
         raise CalibrationError("search-scales comes before integer-operations: change the recipe's order")
-    images = sum(len(batch) for batch in data)
-    if not images:
+    images, one = 0, None
+    for batch in data:
+        images, one = images + len(batch), batch[:1] if one is None else one
+    if one is None:
         raise CalibrationError("no calibration images: give at least one batch")
-    groups, refused = _groups(model, data)
+    groups, refused = _groups(model, one)
     ranking = Ranking(settings.gamma, settings.theta, settings.pairs, settings.seed)
     decisions: dict[str, dict[str, Any]] = {name: {"as calibrated, because": why} for name, why in refused.items()}
     found: dict[str, Quantizer] = {}
@@ -115,7 +118,8 @@ def search_scales(model: QuantizedModel, data: Iterable[Tensor], settings: Searc
             layers = [searched(model, site, held, ranking) for site in group.sites]
             present = {name: model.quantizers[name] for name in group.values}
             search = _Search(layers, present, settings)
-            result = alternate(group.values, 0, search.scores, settings.rounds, search.correct)
+            corrects = settings.bias_correction and any(site.kind in LAYERS for site in group.sites)
+            result = alternate(group.values, 0, search.scores, settings.rounds, search.correct if corrects else None)
             rounds = max(rounds, result.rounds)
             found |= {name: search.candidates[name][index] for name, index in result.choice.items()}
             decisions |= {
@@ -143,8 +147,8 @@ class _Group:
         sites: the layers, in graph order.
         values: the operands' values, by name.
         held: bytes for each image of their operands.
-        work: bytes for each image of what the search of one of them makes of those.
-        candidates: bytes of what a candidate weight is for one of them.
+        work: bytes for each image of what the search makes of those.
+        candidates: bytes of what is made of the candidate weights that are looked at together.
     """
 
     sites: tuple[Site, ...]
@@ -154,7 +158,7 @@ class _Group:
     candidates: int
 
 
-def _groups(model: QuantizedModel, data: Iterable[Tensor]) -> tuple[list[_Group], dict[str, str]]:
+def _groups(model: QuantizedModel, image: Tensor) -> tuple[list[_Group], dict[str, str]]:
     """The layers that can be searched, those with a common operand together; and why others cannot."""
     refused: dict[str, str] = {}
     members: list[tuple[set[str], list[Site]]] = []
@@ -175,8 +179,7 @@ def _groups(model: QuantizedModel, data: Iterable[Tensor]) -> tuple[list[_Group]
                 apart.append(group)
         members = [*apart, (names, sites)]
     order = {value.name: index for index, value in enumerate(model.values)}
-    first = next(iter(data))[:1]
-    sizes = {name: x.numel() for name, x in _operands(model, [first], [s for _, some in members for s in some]).items()}
+    sizes = {name: x.numel() for name, x in _operands(model, [image], [s for _, some in members for s in some]).items()}
     return [
         _Group(tuple(sites), tuple(sorted(names, key=order.__getitem__)), *_bytes(model, sites, sizes))
         for names, sites in members
@@ -227,7 +230,7 @@ def _bytes(model: QuantizedModel, sites: Sequence[Site], sizes: Mapping[str, int
             tokens = elements // inputs if site.kind == "linear" else _elements(node_of(model, site)) // outputs
             held += max(elements, tokens * inputs)  # the patches of a convolution may overlap
             work += tokens * (inputs + outputs) + 3 * inputs * (inputs + outputs)
-            candidate = max(candidate, 3 * inputs * outputs)
+            candidate = max(candidate, 2 * CANDIDATES_AT_ONCE * inputs * (inputs + outputs))
         else:
             held += sum(sizes[str(site.reader(operand))] for operand in site.operands)
     return 4 * held, 4 * work, 4 * candidate
@@ -253,7 +256,7 @@ def _within(groups: Sequence[_Group], images: int, settings: SearchScalesSetting
 def _needed(groups: Sequence[_Group], images: int, settings: SearchScalesSettings) -> int:
     """Bytes: operands are held for all groups, what the search makes of them for one layer at a time."""
     held = sum(group.held for group in groups) * images
-    return held + max(group.work * images + group.candidates * settings.candidates for group in groups)
+    return held + max(group.work * images + group.candidates for group in groups)
 
 
 def _operands(model: QuantizedModel, data: Iterable[Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -296,7 +299,7 @@ class _Search:
     ):
         self.multiples = multiples(settings.low, settings.high, settings.candidates)
         self.candidates = {name: _multiplied(quantizer, self.multiples) for name, quantizer in present.items()}
-        self._layers, self._correct = layers, settings.bias_correction
+        self._layers = layers
 
     def scores(self, name: str, choice: Mapping[str, int]) -> Tensor:
         """The objective of every candidate of one operand, while the others stay as chosen."""
@@ -307,10 +310,9 @@ class _Search:
 
     def correct(self, choice: Mapping[str, int]) -> None:
         """Correct the biases for a choice."""
-        if self._correct:
-            with torch.inference_mode():
-                for layer in self._layers:
-                    layer.correct({name: self.candidates[name][index] for name, index in choice.items()})
+        with torch.inference_mode():
+            for layer in self._layers:
+                layer.correct({name: self.candidates[name][index] for name, index in choice.items()})
 
 
 def _elements(node: Node) -> int:

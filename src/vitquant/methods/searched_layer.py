@@ -36,19 +36,19 @@ class SearchedLayer:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, correctable: Tensor | None, values: tuple[str, ...]
     ) -> None:
         self.values = values
-        self._output = LinearOutput(x, weight.flatten(1), bias)
-        self._weight, self._stored, self._bias = weight, correctable, self._output.bias
+        self._output = LinearOutput(x, weight, bias)
+        self._stored, self._bias = correctable, self._output.bias
 
     def scores(self, name: str, candidates: Sequence[Quantizer], fixed: Mapping[str, Quantizer]) -> Tensor:
         source, weight = (fixed[each] for each in self.values)
         if name == self.values[0]:
-            return self._output.of_inputs(candidates, weight(self._weight).flatten(1), self._bias)
-        return self._output.of_weights(source, [each(self._weight).flatten(1) for each in candidates], self._bias)
+            return self._output.of_inputs(candidates, weight, self._bias)
+        return self._output.of_weights(source, candidates, self._bias)
 
     def correct(self, chosen: Mapping[str, Quantizer]) -> None:
         if self._stored is not None:
             source, weight = (chosen[each] for each in self.values)
-            self._bias = self._output.corrected_bias(source, weight(self._weight).flatten(1))
+            self._bias = self._output.corrected_bias(source, weight)
 
     @property
     def corrected(self) -> tuple[Tensor, Tensor] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 Quantize = Callable[[Tensor], Tensor]
 
 IN_CACHE = 1 << 17  # elements that are worked on at once
-_AT_ONCE = 1 << 25  # elements of the candidates' Gram matrices
+CANDIDATES_AT_ONCE = 16  # for a weight: what is made of them is held
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,14 @@ class FixedFactor:
         """The sums of F Z, of its squares, and of its products with Y: float64 (images,) each.
 
         Arguments:
-            candidate: Z, (images, ..., D, N).
+            candidate: Z, (images, ..., D, N), contiguous: the passes over its elements are what a search spends beside
+                its products.
         """
         made = (self._fixed if self._gram is None else self._gram) @ candidate
-        squares = made * (made if self._gram is None else candidate)
-        total = self._column_sums * candidate.sum(-1, dtype=torch.float64)
-        return tuple(_of_images(each) for each in (total, squares, candidate * self._back))  # type: ignore[return-value]
-
-
-def _of_images(x: Tensor) -> Tensor:
-    return x.flatten(1).sum(1, dtype=torch.float64)
+        total = self._column_sums * candidate.sum(-1)
+        squares = (made.square_() if self._gram is None else made.mul_(candidate)).sum(-1)
+        crosses = torch.mul(candidate, self._back).sum(-1)
+        return tuple(each.flatten(1).sum(1, dtype=torch.float64) for each in (total, squares, crosses))  # type: ignore[return-value]
 
 
 class LinearOutput:
@@ -96,64 +94,70 @@ class LinearOutput:
 
     Arguments:
         x: the layer's float input (images, tokens, inputs).
-        weight: (outputs, inputs).
+        weight: as stored, (outputs, ...) of `inputs` elements each.
         bias: (outputs,), or None.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.x, self.weight = x, weight
-        self.bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
-        self.y = torch.nn.functional.linear(x, weight, bias)
+        self.bias = torch.zeros_like(weight.flatten(1)[:, 0]) if bias is None else bias
+        self.y = torch.nn.functional.linear(x, weight.flatten(1), bias)
         flat = self.y.flatten(1)
         self._total = flat.sum(1, dtype=torch.float64)
         self._square = torch.stack([each.double().square().sum() for each in flat])
         self._by_output = self.y.sum(1, dtype=torch.float64)  # (images, outputs)
 
-    def of_weights(self, quantize_input: Quantize, weights: Sequence[Tensor], bias: Tensor) -> Tensor:
-        """The mean correlation with each candidate weight: float64 (candidates,).
+    def of_weights(self, quantize_input: Quantize, quantizers: Sequence[Quantize], bias: Tensor) -> Tensor:
+        """The mean correlation with each candidate quantizer of the weight: float64 (candidates,).
 
         Arguments:
             quantize_input: what the input is quantized with.
-            weights: candidates, (outputs, inputs) each, quantized.
+            quantizers: candidates.
             bias: (outputs,), which is added to the quantized output.
         """
         inputs = self.x.shape[-1]
         x = torch.cat([quantize_input(part) for part in self.x.split(self._images(inputs))])
         sums = x.sum(1, dtype=torch.float64)  # (images, inputs)
         gram, cross = (x.mT @ x).flatten(1).double(), (self.y.mT @ x).flatten(1).double()
+        rows = torch.stack([torch.ones_like(bias), bias])
         found = []
-        for some in _chunks(weights, max(1, _AT_ONCE // inputs**2)):
-            w = torch.stack(list(some))
-            squares = gram @ (w.mT @ w).flatten(1).double().T
-            crosses = cross @ w.flatten(1).double().T  # (images, candidates)
-            found.append(
-                self._moments(bias, squares, crosses, sums @ w.sum(1).double().T, sums @ (bias @ w).double().T)
-            )
+        for start in range(0, len(quantizers), CANDIDATES_AT_ONCE):
+            some = quantizers[start : start + CANDIDATES_AT_ONCE]
+            grams, weights = gram.new_empty(len(some), gram.shape[1]), cross.new_empty(len(some), cross.shape[1])
+            on_rows = gram.new_empty(len(some), 2, inputs)
+            for index, quantize in enumerate(some):
+                w = quantize(self.weight).flatten(1)
+                grams[index] = (w.mT @ w).flatten()
+                weights[index] = w.flatten()
+                on_rows[index] = rows @ w
+            totals, products = (sums @ each.T for each in on_rows.unbind(1))
+            found.append(self._moments(bias, gram @ grams.T, cross @ weights.T, totals, products))
         return torch.cat([moments.correlation().mean(0) for moments in found])
 
-    def of_inputs(self, quantizers: Sequence[Quantize], weight: Tensor, bias: Tensor) -> Tensor:
+    def of_inputs(self, quantizers: Sequence[Quantize], quantize_weight: Quantize, bias: Tensor) -> Tensor:
         """The mean correlation with each candidate quantizer of the input: float64 (candidates,).
 
         Arguments:
             quantizers: candidates.
-            weight: (outputs, inputs), quantized.
+            quantize_weight: what the weight is quantized with.
             bias: (outputs,), which is added to the quantized output.
         """
         images, _, inputs = self.x.shape
+        weight = quantize_weight(self.weight).flatten(1)
         shape = (images, len(quantizers))
         totals, squares, crosses, products = (self._total.new_zeros(shape) for _ in range(4))
         on_bias = (bias @ weight).double()
         width = self._images(inputs)
         for start in range(0, images, width):
             part = slice(start, start + width)
-            x, factor = self.x[part], FixedFactor(weight, self.y[part].mT)
+            x, factor = self.x[part].mT.contiguous(), FixedFactor(weight, self.y[part].mT)
             for index, quantize in enumerate(quantizers):
                 xq = quantize(x)
-                totals[part, index], squares[part, index], crosses[part, index] = factor.sums(xq.mT)
-                products[part, index] = xq.sum(1, dtype=torch.float64) @ on_bias
+                totals[part, index], squares[part, index], crosses[part, index] = factor.sums(xq)
+                products[part, index] = xq.sum(-1).double() @ on_bias
         return self._moments(bias, squares, crosses, totals, products).correlation().mean(0)
 
-    def corrected_bias(self, quantize_input: Quantize, weight: Tensor) -> Tensor:
+    def corrected_bias(self, quantize_input: Quantize, quantize_weight: Quantize) -> Tensor:
         """The bias with which each output unit of the quantized layer has the float layer's mean: (outputs,).
 
         Source: VT-PTQ, section "Bias Correction".
@@ -161,7 +165,7 @@ class LinearOutput:
         images, tokens, inputs = self.x.shape
         parts = self.x.split(self._images(inputs))
         sums = torch.stack([quantize_input(part).sum((0, 1), dtype=torch.float64) for part in parts]).sum(0)
-        mean = (sums / (images * tokens)) @ weight.double().T
+        mean = (sums / (images * tokens)) @ quantize_weight(self.weight).flatten(1).double().T
         return (self._by_output.sum(0) / (images * tokens) - mean).to(self.bias.dtype)
 
     def _moments(self, bias: Tensor, squares: Tensor, crosses: Tensor, totals: Tensor, products: Tensor) -> Moments:
@@ -179,8 +183,3 @@ class LinearOutput:
     def _images(self, inputs: int) -> int:
         """How many images are worked on at once."""
         return max(1, IN_CACHE // (self.x.shape[1] * inputs))
-
-
-def _chunks(sequence: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
-    for start in range(0, len(sequence), size):
-        yield sequence[start : start + size]

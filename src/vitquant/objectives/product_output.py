@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitquant.objectives.correlation import IN_CACHE, FixedFactor, Moments, Quantize
-from vitquant.objectives.ranking import column_pairs, differences, hinge
+from vitquant.objectives.ranking import column_pairs, differences, ranking_loss
 
 
 @dataclass(frozen=True)
@@ -65,33 +65,31 @@ class ProductOutput:
         """The objective summed over some images."""
         y = x @ z
         flat = y.flatten(1)
-        sums = flat.sum(1, dtype=torch.float64), (flat * flat).sum(1, dtype=torch.float64)
+        sums = flat.sum(1, dtype=torch.float64), flat.square().sum(1, dtype=torch.float64)
         on_the_left = len(left) > 1
-        fixed = right[0](z) if on_the_left else left[0](x)
-        factor = FixedFactor(fixed.mT, y.mT) if on_the_left else FixedFactor(fixed, y)
-        order = self._order(x, z, on_the_left)
-        spread = None if self.factor is None else self._spread(fixed if on_the_left else z)
+        if on_the_left:  # the product the other way round, so that its right factor is searched
+            fixed, free, quantizers = right[0](z).mT, x.mT.contiguous(), left
+        else:
+            fixed, free, quantizers = left[0](x), z.contiguous(), right
+        factor = FixedFactor(fixed, y.mT if on_the_left else y)
+        order = torch.sign(self._differences(x.mT, z.mT)) if self._changes_the_map(on_the_left) else None
         found = []
-        for quantize in left if on_the_left else right:
-            candidate = quantize(x) if on_the_left else quantize(z)
-            made = factor.sums(candidate.mT if on_the_left else candidate)
-            score = Moments(flat.shape[1], *sums, *made).correlation()
+        for quantize in quantizers:
+            candidate = quantize(free)
+            score = Moments(flat.shape[1], *sums, *factor.sums(candidate)).correlation()
             if order is not None:
-                if spread is None:
-                    difference = differences(candidate, self._pairs)
-                else:
-                    difference = candidate @ spread if on_the_left else fixed @ self._spread(candidate)
-                score = score - self.ranking.gamma * hinge(difference, order, self.ranking.theta)
+                of_map = (candidate, fixed) if on_the_left else (fixed.mT, candidate.mT)
+                loss = ranking_loss(self._differences(*of_map), order, self.ranking.theta)
+                score = score - self.ranking.gamma * loss
             found.append(score.sum())
         return torch.stack(found)
 
-    def _order(self, x: Tensor, z: Tensor, on_the_left: bool) -> Tensor | None:
-        """The signs that differences within the float map's rows have; None where no candidate changes the map."""
-        if self.ranking.gamma == 0 or not self._pairs.numel() or (self.factor is None and not on_the_left):
-            return None
-        return torch.sign(differences(x, self._pairs) if self.factor is None else x @ self._spread(z))
+    def _changes_the_map(self, on_the_left: bool) -> bool:
+        """Whether candidates change the map, and its order counts."""
+        return self.ranking.gamma > 0 and self._pairs.numel() > 0 and (self.factor is not None or on_the_left)
 
-    def _spread(self, z: Tensor) -> Tensor:
-        """What the left operand is multiplied by to give the differences of the map: (..., depth, pairs)."""
-        assert self.factor is not None
-        return differences(z, self._pairs) * self.factor
+    def _differences(self, left: Tensor, right: Tensor) -> Tensor:
+        """Between columns of the map: (..., pairs, rows), from the transposed operands."""
+        if self.factor is None:
+            return differences(left, self._pairs)
+        return (differences(right, self._pairs) * self.factor) @ left

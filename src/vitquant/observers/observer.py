@@ -45,6 +45,10 @@ class Observer:
             raise CalibrationError("no calibration data: nothing was observed")
         return self.low, self.high
 
+    def free_range(self) -> tuple[Tensor, Tensor]:
+        """The range of a quantizer that need not have a code for zero: float64, () or one per channel."""
+        return self.observed_range()
+
 
 def extremes(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     """The smallest and the largest value of each channel: float64, () or (n,).

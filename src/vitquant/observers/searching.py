@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 from vitquant.observers.histogram import Histogram
 from vitquant.observers.observer import Observer, extremes
 from vitquant.quantizers import build_quantizer, params_from_range
-from vitquant.spec import PerAxis, PerTensor, QuantSpec
+from vitquant.quantizers.parameters import params_from_free_range
+from vitquant.spec import PerAxis, PerTensor, QParams, QuantSpec
+
+Params = Callable[[Tensor, Tensor, QuantSpec], QParams]
 
 BINS = 16384
 CHANNEL_BINS = 2048
@@ -32,29 +36,39 @@ class SearchingObserver(Observer):
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
         self.histogram = Histogram(BINS if isinstance(spec.granularity, PerTensor) else CHANNEL_BINS)
-        self._best: tuple[Tensor, Tensor] | None = None  # for what was seen: it takes longer to find than to use
+        self._best: dict[Params, tuple[Tensor, Tensor]] = {}  # for what was seen: it takes longer to find than to use
 
     def update(self, x: Tensor) -> None:
         low, high = extremes(x, self.spec.granularity)
         self.histogram.update(x.detach(), low, high, self.spec.granularity)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        self._best = None
+        self._best = {}
 
     def observed_range(self) -> tuple[Tensor, Tensor]:
+        return self._best_with(params_from_range)
+
+    def free_range(self) -> tuple[Tensor, Tensor]:
+        return self._best_with(params_from_free_range)
+
+    def _best_with(self, params: Params) -> tuple[Tensor, Tensor]:
         whole, _ = super().observed_range()
-        if self._best is None:
-            best = self.errors().argmin(0, keepdim=True)
+        if params not in self._best:
+            best = self.errors(params).argmin(0, keepdim=True)
             low, high = (each.gather(0, best).view(whole.shape) for each in self.candidates())
-            self._best = low, high
-        return self._best
+            self._best[params] = low, high
+        return self._best[params]
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest value of each range that is tried: float64 (candidates, channels)."""
         raise NotImplementedError
 
-    def errors(self) -> Tensor:
-        """The sum of squared errors of every candidate: float64 (candidates, channels)."""
+    def errors(self, params: Params = params_from_range) -> Tensor:
+        """The sum of squared errors of every candidate: float64 (candidates, channels).
+
+        Arguments:
+            params: what makes a quantizer's parameters of a range.
+        """
         lows, highs = self.candidates()
         centers, counts = self.histogram.centers(), self.histogram.counts
         channels = max(1, BLOCK // (len(lows) * self.histogram.bins))  # at once: bounds the memory
@@ -62,7 +76,7 @@ class SearchingObserver(Observer):
         for start in range(0, len(counts), channels):
             part = slice(start, start + channels)
             x, weights = _occupied(centers[part], counts[part])
-            found.append(candidate_errors(lows[:, part], highs[:, part], x, weights, self.spec))
+            found.append(candidate_errors(lows[:, part], highs[:, part], x, weights, self.spec, params))
         return torch.cat(found, dim=1)
 
 
@@ -73,19 +87,22 @@ def _occupied(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return x.gather(1, kept), counts.gather(1, kept)
 
 
-def candidate_errors(lows: Tensor, highs: Tensor, x: Tensor, counts: Tensor, spec: QuantSpec) -> Tensor:
+def candidate_errors(
+    lows: Tensor, highs: Tensor, x: Tensor, counts: Tensor, spec: QuantSpec, params: Params = params_from_range
+) -> Tensor:
     """The sum of counts * (quantized x - x)**2 with every candidate range.
 
     Arguments:
         lows, highs: float64 (candidates, channels).
         x, counts: (channels, n).
         spec: of the quantizer; its granularity is not looked at.
+        params: what makes its parameters of a range.
 
     Returns:
         float64 (candidates, channels).
     """
     spec = replace(spec, granularity=PerAxis(0))  # every candidate of every channel is a channel
-    quantizer = build_quantizer(spec, params_from_range(lows.flatten(), highs.flatten(), spec))
+    quantizer = build_quantizer(spec, params(lows.flatten(), highs.flatten(), spec))
     x = x.repeat(len(lows), 1)
     error = (quantizer(x) - x).square_().view(len(lows), *counts.shape)
     return error.mul_(counts).sum(dim=-1, dtype=torch.float64)

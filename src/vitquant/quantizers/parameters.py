@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitquant.spec import Log2, LogSqrt2, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec
+from vitquant.spec import Log2, LogSqrt2, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec, Uniform
 
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 
@@ -42,6 +42,26 @@ def params_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
     if isinstance(spec.scheme, PowerOfTwoScale):
         scale = _up_to_power_of_two(scale)
     return QParams(scale, _zero_point(low, scale, spec))
+
+
+def params_from_free_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
+    """The parameters with which an asymmetric uniform `spec` covers [low, high], which need not hold zero.
+
+    Arguments:
+        low, high: as for `params_from_range`.
+        spec: `Uniform`, not symmetric; any other has its zero where it is, and gets `params_from_range`.
+
+    Returns:
+        scale = (high - low) / (qmax - qmin), zero_point = qmin - round(low / scale), also outside of the codes, and
+        at most 2**24 from them, where a channel hardly varies.
+
+    Source: RepQ-ViT's code, channel by channel.
+    """
+    if spec.symmetric or not isinstance(spec.scheme, Uniform):
+        return params_from_range(low, high, spec)
+    scale = _floored((high.double() - low.double()) / (spec.qmax - spec.qmin))
+    offset = torch.round(low.double() / scale.double()).clamp(-(2.0**24), 2.0**24)
+    return QParams(scale, (spec.qmin - offset).to(torch.int32))
 
 
 def _floored(scale: Tensor) -> Tensor:

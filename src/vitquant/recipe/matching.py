@@ -12,7 +12,7 @@ from vitquant.recipe.recipe import Recipe
 from vitquant.recipe.rule import Rule
 from vitquant.recipe.tables import within
 from vitquant.sites import Reader, Value
-from vitquant.spec import QuantSpec
+from vitquant.spec import PerHead, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def assign(recipe: Recipe, bits: Bits, values: Sequence[Value]) -> dict[str, Ass
 
     Raises:
         RecipeError: a rule that is not optional matches nothing; two overlays set the same value and the
-            later does not say `override = true`; or these bits do not fit a rule's scheme.
+            later does not say `override = true`; these bits do not fit a rule's scheme; or a scale for each head of
+            what has no axis of heads.
     """
     matches = {rule.name: [any(rule.reads(r) for r in value.readers) for value in values] for rule in recipe.rules}
     for rule in recipe.rules:
@@ -69,7 +70,11 @@ def _assignment(rules: Sequence[Rule], bits: Bits, value: Value) -> Assignment:
     if winner.spec is None:
         return Assignment(None, None, winner.name)
     with within(f"rule {winner.name!r} at {value.name} with bits {bits}"):
-        return Assignment(winner.spec.resolve(bits, value.channel_axis), winner.observer, winner.name)
+        spec = winner.spec.resolve(bits, value.channel_axis)
+        if isinstance(spec.granularity, PerHead) and (value.parameter or len(value.shape) < 3 or value.shape[-3] < 0):
+            sizes = ", ".join("batch" if size < 0 else str(size) for size in value.shape)
+            raise RecipeError(f'per = "head" needs the heads as third axis from the end, and the shape is ({sizes})')
+        return Assignment(spec, winner.observer, winner.name)
 
 
 def _why(rule: Rule, readers: Sequence[Reader]) -> str:
