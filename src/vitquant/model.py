@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Node
 
 from vitquant.checkpoint import digest_of, read_checkpoint, write_checkpoint
 from vitquant.errors import CalibrationError, CaptureError, CheckpointError
 from vitquant.graph.fingerprint import structural_fingerprint
-from vitquant.graph.operators import PRODUCTS, aten, calls, is_rearrangement, is_selection
+from vitquant.graph.operators import PRODUCTS, calls, is_rearrangement, is_selection
 from vitquant.operations import Arithmetic, IntegerOperation
 from vitquant.operations.replacement import operation_at, reconnect_operations, replace_operations
 from vitquant.packing import pack, unpack
@@ -25,6 +25,7 @@ from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.recipe import Assignment, Bits, Recipe, assign
 from vitquant.sites import Site, Value, find_sites, find_values
 from vitquant.spec import QParams
+from vitquant.tapped import TappedInterpreter
 
 _QUANTIZERS = "quantizers"
 
@@ -198,17 +199,20 @@ class QuantizedModel(nn.Module):
         self,
         images: torch.Tensor,
         taps: Mapping[str, Callable[[torch.Tensor], None]],
-        quantized: bool = True,
+        quantized: bool | Collection[str] = True,
         operands: Mapping[str, Callable[[torch.Tensor], None]] | None = None,
+        results: Mapping[str, Callable[[torch.Tensor], None]] | None = None,
     ) -> Any:
         """Run the graph, calling `taps[name]` with each named value before its quantizer.
 
         Arguments:
             images: (batch, channels, height, width).
             taps: by the names of values.
-            quantized: False leaves out every quantizer and integer operation: the float model.
+            quantized: False leaves out every quantizer and integer operation: the float model; the names of values
+                leave out all but their quantizers.
             operands: by `site:operand`, called with what that site reads, which may be a rearrangement or a part of
                 its value, and without its quantizer only where that stands behind.
+            results: by site, called with what it computes.
 
         Pitfall: a tap's tensor is lent for the call. Without gradients what comes after may overwrite it; a tap
             that keeps it keeps a clone.
@@ -218,9 +222,14 @@ class QuantizedModel(nn.Module):
         for name, tap in taps.items():
             by_node.setdefault(self.value(name).node, []).append(tap)
         reads = {str(site.reader(each)): node for site in self.sites for each, node in site.operands.items()}
+        computed = {site.name: site.node for site in self.sites}
         for name, tap in (operands or {}).items():
             by_node.setdefault(reads[name], []).append(tap)
-        return _Tapped(self.graph_module, by_node, quantized).run(images)
+        for name, tap in (results or {}).items():
+            by_node.setdefault(computed[name], []).append(tap)
+        if not isinstance(quantized, bool):
+            quantized = {f"{_QUANTIZERS}.{self.value(name).name}" for name in quantized}
+        return TappedInterpreter(self.graph_module, by_node, quantized).run(images)
 
     def parameter(self, value: Value) -> torch.Tensor:
         """The stored tensor that a value is.
@@ -365,52 +374,6 @@ def _route_through(graph: Graph, node: Node, target: str) -> None:
         call = graph.call_module(target, (node,))
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-
-
-class _Tapped(Interpreter):
-    """Runs a graph node by node, showing some of the tensors on the way.
-
-    Fused attention never writes scores and probabilities; here they are needed, but not in three tensors.
-    Writing to fresh memory costs several times what computing or observing them does, so without gradients the
-    scale and the softmax overwrite what only they read.
-    """
-
-    def __init__(
-        self, module: GraphModule, taps: Mapping[str, list[Callable[[torch.Tensor], None]]], quantized: bool
-    ) -> None:
-        super().__init__(module)
-        self.extra_traceback = False  # it would add a page to a message of one line
-        self._taps, self._quantized = taps, quantized
-
-    def run_node(self, n: Node) -> Any:
-        result = self._overwrite(n)
-        if result is None:
-            result = super().run_node(n)
-        for tap in self._taps.get(n.name, ()):
-            tap(result)
-        return result
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        called = self.fetch_attr(str(target))
-        if self._quantized:
-            return called(*args, **kwargs)
-        return called.reference(*args) if isinstance(called, IntegerOperation) else args[0]
-
-    def _overwrite(self, n: Node) -> torch.Tensor | None:
-        """The node's result in its argument's memory; None where that is not possible."""
-        if torch.is_grad_enabled() or not n.args or not isinstance(n.args[0], Node) or len(n.args[0].users) > 1:
-            return None
-        source = n.args[0]
-        if calls(n, {aten.mul}) and calls(source, PRODUCTS) and isinstance(n.args[1], float):
-            return self.env[source].mul_(n.args[1])
-        if calls(n, {aten.softmax}) and len(n.args) == 2 and _is_scaled_product(source):
-            scores = self.env[source]
-            return aten._softmax.out(scores, n.args[1], False, out=scores)
-        return None
-
-
-def _is_scaled_product(node: Node) -> bool:
-    return calls(node, {aten.mul}) and isinstance(node.args[1], float) and calls(node.args[0], PRODUCTS)  # type: ignore[arg-type]
 
 
 def _params(tensors: dict[str, torch.Tensor], name: str, directory: object) -> QParams:

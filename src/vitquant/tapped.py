@@ -1,0 +1,67 @@
+"""Run a captured graph, looking at tensors on the way, with all of its quantizers, with some, or with none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from vitquant.graph.operators import PRODUCTS, aten, calls
+from vitquant.operations import IntegerOperation
+
+
+class TappedInterpreter(Interpreter):
+    """Runs a graph node by node, showing some of the tensors on the way.
+
+    Arguments:
+        module: a captured graph with quantizers in it.
+        taps: by the name of a node, called with what it gives.
+        quantized: whether quantizers and integer operations do anything, or the targets of those quantizers that do;
+            with those, all operations are in float.
+
+    Fused attention never writes scores and probabilities; here they are needed, but not in three tensors.
+    Writing to fresh memory costs several times what computing or observing them does, so without gradients the
+    scale and the softmax overwrite what only they read.
+    """
+
+    def __init__(
+        self,
+        module: GraphModule,
+        taps: Mapping[str, list[Callable[[torch.Tensor], None]]],
+        quantized: bool | Collection[str],
+    ) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # it would add a page to a message of one line
+        self._taps, self._quantized = taps, quantized
+
+    def run_node(self, n: Node) -> Any:
+        result = self._overwrite(n)
+        if result is None:
+            result = super().run_node(n)
+        for tap in self._taps.get(n.name, ()):
+            tap(result)
+        return result
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        called = self.fetch_attr(str(target))
+        if self._quantized is True or (self._quantized and target in self._quantized):
+            return called(*args, **kwargs)
+        return called.reference(*args) if isinstance(called, IntegerOperation) else args[0]
+
+    def _overwrite(self, n: Node) -> torch.Tensor | None:
+        """The node's result in its argument's memory; None where that is not possible."""
+        if torch.is_grad_enabled() or not n.args or not isinstance(n.args[0], Node) or len(n.args[0].users) > 1:
+            return None
+        source = n.args[0]
+        if calls(n, {aten.mul}) and calls(source, PRODUCTS) and isinstance(n.args[1], float):
+            return self.env[source].mul_(n.args[1])
+        if calls(n, {aten.softmax}) and len(n.args) == 2 and _is_scaled_product(source):
+            scores = self.env[source]
+            return aten._softmax.out(scores, n.args[1], False, out=scores)
+        return None
+
+
+def _is_scaled_product(node: Node) -> bool:
+    return calls(node, {aten.mul}) and isinstance(node.args[1], float) and calls(node.args[0], PRODUCTS)  # type: ignore[arg-type]
