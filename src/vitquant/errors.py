@@ -22,6 +22,10 @@ class CalibrationError(VitquantError):
     """The calibration data or what the model makes of it cannot give quantization parameters."""
 
 
+class AllocationError(VitquantError):
+    """Bits cannot be spent as asked, or what says how sensitive a model is cannot be read."""
+
+
 class CheckpointError(VitquantError):
     """A saved model is damaged, incomplete, of another model or of another format."""
 

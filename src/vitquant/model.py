@@ -270,6 +270,16 @@ class QuantizedModel(nn.Module):
         write_checkpoint(Path(directory), tensors, config, force)
 
     @property
+    def stored_bytes(self) -> int:
+        """What the tensors that `save` writes take.
+
+        Raises:
+            CalibrationError: a quantizer is missing.
+        """
+        tensors, _ = self._packed()
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    @property
     def digest(self) -> str:
         """Tells models apart: a sha256 over the tensors that are saved, the quantizers' specs and the graph.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from vitquant.methods.scale_reparameterization import ReparameterizeScalesSettin
 from vitquant.methods.scale_search import SearchScalesSettings, search_scales
 from vitquant.model import QuantizedModel, Record
 from vitquant.operations import Arithmetic
+from vitquant.progress import Progress, silent
 from vitquant.recipe import Bits, Method, Recipe, load_recipe, override
 from vitquant.zoo import ModelSource, architecture, create
 
@@ -38,6 +40,7 @@ def quantize(
     settings: Sequence[str] = (),
     source: ModelSource | None = None,
     preprocessing: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
 ) -> QuantizedModel:
     """Quantize a model by a recipe; the model itself is left as it is.
 
@@ -52,17 +55,18 @@ def quantize(
         settings: replaces single keys of the recipe, such as "weights.observer=omse".
         source: where the model came from; with it `load(directory)` needs nothing else.
         preprocessing: the model's, timm's data-configuration keys; saved with the model.
+        progress: told what a search is doing, how much of it is done and how much there is.
 
     Raises:
         VitquantError: see `capture`, `load_recipe`, `override` and the recipe's methods.
     """
     recipe = override(load_recipe(recipe) if isinstance(recipe, str) else recipe, settings)
-    steps = [_step(method) for method in recipe.methods]
+    steps = [_step(method, progress) for method in recipe.methods]
     batches = iter(data)
     first = next(batches, None)
     if first is None:
         raise CalibrationError("no calibration images: give at least one batch")
-    example = _images(first)
+    example = images_of(first)
     device = next((parameter.device for parameter in model.parameters()), example.device)
     stream = _Stream(data, first, batches, device)
     captured = capture(model, example[:2].to(device))
@@ -130,7 +134,7 @@ def _source(directory: Path, config: Mapping[str, Any], repeated: str | None) ->
     return source
 
 
-def _step(method: Method) -> Callable[[QuantizedModel, Iterable[torch.Tensor]], Record]:
+def _step(method: Method, progress: Progress) -> Callable[[QuantizedModel, Iterable[torch.Tensor]], Record]:
     """One method of a recipe, ready to run; its settings are checked before any work is done."""
     match method.name:
         case "calibrate":
@@ -140,7 +144,7 @@ def _step(method: Method) -> Callable[[QuantizedModel, Iterable[torch.Tensor]], 
         case "reparameterize-scales":
             return _with_settings(reparameterize_scales, ReparameterizeScalesSettings, method)
         case "search-scales":
-            return _with_settings(search_scales, SearchScalesSettings, method)
+            return _with_settings(partial(search_scales, progress=progress), SearchScalesSettings, method)
         case "integer-operations":
             return _with_settings(integer_operations, Arithmetic, method)
         case _:
@@ -171,11 +175,11 @@ class _Stream:
     def __iter__(self) -> Iterator[torch.Tensor]:
         if self._begun is None:
             for batch in self._again():
-                yield _images(batch).to(self._device)
+                yield images_of(batch).to(self._device)
             return
         batches, self._begun = self._begun, None
         for batch in batches:
-            images = _images(batch)
+            images = images_of(batch)
             self.images += len(images)
             self.digest.update(images.detach().cpu().contiguous().view(torch.uint8).numpy().data)
             yield images.to(self._device)
@@ -190,7 +194,12 @@ class _Stream:
         return again
 
 
-def _images(batch: Batch) -> torch.Tensor:
+def images_of(batch: Batch) -> torch.Tensor:
+    """The images of a batch, as `quantize` takes it.
+
+    Raises:
+        CalibrationError: it is none.
+    """
     if isinstance(batch, Mapping):
         batch = batch.get("pixel_values", next(iter(batch.values()), ()))
     elif isinstance(batch, Sequence) and batch:

@@ -26,6 +26,7 @@ from vitquant.methods.searched_layer import (
 from vitquant.model import QuantizedModel, Record
 from vitquant.objectives.correlation import CANDIDATES_AT_ONCE
 from vitquant.objectives.product_output import Ranking
+from vitquant.progress import Progress, silent
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
 from vitquant.search.coordinates import alternate, multiples
@@ -74,7 +75,9 @@ class SearchScalesSettings:
             raise RecipeError(f"search-scales: memory = {self.memory}: it is positive, in gigabytes")
 
 
-def search_scales(model: QuantizedModel, data: Iterable[Tensor], settings: SearchScalesSettings) -> Record:
+def search_scales(
+    model: QuantizedModel, data: Iterable[Tensor], settings: SearchScalesSettings, progress: Progress = silent
+) -> Record:
     """Choose the scales of layers' and attention's operands by the outputs that they give.
 
     For each linear layer, convolution and product of attention the scales of its two operands are searched in turn,
@@ -88,6 +91,7 @@ def search_scales(model: QuantizedModel, data: Iterable[Tensor], settings: Searc
         model: calibrated, its operations still in float; scales and biases change.
         data: the calibration batches again; all of its images are looked at together.
         settings: see there.
+        progress: told how many of the layers are done.
 
     Raises:
         CalibrationError: no data, operations are computed on codes already, or the memory does not hold one layer.
@@ -111,10 +115,12 @@ def search_scales(model: QuantizedModel, data: Iterable[Tensor], settings: Searc
     decisions: dict[str, dict[str, Any]] = {name: {"as calibrated, because": why} for name, why in refused.items()}
     found: dict[str, Quantizer] = {}
     biases: list[tuple[Tensor, Tensor]] = []
-    rounds = 0
+    rounds = done = 0
     for some in _within(groups, images, settings):
         held = _operands(model, data, [site for group in some for site in group.sites])
         for group in some:
+            progress("searching layers", done, len(groups))
+            done += 1
             layers = [searched(model, site, held, ranking) for site in group.sites]
             present = {name: model.quantizers[name] for name in group.values}
             search = _Search(layers, present, settings)
@@ -128,6 +134,7 @@ def search_scales(model: QuantizedModel, data: Iterable[Tensor], settings: Searc
             }
             biases += [corrected for layer in layers if (corrected := layer.corrected) is not None]
         del held, layers, search
+    progress("searching layers", done, len(groups))
     for stored_bias, corrected in biases:  # last, so that every layer sees what the float model computes
         with torch.no_grad():
             stored_bias.copy_(corrected)

@@ -1,0 +1,88 @@
+"""The best ways to spend bits: all that no other way beats in cost and sensitivity, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vitquant.errors import AllocationError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the bit widths that a part of a model may have.
+
+    Arguments:
+        bits: how many.
+        cost: of the part at these bits, in any unit; costs of parts are added.
+        sensitivity: what is lost at these bits; sensitivities of parts are added.
+    """
+
+    bits: int
+    cost: float
+    sensitivity: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Bits for every part, what they cost together, and how sensitive the whole is to them."""
+
+    bits: Mapping[str, int]
+    cost: float
+    sensitivity: float
+
+
+def pareto_front(choices: Mapping[str, Sequence[Choice]]) -> list[Allocation]:
+    """Every allocation that no other equals or beats in both cost and sensitivity, the cheapest first.
+
+    Part by part, the allocations of the parts so far that none beats are kept: as cost and sensitivity are sums, what
+    is beaten there is beaten in the whole. There are at most as many as there are different costs, which for sizes of
+    like blocks are few. Of equals the one that comes first is taken.
+
+    Arguments:
+        choices: for each part its candidates, at least one.
+
+    Source: dynamic programming over the objective of VT-PTQ, Liu et al. 2021, section "Nuclear Norm Based Mixed
+    Precision".
+
+    Pitfall: with costs that are all different, such as measured times, the front can grow with each part.
+    """
+    front: list[tuple[float, float, tuple[int, ...]]] = [(0.0, 0.0, ())]
+    for candidates in choices.values():
+        grown = [
+            (cost + choice.cost, sensitivity + choice.sensitivity, (*bits, choice.bits))
+            for cost, sensitivity, bits in front
+            for choice in candidates
+        ]
+        grown.sort(key=lambda state: state[:2])
+        front = []
+        for state in grown:
+            if not front or state[1] < front[-1][1]:
+                front.append(state)
+    return [Allocation(dict(zip(choices, bits, strict=True)), cost, sensitivity) for cost, sensitivity, bits in front]
+
+
+def best_within(
+    front: Sequence[Allocation],
+    choices: Mapping[str, Sequence[Choice]],
+    budget: float,
+    fixed: float = 0.0,
+    unit: str = "",
+) -> Allocation:
+    """The least sensitive allocation that costs no more than a budget.
+
+    Arguments:
+        front: of these choices.
+        choices: whose cheapest and dearest say which budgets have a meaning.
+        budget: in the unit of the costs.
+        fixed: what else is paid of it.
+        unit: for the message.
+
+    Raises:
+        AllocationError: nothing is that cheap, or everything is cheaper; it says the range.
+    """
+    low, high = (fixed + sum(pick(choice.cost for choice in part) for part in choices.values()) for pick in (min, max))
+    slack = 1e-9 * abs(high)  # a budget that was computed from the same sums in another order
+    if not low - slack <= budget <= high + slack:
+        raise AllocationError(f"{budget:g} {unit}: these candidates need between {low:.4g} and {high:.4g}")
+    return next(allocation for allocation in reversed(front) if fixed + allocation.cost <= budget + slack)

@@ -1,0 +1,201 @@
+"""Everything that was measured about a model's sensitivity, as a file, and what can be decided from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vitquant.allocation.front import Allocation, Choice, best_within, pareto_front
+from vitquant.allocation.mixed_recipe import mixed_recipe
+from vitquant.allocation.modules import Module
+from vitquant.allocation.sensitivity import Sensitivity
+from vitquant.errors import AllocationError
+from vitquant.packing import packed_size
+from vitquant.recipe import Bits, Recipe
+
+FORMAT = 1
+MEASURES = ("nuclear-norm", "output-error", "correlation")
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """How sensitive a model's modules and sites are under a recipe.
+
+    Arguments:
+        recipe: the recipe, whole.
+        bits: what its symbols stand for where no module has bits of its own.
+        modules: one for each module and candidate, candidates in order.
+        sites: one for each site, at `bits`.
+        weights: for each module how many numbers each of its weights has.
+        rules: for each module the rules that decide about it, and their sites there.
+        other_bytes: what is stored beside the modules' weights.
+        about: model, calibration images: plain JSON values.
+    """
+
+    recipe: Recipe
+    bits: str
+    modules: tuple[Sensitivity, ...]
+    sites: tuple[Sensitivity, ...]
+    weights: Mapping[str, tuple[int, ...]]
+    rules: Mapping[str, Mapping[str, tuple[str, ...]]]
+    other_bytes: int
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def candidates(self) -> list[int]:
+        """The bit widths that modules were measured at."""
+        return sorted({each.bits for each in self.modules})
+
+    def choices(self, by: str, costs: Mapping[str, Mapping[int, float]]) -> dict[str, list[Choice]]:
+        """For each module its candidates, with what `by` measured and what they cost.
+
+        Arguments:
+            by: one of `MEASURES`; of correlations, what is missing to 1.
+            costs: of each module at each candidate, in any unit that adds up: `shares`, `megabytes`, measured times.
+
+        Raises:
+            AllocationError: an unknown measure, or costs that lack a module or a candidate.
+        """
+        if by not in MEASURES:
+            raise AllocationError(f"measure {by!r} is unknown; the measures are: {', '.join(MEASURES)}")
+        found: dict[str, list[Choice]] = {}
+        for each in self.modules:
+            lost = {
+                "nuclear-norm": each.nuclear_sensitivity,
+                "output-error": each.output_error,
+                "correlation": 1 - each.correlation,
+            }[by]
+            cost = costs.get(each.name, {}).get(each.bits)
+            if cost is None:
+                raise AllocationError(f"costs say nothing of {each.name} at {each.bits} bits")
+            found.setdefault(each.name, []).append(Choice(each.bits, cost, lost))
+        return found
+
+    def shares(self) -> dict[str, dict[int, float]]:
+        """What each module adds to the mean bits of all modules' weights: costs for `choices`."""
+        numbers = {name: sum(counts) for name, counts in self.weights.items()}
+        total = sum(numbers.values())
+        return {name: {bits: bits * count / total for bits in self.candidates} for name, count in numbers.items()}
+
+    def megabytes(self) -> dict[str, dict[int, float]]:
+        """What each module's weights take in a saved model: costs for `choices`. Above 8 bits that is 16."""
+        return {
+            name: {bits: sum(packed_size(count, bits) for count in counts) / 1e6 for bits in self.candidates}
+            for name, counts in self.weights.items()
+        }
+
+    def allocate(
+        self, *, mean_bits: float | None = None, megabytes: float | None = None, by: str = "nuclear-norm"
+    ) -> tuple[Recipe, Allocation]:
+        """The recipe that gives every module the bits with which the model loses least.
+
+        Arguments:
+            mean_bits: of the modules' weights, at most.
+            megabytes: of the saved tensors, at most, patch embedding, head and all that is float among them.
+            by: see `choices`.
+
+        Raises:
+            AllocationError: not one of the two targets, or one that no candidates meet; it says the range.
+        """
+        if (mean_bits is None) == (megabytes is None):
+            raise AllocationError("give one target: mean bits, or megabytes")
+        if mean_bits is not None:
+            choices = self.choices(by, self.shares())
+            allocation = best_within(pareto_front(choices), choices, mean_bits, unit="bits in the mean")
+        else:
+            assert megabytes is not None
+            choices, rest = self.choices(by, self.megabytes()), self.other_bytes / 1e6
+            allocation = best_within(pareto_front(choices), choices, megabytes, rest, unit="MB")
+        return self.with_bits(allocation.bits, by), allocation
+
+    def with_bits(self, bits: Mapping[str, int], by: str) -> Recipe:
+        """The recipe with bits for each module.
+
+        Arguments:
+            bits: of each module.
+            by: what chose them, for the recipe's title.
+        """
+        shares = self.shares()
+        mean = sum(shares[name][width] for name, width in bits.items())
+        recipe = mixed_recipe(self.recipe, self.rules, bits)
+        title = f"{recipe.title}; mixed precision by {by}, {mean:.2f} bits in the mean of {len(bits)} modules"
+        return replace(recipe, name=f"{recipe.name}-mixed", title=title, bits=Bits.parse(self.bits), expected="")
+
+    def to_json(self) -> str:
+        """The text that `from_json` reads back."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "about": dict(self.about),
+                "bits": self.bits,
+                "recipe": self.recipe.to_dict(),
+                "other_bytes": self.other_bytes,
+                "weights": {name: list(counts) for name, counts in self.weights.items()},
+                "rules": {
+                    name: {rule: list(sites) for rule, sites in decided.items()} for name, decided in self.rules.items()
+                },
+                "modules": [each.to_dict() for each in self.modules],
+                "sites": [each.to_dict() for each in self.sites],
+            },
+            indent=1,
+            allow_nan=False,
+        )
+
+    @classmethod
+    def from_json(cls, path: Path) -> SensitivityTable:
+        """Read a file that `to_json` filled.
+
+        Raises:
+            AllocationError: it cannot be read, is no such file, or of a newer format.
+        """
+        try:
+            table = json.loads(path.read_text(encoding="utf-8"))
+            if table["format"] != FORMAT:
+                raise AllocationError(f"{path} has format {table['format']}; this vitquant reads format {FORMAT}")
+            made = cls(
+                Recipe.from_dict(table["recipe"]),
+                str(Bits.parse(table["bits"])),
+                tuple(Sensitivity.from_dict(each) for each in table["modules"]),
+                tuple(Sensitivity.from_dict(each) for each in table["sites"]),
+                {name: tuple(map(int, counts)) for name, counts in table["weights"].items()},
+                {name: {r: tuple(s) for r, s in decided.items()} for name, decided in table["rules"].items()},
+                int(table["other_bytes"]),
+                dict(table["about"]),
+            )
+        except OSError as error:
+            raise AllocationError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AllocationError(f"{path} is not what `vitquant sensitivity` writes: {error!r}") from error
+        if not made.modules or {each.name for each in made.modules} != set(made.weights) != set(made.rules):
+            raise AllocationError(f"{path} is not what `vitquant sensitivity` writes: its modules do not agree")
+        return made
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        bits: str,
+        modules: tuple[Module, ...],
+        measured: list[Sensitivity],
+        other_bytes: int,
+        about: Mapping[str, Any],
+    ) -> SensitivityTable:
+        """What was measured, with what has to be known about the modules.
+
+        Arguments:
+            modules: of the recipe's bits.
+            measured: modules at all candidates, and sites.
+        """
+        return cls(
+            recipe,
+            bits,
+            tuple(each for each in measured if each.kind == "module"),
+            tuple(each for each in measured if each.kind != "module"),
+            {module.name: module.weights for module in modules},
+            {module.name: module.rules for module in modules},
+            other_bytes,
+            about,
+        )
