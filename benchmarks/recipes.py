@@ -3,12 +3,12 @@
     python benchmarks/recipes.py VARIANT... [--seeds 3] [--simulated]
 
 A variant is a recipe, then bits, then settings as `vitquant quantize --set` takes them: "repq-vit w4a4",
-"fq-vit choose-factors.batches=last"; or all that one page of docs/ has: `fq-vit`, `repq-vit`, `vt-ptq` with nothing
-behind it stand for the variants in PAGES. Data: ../shared; as many calibration photographs as the recipe asks for, the
-first of the order that a seed gives (seed 0 is the official runs' list), and 500 evaluation photographs. What lowers is
-evaluated as the integer program, the rest, and all with `--simulated`, as the float32 simulation. Prints a table: each
-draw beside the float model, with the paired 95 % interval of the first, and the official code's logits where it has
-such a row. Two to six minutes a variant and draw on two cores.
+"fq-vit choose-factors.batches=last"; or all that one page of docs/ has: `fq-vit`, `repq-vit`, `vt-ptq` and
+`vt-ptq-ablation` with nothing behind it stand for the variants in PAGES. Data: ../shared; as many calibration
+photographs as the recipe asks for, the first of the order that a seed gives (seed 0 is the official runs' list), and
+500 evaluation photographs. What lowers is evaluated as the integer program, the rest, and all with `--simulated`, as
+the float32 simulation. Prints a table: each draw beside the float model, with the paired 95 % interval of the first,
+and the official code's logits where it has such a row. Two to six minutes a variant and draw on two cores.
 """
 
 from __future__ import annotations
@@ -43,6 +43,12 @@ PAGES = {
         "repq-vit+fully-integer w4a4",
     ],
     "vt-ptq": ["vt-ptq w8a8", "vt-ptq w6a6", "vt-ptq w4a4"],
+    "vt-ptq-ablation": [
+        f"vt-ptq {bits}{ranking}{correction}"
+        for bits in ("w8a8", "w6a6", "w4a4")
+        for ranking in (" search-scales.gamma=0", "")
+        for correction in (" search-scales.bias_correction=false", "")
+    ],
 }
 OFFICIAL = {
     "fq-vit-published w8a8s4": "fqvit_minmax_ptf_lis_884",

@@ -4,21 +4,25 @@ model = vitquant.quantize(float_model, "minmax", calibration_batches)
 model.save("out")
 model = vitquant.load("out")
 program = vitquant.lower(model)
+recipe, bits = vitquant.sensitivity(float_model, "vt-ptq", calibration_batches).allocate(mean_bits=6)
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vitquant.allocation.table import SensitivityTable
     from vitquant.errors import VitquantError
     from vitquant.lowering import lower
     from vitquant.model import QuantizedModel
     from vitquant.pipeline import float_model, load, quantize
+    from vitquant.precision import sensitivity
     from vitquant.program.instructions import IntegerProgram
     from vitquant.zoo import ModelSource
 
 __all__ = [
-    "IntegerProgram", "ModelSource", "QuantizedModel", "VitquantError", "float_model", "load", "lower", "quantize",
+    "IntegerProgram", "ModelSource", "QuantizedModel", "SensitivityTable", "VitquantError", "float_model", "load",
+    "lower", "quantize", "sensitivity",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -26,11 +30,13 @@ _HOMES = {
     "IntegerProgram": "vitquant.program.instructions",
     "ModelSource": "vitquant.zoo",
     "QuantizedModel": "vitquant.model",
+    "SensitivityTable": "vitquant.allocation.table",
     "VitquantError": "vitquant.errors",
     "float_model": "vitquant.pipeline",
     "load": "vitquant.pipeline",
     "lower": "vitquant.lowering",
     "quantize": "vitquant.pipeline",
+    "sensitivity": "vitquant.precision",
 }
 
 

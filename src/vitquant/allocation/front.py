@@ -24,6 +24,29 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What the parts of a model cost at each bit width, in a unit that adds up: bits of weights, bytes, seconds.
+
+    Whole numbers are better than shares of a total: sums of those that are equal differ by rounding.
+
+    Arguments:
+        of: for each part, by bits.
+        unit: what totals are given in.
+        fixed: what everything else costs.
+        per: how many of these make one unit.
+    """
+
+    of: Mapping[str, Mapping[int, float]]
+    unit: str
+    fixed: float = 0.0
+    per: float = 1.0
+
+    def total(self, cost: float) -> float:
+        """What parts that cost so much make of the whole, in the unit."""
+        return (self.fixed + cost) / self.per
+
+
+@dataclass(frozen=True)
 class Allocation:
     """Bits for every part, what they cost together, and how sensitive the whole is to them."""
 
@@ -63,26 +86,23 @@ def pareto_front(choices: Mapping[str, Sequence[Choice]]) -> list[Allocation]:
 
 
 def best_within(
-    front: Sequence[Allocation],
-    choices: Mapping[str, Sequence[Choice]],
-    budget: float,
-    fixed: float = 0.0,
-    unit: str = "",
+    front: Sequence[Allocation], choices: Mapping[str, Sequence[Choice]], costs: Costs, budget: float
 ) -> Allocation:
     """The least sensitive allocation that costs no more than a budget.
 
     Arguments:
         front: of these choices.
         choices: whose cheapest and dearest say which budgets have a meaning.
+        costs: from which the choices have theirs.
         budget: in the unit of the costs.
-        fixed: what else is paid of it.
-        unit: for the message.
 
     Raises:
         AllocationError: nothing is that cheap, or everything is cheaper; it says the range.
     """
-    low, high = (fixed + sum(pick(choice.cost for choice in part) for part in choices.values()) for pick in (min, max))
-    slack = 1e-9 * abs(high)  # a budget that was computed from the same sums in another order
+    low, high = (
+        costs.total(sum(pick(choice.cost for choice in part) for part in choices.values())) for pick in (min, max)
+    )
+    slack = 1e-9 * abs(high)  # a budget may be given with ten digits
     if not low - slack <= budget <= high + slack:
-        raise AllocationError(f"{budget:g} {unit}: these candidates need between {low:.4g} and {high:.4g}")
-    return next(allocation for allocation in reversed(front) if fixed + allocation.cost <= budget + slack)
+        raise AllocationError(f"{budget:g} {costs.unit}: these candidates need between {low:.4g} and {high:.4g}")
+    return next(allocation for allocation in reversed(front) if costs.total(allocation.cost) <= budget + slack)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vitquant.allocation.front import Allocation, Choice, best_within, pareto_front
+from vitquant.allocation.front import Allocation, Choice, Costs, best_within, pareto_front
 from vitquant.allocation.mixed_recipe import mixed_recipe
 from vitquant.allocation.modules import Module
 from vitquant.allocation.sensitivity import Sensitivity
@@ -42,19 +42,33 @@ class SensitivityTable:
     weights: Mapping[str, tuple[int, ...]]
     rules: Mapping[str, Mapping[str, tuple[str, ...]]]
     other_bytes: int
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def candidates(self) -> list[int]:
         """The bit widths that modules were measured at."""
         return sorted({each.bits for each in self.modules})
 
-    def choices(self, by: str, costs: Mapping[str, Mapping[int, float]]) -> dict[str, list[Choice]]:
+    def mean_bits(self) -> Costs:
+        """The bits of all modules' weights; the unit is bits in the mean."""
+        numbers = {name: sum(counts) for name, counts in self.weights.items()}
+        of = {name: {bits: bits * count for bits in self.candidates} for name, count in numbers.items()}
+        return Costs(of, "bits in the mean", per=sum(numbers.values()))
+
+    def megabytes(self) -> Costs:
+        """What a saved model takes, patch embedding, head and all that is float with it. Above 8 bits that is 16."""
+        of = {
+            name: {bits: sum(packed_size(count, bits) for count in counts) for bits in self.candidates}
+            for name, counts in self.weights.items()
+        }
+        return Costs(of, "MB", self.other_bytes, 1e6)
+
+    def choices(self, by: str, costs: Costs) -> dict[str, list[Choice]]:
         """For each module its candidates, with what `by` measured and what they cost.
 
         Arguments:
             by: one of `MEASURES`; of correlations, what is missing to 1.
-            costs: of each module at each candidate, in any unit that adds up: `shares`, `megabytes`, measured times.
+            costs: of each module at each candidate: `mean_bits()`, `megabytes()`, or measured times.
 
         Raises:
             AllocationError: an unknown measure, or costs that lack a module or a candidate.
@@ -68,47 +82,52 @@ class SensitivityTable:
                 "output-error": each.output_error,
                 "correlation": 1 - each.correlation,
             }[by]
-            cost = costs.get(each.name, {}).get(each.bits)
-            if cost is None:
+            if each.bits not in costs.of.get(each.name, {}):
                 raise AllocationError(f"costs say nothing of {each.name} at {each.bits} bits")
-            found.setdefault(each.name, []).append(Choice(each.bits, cost, lost))
+            found.setdefault(each.name, []).append(Choice(each.bits, costs.of[each.name][each.bits], lost))
         return found
 
-    def shares(self) -> dict[str, dict[int, float]]:
-        """What each module adds to the mean bits of all modules' weights: costs for `choices`."""
-        numbers = {name: sum(counts) for name, counts in self.weights.items()}
-        total = sum(numbers.values())
-        return {name: {bits: bits * count / total for bits in self.candidates} for name, count in numbers.items()}
+    def uniform(self, by: str, costs: Costs) -> dict[int, tuple[float, float]]:
+        """What the same bits in all modules cost, and how sensitive the model is to them.
 
-    def megabytes(self) -> dict[str, dict[int, float]]:
-        """What each module's weights take in a saved model: costs for `choices`. Above 8 bits that is 16."""
-        return {
-            name: {bits: sum(packed_size(count, bits) for count in counts) / 1e6 for bits in self.candidates}
-            for name, counts in self.weights.items()
-        }
+        Arguments:
+            by, costs: see `choices`.
+        """
+        found: dict[int, tuple[float, float]] = {}
+        for choice in (choice for part in self.choices(by, costs).values() for choice in part):
+            cost, lost = found.get(choice.bits, (0.0, 0.0))
+            found[choice.bits] = (cost + choice.cost, lost + choice.sensitivity)
+        return found
 
     def allocate(
-        self, *, mean_bits: float | None = None, megabytes: float | None = None, by: str = "nuclear-norm"
+        self,
+        *,
+        mean_bits: float | None = None,
+        megabytes: float | None = None,
+        within: tuple[float, Costs] | None = None,
+        by: str = "nuclear-norm",
     ) -> tuple[Recipe, Allocation]:
-        """The recipe that gives every module the bits with which the model loses least.
+        """The recipe that gives every module the bits with which the model loses least; one target is given.
 
         Arguments:
             mean_bits: of the modules' weights, at most.
-            megabytes: of the saved tensors, at most, patch embedding, head and all that is float among them.
+            megabytes: of the saved model, at most.
+            within: any other budget, at most, and the costs that it is for.
             by: see `choices`.
 
         Raises:
-            AllocationError: not one of the two targets, or one that no candidates meet; it says the range.
+            AllocationError: not one of the targets, or one that no candidates meet; it says the range.
         """
-        if (mean_bits is None) == (megabytes is None):
+        targets = [
+            *([] if mean_bits is None else [(mean_bits, self.mean_bits())]),
+            *([] if megabytes is None else [(megabytes, self.megabytes())]),
+            *([] if within is None else [within]),
+        ]
+        if len(targets) != 1:
             raise AllocationError("give one target: mean bits, or megabytes")
-        if mean_bits is not None:
-            choices = self.choices(by, self.shares())
-            allocation = best_within(pareto_front(choices), choices, mean_bits, unit="bits in the mean")
-        else:
-            assert megabytes is not None
-            choices, rest = self.choices(by, self.megabytes()), self.other_bytes / 1e6
-            allocation = best_within(pareto_front(choices), choices, megabytes, rest, unit="MB")
+        ((budget, costs),) = targets
+        choices = self.choices(by, costs)
+        allocation = best_within(pareto_front(choices), choices, costs, budget)
         return self.with_bits(allocation.bits, by), allocation
 
     def with_bits(self, bits: Mapping[str, int], by: str) -> Recipe:
@@ -118,8 +137,8 @@ class SensitivityTable:
             bits: of each module.
             by: what chose them, for the recipe's title.
         """
-        shares = self.shares()
-        mean = sum(shares[name][width] for name, width in bits.items())
+        costs = self.mean_bits()
+        mean = costs.total(sum(costs.of[name][width] for name, width in bits.items()))
         recipe = mixed_recipe(self.recipe, self.rules, bits)
         title = f"{recipe.title}; mixed precision by {by}, {mean:.2f} bits in the mean of {len(bits)} modules"
         return replace(recipe, name=f"{recipe.name}-mixed", title=title, bits=Bits.parse(self.bits), expected="")
@@ -181,7 +200,7 @@ class SensitivityTable:
         modules: tuple[Module, ...],
         measured: list[Sensitivity],
         other_bytes: int,
-        about: Mapping[str, Any],
+        about: dict[str, Any],
     ) -> SensitivityTable:
         """What was measured, with what has to be known about the modules.
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from vitquant import __version__
+from vitquant.cli.allocate import allocate
 from vitquant.cli.demo import demo
 from vitquant.cli.evaluate import evaluate
 from vitquant.cli.export import export
@@ -23,6 +24,7 @@ from vitquant.cli.inspect import inspect
 from vitquant.cli.parity import parity
 from vitquant.cli.quantize import quantize
 from vitquant.cli.recipes import recipes
+from vitquant.cli.sensitivity import sensitivity
 from vitquant.errors import VitquantError
 
 OK, INTERNAL, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -31,7 +33,7 @@ OK, INTERNAL, WRONG, INTERRUPTED = 0, 1, 2, 130
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(name="vitquant", add_completion=False, pretty_exceptions_enable=False)
-for command in (quantize, evaluate, inspect, export, parity, recipes, demo):
+for command in (quantize, evaluate, inspect, export, parity, sensitivity, allocate, recipes, demo):
     app.command()(command)
 
 

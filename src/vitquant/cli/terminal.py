@@ -61,21 +61,23 @@ class Terminal:
     def progress(self, description: str, images: int | None = None) -> Iterator[Callable[..., None]]:
         """A spinner, or a bar when the number of images is known; shown on a terminal only.
 
-        Yields a function that takes what rich's `Progress.update` takes: `description`, `total`, `completed`.
+        Yields a function that takes what rich's `Progress.update` takes: `description`, `total`, `completed`; and
+        `unit`, of what is counted, empty to leave out the speed.
         """
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Images(), TimeRemainingColumn())
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Done(), TimeRemainingColumn())
         hidden = self._quiet or not self._stderr.is_terminal
         with Progress(*columns, console=self._stderr, transient=True, disable=hidden) as progress:
-            yield partial(progress.update, progress.add_task(description, total=images))
+            yield partial(progress.update, progress.add_task(description, total=images, unit="images"))
 
 
-class _Images(ProgressColumn):
-    """How many images are done, and how many a second."""
+class _Done(ProgressColumn):
+    """How much is done, and how many images a second."""
 
     def render(self, task: Task) -> Text:
         if task.total is None:
             return Text("")
-        speed = f", {task.speed:.0f} images/s" if task.speed else ""
+        unit = task.fields["unit"]
+        speed = f", {task.speed:.0f} {unit}/s" if task.speed and unit else ""
         return Text(f"{task.completed:.0f}/{task.total:.0f}{speed}")
 
 

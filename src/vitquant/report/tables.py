@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from vitquant.allocation.sensitivity import Sensitivity
 from vitquant.model import QuantizedModel
 from vitquant.recipe import Recipe
 from vitquant.report.operations import CONSTANT, DATA, FLOAT, FUSED, INTEGER, Operand, Operation
@@ -137,6 +138,38 @@ def result_rows(result: ClassificationResult) -> dict[str, str]:
         f"{result.engine}, {result.seconds:.1f} s, {result.images / max(result.seconds, 1e-9):.0f} images/s"
     )
     return rows
+
+
+def sensitivity_table(measured: Sequence[Sensitivity]) -> Table:
+    """One line for each module or site: what it loses at each of its bit widths."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
+    table.add_column("quantized alone", no_wrap=True, style="bold")
+    table.add_column("kind")
+    for header in ("bits", "output error", "correlation", "squared error", "nuclear norm", "product"):
+        table.add_column(header, justify="right")
+    for each in measured:
+        numbers = (each.squared_error, each.nuclear_norm, each.nuclear_sensitivity)
+        table.add_row(
+            each.name,
+            each.kind,
+            str(each.bits),
+            f"{100 * each.output_error:.3g} %",
+            f"{each.correlation:.5f}",
+            *(f"{number:.3g}" for number in numbers),
+        )
+    return table
+
+
+def allocation_table(bits: Mapping[str, int]) -> Table:
+    """The bits of every module, a line for each block."""
+    parts = list(dict.fromkeys(name.rpartition(".")[2] for name in bits))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold underline")
+    table.add_column("bits", no_wrap=True, style="bold")
+    for part in parts:
+        table.add_column(part, justify="right")
+    for block in dict.fromkeys(name.rpartition(".")[0] for name in bits):
+        table.add_row(block, *(str(bits.get(f"{block}.{part}", "")) for part in parts))
+    return table
 
 
 def recipes_table(recipes: Iterable[Recipe]) -> Table:

@@ -1,0 +1,78 @@
+"""`vitquant allocate`: from what was measured to a recipe of mixed precision."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitquant.cli import options
+from vitquant.cli.terminal import Terminal
+
+
+class Measure(StrEnum):
+    """By what bits are allocated."""
+
+    NUCLEAR_NORM = "nuclear-norm"
+    OUTPUT_ERROR = "output-error"
+    CORRELATION = "correlation"
+
+
+def allocate(
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="The sensitivity.json of `vitquant sensitivity`.")],
+    output: Annotated[Path, typer.Option(metavar="RECIPE.toml", help="The recipe to write.")],
+    mean_bits: Annotated[
+        float | None, typer.Option(help="Of the weights of attention and MLP, at most, as in 6 or 5.5.")
+    ] = None,
+    megabytes: Annotated[float | None, typer.Option(help="Of the saved model, at most, instead of mean bits.")] = None,
+    by: Annotated[Measure, typer.Option(help="What is to be least.")] = Measure.NUCLEAR_NORM,
+    figure: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the Pareto front.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Give every module the bits with which the model loses least at a size, and write that as a recipe."""
+    with Terminal(json, quiet) as terminal:
+        from vitquant.allocation.front import pareto_front
+        from vitquant.allocation.table import SensitivityTable
+        from vitquant.files import check_new_file, write_file
+        from vitquant.report.figures import front_figure
+        from vitquant.report.tables import allocation_table, facts
+
+        for path in (output, figure):
+            if path is not None:
+                check_new_file(path, force)
+        measured = SensitivityTable.from_json(table)
+        recipe, chosen = measured.allocate(mean_bits=mean_bits, megabytes=megabytes, by=by)
+        costs = measured.mean_bits() if megabytes is None else measured.megabytes()
+        front = pareto_front(measured.choices(by, costs))
+        uniform = measured.uniform(by, costs)
+        content = recipe.to_toml().encode()
+        if figure is not None:
+            drawn = front_figure(front, uniform, chosen, costs, f"sensitivity, {by}")
+            write_file(figure, drawn, force)
+        write_file(output, content, force)
+        rows = {
+            "recipe": f"{recipe.name}; everything else at {measured.bits}",
+            "costs": f"{costs.total(chosen.cost):.4g} {costs.unit}",
+            "sensitivity": f"{chosen.sensitivity:.4g} ({by}); "
+            + ", ".join(f"{bits} bits everywhere {lost:.4g}" for bits, (_, lost) in sorted(uniform.items())),
+            "front": f"{len(front)} allocations that no other beats",
+            "written to": ", ".join(str(path) for path in (output, figure) if path is not None),
+        }
+        values = {
+            "output": str(output.absolute()),
+            "figure": None if figure is None else str(figure.absolute()),
+            "recipe": recipe.name,
+            "by": str(by),
+            "unit": costs.unit,
+            "cost": costs.total(chosen.cost),
+            "sensitivity": chosen.sensitivity,
+            "bits": dict(chosen.bits),
+            "uniform": {bits: {"cost": costs.total(c), "sensitivity": s} for bits, (c, s) in uniform.items()},
+            "front": [{"cost": costs.total(each.cost), "sensitivity": each.sensitivity} for each in front],
+        }
+        terminal.result(values, allocation_table(chosen.bits), facts(rows))

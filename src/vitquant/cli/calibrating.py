@@ -1,0 +1,167 @@
+"""What commands that quantize share: a named model, its preprocessing, and images to calibrate on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitquant.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from vitquant.recipe import Recipe
+    from vitquant.tasks.images import ImageBatches, Item
+    from vitquant.tasks.preprocessing import Preprocessing
+    from vitquant.zoo import ModelSource
+
+Name = Annotated[
+    str, typer.Argument(help="timm:NAME, transformers:NAME, torchvision:NAME or python:package.module:factory.")
+]
+Weights = Annotated[str, typer.Option(metavar="PATH|pretrained|random", help="A state dict, or where from.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name or TOML file; + lays overlays over it.")]
+BitWidths = Annotated[str | None, typer.Option("--bits", help="Replaces the recipe's, as in w8a8 or w4a8s4.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="RULE.KEY=VALUE", help="Replaces one key of the recipe; repeat.")
+]
+CalibrationFolder = Annotated[Path, typer.Option(metavar="DIR", help="Images to calibrate on; labels are not read.")]
+Images = Annotated[int | None, typer.Option(min=1, help="How many of them; the recipe's number when not given.")]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Images in a batch; the recipe's number, or all images where those are fewer, when not given."
+    ),
+]
+ModelArguments = Annotated[
+    list[str] | None, typer.Option("--model-arg", metavar="KEY=VALUE", help="An argument of the model; repeat.")
+]
+Seed = Annotated[int, typer.Option(help="Of random weights and of the choice of images.")]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the options of a command say of the model and its images."""
+
+    model: str
+    calibration: Path
+    weights: str
+    images: int | None
+    batch: int | None
+    preprocessing: Path | None
+    model_arguments: list[str] | None
+    seed: int
+    workers: int
+    skip_bad_images: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float model and its calibration images.
+
+    Arguments:
+        network: on its device.
+        source: where it came from.
+        steps: how its images are prepared.
+        data: the images, in batches.
+        chosen: how many images there were before those that cannot be read were left out.
+        batch: how many in one.
+    """
+
+    network: nn.Module
+    source: ModelSource
+    steps: Preprocessing
+    data: ImageBatches
+    chosen: int
+    batch: int
+
+
+def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
+    """Make the model and choose the images; what is wrong is said before what takes long.
+
+    Raises:
+        VitquantError: a model, weights, images or preprocessing that cannot be had.
+    """
+    import torch
+
+    from vitquant.tasks.images import batches, load_listing
+    from vitquant.zoo import ModelSource, check_name, create, parse_model_arguments, pinned
+
+    torch.manual_seed(request.seed)
+    weights = request.weights
+    if weights not in ("pretrained", "random"):
+        weights = str(Path(weights).absolute())  # it is saved, and `evaluate` may run elsewhere
+    named = ModelSource(request.model, parse_model_arguments(request.model_arguments or ()), weights, request.seed)
+    check_name(named)
+    listing = load_listing(request.calibration)
+    items = _choose(listing, request.calibration, request.images, recipe.calibration.images, request.seed)
+    size = request.batch or min(recipe.calibration.batch, len(items))
+    _refuse_less_than_a_batch(len(items), request.batch, request.calibration)
+    source = pinned(named)
+    network = create(source).to(where)
+    steps = _preprocessing(network, source, request.preprocessing)
+    data = batches(items, steps, size, request.workers, request.skip_bad_images)
+    _refuse_less_than_a_batch(len(data.items), request.batch, request.calibration)
+    return Prepared(network, source, steps, data, len(items), size)
+
+
+def _choose(items: list[Item], directory: Path, asked: int | None, usual: int, seed: int) -> list[Item]:
+    """The images to calibrate on: as many as asked for, or else the recipe's number or all there are."""
+    from vitquant.tasks.images import subset
+
+    if asked is not None and asked > len(items):
+        raise DataError(
+            f"{directory}: {asked} images asked for, {len(items)} there; give --images {len(items)} or less"
+        )
+    return subset(items, asked or min(usual, len(items)), seed)
+
+
+def _refuse_less_than_a_batch(count: int, asked: int | None, directory: Path) -> None:
+    if asked is not None and count < asked:
+        raise DataError(
+            f"{directory}: {count} calibration images are less than a batch of {asked}; give more, or --batch {count}"
+        )
+
+
+def _preprocessing(network: nn.Module, source: ModelSource, file: Path | None) -> Preprocessing:
+    """The model's own preprocessing, with the keys of a file laid over it."""
+    from vitquant.tasks.preprocessing import Preprocessing
+    from vitquant.zoo import preprocessing_of
+
+    if file is None:
+        return preprocessing_of(network, source)
+    try:
+        own = preprocessing_of(network, source)
+    except ModelError:  # it says to give a file, and here is one
+        own = None
+    return Preprocessing.from_toml(file, own)
+
+
+class Watched:
+    """Calibration batches with progress, every time they are gone through; capture follows the very first.
+
+    Arguments:
+        batches: the images.
+        update: of a progress bar.
+    """
+
+    def __init__(self, batches: ImageBatches, update: Callable[..., None]) -> None:
+        self._batches, self._update = batches, update
+        self._passes = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._passes += 1
+        done, what = 0, "calibrating" if self._passes == 1 else f"pass {self._passes} over the images"
+        for images, labels in self._batches:
+            yield images, labels
+            done += len(images)
+            self._update(description=what, completed=done, total=len(self._batches.items), unit="images")
+        self._update(description="choosing scales")
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """Progress of work that is not counted in images."""
+        self._update(description=what, completed=done, total=total, unit="")

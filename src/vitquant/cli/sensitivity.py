@@ -1,0 +1,98 @@
+"""`vitquant sensitivity`: what each part of a model loses by itself."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitquant.cli import calibrating, options
+from vitquant.cli.terminal import Terminal
+from vitquant.errors import AllocationError
+
+TABLE, FIGURE = "sensitivity.json", "sensitivity.png"
+Output = Annotated[
+    Path | None, typer.Option(metavar="DIR", help=f"Where to write {TABLE}, for `vitquant allocate`, and {FIGURE}.")
+]
+Candidates = Annotated[str, typer.Option(metavar="BITS", help="Bit widths of attention and MLP, as in 4,5,6,7,8.")]
+
+
+def sensitivity(
+    model: calibrating.Name,
+    calibration: calibrating.CalibrationFolder,
+    output: Output = None,
+    weights: calibrating.Weights = "pretrained",
+    recipe: calibrating.RecipeName = "vt-ptq",
+    bits: calibrating.BitWidths = None,
+    candidates: Candidates = "4,5,6,7,8",
+    settings: calibrating.Settings = None,
+    images: calibrating.Images = None,
+    batch: calibrating.Batch = None,
+    preprocessing: options.PreprocessingFile = None,
+    model_arguments: calibrating.ModelArguments = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    seed: calibrating.Seed = 0,
+    device: options.DeviceOption = options.Device.AUTO,
+    workers: options.Workers = 0,
+    skip_bad_images: options.SkipBadImages = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Quantize each module and each site of MODEL by itself, and show what that does to the outputs."""
+    started = time.perf_counter()
+    with Terminal(json, quiet) as terminal:
+        with terminal.progress("loading"):
+            from vitquant import precision
+            from vitquant.files import check_new_file, write_file
+            from vitquant.recipe import load_recipe, override
+            from vitquant.report.figures import sensitivity_figure
+            from vitquant.report.tables import facts, sensitivity_table
+
+            widths = _widths(candidates)
+            if output is not None:
+                for name in (TABLE, FIGURE):
+                    check_new_file(output / name, force)
+            chosen = override(load_recipe(recipe), settings or ())
+            request = calibrating.Request(
+                model, calibration, weights, images, batch, preprocessing, model_arguments, seed, workers,
+                skip_bad_images,
+            )  # fmt: skip
+            prepared = calibrating.prepare(request, chosen, options.choose_device(device, threads))
+        with terminal.progress("capturing, first batch", len(prepared.data.items)) as update:
+            watched = calibrating.Watched(prepared.data, update)
+            table = precision.sensitivity(
+                prepared.network, chosen, watched, bits=bits, candidates=widths, progress=watched.step
+            )
+            about = {"model": prepared.source.name, "directory": str(calibration.absolute()), "seed": seed}
+            table.about.update(about)
+        rows = {
+            "model": prepared.source.name,
+            "recipe": f"{chosen.name}, {table.bits}; modules at {', '.join(map(str, table.candidates))} bits",
+            "measured on": f"{table.about['calibration']['images']} images of {calibration}",
+            "after": f"{time.perf_counter() - started:.1f} s",
+        }
+        if output is not None:
+            write_file(output / TABLE, table.to_json().encode(), force)
+            write_file(output / FIGURE, sensitivity_figure(table.modules, table.sites), force)
+            rows["written to"] = f"{output / TABLE}, {output / FIGURE}"
+        values = {
+            **table.about,
+            "recipe": chosen.name,
+            "bits": table.bits,
+            "output": None if output is None else str(output.absolute()),
+            "modules": [each.to_dict() for each in table.modules],
+            "sites": [each.to_dict() for each in table.sites],
+        }
+        by_name = sorted(table.modules, key=lambda each: list(table.weights).index(each.name))
+        terminal.result(values, sensitivity_table(by_name), sensitivity_table(table.sites), facts(rows))
+
+
+def _widths(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise AllocationError(f"--candidates {text!r}: give bit widths with commas between, as in 4,5,6,7,8") from None

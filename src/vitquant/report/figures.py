@@ -1,0 +1,93 @@
+"""Figures of what a model is sensitive to, and of what its size costs; needs the extra `vitquant[figures]`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+from vitquant.allocation.front import Allocation, Costs
+from vitquant.allocation.sensitivity import Sensitivity
+from vitquant.errors import ExportError
+
+
+def sensitivity_figure(modules: Sequence[Sensitivity], sites: Sequence[Sensitivity]) -> bytes:
+    """A PNG: above the modules at each bit width, below the sites, both by output error on a logarithmic axis.
+
+    Arguments:
+        modules, sites: what was measured, in graph order.
+
+    Raises:
+        ExportError: matplotlib is not installed.
+    """
+    figure = _figure(0.24 * max(len({each.name for each in modules}), len(sites)) + 2, 9)
+    above, below = figure.subplots(2, 1)
+    names = list(dict.fromkeys(each.name for each in modules))
+    for bits in sorted({each.bits for each in modules}):
+        of_bits = {each.name: each.output_error for each in modules if each.bits == bits}
+        above.plot([of_bits[name] for name in names], marker="o", markersize=3, label=f"{bits} bits")
+    _labelled(above, names, "modules")
+    above.legend(ncols=3, fontsize="small")
+    kinds = list(dict.fromkeys(each.kind for each in sites))
+    for index, kind in enumerate(kinds):
+        places = [place for place, each in enumerate(sites) if each.kind == kind]
+        below.bar(places, [sites[place].output_error for place in places], color=f"C{index}", label=kind)
+    _labelled(below, [each.name for each in sites], f"sites, {sites[0].bits if sites else ''} bits")
+    below.legend(ncols=3, fontsize="small")
+    return _png(figure)
+
+
+def front_figure(
+    front: Sequence[Allocation],
+    uniform: Mapping[int, tuple[float, float]],
+    chosen: Allocation,
+    costs: Costs,
+    sensitivity: str,
+) -> bytes:
+    """A PNG of the Pareto front of cost against sensitivity, with the same bits everywhere and what was chosen.
+
+    Arguments:
+        front: every best allocation.
+        uniform: cost and sensitivity of each bit width everywhere.
+        chosen: marked.
+        costs: from which all of these have theirs.
+        sensitivity: what it is.
+
+    Raises:
+        ExportError: matplotlib is not installed.
+    """
+    figure = _figure(8, 5)
+    axes = figure.subplots()
+    axes.plot(
+        [costs.total(each.cost) for each in front], [each.sensitivity for each in front], ".-", label="mixed, best"
+    )
+    for bits, (price, lost) in sorted(uniform.items()):
+        axes.plot(costs.total(price), lost, "s", color="C1")
+        axes.annotate(f"{bits} bits", (costs.total(price), lost), textcoords="offset points", xytext=(6, 4))
+    axes.plot([], [], "s", color="C1", label="the same bits everywhere")
+    axes.plot(costs.total(chosen.cost), chosen.sensitivity, "*", markersize=14, color="C3", label="chosen")
+    axes.set(xlabel=costs.unit, ylabel=sensitivity, yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ExportError("figures need matplotlib: pip install 'vitquant[figures]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _labelled(axes: Any, names: Sequence[str], title: str) -> None:
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
+    axes.set(yscale="log", ylabel="output error", title=title)
+    axes.margins(x=0.01)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _png(figure: Any) -> bytes:
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=120, metadata={"Software": None})
+    return content.getvalue()
