@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vitquant.allocation.modules import find_modules
 from vitquant.allocation.sensitivity import Part, measure
 from vitquant.allocation.table import SensitivityTable
-from vitquant.errors import AllocationError
+from vitquant.errors import AllocationError, CalibrationError
 from vitquant.model import QuantizedModel
 from vitquant.pipeline import Batch, images_of, quantize
 from vitquant.progress import Progress, silent
@@ -44,10 +44,13 @@ def sensitivity(
     Raises:
         AllocationError: fewer than two candidates, a width outside 2 to 16, or a model without modules that the
             recipe gives symbols for bits.
+        CalibrationError: the data can be read only once.
         VitquantError: see `quantize`.
 
     Source: VT-PTQ, Liu et al. 2021, section "Nuclear Norm Based Mixed Precision".
     """
+    if iter(data) is data:
+        raise CalibrationError("sensitivity reads the images several times: give a list of batches or a DataLoader")
     widths = sorted(set(candidates))
     if len(widths) < 2 or not MIN_BITS <= widths[0] <= widths[-1] <= MAX_BITS:
         raise AllocationError(
@@ -67,9 +70,7 @@ def sensitivity(
     at_base = quantize(model, measured, data, bits=str(base))
     modules = find_modules(at_base)
     if not modules:
-        raise AllocationError(
-            f"{whole.name}: no attention and no MLP of a block has weights whose bits are w or a symbol"
-        )
+        raise AllocationError(f"{whole.name}: no attention or MLP of a block has weights whose bits are a symbol")
     device = next((parameter.device for parameter in model.parameters()), None)
 
     def images() -> Iterator[Tensor]:

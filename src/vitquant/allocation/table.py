@@ -12,7 +12,7 @@ from vitquant.allocation.front import Allocation, Choice, Costs, best_within, pa
 from vitquant.allocation.mixed_recipe import mixed_recipe
 from vitquant.allocation.modules import Module
 from vitquant.allocation.sensitivity import Sensitivity
-from vitquant.errors import AllocationError
+from vitquant.errors import AllocationError, VitquantError
 from vitquant.packing import packed_size
 from vitquant.recipe import Bits, Recipe
 
@@ -173,7 +173,7 @@ class SensitivityTable:
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
             if table["format"] != FORMAT:
-                raise AllocationError(f"{path} has format {table['format']}; this vitquant reads format {FORMAT}")
+                raise AllocationError(f"it has format {table['format']}, and this vitquant reads format {FORMAT}")
             made = cls(
                 Recipe.from_dict(table["recipe"]),
                 str(Bits.parse(table["bits"])),
@@ -184,13 +184,20 @@ class SensitivityTable:
                 int(table["other_bytes"]),
                 dict(table["about"]),
             )
+            made._check()
         except OSError as error:
             raise AllocationError(f"{path} cannot be read: {error.strerror}") from error
+        except VitquantError as error:
+            raise AllocationError(f"{path}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AllocationError(f"{path} is not what `vitquant sensitivity` writes: {error!r}") from error
-        if not made.modules or {each.name for each in made.modules} != set(made.weights) != set(made.rules):
-            raise AllocationError(f"{path} is not what `vitquant sensitivity` writes: its modules do not agree")
         return made
+
+    def _check(self) -> None:
+        measured = [(each.name, each.bits) for each in self.modules]
+        expected = [(name, bits) for bits in self.candidates for name in self.weights]
+        if not measured or sorted(measured) != sorted(expected) or set(self.rules) != set(self.weights):
+            raise AllocationError("its modules do not agree; measure the model again")
 
     @classmethod
     def of(

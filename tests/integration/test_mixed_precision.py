@@ -1,0 +1,293 @@
+"""From a float model to a recipe with bits for each module, on tiny models of every library with random weights."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from architectures import ZOO, vary
+
+import vitquant
+from vitquant.allocation.front import Costs, pareto_front
+from vitquant.allocation.table import MEASURES, SensitivityTable
+from vitquant.errors import AllocationError, CalibrationError
+from vitquant.recipe import Recipe, load_recipe
+from vitquant.runtime.on_images import interpreted
+from vitquant.simulation import ExactSimulation
+
+QUICK = ("search-scales.candidates=6", "search-scales.pairs=8")
+LIBRARIES = ("timm deit", "timm swin", "transformers vit", "torchvision vit", "torchvision swin", "einsum")
+
+
+def made(name, count=5):
+    build, size = ZOO[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    vary(model)
+    return model, torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def measured(name, recipe="vt-ptq", **arguments):
+    model, images = made(name)
+    settings = QUICK if recipe.startswith("vt-ptq") else ()
+    return vitquant.sensitivity(model, recipe, images.split(2), settings=settings, **arguments), model, images
+
+
+@pytest.fixture(scope="module")
+def deit():
+    return measured("timm deit", bits="w6a6")
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_modules_of_every_library_get_bits(name):
+    table, model, images = measured(name, bits="w6a6", candidates=(5, 7))
+    parts = {module.rpartition(".")[2] for module in table.weights}
+    assert parts == {"attn"} if name == "einsum" else {"attn", "mlp"}
+    recipe, chosen = table.allocate(mean_bits=6)
+    assert set(chosen.bits) == set(table.weights)
+    quantized = vitquant.quantize(model, recipe, images.split(2))
+    for value in quantized.values:
+        module = ".".join(value.readers[0].site.split(".")[:3])
+        spec = quantized.assignments[value.name].spec
+        if spec is not None and module in chosen.bits:
+            assert spec.bits == chosen.bits[module], value.name
+    assert quantized.assignments["head:weight"].spec.bits == 6
+    assert quantized.assignments["patch_embed:input"].spec.bits == 8
+    with torch.no_grad():
+        output = quantized(images)
+    assert all(torch.isfinite(each).all() for each in (output if isinstance(output, tuple) else [_logits(output)]))
+
+
+def _logits(output):
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def test_a_part_that_is_not_quantized_changes_nothing(deit):
+    table = deit[0]
+    assert {each.name for each in table.sites} >= {"patch_embed", "blocks.0.attn.context", "blocks.1.mlp.fc2", "head"}
+    for each in (*table.modules, *table.sites):
+        assert each.output_error > 0
+        assert each.squared_error > 0
+        assert each.correlation < 1
+    by_bits = {bits: sum(each.output_error for each in table.modules if each.bits == bits) for bits in table.candidates}
+    assert sorted(by_bits, key=by_bits.__getitem__) == [8, 7, 6, 5, 4]
+
+
+def test_what_is_measured_is_what_the_quantized_part_does(deit):
+    _, model, images = deit
+    quantized = vitquant.quantize(model, "minmax", images.split(2))
+    names = [value.name for value in quantized.values if value.readers[0].site.startswith("blocks.0.mlp")]
+    with torch.no_grad():
+        everything, nothing = quantized.run(images, {}), quantized.run(images, {}, quantized=False)
+        alone = quantized.run(images, {}, quantized=names)
+        assert torch.equal(quantized.run(images, {}, quantized=[]), nothing)
+        assert torch.equal(quantized.run(images, {}, quantized=quantized.quantized_names), everything)
+    assert not torch.equal(alone, nothing)
+    assert not torch.equal(alone, everything)
+
+
+@pytest.mark.parametrize("by", MEASURES)
+def test_mixed_is_never_more_sensitive_than_the_same_bits_everywhere(deit, by):
+    table = deit[0]
+    for costs in (table.mean_bits(), table.megabytes()):
+        for cost, lost in table.uniform(by, costs).values():
+            _, chosen = table.allocate(within=(costs.total(cost), costs), by=by)
+            assert chosen.sensitivity <= lost
+            assert chosen.cost <= cost
+
+
+def test_megabytes_are_those_of_the_saved_model(deit, tmp_path):
+    table, model, images = deit
+    costs = table.megabytes()
+    for megabytes in (costs.total(cost) for cost, _ in table.uniform("nuclear-norm", costs).values()):
+        recipe, chosen = table.allocate(megabytes=megabytes)
+        quantized = vitquant.quantize(model, recipe, images.split(2))
+        assert quantized.stored_bytes == pytest.approx(costs.total(chosen.cost) * 1e6)
+    quantized.save(tmp_path / "saved")
+    restored = vitquant.load(tmp_path / "saved", model=model)
+    with torch.no_grad():
+        assert torch.equal(restored(images), quantized(images))
+
+
+def test_the_same_bits_everywhere_are_the_recipe_itself(deit):
+    table, model, images = deit
+    recipe = table.with_bits(dict.fromkeys(table.weights, 6), "hand")
+    mixed = vitquant.quantize(model, recipe, images.split(2))
+    plain = vitquant.quantize(model, "vt-ptq", images.split(2), bits="w6a6", settings=QUICK)
+    with torch.no_grad():
+        assert torch.equal(mixed(images), plain(images))
+
+
+def test_a_recipe_of_mixed_precision_is_a_file_like_any_other(deit, tmp_path):
+    recipe, _ = deit[0].allocate(mean_bits=5.5)
+    path = tmp_path / "mixed.toml"
+    path.write_text(recipe.to_toml())
+    assert load_recipe(str(path)) == recipe == Recipe.from_dict(recipe.to_dict())
+    assert "5.5" in recipe.title or "5.4" in recipe.title
+
+
+@pytest.mark.parametrize("recipe", ["vt-ptq+fully-integer", "repq-vit+fully-integer", "fq-vit"])
+@pytest.mark.parametrize("name", ["timm deit", "timm swin"])
+def test_mixed_precision_lowers_to_integers(recipe, name):
+    bits = "w6a6s4" if recipe == "fq-vit" else "w6a6s5"
+    table, model, images = measured(name, recipe, bits=bits, candidates=(5, 7))
+    mixed, chosen = table.allocate(mean_bits=6, by="output-error")
+    quantized = vitquant.quantize(model, mixed, images.split(2))
+    with torch.no_grad():
+        found, simulated = interpreted(vitquant.lower(quantized))(images), ExactSimulation(quantized)(images).float()
+    assert torch.equal(found, simulated)
+    assert len({spec.bits for spec in (a.spec for a in quantized.assignments.values()) if spec}) > 2
+    assert len(set(chosen.bits.values())) > 1
+
+
+def test_probabilities_with_bits_of_their_own_keep_them():
+    table, _, _ = measured("timm deit", "repq-vit", bits="w6a6s4", candidates=(5, 6))
+    quantized_with = table.with_bits(dict.fromkeys(table.weights, 5), "hand")
+    assert not any(rule.name == "attention-probs-5-bits" for rule in quantized_with.rules)
+    table, _, _ = measured("timm deit", "repq-vit", bits="w6a6", candidates=(5, 6))
+    assert any(
+        rule.name == "attention-probs-5-bits" for rule in table.with_bits(dict.fromkeys(table.weights, 5), "").rules
+    )
+
+
+def test_a_rule_for_certain_sites_keeps_to_them():
+    settings = ["activations.site=['blocks.*.mlp.*']", *QUICK]
+    model, images = made("timm deit")
+    table = vitquant.sensitivity(model, "vt-ptq", images.split(2), settings=settings, bits="w6a6", candidates=(5, 7))
+    recipe = table.with_bits({name: 5 if name.endswith("attn") else 7 for name in table.weights}, "hand")
+    rules = {rule.name: rule for rule in recipe.rules}
+    assert rules["activations-7-bits"].site == (
+        "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2",
+    )  # fmt: skip
+    assert "activations-5-bits" not in rules
+    assert rules["weights-5-bits"].site == ("blocks.0.attn.*", "blocks.1.attn.*")
+
+
+def test_any_cost_that_adds_up_can_be_allocated_by(deit):
+    table = deit[0]
+    times = {name: {bits: 1.0 if bits <= 4 else 2.0 for bits in table.candidates} for name in table.weights}
+    costs = Costs(times, "ms", fixed=3.0)
+    _, chosen = table.allocate(within=(3.0 + 6.0, costs), by="output-error")
+    assert sorted(chosen.bits.values()) == [4, 4, 8, 8]
+    del times["blocks.0.mlp"][6]
+    with pytest.raises(AllocationError, match=r"costs say nothing of blocks\.0\.mlp at 6 bits"):
+        table.allocate(within=(9.0, costs))
+
+
+def test_the_front_falls_from_the_smallest_to_the_largest(deit):
+    table = deit[0]
+    front = pareto_front(table.choices("nuclear-norm", table.mean_bits()))
+    costs = table.mean_bits()
+    assert costs.total(front[0].cost) == 4
+    assert costs.total(front[-1].cost) <= 8
+    for a, b in itertools.pairwise(front):
+        assert a.cost < b.cost
+        assert a.sensitivity > b.sensitivity
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"mean_bits": 3}, r"3 bits in the mean: these candidates need between 4 and 8"),
+        ({"mean_bits": 8.5}, r"8\.5 bits in the mean: .* between 4 and 8"),
+        ({"megabytes": 100}, r"100 MB: these candidates need between 0\.\d+ and 0\.\d+"),
+        ({}, r"give one target"),
+        ({"mean_bits": 6, "megabytes": 1}, r"give one target"),
+        ({"mean_bits": 6, "by": "hessian"}, r"'hessian' is unknown; .* nuclear-norm, output-error, correlation"),
+    ],
+)
+def test_targets_without_an_answer_are_refused(deit, target, message):
+    with pytest.raises(AllocationError, match=message):
+        deit[0].allocate(**target)
+
+
+@pytest.mark.parametrize("candidates", [(6,), (), (1, 4), (4, 17)])
+def test_candidates_without_meaning_are_refused(candidates):
+    model, images = made("timm deit")
+    with pytest.raises(AllocationError, match=r"give two or more bit widths from 2 to 16"):
+        vitquant.sensitivity(model, "vt-ptq", [images], candidates=candidates)
+
+
+def test_images_that_can_be_read_once_are_refused():
+    model, images = made("timm deit")
+    with pytest.raises(CalibrationError, match="reads the images several times"):
+        vitquant.sensitivity(model, "vt-ptq", iter([images]))
+    with pytest.raises(CalibrationError, match="no calibration images"):
+        vitquant.sensitivity(model, "vt-ptq", [])
+
+
+def test_a_recipe_whose_bits_are_numbers_has_nothing_to_allocate():
+    model, images = made("timm deit")
+    recipe = load_recipe("vt-ptq")
+    fixed = [replace(rule, spec=replace(rule.spec, bits=8)) for rule in recipe.rules]
+    with pytest.raises(AllocationError, match="bits are a symbol"):
+        vitquant.sensitivity(model, replace(recipe, rules=tuple(fixed)), [images])
+
+
+def test_dead_channels_and_constant_images_are_measured():
+    model, _ = made("timm deit")
+    with torch.no_grad():
+        for parameter in (model.blocks[0].mlp.fc2.weight, model.blocks[0].mlp.fc2.bias, model.blocks[1].norm1.weight):
+            parameter.zero_()
+    table = vitquant.sensitivity(model, "vt-ptq", [torch.ones(2, 3, 32, 32)], candidates=(4, 8), settings=QUICK)
+    silent = next(each for each in table.modules if each.name == "blocks.0.mlp")
+    assert (silent.output_error, silent.nuclear_sensitivity, silent.correlation) == (0.0, 0.0, 0.0)
+    recipe, _ = table.allocate(mean_bits=5)
+    vitquant.quantize(model, recipe, [torch.ones(2, 3, 32, 32)])
+
+
+def test_a_table_is_read_back_as_it_was_written(deit, tmp_path):
+    path = tmp_path / "sensitivity.json"
+    path.write_text(deit[0].to_json())
+    assert SensitivityTable.from_json(path) == deit[0]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda table: "{",
+        lambda table: "[]",
+        lambda table: json.dumps({**table, "format": 2}),
+        lambda table: json.dumps({key: value for key, value in table.items() if key != "rules"}),
+        lambda table: json.dumps({**table, "modules": []}),
+        lambda table: json.dumps({**table, "modules": table["modules"][1:2]}),
+        lambda table: json.dumps({**table, "modules": [{**each, "bits": "4"} for each in table["modules"]]}),
+        lambda table: json.dumps({**table, "modules": [{**each, "output_error": None} for each in table["modules"]]}),
+        lambda table: json.dumps({**table, "weights": 3}),
+        lambda table: json.dumps({**table, "weights": {}}),
+    ],
+)
+def test_a_damaged_table_is_refused_by_name(deit, tmp_path, damage):
+    path = tmp_path / "sensitivity.json"
+    path.write_text(damage(json.loads(deit[0].to_json())))
+    with pytest.raises(AllocationError, match=r"sensitivity\.json"):
+        SensitivityTable.from_json(path)
+    with pytest.raises(AllocationError, match=r"cannot be read: No such file"):
+        SensitivityTable.from_json(tmp_path / "none.json")
+
+
+def test_measuring_by_batches_is_measuring_at_once_and_the_same_every_time():
+    model, images = made("timm deit", count=10)
+    tables = [
+        vitquant.sensitivity(model, "vt-ptq", images.split(size), candidates=(4, 6), bits="w6a6")
+        for size in (10, 10, 3)
+    ]
+    assert tables[0] == tables[1]
+    for once, parts in zip(tables[0].modules, tables[2].modules, strict=True):
+        assert parts.output_error == pytest.approx(once.output_error, rel=1e-3)
+        assert parts.nuclear_sensitivity == pytest.approx(once.nuclear_sensitivity, rel=1e-3)
+
+
+def test_work_is_reported_as_it_goes():
+    model, images = made("timm deit")
+    told = []
+    vitquant.sensitivity(model, "vt-ptq", [images], candidates=(4, 8), progress=lambda *step: told.append(step))
+    assert {what for what, _, _ in told} == {"calibrating", "measuring"}
+    assert all(0 <= done <= total for _, done, total in told)
+    told.clear()
+    vitquant.quantize(model, "vt-ptq", [images], settings=QUICK, progress=lambda *step: told.append(step))
+    assert told[0][:2] == ("searching layers", 0)
+    assert told[-1][1] == told[-1][2] > 8
