@@ -203,6 +203,99 @@ def test_inspect_lists_operations_as_json_and_as_a_table(run, workshop):
     assert "permute" not in out
 
 
+@pytest.fixture(scope="module")
+def sensitivities(workshop):
+    """What `vitquant sensitivity` wrote of the tiny ViT."""
+    with pytest.raises(SystemExit) as ended:
+        main([*sensitivity_words(workshop, "--bits", "w6a6", "--output", workshop / "sensitivity"), "--quiet"])
+    assert ended.value.code == 0
+    return workshop / "sensitivity" / "sensitivity.json"
+
+
+def sensitivity_words(workshop, *words):
+    data = ["--weights", workshop / "weights.safetensors", "--calibration", workshop / "images", "--images", 4]
+    return ["sensitivity", *MODEL, *map(str, (*data, *words))]
+
+
+def test_sensitivity_shows_every_module_and_site_as_a_table_and_as_json(run, workshop, sensitivities):
+    written = sorted(path.name for path in sensitivities.parent.iterdir())
+    assert written == ["sensitivity.json", "sensitivity.png"]
+    with Image.open(sensitivities.with_suffix(".png")) as figure:
+        assert min(figure.size) > 500
+    code, out, err = run(*sensitivity_words(workshop, "--candidates", "4,8"))
+    assert (code, err) == (0, "")
+    assert "blocks.0.attn.context" in out
+    assert "modules at 4, 8 bits" in out
+    code, out, err = run(*sensitivity_words(workshop, "--candidates", "4,8", "--json"))
+    values = json.loads(out)
+    assert [(each["name"], each["bits"]) for each in values["modules"]] == [
+        (f"blocks.0.{part}", bits) for bits in (4, 8) for part in ("attn", "mlp")
+    ]
+    assert {each["name"] for each in values["sites"]} >= {"patch_embed", "blocks.0.mlp.fc1", "head"}
+
+
+def test_bits_are_allocated_and_the_recipe_quantizes(run, workshop, sensitivities, tmp_path):
+    recipe, figure = tmp_path / "mixed.toml", tmp_path / "front.png"
+    words = ("allocate", sensitivities, "--mean-bits", 5.5, "--output", recipe, "--figure", figure)
+    code, out, err = run(*words)
+    assert (code, err) == (0, "")
+    assert "bits in the mean" in out
+    with Image.open(figure) as image:
+        assert min(image.size) > 300
+    code, out, err = run(*words, "--force", "--json")
+    values = json.loads(out)
+    assert values["cost"] <= 5.5
+    assert values["sensitivity"] <= values["uniform"]["5"]["sensitivity"]
+    words = quantize_words(workshop / "images", tmp_path / "out", "--recipe", recipe, "--set", "search-scales.rounds=1")
+    assert run(*words, "--quiet") == (0, "", "")
+    operands = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["operands"]
+    for part in ("attn.qkv", "mlp.fc1"):
+        bits = values["bits"][f"blocks.0.{part.partition('.')[0]}"]
+        assert operands[f"blocks.0.{part}:weight"]["spec"]["bits"] == bits
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mean-bits", "3"], "3 bits in the mean: these candidates need between 4 and 8"),
+        (["--megabytes", "50"], "50 MB: these candidates need between"),
+        ([], "give one target"),
+        (["--mean-bits", "6", "--by", "hessian"], "nuclear-norm"),
+    ],
+)
+def test_bits_that_cannot_be_allocated_are_refused(refused, sensitivities, tmp_path, words, message):
+    assert message in refused("allocate", sensitivities, *words, "--output", tmp_path / "mixed.toml")
+
+
+def test_what_sensitivity_and_allocate_cannot_read_or_write_is_refused(refused, workshop, sensitivities, tmp_path):
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    assert "broken.json" in refused("allocate", broken, "--mean-bits", 6, "--output", tmp_path / "mixed.toml")
+    taken = tmp_path / "taken.toml"
+    taken.write_text("")
+    assert "--force" in refused("allocate", sensitivities, "--mean-bits", 6, "--output", taken)
+    assert "--force" in refused(*sensitivity_words(workshop, "--output", sensitivities.parent))
+    assert "--candidates '4;8'" in refused(*sensitivity_words(workshop, "--candidates", "4;8"))
+    assert "from 2 to 16" in refused(*sensitivity_words(workshop, "--candidates", "1,8"))
+
+
+def test_a_memory_budget_is_the_search_s(run, refused, workshop, tmp_path):
+    words = quantize_words(workshop / "images", tmp_path / "out", "--recipe", "vt-ptq", "--images", 10)
+    assert "give memory =" in refused(*words, "--memory-budget", "0.001")
+    assert "it is positive" in refused(*words, "--memory-budget", "0")
+    quick = ["--set", "search-scales.candidates=3", "--set", "search-scales.rounds=1"]
+    assert run(*words, *quick, "--memory-budget", "0.5", "--quiet") == (0, "", "")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    methods = {method["name"]: method for method in config["quantization_config"]["recipe"]["method"]}
+    assert methods["search-scales"]["memory"] == 0.5
+    words = quantize_words(workshop / "images", tmp_path / "minmax", "--images", 10)
+    code, _, err = run(*words, "--memory-budget", 1)
+    assert (code, err) == (
+        0,
+        "note: minmax searches nothing and holds a batch at a time: --memory-budget changes nothing\n",
+    )
+
+
 def test_recipes(run):
     code, out, err = run("recipes", "--json")
     assert (code, err) == (0, "")

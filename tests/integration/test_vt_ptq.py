@@ -185,6 +185,20 @@ def test_fully_integer_it_lowers_to_its_simulation(name, recipe):
     assert torch.equal(integers, simulated)
 
 
+def test_the_residual_stream_alone_can_have_power_of_two_factors():
+    model, images = made("timm deit")
+    plain = vitquant.quantize(model, "vt-ptq", images.split(3), bits="w4a4", settings=QUICK)
+    found = vitquant.quantize(model, "vt-ptq+power-of-two-factor", images.split(3), bits="w4a4", settings=QUICK)
+    norms = set(found.quantizers) - set(plain.quantizers)
+    assert norms
+    assert all(value.startswith("blocks.") or value.startswith("norm") for value in norms)
+    assert all(found.quantizers[name].factor is not None for name in norms)
+    for name, quantizer in plain.quantizers.items():
+        assert torch.equal(quantizer.scale, found.quantizers[name].scale)
+    with pytest.raises(RecipeError, match="the name is taken"):
+        vitquant.quantize(model, "vt-ptq+power-of-two-factor+fully-integer", [images])
+
+
 def test_searching_after_the_operations_are_integers_is_refused():
     model, images = made("timm deit")
     with pytest.raises(CalibrationError, match="comes before integer-operations"):

@@ -49,11 +49,12 @@ def sensitivity(
             from vitquant import precision
             from vitquant.files import check_new_file, write_file
             from vitquant.recipe import load_recipe, override
-            from vitquant.report.figures import sensitivity_figure
+            from vitquant.report.figures import check_matplotlib, sensitivity_figure
             from vitquant.report.tables import facts, sensitivity_table
 
             widths = _widths(candidates)
             if output is not None:
+                check_matplotlib()
                 for name in (TABLE, FIGURE):
                     check_new_file(output / name, force)
             chosen = override(load_recipe(recipe), settings or ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from io import BytesIO
 from typing import Any
 
@@ -20,7 +21,8 @@ def sensitivity_figure(modules: Sequence[Sensitivity], sites: Sequence[Sensitivi
     Raises:
         ExportError: matplotlib is not installed.
     """
-    figure = _figure(0.24 * max(len({each.name for each in modules}), len(sites)) + 2, 9)
+    columns = max(len({each.name for each in modules}), len(sites))
+    figure = _figure(max(8, 0.24 * columns + 2), 9)
     above, below = figure.subplots(2, 1)
     names = list(dict.fromkeys(each.name for each in modules))
     for bits in sorted({each.bits for each in modules}):
@@ -72,11 +74,20 @@ def front_figure(
     return _png(figure)
 
 
+def check_matplotlib() -> None:
+    """Refuse figures before what takes long.
+
+    Raises:
+        ExportError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ExportError("figures need matplotlib: pip install 'vitquant[figures]'")
+
+
 def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ExportError("figures need matplotlib: pip install 'vitquant[figures]'") from None
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
