@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from real_deit import row
@@ -81,9 +82,9 @@ def _layers(images: int, count: int) -> list[Cost]:
             (TOKENS, inputs, inputs + outputs, images),
         )
         found += [
-            Cost(f"{name}:input", of_inputs, lambda o=output, q=on_x, w=on_weight[middle], b=bias: o.of_inputs(q, w, b), plain),
-            Cost(f"{name}:weight", of_weights, lambda o=output, q=on_x[middle], w=on_weight, b=bias: o.of_weights(q, w, b), plain),
-        ]  # fmt: skip
+            Cost(f"{name}:input", of_inputs, partial(output.of_inputs, on_x, on_weight[middle], bias), plain),
+            Cost(f"{name}:weight", of_weights, partial(output.of_weights, on_x[middle], on_weight, bias), plain),
+        ]
     return found
 
 
@@ -118,7 +119,7 @@ def _operand(
     count = products[0][3] // (len(left) * HEADS)
     lefts, rights = _candidates(left, count), _candidates(right, count)
     chosen = (lefts, rights[:1]) if on_the_left else (lefts[:1], rights)
-    return Cost(name, products, lambda: output.of_operands(*chosen), plain)
+    return Cost(name, products, partial(output.of_operands, *chosen), plain)
 
 
 def _candidates(x: Tensor, count: int) -> list[Quantizer]:
