@@ -20,6 +20,7 @@ from rich.console import Console
 
 import vitquant
 from vitquant.allocation.front import pareto_front
+from vitquant.engines import default_engine
 from vitquant.report.figures import front_figure
 from vitquant.tasks.classification import compare
 from vitquant.tasks.images import batches, load_listing, subset
@@ -41,23 +42,12 @@ def main() -> None:
     reference = run(model, evaluation)
     listing = subset(load_listing(SHARED / "images" / "photos_calibration"), 32, 0)
     calibration = batches(listing, PREPROCESSING, 32)
-    print(
-        row(
-            (
-                "bits",
-                "by",
-                "mean bits",
-                "MB",
-                "sensitivity",
-                "everywhere",
-                "top-1",
-                "agreement",
-                "cosine",
-                "top-1 - float",
-            )
-        )
-    )
-    print("|---" * 10 + "|")
+    columns = (
+        "recipe", "runs in", "by", "mean bits", "MB", "sensitivity", "the same bits everywhere",
+        "top-1", "agreement", "cosine", "top-1 - float, 95 %",
+    )  # fmt: skip
+    print(row(columns))
+    print("|---" * len(columns) + "|")
     for target in arguments.targets:
         bits = f"w{target}a{target}"
         with console.status(f"{bits}: measuring"):
@@ -68,11 +58,13 @@ def main() -> None:
             uniform = table.uniform(by, costs)
             with console.status(f"{bits}, mixed by {by}"):
                 quantized = vitquant.quantize(model, recipe, calibration)
-                logits = run(quantized, evaluation)
+                runs_in, engine, _ = default_engine(quantized)
+                logits = run(engine, evaluation)
             result = compare(logits, reference, labels)
             size = sizes.total(sum(sizes.of[name][width] for name, width in chosen.bits.items()))
             cells = (
-                bits,
+                f"{arguments.recipe} {bits}",
+                runs_in,
                 by,
                 f"{costs.total(chosen.cost):.3f}",
                 f"{size:.2f}",

@@ -3,8 +3,8 @@
     python benchmarks/recipes.py VARIANT... [--seeds 3] [--simulated]
 
 A variant is a recipe, then bits, then settings as `vitquant quantize --set` takes them: "repq-vit w4a4",
-"fq-vit choose-factors.batches=last"; or all that one page of docs/ has: `fq-vit`, `repq-vit`, `vt-ptq` and
-`vt-ptq-ablation` with nothing behind it stand for the variants in PAGES. Data: ../shared; as many calibration
+"fq-vit choose-factors.batches=last"; or all that one page of docs/ has: `fq-vit`, `repq-vit`, `vt-ptq`,
+`vt-ptq-ablation` and `w4a4` with nothing behind it stand for the variants in PAGES. Data: ../shared; as many calibration
 photographs as the recipe asks for, the first of the order that a seed gives (seed 0 is the official runs' list), and
 500 evaluation photographs. What lowers is evaluated as the integer program, the rest, and all with `--simulated`, as
 the float32 simulation. Prints a table: each draw beside the float model, with the paired 95 % interval of the first,
@@ -41,6 +41,18 @@ PAGES = {
         "repq-vit+fully-integer w8a8s5",
         "repq-vit+fully-integer w6a6s5",
         "repq-vit+fully-integer w4a4",
+    ],
+    "w4a4": [
+        "repq-vit+fully-integer w8a8s5",
+        "repq-vit+fully-integer w4a8s5",
+        "repq-vit+fully-integer w8a4s5",
+        "repq-vit+fully-integer w8a8s4",
+        "repq-vit+fully-integer w4a4",
+        "repq-vit+power-of-two-factor w4a4",
+        "repq-vit+searched-scales w4a4",
+        "repq-vit+searched-scales+fully-integer w4a4",
+        "vt-ptq+fully-integer w4a4",
+        "fq-vit w4a4",
     ],
     "vt-ptq": ["vt-ptq w8a8", "vt-ptq w6a6", "vt-ptq w4a4"],
     "vt-ptq-ablation": [

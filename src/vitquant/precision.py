@@ -14,11 +14,13 @@ from vitquant.errors import AllocationError, CalibrationError
 from vitquant.model import QuantizedModel
 from vitquant.pipeline import Batch, images_of, quantize
 from vitquant.progress import Progress, silent
-from vitquant.recipe import Bits, Recipe, load_recipe, override
+from vitquant.recipe import Bits, Method, Recipe, load_recipe, override
 from vitquant.spec import MAX_BITS, MIN_BITS
 
 CANDIDATES = (4, 5, 6, 7, 8)
-_LATER = ("search-scales", "integer-operations")  # methods that choose no ranges: what is measured goes without them
+# A search for what is measured: near enough, and a fifteenth of the time. Corrected biases belong to a model whose
+# layers are all quantized, and here all but one part are in float.
+_BRIEFLY = {"candidates": 20, "rounds": 1, "bias_correction": False}
 
 
 def sensitivity(
@@ -33,7 +35,8 @@ def sensitivity(
 ) -> SensitivityTable:
     """Measure what each module loses at each bit width, and each site at the recipe's, all else in float.
 
-    Scales are those that calibration gives; they are not searched, and all operations are in float.
+    Scales are those that the recipe's methods give; a search is a brief one, of 20 candidates and one round. All
+    operations are in float.
 
     Arguments:
         model, recipe, data, settings: as for `quantize`; the data are read several times for each candidate.
@@ -57,17 +60,21 @@ def sensitivity(
             f"candidates {', '.join(map(str, candidates))}: give two or more bit widths from {MIN_BITS} to {MAX_BITS}"
         )
     whole = override(load_recipe(recipe) if isinstance(recipe, str) else recipe, settings)
-    measured = replace(whole, methods=tuple(method for method in whole.methods if method.name not in _LATER))
+    measured = replace(whole, methods=tuple(_measured(whole.methods)))
     base = whole.bits if bits is None else Bits.parse(bits)
     models: dict[int, QuantizedModel] = {}
     for done, width in enumerate(widths):
         progress("calibrating", done, len(widths) + 1)
         probs = width if base.probs == base.activations else base.probs
         models[width] = quantize(
-            model, measured, data, bits=str(replace(base, weights=width, activations=width, probs=probs))
+            model,
+            measured,
+            data,
+            bits=str(replace(base, weights=width, activations=width, probs=probs)),
+            progress=progress,
         )
     progress("calibrating", len(widths), len(widths) + 1)
-    at_base = quantize(model, measured, data, bits=str(base))
+    at_base = quantize(model, measured, data, bits=str(base), progress=progress)
     modules = find_modules(at_base)
     if not modules:
         raise AllocationError(f"{whole.name}: no attention or MLP of a block has weights whose bits are a symbol")
@@ -82,6 +89,15 @@ def sensitivity(
     other = at_base.stored_bytes - sum(module.bytes(at_base.bits.weights) for module in modules)
     about = {"calibration": at_base.provenance["calibration"]}
     return SensitivityTable.of(whole, str(base), modules, found, other, about)
+
+
+def _measured(methods: Iterable[Method]) -> Iterator[Method]:
+    """A recipe's methods for measuring: those that choose scales."""
+    for method in methods:
+        if method.name == "search-scales":
+            yield Method(method.name, {**method.settings, **_BRIEFLY})
+        elif method.name != "integer-operations":
+            yield method
 
 
 def _site_parts(model: QuantizedModel) -> list[Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import vitquant
 from vitquant.allocation.front import Choice, Costs, best_within, pareto_front
 from vitquant.errors import AllocationError
+from vitquant.recipe import load_recipe
 
 law = settings(max_examples=150, deadline=None)
 COSTS = st.one_of(st.integers(1, 12), st.floats(0.5, 3.0, width=16))
@@ -104,7 +106,9 @@ def quantize_to(x: torch.Tensor, bits: int) -> torch.Tensor:
 def test_a_sensitivity_is_the_nuclear_norm_times_the_squared_error() -> None:
     """Omega of one attention and one MLP, written from the paper on the float model's own modules."""
     model, images = tiny_vit(), torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    table = vitquant.sensitivity(model, "vt-ptq", [images], candidates=(5, 8))
+    recipe = load_recipe("vt-ptq")
+    calibrated = replace(recipe, methods=recipe.methods[:1])  # scales of the maximum
+    table = vitquant.sensitivity(model, calibrated, [images], candidates=(5, 8))
     held: dict[str, torch.Tensor] = {}
     block = model.double().blocks[1]
     block.attn.qkv.register_forward_hook(lambda _, given, made: held.update(x=given[0], qkv=made))

@@ -65,13 +65,15 @@ def demo(
         tried: list[_Trial] = []
         left_out = []
         for recipe in recipes:
-            estimate = estimated_seconds(recipe.passes, seen, asked, reference.seconds / asked)
+            data = _first(calibration, recipe.calibration.images)
+            used = sum(len(classes) for _, classes in data)
+            estimate = estimated_seconds(recipe.passes, used, asked, reference.seconds / asked)
             left = max(60 * minutes - (time.perf_counter() - started), 0.0)
             if estimate > left:
                 left_out.append(_left_out(recipe, estimate, left, 60 * minutes))
                 continue
-            with terminal.progress(recipe.name, recipe.passes * seen + asked) as update:
-                tried.append(_try(recipe, network, calibration, test, seed, update))
+            with terminal.progress(recipe.name, used) as update:
+                tried.append(_try(recipe, network, data, test, seed, update))
         with terminal.progress("writing"):  # last, since an interrupted command says that nothing was written
             for trial in tried:
                 trial.quantized.save(output / trial.quantized.recipe.name, force)
@@ -102,7 +104,7 @@ class _Trial:
 def _try(
     recipe: Recipe, network: nn.Module, calibration: Batches, test: Batches, seed: int, update: Callable[..., None]
 ) -> _Trial:
-    """Quantize by a recipe and evaluate beside the float model, with progress."""
+    """Quantize by a recipe and evaluate beside the float model, with progress of each step."""
     import torch
 
     from vitquant import pipeline
@@ -112,24 +114,40 @@ def _try(
 
     started = time.perf_counter()
     torch.manual_seed(seed)  # for each recipe, so that none depends on which others ran
-    stream, steps = _Watched(calibration, update), PREPROCESSING.to_dict()
-    quantized = pipeline.quantize(network, recipe, stream, source=source(), preprocessing=steps)
-    calibrated = recipe.passes * sum(len(images) for images, _ in calibration)
+
+    def show(what: str, done: int, total: int) -> None:
+        update(description=f"{recipe.name}: {what}", completed=done, total=total, unit="")
+
+    stream, steps = _Watched(calibration, show), PREPROCESSING.to_dict()
+    quantized = pipeline.quantize(network, recipe, stream, source=source(), preprocessing=steps, progress=show)
     name, computed, _ = default_engine(quantized)
-    result = evaluate(computed, network, test, None, lambda done: update(completed=calibrated + done), engine=name)
+    asked = sum(len(classes) for _, classes in test)
+    result = evaluate(computed, network, test, None, lambda done: show("evaluating", done, asked), engine=name)
     return _Trial(quantized, result, time.perf_counter() - started)
 
 
 class _Watched:
     """Batches with progress, as often as a recipe asks for them."""
 
-    def __init__(self, batches: Batches, update: Callable[..., None]) -> None:
-        self._batches, self._update = batches, update
+    def __init__(self, batches: Batches, show: Callable[[str, int, int], None]) -> None:
+        self._batches, self._show = batches, show
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        done, total = 0, sum(len(images) for images, _ in self._batches)
         for images, labels in self._batches:
             yield images, labels
-            self._update(advance=len(images))
+            done += len(images)
+            self._show("calibrating", done, total)
+
+
+def _first(calibration: Batches, images: int) -> Batches:
+    """As many of the calibration images as a recipe asks for, or all there are."""
+    found, seen = [], 0
+    for batch, classes in calibration:
+        if seen < images:
+            found.append((batch[: images - seen], classes[: images - seen]))
+        seen += len(batch)
+    return found
 
 
 def _left_out(recipe: Recipe, estimate: float, left: float, budget: float) -> dict[str, Any]:
@@ -158,6 +176,7 @@ def _facts(trial: _Trial, output: Path) -> dict[str, Any]:
         "recipe": quantized.recipe.name,
         "bits": str(quantized.bits),
         "passes": quantized.recipe.passes,
+        "calibration_images": quantized.provenance["calibration"]["images"],
         "engine": result.engine,
         "top1": result.top1,
         "difference": result.top1 - result.float_top1,
@@ -209,7 +228,8 @@ def _rows(values: Mapping[str, Any]) -> dict[str, str]:
         "agree": "percent of the images that get the float model's class",
         "integer": "operations that integers can compute, of all that compute",
         "MACs": "share of the multiply-accumulates whose operands are all quantized",
-        "calibrated on": f"{values['calibration_images']} training images; all in {values['seconds']:.0f} s",
+        "calibrated on": f"up to {values['calibration_images']} training images, as recipes ask for; all in "
+        f"{values['seconds']:.0f} s",
     }
     rows |= {f"no {one['recipe']}": one["reason"] for one in values["left_out"]}
     if values["recipes"]:

@@ -84,7 +84,7 @@ class Recipe:
         calibration: how much data the observers see.
         expected, cost: the accuracy to expect, and what it takes to get it, as text.
         passes: the cost as a number: how often the calibration images go through the model; a pass with gradients
-            counts three.
+            counts three, and a search as many as take its time.
 
     Raises:
         RecipeError: passes below 1; a name of a rule or method that is taken, or that `--set name.key` could not write.
