@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -69,7 +70,7 @@ def sensitivity(
                 prepared.network, chosen, watched, bits=bits, candidates=widths, progress=watched.step
             )
             about = {"model": prepared.source.name, "directory": str(calibration.absolute()), "seed": seed}
-            table.about.update(about)
+            table = replace(table, about=table.about | about)
         rows = {
             "model": prepared.source.name,
             "recipe": f"{chosen.name}, {table.bits}; modules at {', '.join(map(str, table.candidates))} bits",
