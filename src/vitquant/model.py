@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import platform
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +25,10 @@ from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.recipe import Assignment, Bits, Recipe, assign
 from vitquant.sites import Site, Value, find_sites, find_values
 from vitquant.spec import QParams
-from vitquant.tapped import TappedInterpreter
+from vitquant.tapped import TappedInterpreter, behind
+
+Tap = Callable[[torch.Tensor], None]
+Taps = Mapping[str, Tap]
 
 _QUANTIZERS = "quantizers"
 
@@ -198,10 +201,10 @@ class QuantizedModel(nn.Module):
     def run(
         self,
         images: torch.Tensor,
-        taps: Mapping[str, Callable[[torch.Tensor], None]],
+        taps: Taps,
         quantized: bool | Collection[str] = True,
-        operands: Mapping[str, Callable[[torch.Tensor], None]] | None = None,
-        results: Mapping[str, Callable[[torch.Tensor], None]] | None = None,
+        operands: Taps | None = None,
+        nodes: Iterable[tuple[str, Tap]] = (),
     ) -> Any:
         """Run the graph, calling `taps[name]` with each named value before its quantizer.
 
@@ -212,24 +215,56 @@ class QuantizedModel(nn.Module):
                 leave out all but their quantizers.
             operands: by `site:operand`, called with what that site reads, which may be a rearrangement or a part of
                 its value, and without its quantizer only where that stands behind.
-            results: by site, called with what it computes.
+            nodes: graph nodes, and what is called with what each gives.
 
         Pitfall: a tap's tensor is lent for the call. Without gradients what comes after may overwrite it; a tap
             that keeps it keeps a clone.
         """
         self._check_shape(images)
-        by_node: dict[str, list[Callable[[torch.Tensor], None]]] = {}
-        for name, tap in taps.items():
-            by_node.setdefault(self.value(name).node, []).append(tap)
         reads = {str(site.reader(each)): node for site in self.sites for each, node in site.operands.items()}
-        computed = {site.name: site.node for site in self.sites}
-        for name, tap in (operands or {}).items():
-            by_node.setdefault(reads[name], []).append(tap)
-        for name, tap in (results or {}).items():
-            by_node.setdefault(computed[name], []).append(tap)
-        if not isinstance(quantized, bool):
-            quantized = {f"{_QUANTIZERS}.{self.value(name).name}" for name in quantized}
-        return TappedInterpreter(self.graph_module, by_node, quantized).run(images)
+        tapped = [(self.value(name).node, tap) for name, tap in taps.items()]
+        tapped += [(reads[name], tap) for name, tap in (operands or {}).items()]
+        return self._interpreter([*tapped, *nodes], quantized).run(images)
+
+    def known_before(self, names: Collection[str]) -> list[str]:
+        """The graph nodes whose results are read behind the quantizers of these values, and that stand before them."""
+        changed = behind(self.graph_module, self._targets(names))
+        return [
+            node.name
+            for node in self.graph_module.graph.nodes
+            if node not in changed and node.op != "get_attr" and any(user in changed for user in node.users)
+        ]
+
+    def resume(self, known: Mapping[str, Any], quantized: Collection[str], nodes: Iterable[tuple[str, Tap]]) -> Any:
+        """The output with the quantizers of some values only, computing nothing but what they have an effect on.
+
+        Arguments:
+            known: what the nodes of `known_before(quantized)` give in float.
+            quantized: the names of values.
+            nodes: graph nodes that are computed, and what is called with what each gives.
+        """
+        return self._interpreter(nodes, quantized).resume(known)
+
+    def read_as(self, node: str) -> str:
+        """The graph node that others read in place of a node: the call of its quantizer, where it has one."""
+        for call in self.graph_module.graph.nodes:
+            if (
+                call.op == "call_module"
+                and call.args[0].name == node
+                and str(call.target).startswith(f"{_QUANTIZERS}.")
+            ):
+                return call.name
+        return node
+
+    def _interpreter(self, tapped: Iterable[tuple[str, Tap]], quantized: bool | Collection[str]) -> TappedInterpreter:
+        by_node: dict[str, list[Tap]] = {}
+        for node, tap in tapped:
+            by_node.setdefault(node, []).append(tap)
+        active = quantized if isinstance(quantized, bool) else self._targets(quantized)
+        return TappedInterpreter(self.graph_module, by_node, active)
+
+    def _targets(self, names: Collection[str]) -> set[str]:
+        return {f"{_QUANTIZERS}.{self.value(name).name}" for name in names}
 
     def parameter(self, value: Value) -> torch.Tensor:
         """The stored tensor that a value is.

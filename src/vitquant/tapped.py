@@ -12,6 +12,15 @@ from vitquant.graph.operators import PRODUCTS, aten, calls
 from vitquant.operations import IntegerOperation
 
 
+def behind(module: GraphModule, targets: Collection[str]) -> set[Node]:
+    """Everything that the modules of these targets have an effect on, themselves among it."""
+    found: set[Node] = set()
+    for node in module.graph.nodes:
+        if (node.op == "call_module" and node.target in targets) or any(each in found for each in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 class TappedInterpreter(Interpreter):
     """Runs a graph node by node, showing some of the tensors on the way.
 
@@ -35,6 +44,18 @@ class TappedInterpreter(Interpreter):
         super().__init__(module)
         self.extra_traceback = False  # it would add a page to a message of one line
         self._taps, self._quantized = taps, quantized
+
+    def resume(self, known: Mapping[str, Any]) -> Any:
+        """The output, computing only what stands behind the quantizers that do something.
+
+        Arguments:
+            known: by the name of a node, what is read there and stands before them.
+        """
+        assert isinstance(self.module, GraphModule)
+        assert not isinstance(self._quantized, bool)
+        changed = behind(self.module, self._quantized)
+        before = {node for node in self.module.graph.nodes if node not in changed and node.op != "get_attr"}
+        return self.run(initial_env={node: known.get(node.name) for node in before})
 
     def run_node(self, n: Node) -> Any:
         result = self._overwrite(n)

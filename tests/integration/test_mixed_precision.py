@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import ZOO, vary
+from torch.utils._pytree import tree_map_only
 
 import vitquant
 from vitquant.allocation.front import Costs, pareto_front
@@ -89,6 +90,26 @@ def test_what_is_measured_is_what_the_quantized_part_does(deit):
     assert not torch.equal(alone, everything)
 
 
+@pytest.mark.parametrize("name", ["timm deit", "timm swin", "torchvision swin"])
+def test_what_stands_before_a_part_need_not_be_computed_again(name):
+    model, images = made(name)
+    quantized = vitquant.quantize(model, "fq-vit", images.split(2))
+    for value in quantized.quantized_names:
+        needed, held = quantized.known_before([value]), {}
+        with torch.no_grad():
+            quantized.run(
+                images,
+                {},
+                quantized=False,
+                nodes=[
+                    (node, lambda x, node=node: held.__setitem__(node, tree_map_only(torch.Tensor, torch.clone, x)))
+                    for node in needed
+                ],
+            )
+            expected = _logits(quantized.run(images, {}, quantized=[value]))
+            assert torch.equal(_logits(quantized.resume(held, [value], [])), expected), value
+
+
 @pytest.mark.parametrize("by", MEASURES)
 def test_mixed_is_never_more_sensitive_than_the_same_bits_everywhere(deit, by):
     table = deit[0]
@@ -129,8 +150,10 @@ def test_a_recipe_of_mixed_precision_is_a_file_like_any_other(deit, tmp_path):
     assert "5.5" in recipe.title or "5.4" in recipe.title
 
 
-@pytest.mark.parametrize("recipe", ["vt-ptq+fully-integer", "repq-vit+fully-integer", "fq-vit"])
-@pytest.mark.parametrize("name", ["timm deit", "timm swin"])
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [("vt-ptq+fully-integer", "timm deit"), ("repq-vit+fully-integer", "timm swin"), ("fq-vit", "transformers vit")],
+)
 def test_mixed_precision_lowers_to_integers(recipe, name):
     bits = "w6a6s4" if recipe == "fq-vit" else "w6a6s5"
     table, model, images = measured(name, recipe, bits=bits, candidates=(5, 7))

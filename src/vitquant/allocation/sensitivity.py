@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from vitquant.errors import AllocationError, CalibrationError
-from vitquant.model import QuantizedModel
+from vitquant.model import QuantizedModel, Tap
 from vitquant.objectives.correlation import correlation
 from vitquant.progress import Progress, silent
 
@@ -85,13 +86,14 @@ def measure(
 ) -> list[Sensitivity]:
     """Quantize every part by itself, in each of its bit widths, and compare with the float model.
 
-    One forward pass of an image for each part and bit width, and one in float; memory does not grow with the images.
+    For each part and bit width an image goes through all that stands behind the part, and for each bit width once
+    through the float model; memory does not grow with the images.
 
     Arguments:
         models: the calibrated model of each bit width, all of one float function.
-        parts: of each bit width.
+        parts: of each bit width, with the same outputs in all.
         data: the calibration batches.
-        progress: told how many passes of how many there were in a batch.
+        progress: told how many parts of how many are done in a batch.
 
     Returns:
         One for each part and bit width, parts of a bit width together, in the order given.
@@ -100,24 +102,23 @@ def measure(
         CalibrationError: no data.
     """
     sums = {(bits, part.name): _Sums() for bits, some in parts.items() for part in some}
-    reference = next(iter(models.values()))
-    every = list(dict.fromkeys(part.output for some in parts.values() for part in some))
-    total = 1 + len(sums)
     with torch.inference_mode():
         for images in (chunk for batch in data for chunk in batch.split(_IMAGES_AT_ONCE)):
-            floats = _results(reference, images, every, ())
-            norms = {output: _nuclear_norms(floats[output]) for output in every}
-            done = 1
+            done, norms = 0, {}
             for bits, some in parts.items():
+                model = models[bits]
+                known = {part.name: model.known_before(part.values) for part in some}
+                outputs = list(dict.fromkeys(part.output for part in some))
+                held, floats = _floats(model, images, outputs, {node for each in known.values() for node in each})
+                norms = norms or {output: _nuclear_norms(floats[output]) for output in outputs}
                 for part in some:
-                    progress("measuring", done, total)
-                    found = _results(models[bits], images, [part.output], part.values)
-                    sums[bits, part.name].add(
-                        found[part.output], floats[part.output], norms[part.output],
-                        found[_logits(models[bits])], floats[_logits(reference)],
-                    )  # fmt: skip
+                    progress("measuring", done, len(sums))
+                    found: dict[str, Tensor] = {}
+                    before = {node: held[node] for node in known[part.name]}
+                    model.resume(before, part.values, _taps(model, len(images), [part.output], found))
+                    sums[bits, part.name].add(found, floats, part.output, _logits(model), norms[part.output])
                     done += 1
-            progress("measuring", total, total)
+            progress("measuring", done, len(sums))
     if not all(each.images for each in sums.values()):
         raise CalibrationError("no calibration images: give at least one batch")
     return [sums[bits, part.name].means(part.name, part.kind, bits) for bits, some in parts.items() for part in some]
@@ -130,12 +131,15 @@ class _Sums:
         self.images = 0
         self._logits = self._change = self._correlation = self._error = self._norm = self._product = 0.0
 
-    def add(self, found: Tensor, y: Tensor, norms: Tensor, logits_found: Tensor, logits: Tensor) -> None:
-        errors = (found - y).double().square().flatten(1).sum(1)
+    def add(
+        self, found: Mapping[str, Tensor], floats: Mapping[str, Tensor], output: str, logits: str, norms: Tensor
+    ) -> None:
+        y = floats[output]
+        errors = (found[output] - y).double().square().flatten(1).sum(1)
         self.images += len(y)
-        self._logits += float(logits.double().square().sum())
-        self._change += float((logits_found - logits).double().square().sum())
-        self._correlation += float(correlation(y, found).sum())
+        self._logits += float(floats[logits].double().square().sum())
+        self._change += float((found[logits] - floats[logits]).double().square().sum())
+        self._correlation += float(correlation(y, found[output]).sum())
         self._error += float(errors.sum())
         self._norm += float(norms.sum())
         self._product += float((errors * norms).sum())
@@ -151,31 +155,40 @@ def _logits(model: QuantizedModel) -> str:
     return next(f"{site.name}:input" for site in model.sites if site.kind == "output")
 
 
-def _results(
-    model: QuantizedModel, images: Tensor, outputs: Sequence[str], quantized: Sequence[str]
-) -> dict[str, Tensor]:
-    """What parts compute, and the logits: (images, ..., rows, columns), with the quantizers of these values only."""
+def _floats(
+    model: QuantizedModel, images: Tensor, outputs: Sequence[str], nodes: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What some graph nodes give in the float model, and what parts and the model compute."""
+    held: dict[str, Any] = {}
+    found: dict[str, Tensor] = {}
+
+    def hold(node: str) -> Callable[[Any], None]:
+        return lambda x: held.__setitem__(node, tree_map_only(Tensor, Tensor.clone, x))  # parts of a split, and sizes
+
+    nodes_and_outputs = [*((node, hold(node)) for node in nodes), *_taps(model, len(images), outputs, found)]
+    model.run(images, {}, quantized=False, nodes=nodes_and_outputs)
+    return held, found
+
+
+def _taps(model: QuantizedModel, images: int, outputs: Sequence[str], into: dict[str, Tensor]) -> list[tuple[str, Tap]]:
+    """Taps that put what parts compute, and the logits, as (images, ..., rows, columns); quantized, where they are."""
     sites = {site.name: site for site in model.sites}
     shapes = {node.name: node.meta["shape"] for node in model.graph_module.graph.nodes if "shape" in node.meta}
-    held: dict[str, Tensor] = {}
 
     def hold(output: str, shape: Sequence[int], kind: str) -> Callable[[Tensor], None]:
         def tap(x: Tensor) -> None:
-            x = x.movedim(list(shape).index(-1), 0).unflatten(0, (len(images), -1))
-            held[output] = (x.flatten(-2) if kind == "conv" and x.ndim > 4 else x).clone()
+            x = x.movedim(list(shape).index(-1), 0).unflatten(0, (images, -1))
+            into[output] = (x.flatten(-2) if kind == "conv" and x.ndim > 4 else x).clone()
 
         return tap
 
-    operands, results = {}, {}
+    taps = []
     for output in dict.fromkeys((*outputs, _logits(model))):
         name, _, operand = output.rpartition(":")
-        if name:
-            site = sites[name]
-            operands[output] = hold(output, shapes[site.operands[operand]], site.kind)
-        else:
-            results[output] = hold(output, shapes[sites[output].node], sites[output].kind)
-    model.run(images, {}, quantized=quantized, operands=operands, results=results)
-    return held
+        site = sites[name or output]
+        node = site.operands[operand] if name else site.node
+        taps.append((model.read_as(node), hold(output, shapes[node], site.kind)))
+    return taps
 
 
 def _nuclear_norms(x: Tensor) -> Tensor:
