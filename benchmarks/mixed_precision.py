@@ -1,12 +1,12 @@
 """Mixed precision of VT-PTQ on the real DeiT-Tiny, beside the same bits everywhere.
 
-    python benchmarks/mixed_precision.py BITS... [--recipe vt-ptq] [--figure FRONT.png]
+    python benchmarks/mixed_precision.py BITS... [--recipe vt-ptq] [--by MEASURE...] [--figure FRONT.png]
 
 BITS are targets for the mean bits of attention's and MLP's weights: 8 has candidates 6..10, as published (9 and 10 are
 simulated only), 6 has 4..8, and 4 has 2..6, where the paper does not say. Data: ../shared; 32 calibration photographs,
 the official runs' list, and 500 evaluation photographs, which nothing is chosen by. Everything that is no module's,
 patch embedding and head, has BITS, too. For each target prints what the sensitivity is at the same bits everywhere and
-mixed, and what that makes of the accuracy, by nuclear norm and by output error. About 15 minutes a target on one core.
+mixed, and what that makes of the accuracy, by nuclear norm and by output error. Minutes a row.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.console import Console
 
 import vitquant
 from vitquant.allocation.front import pareto_front
+from vitquant.allocation.table import MEASURES
 from vitquant.engines import default_engine
 from vitquant.report.figures import front_figure
 from vitquant.tasks.classification import compare
@@ -34,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="+", type=int, choices=CANDIDATES)
     parser.add_argument("--recipe", default="vt-ptq")
+    parser.add_argument("--by", nargs="+", default=["nuclear-norm", "output-error"], choices=MEASURES)
     parser.add_argument("--figure", type=Path, help="where to draw the front of the last target")
     arguments = parser.parse_args()
     model = float_deit()
@@ -52,7 +54,7 @@ def main() -> None:
         bits = f"w{target}a{target}"
         with console.status(f"{bits}: measuring"):
             table = vitquant.sensitivity(model, arguments.recipe, calibration, bits=bits, candidates=CANDIDATES[target])
-        for by in ("nuclear-norm", "output-error"):
+        for by in arguments.by:
             costs, sizes = table.mean_bits(), table.megabytes()
             recipe, chosen = table.allocate(mean_bits=target, by=by)
             uniform = table.uniform(by, costs)
@@ -77,7 +79,7 @@ def main() -> None:
             )
             print(row(cells), flush=True)
             console.print(" ".join(f"{name}={width}" for name, width in chosen.bits.items()))
-            if arguments.figure is not None and by == "nuclear-norm":
+            if arguments.figure is not None and by == arguments.by[0]:
                 front = pareto_front(table.choices(by, costs))
                 drawn = front_figure(front, uniform, chosen, costs, f"sensitivity, {by}")
                 arguments.figure.write_bytes(drawn)

@@ -94,18 +94,16 @@ def test_what_is_measured_is_what_the_quantized_part_does(deit):
 def test_what_stands_before_a_part_need_not_be_computed_again(name):
     model, images = made(name)
     quantized = vitquant.quantize(model, "fq-vit", images.split(2))
-    for value in quantized.quantized_names:
-        needed, held = quantized.known_before([value]), {}
-        with torch.no_grad():
-            quantized.run(
-                images,
-                {},
-                quantized=False,
-                nodes=[
-                    (node, lambda x, node=node: held.__setitem__(node, tree_map_only(torch.Tensor, torch.clone, x)))
-                    for node in needed
-                ],
-            )
+    held = {}
+
+    def hold(node):
+        return lambda x: held.__setitem__(node, tree_map_only(torch.Tensor, torch.clone, x))
+
+    with torch.no_grad():
+        for value in quantized.quantized_names:
+            held.clear()
+            needed = [(node, hold(node)) for node in quantized.known_before([value])]
+            quantized.run(images, {}, quantized=False, nodes=needed)
             expected = _logits(quantized.run(images, {}, quantized=[value]))
             assert torch.equal(_logits(quantized.resume(held, [value], [])), expected), value
 
@@ -152,7 +150,7 @@ def test_a_recipe_of_mixed_precision_is_a_file_like_any_other(deit, tmp_path):
 
 @pytest.mark.parametrize(
     ("recipe", "name"),
-    [("vt-ptq+fully-integer", "timm deit"), ("repq-vit+fully-integer", "timm swin"), ("fq-vit", "transformers vit")],
+    [("vt-ptq+fully-integer", "timm deit"), ("repq-vit+fully-integer", "timm swin"), ("fq-vit", "torchvision vit")],
 )
 def test_mixed_precision_lowers_to_integers(recipe, name):
     bits = "w6a6s4" if recipe == "fq-vit" else "w6a6s5"
