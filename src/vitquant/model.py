@@ -305,14 +305,14 @@ class QuantizedModel(nn.Module):
         write_checkpoint(Path(directory), tensors, config, force)
 
     @property
-    def stored_bytes(self) -> int:
-        """What the tensors that `save` writes take.
+    def stored_bytes(self) -> dict[str, int]:
+        """What each tensor that `save` writes takes, by its key.
 
         Raises:
             CalibrationError: a quantizer is missing.
         """
         tensors, _ = self._packed()
-        return sum(tensor.nbytes for tensor in tensors.values())
+        return {key: tensor.nbytes for key, tensor in tensors.items()}
 
     @property
     def digest(self) -> str:

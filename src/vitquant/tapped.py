@@ -21,6 +21,11 @@ def behind(module: GraphModule, targets: Collection[str]) -> set[Node]:
     return found
 
 
+def by_image(x: torch.Tensor, axis: int, images: int) -> torch.Tensor:
+    """A tensor whose axis grows with the batch, as (images, parts, ...): parts are windows, or one."""
+    return x.movedim(axis, 0).unflatten(0, (images, -1))
+
+
 class TappedInterpreter(Interpreter):
     """Runs a graph node by node, showing some of the tensors on the way.
 

@@ -229,7 +229,7 @@ def test_sensitivity_shows_every_module_and_site_as_a_table_and_as_json(run, wor
     code, out, err = run(*sensitivity_words(workshop, "--candidates", "4,8", "--json"))
     values = json.loads(out)
     assert [(each["name"], each["bits"]) for each in values["modules"]] == [
-        (f"blocks.0.{part}", bits) for bits in (4, 8) for part in ("attn", "mlp")
+        (f"blocks.0.{part}", bits) for bits in ("4", "8") for part in ("attn", "mlp")
     ]
     assert {each["name"] for each in values["sites"]} >= {"patch_embed", "blocks.0.mlp.fc1", "head"}
 
@@ -260,7 +260,7 @@ def test_bits_are_allocated_and_the_recipe_quantizes(run, workshop, sensitivitie
         (["--mean-bits", "3"], "3 bits in the mean: these candidates need between 4 and 8"),
         (["--megabytes", "50"], "50 MB: these candidates need between"),
         ([], "give one target"),
-        (["--mean-bits", "6", "--by", "hessian"], "nuclear-norm"),
+        (["--mean-bits", "6", "--by", "hessian"], "nuclear-norm, output-error, correlation"),
     ],
 )
 def test_bits_that_cannot_be_allocated_are_refused(refused, sensitivities, tmp_path, words, message):
@@ -274,8 +274,12 @@ def test_what_sensitivity_and_allocate_cannot_read_or_write_is_refused(refused, 
     taken = tmp_path / "taken.toml"
     taken.write_text("")
     assert "--force" in refused("allocate", sensitivities, "--mean-bits", 6, "--output", taken)
+    assert "ends in .toml" in refused("allocate", sensitivities, "--mean-bits", 6, "--output", tmp_path / "mixed")
+    same = ("--output", tmp_path / "mixed.toml", "--figure", tmp_path / "mixed.toml")
+    assert "ends in .png" in refused("allocate", sensitivities, "--mean-bits", 6, *same)
     assert "--force" in refused(*sensitivity_words(workshop, "--output", sensitivities.parent))
     assert "--candidates '4;8'" in refused(*sensitivity_words(workshop, "--candidates", "4;8"))
+    assert "no bit width" in refused(*sensitivity_words(workshop, "--bits", "w6"))
     assert "from 2 to 16" in refused(*sensitivity_words(workshop, "--candidates", "1,8"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,13 +15,16 @@ from torch.utils._pytree import tree_map_only
 import vitquant
 from vitquant.allocation.front import Costs, pareto_front
 from vitquant.allocation.table import MEASURES, SensitivityTable
-from vitquant.errors import AllocationError, CalibrationError
-from vitquant.recipe import Recipe, load_recipe
+from vitquant.errors import AllocationError, CalibrationError, RecipeError
+from vitquant.recipe import Recipe, assign, load_recipe
 from vitquant.runtime.on_images import interpreted
 from vitquant.simulation import ExactSimulation
 
 QUICK = ("search-scales.candidates=6", "search-scales.pairs=8")
-LIBRARIES = ("timm deit", "timm swin", "transformers vit", "torchvision vit", "torchvision swin", "einsum")
+LIBRARIES = (
+    "timm deit", "timm swin", "timm swinv2", "timm levit", "timm pvt_v2", "timm mvitv2", "transformers vit",
+    "torchvision swin", "encoder post-norm relu", "einsum",
+)  # fmt: skip
 
 
 def made(name, count=5):
@@ -43,41 +47,52 @@ def deit():
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_modules_of_every_library_get_bits(name):
+def test_modules_of_every_library_get_the_bits_that_were_allocated(name):
     table, model, images = measured(name, bits="w6a6", candidates=(5, 7))
-    parts = {module.rpartition(".")[2] for module in table.weights}
+    parts = {module.rpartition(".")[2] for module in table.numbers}
     assert parts == {"attn"} if name == "einsum" else {"attn", "mlp"}
     recipe, chosen = table.allocate(mean_bits=6)
-    assert set(chosen.bits) == set(table.weights)
-    quantized = vitquant.quantize(model, recipe, images.split(2))
-    for value in quantized.values:
-        module = ".".join(value.readers[0].site.split(".")[:3])
-        spec = quantized.assignments[value.name].spec
-        if spec is not None and module in chosen.bits:
-            assert spec.bits == chosen.bits[module], value.name
-    assert quantized.assignments["head:weight"].spec.bits == 6
-    assert quantized.assignments["patch_embed:input"].spec.bits == 8
-    with torch.no_grad():
-        output = quantized(images)
-    assert all(torch.isfinite(each).all() for each in (output if isinstance(output, tuple) else [_logits(output)]))
+    assert set(chosen.bits) == set(table.numbers)
+    calibrated = replace(recipe, methods=recipe.methods[:1])
+    quantized = vitquant.quantize(model, calibrated, images.split(2))
+    decided = {
+        value: chosen.bits[module]
+        for module, rules in table.values.items()
+        for names in rules.values()
+        for value in names
+    }
+    for value, assignment in quantized.assignments.items():
+        if assignment.spec is not None:
+            expected = 8 if value == "patch_embed:input" else decided.get(value, 6)
+            assert assignment.spec.bits == expected, value
+    # what is said of the size is so
+    numbers = {value.name: value for value in quantized.values if value.parameter is not None}
+    bits = sum(
+        quantized.assignments[name].spec.bits * math.prod(value.shape)
+        for name, value in numbers.items()
+        if name in decided and value.readers[0].operand == "weight"
+    )
+    assert bits / sum(table.numbers.values()) == pytest.approx(table.mean_bits().total(chosen.cost))
+    size = sum(quantized.stored_bytes.values())
+    assert size == pytest.approx(1e6 * table.megabytes().total(sum(table.bytes[m][b] for m, b in chosen.bits.items())))
 
 
 def _logits(output):
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
-def test_a_part_that_is_not_quantized_changes_nothing(deit):
+def test_every_part_loses_something_and_less_with_more_bits(deit):
     table = deit[0]
     assert {each.name for each in table.sites} >= {"patch_embed", "blocks.0.attn.context", "blocks.1.mlp.fc2", "head"}
     for each in (*table.modules, *table.sites):
         assert each.output_error > 0
         assert each.squared_error > 0
         assert each.correlation < 1
-    by_bits = {bits: sum(each.output_error for each in table.modules if each.bits == bits) for bits in table.candidates}
+    by_bits = {bits: sum(each.output_error for each in table.modules if each.bits == str(bits)) for bits in table.candidates}
     assert sorted(by_bits, key=by_bits.__getitem__) == [8, 7, 6, 5, 4]
 
 
-def test_what_is_measured_is_what_the_quantized_part_does(deit):
+def test_some_quantizers_are_some_of_all(deit):
     _, model, images = deit
     quantized = vitquant.quantize(model, "minmax", images.split(2))
     names = [value.name for value in quantized.values if value.readers[0].site.startswith("blocks.0.mlp")]
@@ -124,7 +139,7 @@ def test_megabytes_are_those_of_the_saved_model(deit, tmp_path):
     for megabytes in (costs.total(cost) for cost, _ in table.uniform("nuclear-norm", costs).values()):
         recipe, chosen = table.allocate(megabytes=megabytes)
         quantized = vitquant.quantize(model, recipe, images.split(2))
-        assert quantized.stored_bytes == pytest.approx(costs.total(chosen.cost) * 1e6)
+        assert sum(quantized.stored_bytes.values()) == pytest.approx(costs.total(chosen.cost) * 1e6)
     quantized.save(tmp_path / "saved")
     restored = vitquant.load(tmp_path / "saved", model=model)
     with torch.no_grad():
@@ -133,7 +148,7 @@ def test_megabytes_are_those_of_the_saved_model(deit, tmp_path):
 
 def test_the_same_bits_everywhere_are_the_recipe_itself(deit):
     table, model, images = deit
-    recipe = table.with_bits(dict.fromkeys(table.weights, 6), "hand")
+    recipe = table.with_bits(dict.fromkeys(table.numbers, 6), "hand")
     mixed = vitquant.quantize(model, recipe, images.split(2))
     plain = vitquant.quantize(model, "vt-ptq", images.split(2), bits="w6a6", settings=QUICK)
     with torch.no_grad():
@@ -166,11 +181,11 @@ def test_mixed_precision_lowers_to_integers(recipe, name):
 
 def test_probabilities_with_bits_of_their_own_keep_them():
     table, _, _ = measured("timm deit", "repq-vit", bits="w6a6s4", candidates=(5, 6))
-    quantized_with = table.with_bits(dict.fromkeys(table.weights, 5), "hand")
+    quantized_with = table.with_bits(dict.fromkeys(table.numbers, 5), "hand")
     assert not any(rule.name == "attention-probs-5-bits" for rule in quantized_with.rules)
     table, _, _ = measured("timm deit", "repq-vit", bits="w6a6", candidates=(5, 6))
     assert any(
-        rule.name == "attention-probs-5-bits" for rule in table.with_bits(dict.fromkeys(table.weights, 5), "").rules
+        rule.name == "attention-probs-5-bits" for rule in table.with_bits(dict.fromkeys(table.numbers, 5), "").rules
     )
 
 
@@ -178,18 +193,45 @@ def test_a_rule_for_certain_sites_keeps_to_them():
     settings = ["activations.site=['blocks.*.mlp.*']", *QUICK]
     model, images = made("timm deit")
     table = vitquant.sensitivity(model, "vt-ptq", images.split(2), settings=settings, bits="w6a6", candidates=(5, 7))
-    recipe = table.with_bits({name: 5 if name.endswith("attn") else 7 for name in table.weights}, "hand")
+    recipe = table.with_bits({name: 5 if name.endswith("attn") else 7 for name in table.numbers}, "hand")
     rules = {rule.name: rule for rule in recipe.rules}
-    assert rules["activations-7-bits"].site == (
-        "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2",
-    )  # fmt: skip
+    assert set(rules["activations-7-bits"].value) == {
+        f"blocks.{i}.mlp.{fc}:input" for i in (0, 1) for fc in ("fc1", "fc2")
+    }
     assert "activations-5-bits" not in rules
-    assert rules["weights-5-bits"].site == ("blocks.0.attn.*", "blocks.1.attn.*")
+    assert {name.split(".")[2] for name in rules["weights-5-bits"].value} == {"attn"}
+    other = vitquant.quantize(model, load_recipe("vt-ptq"), images.split(2), settings=QUICK)
+    with pytest.raises(RecipeError, match=r"names blocks\.1\..*, which this model does not have"):
+        assign(recipe, recipe.bits, [value for value in other.values if "blocks.1" not in value.name])
+
+
+def test_names_that_are_another_library_s_paths_are_not_taken_for_them():
+    """The model's own `blocks.1` is the first that has attention, and is called blocks.0."""
+
+    class Shifted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            vit, _ = made("timm deit")
+            self.vit = vit
+            first, second = vit.blocks
+            vit.blocks = torch.nn.Sequential(torch.nn.Identity(), first, second)
+
+        def forward(self, images):
+            return self.vit(images)
+
+    model, images = Shifted().eval().vit, made("timm deit")[1]
+    table = vitquant.sensitivity(model, "vt-ptq", images.split(2), settings=QUICK, bits="w6a6", candidates=(4, 8))
+    wanted = {"blocks.0.attn": 4, "blocks.0.mlp": 4, "blocks.1.attn": 8, "blocks.1.mlp": 8}
+    recipe = table.with_bits(wanted, "hand")
+    quantized = vitquant.quantize(model, replace(recipe, methods=recipe.methods[:1]), images.split(2))
+    for module, rules in table.values.items():
+        for name in (name for names in rules.values() for name in names):
+            assert quantized.assignments[name].spec.bits == wanted[module]
 
 
 def test_any_cost_that_adds_up_can_be_allocated_by(deit):
     table = deit[0]
-    times = {name: {bits: 1.0 if bits <= 4 else 2.0 for bits in table.candidates} for name in table.weights}
+    times = {name: {bits: 1.0 if bits <= 4 else 2.0 for bits in table.candidates} for name in table.numbers}
     costs = Costs(times, "ms", fixed=3.0)
     _, chosen = table.allocate(within=(3.0 + 6.0, costs), by="output-error")
     assert sorted(chosen.bits.values()) == [4, 4, 8, 8]
@@ -266,19 +308,32 @@ def test_a_table_is_read_back_as_it_was_written(deit, tmp_path):
     assert SensitivityTable.from_json(path) == deit[0]
 
 
+def edited(key, change):
+    return lambda table: json.dumps({**table, key: change(table[key])})
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda table: "{",
         lambda table: "[]",
-        lambda table: json.dumps({**table, "format": 2}),
-        lambda table: json.dumps({key: value for key, value in table.items() if key != "rules"}),
-        lambda table: json.dumps({**table, "modules": []}),
-        lambda table: json.dumps({**table, "modules": table["modules"][1:2]}),
-        lambda table: json.dumps({**table, "modules": [{**each, "bits": "4"} for each in table["modules"]]}),
-        lambda table: json.dumps({**table, "modules": [{**each, "output_error": None} for each in table["modules"]]}),
-        lambda table: json.dumps({**table, "weights": 3}),
-        lambda table: json.dumps({**table, "weights": {}}),
+        lambda table: "[" * 100_000,
+        lambda table: json.dumps({key: value for key, value in table.items() if key != "values"}),
+        edited("format", lambda _: 2),
+        edited("modules", lambda _: []),
+        edited("modules", lambda modules: modules[1:]),
+        edited("modules", lambda modules: [{**each, "bits": 4} for each in modules]),
+        edited("modules", lambda modules: [{**each, "output_error": None} for each in modules]),
+        edited("modules", lambda modules: [{**each, "output_error": float("nan")} for each in modules]),
+        edited("modules", lambda modules: [{**each, "bits": str(int(each["bits"]) + 60)} for each in modules]),
+        edited("numbers", lambda _: 3),
+        edited("numbers", lambda _: {}),
+        edited("numbers", lambda numbers: dict.fromkeys(numbers, 0)),
+        edited("bytes", lambda sizes: {name: {"4": 1} for name in sizes}),
+        edited("bytes", lambda sizes: {name: dict.fromkeys(of, -1) for name, of in sizes.items()}),
+        edited("values", lambda values: {name: {"other": ["blocks.0.attn.qkv:input"]} for name in values}),
+        edited("values", lambda values: {name: {"weights": "abc"} for name in values}),
+        edited("recipe", lambda recipe: {**recipe, "rule": []}),
     ],
 )
 def test_a_damaged_table_is_refused_by_name(deit, tmp_path, damage):
@@ -288,6 +343,39 @@ def test_a_damaged_table_is_refused_by_name(deit, tmp_path, damage):
         SensitivityTable.from_json(path)
     with pytest.raises(AllocationError, match=r"cannot be read: No such file"):
         SensitivityTable.from_json(tmp_path / "none.json")
+
+
+def test_a_width_that_a_scheme_does_not_have_is_refused_before_any_work():
+    model, images = made("timm deit")
+    told = []
+    with pytest.raises(AllocationError, match=r"candidate 10, rule 'attention-probs'.*at most 8 bits.*--set attention"):
+        vitquant.sensitivity(model, "repq-vit", [images], candidates=(6, 8, 10), progress=lambda *s: told.append(s))
+    assert not told
+
+
+def test_what_is_quantized_last_is_measured_too():
+    """The quantizer of the logits, and that of a map that is a module's output."""
+    model, images = made("timm deit")
+    table = vitquant.sensitivity(model, "fq-vit", images.split(2), bits="w4a4s4", candidates=(3, 4))
+    sites = {each.name: each for each in table.sites}
+    assert sites["output"].output_error > 0
+    assert sites["output"].correlation < 1
+    assert all(each.squared_error > 0 for each in table.modules)
+    assert sites["patch_embed"].bits == "8/4"
+
+
+def test_images_of_windows_and_channels_last_are_one_matrix_of_tokens():
+    """torchvision's Swin keeps height and width apart; its MLPs have the nuclear norm of (tokens, channels)."""
+    model, images = made("torchvision swin")
+    table = vitquant.sensitivity(model, "vt-ptq", images.split(2), settings=QUICK, candidates=(6, 8))
+    held = []
+    block = model.features[1][0]
+    block.mlp.register_forward_hook(lambda _, given, made: held.append(made))
+    with torch.no_grad():
+        model(images)
+    expected = torch.linalg.svdvals(held[0].flatten(1, 2)).sum(1).mean()
+    found = next(each for each in table.modules if each.name == "blocks.0.mlp")
+    assert found.nuclear_norm == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_measuring_by_batches_is_measuring_at_once_and_the_same_every_time():

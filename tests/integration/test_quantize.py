@@ -339,7 +339,7 @@ def test_a_model_without_attention_is_refused():
 @pytest.mark.parametrize("observer", ["minmax", "omse", "best-percentile"])
 def test_a_scale_for_each_head_of_what_has_no_heads_is_refused(rule, observer):
     settings = [f"{rule}.per=head", f"{rule}.observer={observer}"]
-    with pytest.raises(RecipeError, match=rf"{rule}.*per = .head. needs the heads as third axis .* shape is \("):
+    with pytest.raises(RecipeError, match=rf"{rule}.*per = .head. needs attention's heads as third axis .* this is \("):
         vitquant.quantize(timm_vit(), "minmax", [torch.randn(2, 3, 64, 64)], settings=settings)
 
 

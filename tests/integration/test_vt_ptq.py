@@ -195,7 +195,7 @@ def test_the_residual_stream_alone_can_have_power_of_two_factors():
     assert all(found.quantizers[name].factor is not None for name in norms)
     for name, quantizer in plain.quantizers.items():
         assert torch.equal(quantizer.scale, found.quantizers[name].scale)
-    with pytest.raises(RecipeError, match="the name is taken"):
+    with pytest.raises(RecipeError, match="of overlay 'fully-integer' sets what rule 'residual-stream'"):
         vitquant.quantize(model, "vt-ptq+power-of-two-factor+fully-integer", [images])
 
 

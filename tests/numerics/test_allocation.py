@@ -134,8 +134,8 @@ def test_a_sensitivity_is_the_nuclear_norm_times_the_squared_error() -> None:
             )
             a, a_hat = scores(held["qkv"], lambda x: x), q_hat @ k_hat.mT / 4
             omega = (torch.linalg.svdvals(a).sum((1, 2)) * (a_hat - a).square().sum((1, 2, 3))).mean()
-            found = next(each for each in table.modules if (each.name, each.bits) == ("blocks.1.attn", bits))
-            assert found.nuclear_sensitivity == pytest.approx(float(omega), rel=2e-2)
+            found = next(each for each in table.modules if (each.name, each.bits) == ("blocks.1.attn", str(bits)))
+            assert found.nuclear_sensitivity == pytest.approx(float(omega), rel=1e-3)
             assert found.nuclear_norm == pytest.approx(float(torch.linalg.svdvals(a).sum((1, 2)).mean()), rel=1e-4)
 
             fc1, fc2 = block.mlp.fc1, block.mlp.fc2
@@ -145,5 +145,5 @@ def test_a_sensitivity_is_the_nuclear_norm_times_the_squared_error() -> None:
             hidden = (torch.nn.functional.gelu(hidden) / step).round().clamp(low, high) * step
             y_hat = torch.nn.functional.linear(hidden, quantize_to(fc2.weight, bits), fc2.bias)
             omega = (torch.linalg.svdvals(held["y"]).sum(1) * (y_hat - held["y"]).square().sum((1, 2))).mean()
-            found = next(each for each in table.modules if (each.name, each.bits) == ("blocks.1.mlp", bits))
-            assert found.nuclear_sensitivity == pytest.approx(float(omega), rel=2e-2)
+            found = next(each for each in table.modules if (each.name, each.bits) == ("blocks.1.mlp", str(bits)))
+            assert found.nuclear_sensitivity == pytest.approx(float(omega), rel=1e-3)

@@ -9,29 +9,33 @@ from vitquant.recipe import Recipe
 from vitquant.recipe.rule import Rule
 
 
-def mixed_recipe(recipe: Recipe, rules: Mapping[str, Mapping[str, Sequence[str]]], bits: Mapping[str, int]) -> Recipe:
+def mixed_recipe(recipe: Recipe, values: Mapping[str, Mapping[str, Sequence[str]]], bits: Mapping[str, int]) -> Recipe:
     """The recipe with each module's weights and activations at its bits; all else is as it was.
 
-    Behind every rule that decides about modules stand copies of it, one for each bit width, which say the modules.
+    Behind every rule that decides about modules stand copies of it, one for each bit width, which name the values.
 
     Arguments:
         recipe: whose rules have symbols for these bits.
-        rules: for each module the rules that decide about it, and their sites there.
+        values: for each module the rules that decide about it, and the names of what they decide about there.
         bits: of each module.
 
     Raises:
         RecipeError: a bit width that a rule's scheme does not have.
+
+    Pitfall: a later `--set` of a rule does not reach its copies; change the recipe before it is measured.
     """
     grown: list[Rule] = []
     for rule in recipe.rules:
         grown.append(rule)
         for width in sorted(set(bits.values())):
-            sites: list[str] = []
-            for module, decided in rules.items():
-                if bits.get(module) == width and rule.name in decided:
-                    sites += [f"{module}.*"] if rule.site == ("*",) else decided[rule.name]
-            if sites:
+            names = tuple(
+                name
+                for module, decided in values.items()
+                if bits[module] == width
+                for name in decided.get(rule.name, ())
+            )
+            if names:
                 assert rule.spec is not None
-                name, spec = f"{rule.name}-{width}-bits", replace(rule.spec, bits=width)
-                grown.append(replace(rule, name=name, site=tuple(sites), spec=spec, optional=False))
+                named = replace(rule, name=f"{rule.name}-{width}-bits", site=("*",), kind=(), operand=(), value=names)
+                grown.append(replace(named, spec=replace(rule.spec, bits=width), optional=False))
     return replace(recipe, rules=tuple(grown))

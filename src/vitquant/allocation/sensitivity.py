@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,8 +15,11 @@ from vitquant.errors import AllocationError, CalibrationError
 from vitquant.model import QuantizedModel, Tap
 from vitquant.objectives.correlation import correlation
 from vitquant.progress import Progress, silent
+from vitquant.tapped import by_image
 
-_IMAGES_AT_ONCE = 8  # every part's float result is held for these
+_IMAGES_AT_ONCE = 8
+_HELD = 1 << 30  # bytes of float results of parts, and of what stands before them
+_MAPS = ("scores", "softmax", "context", "product")  # their results are matrices for each head
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,14 @@ class Part:
     Arguments:
         name: a site's or a module's.
         kind: a site's, or `module`.
+        bits: what it is called: the module's width, or those of a site's operands.
         values: the names of the values that are quantized.
         output: what is compared with float: what a site computes, or `site:operand`, what one reads.
     """
 
     name: str
     kind: str
+    bits: str
     values: tuple[str, ...]
     output: str
 
@@ -41,7 +47,7 @@ class Sensitivity:
 
     Arguments:
         name, kind: the part's.
-        bits: the width.
+        bits: the module's width, or those of a site's operands, in their order.
         output_error: the squared change of the logits, over the square of the float logits.
         correlation: Pearson's of the part's own output with what it is in float.
         squared_error: the squared change of the part's own output, summed over its elements.
@@ -53,7 +59,7 @@ class Sensitivity:
 
     name: str
     kind: str
-    bits: int
+    bits: str
     output_error: float
     correlation: float
     squared_error: float
@@ -71,57 +77,72 @@ class Sensitivity:
         Raises:
             AllocationError: keys are missing, or values are of another type.
         """
-        kinds = {"name": str, "kind": str, "bits": int}
         for field in fields(cls):
-            if not isinstance(table.get(field.name), kinds.get(field.name, float | int)):
-                raise AllocationError(f"{field.name} = {table.get(field.name)!r} of a sensitivity is not what it was")
+            found = table.get(field.name)
+            fits = isinstance(found, str) if field.type == "str" else isinstance(found, float | int)
+            if not fits or (isinstance(found, float) and not math.isfinite(found)):
+                raise AllocationError(f"{field.name} = {found!r} of a sensitivity is not what it was")
         return cls(**{field.name: table[field.name] for field in fields(cls)})
 
 
 def measure(
-    models: Mapping[int, QuantizedModel],
-    parts: Mapping[int, Sequence[Part]],
+    model: QuantizedModel,
+    parts: Sequence[Part],
     data: Iterable[Tensor],
+    norms: dict[str, list[Tensor]],
     progress: Progress = silent,
 ) -> list[Sensitivity]:
-    """Quantize every part by itself, in each of its bit widths, and compare with the float model.
+    """Quantize every part by itself, and compare with the float model.
 
-    For each part and bit width an image goes through all that stands behind the part, and for each bit width once
-    through the float model; memory does not grow with the images.
+    For each part an image goes through all that stands behind it, and once through the float model; memory does not
+    grow with the images, but for `norms`.
 
     Arguments:
-        models: the calibrated model of each bit width, all of one float function.
-        parts: of each bit width, with the same outputs in all.
+        model: calibrated, its operations in float.
+        parts: of the model.
         data: the calibration batches.
+        norms: the nuclear norms of float outputs, one number an image; filled with those that are not there, so that
+            a second model of the same float function need not find them again.
         progress: told how many parts of how many are done in a batch.
 
     Returns:
-        One for each part and bit width, parts of a bit width together, in the order given.
+        One for each part.
 
     Raises:
-        CalibrationError: no data.
+        CalibrationError: no data, or NaN or infinity at a part, which the message names.
     """
-    sums = {(bits, part.name): _Sums() for bits, some in parts.items() for part in some}
+    sums = {part.name: _Sums() for part in parts}
+    known = {part.name: model.known_before(part.values) for part in parts}
+    outputs, nodes = list(dict.fromkeys(part.output for part in parts)), {n for each in known.values() for n in each}
+    new = [output for output in outputs if output not in norms]
     with torch.inference_mode():
-        for images in (chunk for batch in data for chunk in batch.split(_IMAGES_AT_ONCE)):
-            done, norms = 0, {}
-            for bits, some in parts.items():
-                model = models[bits]
-                known = {part.name: model.known_before(part.values) for part in some}
-                outputs = list(dict.fromkeys(part.output for part in some))
-                held, floats = _floats(model, images, outputs, {node for each in known.values() for node in each})
-                norms = norms or {output: _nuclear_norms(floats[output]) for output in outputs}
-                for part in some:
-                    progress("measuring", done, len(sums))
-                    found: dict[str, Tensor] = {}
-                    before = {node: held[node] for node in known[part.name]}
-                    model.resume(before, part.values, _taps(model, len(images), [part.output], found))
-                    sums[bits, part.name].add(found, floats, part.output, _logits(model), norms[part.output])
-                    done += 1
-            progress("measuring", done, len(sums))
+        for number, images in enumerate(_chunks(data, _bytes_of_image(model, outputs, nodes))):
+            held, floats = _floats(model, images, outputs, nodes)
+            for output in new:
+                norms.setdefault(output, []).append(_nuclear_norms(floats[output], output))
+            for done, part in enumerate(parts):
+                progress("measuring", done, len(parts))
+                found: dict[str, Tensor] = {}
+                before = {node: held[node] for node in known[part.name]}
+                model.resume(before, part.values, _taps(model, len(images), [part.output], found))
+                sums[part.name].add(found, floats, part.output, _logits(model), norms[part.output][number])
+            progress("measuring", len(parts), len(parts))
     if not all(each.images for each in sums.values()):
         raise CalibrationError("no calibration images: give at least one batch")
-    return [sums[bits, part.name].means(part.name, part.kind, bits) for bits, some in parts.items() for part in some]
+    return [sums[part.name].means(part) for part in parts]
+
+
+def _chunks(data: Iterable[Tensor], bytes_of_image: int) -> Iterator[Tensor]:
+    """Batches cut so small that what is held of them fits."""
+    size = max(1, min(_IMAGES_AT_ONCE, _HELD // max(1, bytes_of_image)))
+    return (chunk for batch in data for chunk in batch.split(size))
+
+
+def _bytes_of_image(model: QuantizedModel, outputs: Sequence[str], nodes: Collection[str]) -> int:
+    """Of what is held for one image; windows, which stand in the batch, count as one."""
+    places = {_place(model, output)[1] for output in outputs} | set(nodes)
+    shapes = [node.meta.get("shape", ()) for node in model.graph_module.graph.nodes if node.name in places]
+    return 4 * sum(math.prod(size for size in shape if size > 0) for shape in shapes)
 
 
 class _Sums:
@@ -135,19 +156,21 @@ class _Sums:
         self, found: Mapping[str, Tensor], floats: Mapping[str, Tensor], output: str, logits: str, norms: Tensor
     ) -> None:
         y = floats[output]
-        errors = (found[output] - y).double().square().flatten(1).sum(1)
+        errors = (found[output].double() - y.double()).square().flatten(1).sum(1)
         self.images += len(y)
         self._logits += float(floats[logits].double().square().sum())
-        self._change += float((found[logits] - floats[logits]).double().square().sum())
+        self._change += float((found[logits].double() - floats[logits].double()).square().sum())
         self._correlation += float(correlation(y, found[output]).sum())
         self._error += float(errors.sum())
         self._norm += float(norms.sum())
         self._product += float((errors * norms).sum())
 
-    def means(self, name: str, kind: str, bits: int) -> Sensitivity:
+    def means(self, part: Part) -> Sensitivity:
         change = self._change / self._logits if self._logits else 0.0
-        rest = (self._correlation, self._error, self._norm, self._product)
-        return Sensitivity(name, kind, bits, change, *(each / self.images for each in rest))
+        rest = [each / self.images for each in (self._correlation, self._error, self._norm, self._product)]
+        if not all(map(math.isfinite, (change, *rest))):
+            raise CalibrationError(f"{part.name}: NaN or infinity when it is quantized to {part.bits} bits")
+        return Sensitivity(part.name, part.kind, part.bits, change, *rest)
 
 
 def _logits(model: QuantizedModel) -> str:
@@ -172,26 +195,36 @@ def _floats(
 
 def _taps(model: QuantizedModel, images: int, outputs: Sequence[str], into: dict[str, Tensor]) -> list[tuple[str, Tap]]:
     """Taps that put what parts compute, and the logits, as (images, ..., rows, columns); quantized, where they are."""
-    sites = {site.name: site for site in model.sites}
     shapes = {node.name: node.meta["shape"] for node in model.graph_module.graph.nodes if "shape" in node.meta}
 
     def hold(output: str, shape: Sequence[int], kind: str) -> Callable[[Tensor], None]:
         def tap(x: Tensor) -> None:
-            x = x.movedim(list(shape).index(-1), 0).unflatten(0, (images, -1))
-            into[output] = (x.flatten(-2) if kind == "conv" and x.ndim > 4 else x).clone()
+            x = by_image(x, list(shape).index(-1), images)
+            if kind == "conv" and x.ndim > 4:
+                x = x.flatten(-2)  # channels and places
+            elif kind not in _MAPS and x.ndim > 2:
+                x = x.flatten(1, -2)  # tokens and channels
+            into[output] = x.clone()
 
         return tap
 
     taps = []
     for output in dict.fromkeys((*outputs, _logits(model))):
-        name, _, operand = output.rpartition(":")
-        site = sites[name or output]
-        node = site.operands[operand] if name else site.node
-        taps.append((model.read_as(node), hold(output, shapes[node], site.kind)))
+        kind, node = _place(model, output)
+        taps.append((model.read_as(node), hold(output, shapes[node], kind)))
     return taps
 
 
-def _nuclear_norms(x: Tensor) -> Tensor:
+def _place(model: QuantizedModel, output: str) -> tuple[str, str]:
+    """The kind of the site where an output is looked at, and the graph node that it is."""
+    name, _, operand = output.rpartition(":")
+    site = next(site for site in model.sites if site.name == (name or output))
+    return site.kind, site.operands[operand] if name else site.node
+
+
+def _nuclear_norms(x: Tensor, output: str) -> Tensor:
     """The sum of the singular values of each image's matrices: float64 (images,)."""
+    if not bool(torch.isfinite(x).all()):
+        raise CalibrationError(f"{output}: NaN or infinity in the float model")
     matrices = x.float().flatten(1, -3) if x.ndim > 3 else x.float()[:, None]
     return torch.linalg.svdvals(matrices).double().flatten(1).sum(1)

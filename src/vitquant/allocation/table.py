@@ -10,11 +10,10 @@ from typing import Any
 
 from vitquant.allocation.front import Allocation, Choice, Costs, best_within, pareto_front
 from vitquant.allocation.mixed_recipe import mixed_recipe
-from vitquant.allocation.modules import Module
 from vitquant.allocation.sensitivity import Sensitivity
 from vitquant.errors import AllocationError, VitquantError
-from vitquant.packing import packed_size
 from vitquant.recipe import Bits, Recipe
+from vitquant.spec import MAX_BITS, MIN_BITS
 
 FORMAT = 1
 MEASURES = ("nuclear-norm", "output-error", "correlation")
@@ -29,8 +28,9 @@ class SensitivityTable:
         bits: what its symbols stand for where no module has bits of its own.
         modules: one for each module and candidate, candidates in order.
         sites: one for each site, at `bits`.
-        weights: for each module how many numbers each of its weights has.
-        rules: for each module the rules that decide about it, and their sites there.
+        numbers: how many numbers each module's weights have.
+        bytes: what each module's weights take in a saved model, at each candidate.
+        values: for each module the rules that decide about it, and the names of what they decide about there.
         other_bytes: what is stored beside the modules' weights.
         about: model, calibration images: plain JSON values.
     """
@@ -39,29 +39,25 @@ class SensitivityTable:
     bits: str
     modules: tuple[Sensitivity, ...]
     sites: tuple[Sensitivity, ...]
-    weights: Mapping[str, tuple[int, ...]]
-    rules: Mapping[str, Mapping[str, tuple[str, ...]]]
+    numbers: Mapping[str, int]
+    bytes: Mapping[str, Mapping[int, int]]
+    values: Mapping[str, Mapping[str, tuple[str, ...]]]
     other_bytes: int
     about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def candidates(self) -> list[int]:
         """The bit widths that modules were measured at."""
-        return sorted({each.bits for each in self.modules})
+        return sorted({int(each.bits) for each in self.modules})
 
     def mean_bits(self) -> Costs:
         """The bits of all modules' weights; the unit is bits in the mean."""
-        numbers = {name: sum(counts) for name, counts in self.weights.items()}
-        of = {name: {bits: bits * count for bits in self.candidates} for name, count in numbers.items()}
-        return Costs(of, "bits in the mean", per=sum(numbers.values()))
+        of = {name: {bits: bits * count for bits in self.candidates} for name, count in self.numbers.items()}
+        return Costs(of, "bits in the mean", per=sum(self.numbers.values()))
 
     def megabytes(self) -> Costs:
         """What a saved model takes, patch embedding, head and all that is float with it. Above 8 bits that is 16."""
-        of = {
-            name: {bits: sum(packed_size(count, bits) for count in counts) for bits in self.candidates}
-            for name, counts in self.weights.items()
-        }
-        return Costs(of, "MB", self.other_bytes, 1e6)
+        return Costs(self.bytes, "MB", self.other_bytes, 1e6)
 
     def choices(self, by: str, costs: Costs) -> dict[str, list[Choice]]:
         """For each module its candidates, with what `by` measured and what they cost.
@@ -82,9 +78,10 @@ class SensitivityTable:
                 "output-error": each.output_error,
                 "correlation": 1 - each.correlation,
             }[by]
-            if each.bits not in costs.of.get(each.name, {}):
-                raise AllocationError(f"costs say nothing of {each.name} at {each.bits} bits")
-            found.setdefault(each.name, []).append(Choice(each.bits, costs.of[each.name][each.bits], lost))
+            bits = int(each.bits)
+            if bits not in costs.of.get(each.name, {}):
+                raise AllocationError(f"costs say nothing of {each.name} at {bits} bits")
+            found.setdefault(each.name, []).append(Choice(bits, costs.of[each.name][bits], lost))
         return found
 
     def uniform(self, by: str, costs: Costs) -> dict[int, tuple[float, float]]:
@@ -139,7 +136,7 @@ class SensitivityTable:
         """
         costs = self.mean_bits()
         mean = costs.total(sum(costs.of[name][width] for name, width in bits.items()))
-        recipe = mixed_recipe(self.recipe, self.rules, bits)
+        recipe = mixed_recipe(self.recipe, self.values, bits)
         title = f"{recipe.title}; mixed precision by {by}, {mean:.2f} bits in the mean of {len(bits)} modules"
         return replace(recipe, name=f"{recipe.name}-mixed", title=title, bits=Bits.parse(self.bits), expected="")
 
@@ -152,9 +149,13 @@ class SensitivityTable:
                 "bits": self.bits,
                 "recipe": self.recipe.to_dict(),
                 "other_bytes": self.other_bytes,
-                "weights": {name: list(counts) for name, counts in self.weights.items()},
-                "rules": {
-                    name: {rule: list(sites) for rule, sites in decided.items()} for name, decided in self.rules.items()
+                "numbers": dict(self.numbers),
+                "bytes": {
+                    name: {str(bits): size for bits, size in sizes.items()} for name, sizes in self.bytes.items()
+                },
+                "values": {
+                    name: {rule: list(names) for rule, names in decided.items()}
+                    for name, decided in self.values.items()
                 },
                 "modules": [each.to_dict() for each in self.modules],
                 "sites": [each.to_dict() for each in self.sites],
@@ -179,8 +180,9 @@ class SensitivityTable:
                 str(Bits.parse(table["bits"])),
                 tuple(Sensitivity.from_dict(each) for each in table["modules"]),
                 tuple(Sensitivity.from_dict(each) for each in table["sites"]),
-                {name: tuple(map(int, counts)) for name, counts in table["weights"].items()},
-                {name: {r: tuple(s) for r, s in decided.items()} for name, decided in table["rules"].items()},
+                {name: int(count) for name, count in table["numbers"].items()},
+                {name: {int(bits): int(size) for bits, size in of.items()} for name, of in table["bytes"].items()},
+                {name: {r: tuple(v) for r, v in decided.items()} for name, decided in table["values"].items()},
                 int(table["other_bytes"]),
                 dict(table["about"]),
             )
@@ -189,39 +191,26 @@ class SensitivityTable:
             raise AllocationError(f"{path} cannot be read: {error.strerror}") from error
         except VitquantError as error:
             raise AllocationError(f"{path}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AllocationError(f"{path} is not what `vitquant sensitivity` writes: {error!r}") from error
         return made
 
     def _check(self) -> None:
-        measured = [(each.name, each.bits) for each in self.modules]
-        expected = [(name, bits) for bits in self.candidates for name in self.weights]
-        if not measured or sorted(measured) != sorted(expected) or set(self.rules) != set(self.weights):
-            raise AllocationError("its modules do not agree; measure the model again")
-
-    @classmethod
-    def of(
-        cls,
-        recipe: Recipe,
-        bits: str,
-        modules: tuple[Module, ...],
-        measured: list[Sensitivity],
-        other_bytes: int,
-        about: dict[str, Any],
-    ) -> SensitivityTable:
-        """What was measured, with what has to be known about the modules.
-
-        Arguments:
-            modules: of the recipe's bits.
-            measured: modules at all candidates, and sites.
-        """
-        return cls(
-            recipe,
-            bits,
-            tuple(each for each in measured if each.kind == "module"),
-            tuple(each for each in measured if each.kind != "module"),
-            {module.name: module.weights for module in modules},
-            {module.name: module.rules for module in modules},
-            other_bytes,
-            about,
+        """Refuse what an edit can make of a file."""
+        measured = [(each.name, int(each.bits)) for each in self.modules]
+        expected = [(name, bits) for bits in self.candidates for name in self.numbers]
+        quantizing = {rule.name for rule in self.recipe.rules if rule.spec is not None}
+        sizes = [self.other_bytes, *(size for of in self.bytes.values() for size in of.values())]
+        sound = (
+            bool(measured)
+            and sorted(measured) == sorted(expected)
+            and all(MIN_BITS <= bits <= MAX_BITS for bits in self.candidates)
+            and set(self.values) == set(self.bytes) == set(self.numbers)
+            and all(sorted(of) == self.candidates for of in self.bytes.values())
+            and all(count > 0 for count in self.numbers.values())
+            and all(size >= 0 for size in sizes)
+            and all(set(decided) <= quantizing for decided in self.values.values())
+            and all(":" in name for decided in self.values.values() for names in decided.values() for name in names)
         )
+        if not sound:
+            raise AllocationError("its modules, numbers, bytes and values do not agree; measure the model again")

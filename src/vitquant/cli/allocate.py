@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,14 +9,7 @@ import typer
 
 from vitquant.cli import options
 from vitquant.cli.terminal import Terminal
-
-
-class Measure(StrEnum):
-    """By what bits are allocated."""
-
-    NUCLEAR_NORM = "nuclear-norm"
-    OUTPUT_ERROR = "output-error"
-    CORRELATION = "correlation"
+from vitquant.errors import AllocationError
 
 
 def allocate(
@@ -27,7 +19,9 @@ def allocate(
         float | None, typer.Option(help="Of the weights of attention and MLP, at most, as in 6 or 5.5.")
     ] = None,
     megabytes: Annotated[float | None, typer.Option(help="Of the saved model, at most, instead of mean bits.")] = None,
-    by: Annotated[Measure, typer.Option(help="What is to be least.")] = Measure.NUCLEAR_NORM,
+    by: Annotated[
+        str, typer.Option(metavar="MEASURE", help="What is to be least: nuclear-norm, output-error or correlation.")
+    ] = "nuclear-norm",
     figure: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the Pareto front.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
     json: options.Json = False,
@@ -39,9 +33,15 @@ def allocate(
         from vitquant.allocation.front import pareto_front
         from vitquant.allocation.table import SensitivityTable
         from vitquant.files import check_new_file, write_file
-        from vitquant.report.figures import front_figure
+        from vitquant.report.figures import check_matplotlib, front_figure
         from vitquant.report.tables import allocation_table, facts
 
+        if output.suffix != ".toml":
+            raise AllocationError(f"{output}: the name of a recipe's file ends in .toml")
+        if figure is not None:
+            check_matplotlib()
+            if figure.suffix != ".png":
+                raise AllocationError(f"{figure}: the name of a figure's file ends in .png")
         for path in (output, figure):
             if path is not None:
                 check_new_file(path, force)
@@ -67,7 +67,7 @@ def allocate(
             "output": str(output.absolute()),
             "figure": None if figure is None else str(figure.absolute()),
             "recipe": recipe.name,
-            "by": str(by),
+            "by": by,
             "unit": costs.unit,
             "cost": costs.total(chosen.cost),
             "sensitivity": chosen.sensitivity,

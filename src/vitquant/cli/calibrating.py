@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vitquant.cli.terminal import Terminal
 from vitquant.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -107,6 +108,16 @@ def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
     data = batches(items, steps, size, request.workers, request.skip_bad_images)
     _refuse_less_than_a_batch(len(data.items), request.batch, request.calibration)
     return Prepared(network, source, steps, data, len(items), size)
+
+
+def say_what_was_used(terminal: Terminal, prepared: Prepared, request: Request, recipe: Recipe) -> None:
+    """Note fewer images than the recipe asks for, and those that were left out."""
+    usual, skipped = recipe.calibration.images, prepared.data.skipped
+    if request.images is None and prepared.chosen < usual:
+        there = f"all {prepared.chosen} images of {request.calibration}"
+        terminal.note(f"{there} were used; {recipe.name} asks for {usual}")
+    if skipped:
+        terminal.note(f"{len(skipped)} images were left out, first: {skipped[0].path}: {skipped[0].reason}")
 
 
 def _choose(items: list[Item], directory: Path, asked: int | None, usual: int, seed: int) -> list[Item]:

@@ -92,11 +92,7 @@ def quantize(
             quantized.provenance["calibration"] |= origin
             update(description="writing")
             quantized.save(output, force)
-        if images is None and prepared.chosen < (usual := chosen.calibration.images):
-            terminal.note(f"all {prepared.chosen} images of {calibration} were used; {chosen.name} asks for {usual}")
-        if data.skipped:
-            first = data.skipped[0]
-            terminal.note(f"{len(data.skipped)} images were left out, first: {first.path}: {first.reason}")
+        calibrating.say_what_was_used(terminal, prepared, request, chosen)
         values = _facts(quantized, network, source, output)
         seconds = time.perf_counter() - started
         rows = {

@@ -49,11 +49,13 @@ def sensitivity(
         with terminal.progress("loading"):
             from vitquant import precision
             from vitquant.files import check_new_file, write_file
-            from vitquant.recipe import load_recipe, override
+            from vitquant.recipe import Bits, load_recipe, override
             from vitquant.report.figures import check_matplotlib, sensitivity_figure
             from vitquant.report.tables import facts, sensitivity_table
 
-            widths = _widths(candidates)
+            widths = precision.check_candidates(_widths(candidates))
+            if bits is not None:
+                Bits.parse(bits)
             if output is not None:
                 check_matplotlib()
                 for name in (TABLE, FIGURE):
@@ -71,6 +73,7 @@ def sensitivity(
             )
             about = {"model": prepared.source.name, "directory": str(calibration.absolute()), "seed": seed}
             table = replace(table, about=table.about | about)
+        calibrating.say_what_was_used(terminal, prepared, request, chosen)
         rows = {
             "model": prepared.source.name,
             "recipe": f"{chosen.name}, {table.bits}; modules at {', '.join(map(str, table.candidates))} bits",
@@ -85,11 +88,12 @@ def sensitivity(
             **table.about,
             "recipe": chosen.name,
             "bits": table.bits,
+            "skipped_images": len(prepared.data.skipped),
             "output": None if output is None else str(output.absolute()),
             "modules": [each.to_dict() for each in table.modules],
             "sites": [each.to_dict() for each in table.sites],
         }
-        by_name = sorted(table.modules, key=lambda each: list(table.weights).index(each.name))
+        by_name = sorted(table.modules, key=lambda each: list(table.numbers).index(each.name))
         terminal.result(values, sensitivity_table(by_name), sensitivity_table(table.sites), facts(rows))
 
 

@@ -24,7 +24,7 @@ from vitquant.methods.searched_layer import (
     searched,
 )
 from vitquant.model import QuantizedModel, Record
-from vitquant.objectives.correlation import CANDIDATES_AT_ONCE
+from vitquant.objectives.correlation import CANDIDATES_AT_ONCE, IN_CACHE
 from vitquant.objectives.product_output import Ranking
 from vitquant.progress import Progress, silent
 from vitquant.quantizers import Quantizer, build_quantizer
@@ -32,6 +32,7 @@ from vitquant.quantizers.parameters import SMALLEST_SCALE
 from vitquant.search.coordinates import alternate, multiples
 from vitquant.sites import Site
 from vitquant.spec import PerTensor, PowerOfTwoScale, QParams
+from vitquant.tapped import by_image
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def search_scales(
         images, one = images + len(batch), batch[:1] if one is None else one
     if one is None:
         raise CalibrationError("no calibration images: give at least one batch")
-    groups, refused = _groups(model, one)
+    groups, refused = _groups(model, one, settings.pairs)
     ranking = Ranking(settings.gamma, settings.theta, settings.pairs, settings.seed)
     decisions: dict[str, dict[str, Any]] = {name: {"as calibrated, because": why} for name, why in refused.items()}
     found: dict[str, Quantizer] = {}
@@ -124,7 +125,7 @@ def search_scales(
             layers = [searched(model, site, held, ranking) for site in group.sites]
             present = {name: model.quantizers[name] for name in group.values}
             search = _Search(layers, present, settings)
-            corrects = settings.bias_correction and any(site.kind in LAYERS for site in group.sites)
+            corrects = settings.bias_correction and any(layer.correctable for layer in layers)
             result = alternate(group.values, 0, search.scores, settings.rounds, search.correct if corrects else None)
             rounds = max(rounds, result.rounds)
             found |= {name: search.candidates[name][index] for name, index in result.choice.items()}
@@ -155,7 +156,7 @@ class _Group:
         values: the operands' values, by name.
         held: bytes for each image of their operands.
         work: bytes for each image of what the search makes of those.
-        candidates: bytes of what is made of the candidate weights that are looked at together.
+        candidates: bytes of what is made of candidates, however many images there are.
     """
 
     sites: tuple[Site, ...]
@@ -165,7 +166,7 @@ class _Group:
     candidates: int
 
 
-def _groups(model: QuantizedModel, image: Tensor) -> tuple[list[_Group], dict[str, str]]:
+def _groups(model: QuantizedModel, image: Tensor, pairs: int) -> tuple[list[_Group], dict[str, str]]:
     """The layers that can be searched, those with a common operand together; and why others cannot."""
     refused: dict[str, str] = {}
     members: list[tuple[set[str], list[Site]]] = []
@@ -188,7 +189,7 @@ def _groups(model: QuantizedModel, image: Tensor) -> tuple[list[_Group], dict[st
     order = {value.name: index for index, value in enumerate(model.values)}
     sizes = {name: x.numel() for name, x in _operands(model, [image], [s for _, some in members for s in some]).items()}
     return [
-        _Group(tuple(sites), tuple(sorted(names, key=order.__getitem__)), *_bytes(model, sites, sizes))
+        _Group(tuple(sites), tuple(sorted(names, key=order.__getitem__)), *_bytes(model, sites, sizes, pairs))
         for names, sites in members
     ], refused
 
@@ -222,11 +223,14 @@ def _unfit(model: QuantizedModel, site: Site) -> str:
     return ""
 
 
-def _bytes(model: QuantizedModel, sites: Sequence[Site], sizes: Mapping[str, int]) -> tuple[int, int, int]:
+def _bytes(
+    model: QuantizedModel, sites: Sequence[Site], sizes: Mapping[str, int], pairs_at_most: int
+) -> tuple[int, int, int]:
     """`held`, `work` and `candidates` of a group; see `objectives` for what is made of the operands.
 
     Arguments:
         sizes: how many elements each operand has for one image.
+        pairs_at_most: of the ranking loss; 0 for all.
     """
     held = work = candidate = 0
     for site in sites:
@@ -239,8 +243,21 @@ def _bytes(model: QuantizedModel, sites: Sequence[Site], sizes: Mapping[str, int
             work += tokens * (inputs + outputs) + 3 * inputs * (inputs + outputs)
             candidate = max(candidate, 2 * CANDIDATES_AT_ONCE * inputs * (inputs + outputs))
         else:
-            held += sum(sizes[str(site.reader(operand))] for operand in site.operands)
+            operands = [sizes[str(site.reader(operand))] for operand in site.operands]
+            held += sum(operands)
+            pairs, rows = _map(model, site, sizes, pairs_at_most)
+            candidate = max(candidate, 4 * max(IN_CACHE, *operands) + 3 * pairs * rows)
     return 4 * held, 4 * work, 4 * candidate
+
+
+def _map(model: QuantizedModel, site: Site, sizes: Mapping[str, int], pairs_at_most: int) -> tuple[int, int]:
+    """Of an attention map the pairs of columns that are compared, and one image's rows, of all heads and windows."""
+    operand = "query" if site.kind == "scores" else "probs"
+    shapes = {node.name: node.meta.get("shape") for node in model.graph_module.graph.nodes}
+    columns = shapes[site.node if site.kind == "scores" else site.operands[operand]][-1]
+    pairs = columns * (columns - 1) // 2
+    rows = sizes[str(site.reader(operand))] // shapes[site.operands[operand]][-1]
+    return min(pairs, pairs_at_most or pairs), rows
 
 
 def _within(groups: Sequence[_Group], images: int, settings: SearchScalesSettings) -> Iterator[list[_Group]]:
@@ -273,7 +290,7 @@ def _operands(model: QuantizedModel, data: Iterable[Tensor], sites: Sequence[Sit
 
     def hold(name: str, axis: int) -> Callable[[Tensor], None]:
         def tap(x: Tensor) -> None:
-            x = x.movedim(axis, 0).unflatten(0, (images, -1)).to(torch.promote_types(x.dtype, torch.float32))
+            x = by_image(x, axis, images).to(torch.promote_types(x.dtype, torch.float32))
             held.setdefault(name, []).append(x.clone())
 
         return tap

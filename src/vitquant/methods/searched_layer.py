@@ -51,6 +51,11 @@ class SearchedLayer:
             self._bias = self._output.corrected_bias(source, weight)
 
     @property
+    def correctable(self) -> bool:
+        """Whether it has a bias that may change."""
+        return self._stored is not None
+
+    @property
     def corrected(self) -> tuple[Tensor, Tensor] | None:
         """The stored bias and what it has to become; None where it stays."""
         return None if self._stored is None or self._bias is self._output.bias else (self._stored, self._bias)
@@ -72,6 +77,8 @@ class SearchedProduct:
         if name == self.values[0]:
             return self._output.of_operands(candidates, [right])
         return self._output.of_operands([left], candidates)
+
+    correctable = False
 
     def correct(self, chosen: Mapping[str, Quantizer]) -> None:
         """It has no bias."""

@@ -47,6 +47,8 @@ class ProductOutput:
     def of_operands(self, left: Sequence[Quantize], right: Sequence[Quantize]) -> Tensor:
         """The mean over images of correlation - gamma * ranking loss: float64 (candidates,).
 
+        Where candidates do not change the map the loss is the same for all, and is left out.
+
         Arguments:
             left, right: quantizers of the operands: candidates of one, and the one that the other keeps.
 

@@ -42,12 +42,15 @@ def assign(recipe: Recipe, bits: Bits, values: Sequence[Value]) -> dict[str, Ass
         values: the model's.
 
     Raises:
-        RecipeError: a rule that is not optional matches nothing; two overlays set the same value and the
-            later does not say `override = true`; these bits do not fit a rule's scheme; or a scale for each head of
-            what has no axis of heads.
+        RecipeError: a rule that is not optional matches nothing, or names a value that is not there; two overlays set
+            the same value and the later does not say `override = true`; these bits do not fit a rule's scheme; or a
+            scale for each head of what has no axis of heads.
     """
     matches = {rule.name: [any(rule.reads(r) for r in value.readers) for value in values] for rule in recipe.rules}
+    known = {str(reader) for value in values for reader in value.readers}
     for rule in recipe.rules:
+        if missing := [name for name in rule.value if name not in known]:
+            raise RecipeError(f"rule {rule.name!r} names {missing[0]}, which this model does not have")
         if not rule.optional and not any(matches[rule.name]):
             readers = [reader for value in values for reader in value.readers]
             raise RecipeError(f"rule {rule.name!r} matches nothing in this model: {_why(rule, readers)}")
@@ -71,10 +74,18 @@ def _assignment(rules: Sequence[Rule], bits: Bits, value: Value) -> Assignment:
         return Assignment(None, None, winner.name)
     with within(f"rule {winner.name!r} at {value.name} with bits {bits}"):
         spec = winner.spec.resolve(bits, value.channel_axis)
-        if isinstance(spec.granularity, PerHead) and (value.parameter or len(value.shape) < 3 or value.shape[-3] < 0):
+        if isinstance(spec.granularity, PerHead) and not _has_heads(value):
             sizes = ", ".join("batch" if size < 0 else str(size) for size in value.shape)
-            raise RecipeError(f'per = "head" needs the heads as third axis from the end, and the shape is ({sizes})')
+            raise RecipeError(
+                f'per = "head" needs attention\'s heads as third axis from the end, and this is ({sizes})'
+            )
         return Assignment(spec, winner.observer, winner.name)
+
+
+def _has_heads(value: Value) -> bool:
+    """Whether attention reads it with its heads on axis -3."""
+    in_attention = any(r.kind in ("scores", "softmax", "context") for r in value.readers)
+    return in_attention and len(value.shape) > 3 and value.shape[-3] > 0
 
 
 def _why(rule: Rule, readers: Sequence[Reader]) -> str:

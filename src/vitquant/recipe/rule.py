@@ -35,7 +35,7 @@ SCHEMES: dict[str, type[Scheme]] = {
 }
 GRANULARITIES = ("tensor", "axis", "head")
 SPEC_KEYS = ("scheme", "bits", "signed", "symmetric", "per")
-RULE_KEYS = ("name", "site", "kind", "operand", "float", "spec", "observer", "optional", "override", "overlay")
+RULE_KEYS = ("name", "site", "kind", "operand", "value", "float", "spec", "observer", "optional", "override", "overlay")
 
 
 def scheme_keys(scheme: str) -> tuple[str, ...]:
@@ -125,6 +125,7 @@ class Rule:
         site: globs, matched with the site's name or the library's module path.
         kind: any of these `sites.KINDS`; empty for all.
         operand: any of these `sites.OPERANDS`; empty for all.
+        value: values by any of their readers, `site:operand`, written out; empty for all.
         spec: how to quantize; None leaves the operand in float.
         observer: one of `observers.OBSERVERS`; None when `spec` is.
         optional: it may match nothing.
@@ -139,6 +140,7 @@ class Rule:
     site: tuple[str, ...] = ("*",)
     kind: tuple[str, ...] = ()
     operand: tuple[str, ...] = ()
+    value: tuple[str, ...] = ()
     spec: SpecTemplate | None = None
     observer: str | None = None
     optional: bool = False
@@ -156,7 +158,9 @@ class Rule:
             raise RecipeError(f"rule {self.name!r}: a spec needs an observer, and float takes none")
 
     def reads(self, reader: Reader) -> bool:
-        """Whether site, kind and operand of one reader all match."""
+        """Whether site, kind, operand and name of one reader all match."""
+        if self.value and str(reader) not in self.value:
+            return False
         in_kind = not self.kind or reader.kind in self.kind
         return in_kind and (not self.operand or reader.operand in self.operand) and self.reads_name(reader)
 
@@ -167,7 +171,8 @@ class Rule:
     def to_dict(self) -> dict[str, Any]:
         """The table that `from_dict` reads back as the same rule; defaults are left out."""
         table: dict[str, Any] = {"name": self.name}
-        for key, words in (("site", self.site), ("kind", self.kind), ("operand", self.operand)):
+        named = (("site", self.site), ("kind", self.kind), ("operand", self.operand), ("value", self.value))
+        for key, words in named:
             if words not in ((), ("*",)):
                 table[key] = words[0] if len(words) == 1 else list(words)
         if self.spec is None:
@@ -197,6 +202,7 @@ class Rule:
             observer = None if is_float else take(table, "observer", str, "minmax")
             site = take_strings(table, "site", ("*",))
             kind, operand = take_strings(table, "kind"), take_strings(table, "operand")
+            value = take_strings(table, "value")
             optional, overrides = take(table, "optional", bool, False), take(table, "override", bool, False)
             overlay = take(table, "overlay", str, "")
-        return cls(name, site, kind, operand, spec, observer, optional, overrides, overlay)
+        return cls(name, site, kind, operand, value, spec, observer, optional, overrides, overlay)

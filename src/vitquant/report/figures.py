@@ -25,17 +25,15 @@ def sensitivity_figure(modules: Sequence[Sensitivity], sites: Sequence[Sensitivi
     figure = _figure(max(8, 0.24 * columns + 2), 9)
     above, below = figure.subplots(2, 1)
     names = list(dict.fromkeys(each.name for each in modules))
-    for bits in sorted({each.bits for each in modules}):
+    for bits in sorted({each.bits for each in modules}, key=int):
         of_bits = {each.name: each.output_error for each in modules if each.bits == bits}
         above.plot([of_bits[name] for name in names], marker="o", markersize=3, label=f"{bits} bits")
-    _labelled(above, names, "modules")
-    above.legend(ncols=3, fontsize="small")
+    _labelled(above, names, "modules", [each.output_error for each in modules])
     kinds = list(dict.fromkeys(each.kind for each in sites))
     for index, kind in enumerate(kinds):
         places = [place for place, each in enumerate(sites) if each.kind == kind]
         below.bar(places, [sites[place].output_error for place in places], color=f"C{index}", label=kind)
-    _labelled(below, [each.name for each in sites], f"sites, {sites[0].bits if sites else ''} bits")
-    below.legend(ncols=3, fontsize="small")
+    _labelled(below, [each.name for each in sites], "sites", [each.output_error for each in sites])
     return _png(figure)
 
 
@@ -68,7 +66,7 @@ def front_figure(
         axes.annotate(f"{bits} bits", (costs.total(price), lost), textcoords="offset points", xytext=(6, 4))
     axes.plot([], [], "s", color="C1", label="the same bits everywhere")
     axes.plot(costs.total(chosen.cost), chosen.sensitivity, "*", markersize=14, color="C3", label="chosen")
-    axes.set(xlabel=costs.unit, ylabel=sensitivity, yscale="log")
+    axes.set(xlabel=costs.unit, ylabel=sensitivity, yscale=_scale([each.sensitivity for each in front]))
     axes.grid(alpha=0.3)
     axes.legend()
     return _png(figure)
@@ -91,9 +89,16 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _labelled(axes: Any, names: Sequence[str], title: str) -> None:
+def _scale(values: Sequence[float]) -> str:
+    """Logarithmic, unless something is zero."""
+    return "log" if values and min(values) > 0 else "linear"
+
+
+def _labelled(axes: Any, names: Sequence[str], title: str, values: Sequence[float]) -> None:
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
-    axes.set(yscale="log", ylabel="output error", title=title)
+    axes.set(yscale=_scale(values), ylabel="output error", title=title)
+    if names:
+        axes.legend(ncols=3, fontsize="small")
     axes.margins(x=0.01)
     axes.grid(axis="y", alpha=0.3)
 
