@@ -70,8 +70,7 @@ def sensitivity(
     modules = find_modules(at_base)
     if not modules:
         raise AllocationError(f"{whole.name}: no attention or MLP of a block has weights whose bits are a symbol")
-    norms: dict[str, list[Tensor]] = {}
-    sites = measure(at_base, _site_parts(at_base), images(), norms, progress)
+    sites = measure(at_base, _site_parts(at_base), images(), progress)
     found: list[Sensitivity] = []
     sizes: dict[str, dict[int, int]] = {module.name: {} for module in modules}
     for width, of_width in widths.items():  # one model at a time: each has weights of its own
@@ -80,7 +79,7 @@ def sensitivity(
             quantized = at_base
         else:
             quantized = quantize(model, measured, data, bits=str(of_width), progress=progress)
-        found += measure(quantized, [_as_part(module, width) for module in modules], images(), norms, progress)
+        found += measure(quantized, [_as_part(module, width) for module in modules], images(), progress)
         stored = quantized.stored_bytes
         for module in modules:
             sizes[module.name][width] = sum(stored[key] for key in module.weights)

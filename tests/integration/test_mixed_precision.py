@@ -88,7 +88,9 @@ def test_every_part_loses_something_and_less_with_more_bits(deit):
         assert each.output_error > 0
         assert each.squared_error > 0
         assert each.correlation < 1
-    by_bits = {bits: sum(each.output_error for each in table.modules if each.bits == str(bits)) for bits in table.candidates}
+    by_bits = {
+        bits: sum(each.output_error for each in table.modules if each.bits == str(bits)) for bits in table.candidates
+    }
     assert sorted(by_bits, key=by_bits.__getitem__) == [8, 7, 6, 5, 4]
 
 
@@ -388,6 +390,25 @@ def test_measuring_by_batches_is_measuring_at_once_and_the_same_every_time():
     for once, parts in zip(tables[0].modules, tables[2].modules, strict=True):
         assert parts.output_error == pytest.approx(once.output_error, rel=1e-3)
         assert parts.nuclear_sensitivity == pytest.approx(once.nuclear_sensitivity, rel=1e-3)
+
+
+def test_the_order_of_images_does_not_matter_and_may_change_with_every_pass():
+    model, images = made("timm deit", count=12)
+
+    class Shuffled:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            order = torch.randperm(12, generator=torch.Generator().manual_seed(self.passes))
+            return iter(images[order].split(5))
+
+    recipe = replace(load_recipe("vt-ptq"), methods=load_recipe("vt-ptq").methods[:1])
+    found = vitquant.sensitivity(model, recipe, Shuffled(), candidates=(4, 6), bits="w6a6")
+    expected = vitquant.sensitivity(model, recipe, [images], candidates=(4, 6), bits="w6a6")
+    for one, other in zip((*found.modules, *found.sites), (*expected.modules, *expected.sites), strict=True):
+        assert one.nuclear_sensitivity == pytest.approx(other.nuclear_sensitivity, rel=1e-3)
+        assert one.output_error == pytest.approx(other.output_error, rel=1e-3)
 
 
 def test_work_is_reported_as_it_goes():

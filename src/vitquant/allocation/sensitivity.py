@@ -89,20 +89,17 @@ def measure(
     model: QuantizedModel,
     parts: Sequence[Part],
     data: Iterable[Tensor],
-    norms: dict[str, list[Tensor]],
     progress: Progress = silent,
 ) -> list[Sensitivity]:
     """Quantize every part by itself, and compare with the float model.
 
     For each part an image goes through all that stands behind it, and once through the float model; memory does not
-    grow with the images, but for `norms`.
+    grow with the images.
 
     Arguments:
         model: calibrated, its operations in float.
         parts: of the model.
         data: the calibration batches.
-        norms: the nuclear norms of float outputs, one number an image; filled with those that are not there, so that
-            a second model of the same float function need not find them again.
         progress: told how many parts of how many are done in a batch.
 
     Returns:
@@ -114,18 +111,16 @@ def measure(
     sums = {part.name: _Sums() for part in parts}
     known = {part.name: model.known_before(part.values) for part in parts}
     outputs, nodes = list(dict.fromkeys(part.output for part in parts)), {n for each in known.values() for n in each}
-    new = [output for output in outputs if output not in norms]
     with torch.inference_mode():
-        for number, images in enumerate(_chunks(data, _bytes_of_image(model, outputs, nodes))):
+        for images in _chunks(data, _bytes_of_image(model, outputs, nodes)):
             held, floats = _floats(model, images, outputs, nodes)
-            for output in new:
-                norms.setdefault(output, []).append(_nuclear_norms(floats[output], output))
+            norms = {output: _nuclear_norms(floats[output], output) for output in outputs}
             for done, part in enumerate(parts):
                 progress("measuring", done, len(parts))
                 found: dict[str, Tensor] = {}
                 before = {node: held[node] for node in known[part.name]}
                 model.resume(before, part.values, _taps(model, len(images), [part.output], found))
-                sums[part.name].add(found, floats, part.output, _logits(model), norms[part.output][number])
+                sums[part.name].add(found, floats, part.output, _logits(model), norms[part.output])
             progress("measuring", len(parts), len(parts))
     if not all(each.images for each in sums.values()):
         raise CalibrationError("no calibration images: give at least one batch")
