@@ -52,7 +52,6 @@ PAGES = {
         "repq-vit+power-of-two-factor w4a4",
         "repq-vit+searched-scales w4a4",
         "repq-vit+searched-scales+fully-integer w4a4",
-        "vt-ptq+fully-integer w4a4",
         "fq-vit w4a4",
     ],
     "vt-ptq": ["vt-ptq w8a8", "vt-ptq w6a6", "vt-ptq w4a4"],
