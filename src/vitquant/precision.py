@@ -135,8 +135,9 @@ def _measured(methods: Iterable[Method]) -> Iterator[Method]:
     """A recipe's methods for measuring: those that choose scales."""
     for method in methods:
         if method.name == "search-scales":
-            candidates = min(_CANDIDATES, method.settings.get("candidates", _CANDIDATES))
-            yield Method(method.name, {**method.settings, **_BRIEFLY, "candidates": candidates})
+            asked = method.settings.get("candidates", _CANDIDATES)
+            fewer = min(_CANDIDATES, asked) if isinstance(asked, int) else asked  # what is no number is refused later
+            yield Method(method.name, {**method.settings, **_BRIEFLY, "candidates": fewer})
         elif method.name != "integer-operations":
             yield method
 

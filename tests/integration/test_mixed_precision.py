@@ -276,6 +276,12 @@ def test_candidates_without_meaning_are_refused(candidates):
         vitquant.sensitivity(model, "vt-ptq", [images], candidates=candidates)
 
 
+def test_settings_of_the_search_are_checked():
+    model, images = made("timm deit")
+    with pytest.raises(RecipeError, match="candidates = many: it is a whole number"):
+        vitquant.sensitivity(model, "vt-ptq", [images], settings=["search-scales.candidates=many"])
+
+
 def test_images_that_can_be_read_once_are_refused():
     model, images = made("timm deit")
     with pytest.raises(CalibrationError, match="reads the images several times"):
