@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import ZOO, vary
@@ -11,13 +13,14 @@ from vitquant.capture import capture
 from vitquant.errors import CalibrationError, LoweringError, RecipeError
 from vitquant.graph.layer_norm_folding import foldable_norm
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
-from vitquant.methods.scale_reparameterization import ReparameterizeScalesSettings, reparameterize_scales
+from vitquant.methods.scale_reparameterization import FINEST, ReparameterizeScalesSettings, reparameterize_scales
 from vitquant.model import QuantizedModel
+from vitquant.observers import build_observer
 from vitquant.recipe import Method, Recipe
 from vitquant.recipe.rule import Rule, SpecTemplate
 from vitquant.runtime.on_images import interpreted
 from vitquant.simulation import ExactSimulation
-from vitquant.spec import Uniform
+from vitquant.spec import PerAxis, QuantSpec, Uniform
 
 LAYERS = Recipe(
     "layers",
@@ -94,6 +97,29 @@ def test_each_channel_s_codes_are_those_of_a_scale_of_its_own():
     assert bool((codes.amin(0)[1:] == 0).all())
     assert bool((codes.amax(0)[1:] == 15).all())  # the first channel never varies
     assert codes[:, 0].unique().numel() == 1
+
+
+def test_a_channel_s_quantiles_are_the_best_for_a_quantizer_that_need_not_hold_zero():
+    model, images = made("timm deit")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.norm1.bias += 4 * torch.randn_like(block.norm1.bias)  # channels far from zero
+    rules = tuple(replace(rule, observer="best-percentile") for rule in LAYERS.rules)
+    recipe = replace(LAYERS, rules=rules)
+    name = "blocks.0.attn.qkv:input"
+    plain = vitquant.quantize(model, replace(recipe, methods=recipe.methods[:1]), images.split(4), bits="w8a4")
+    observer = build_observer("best-percentile", QuantSpec(4, granularity=PerAxis(-1)))
+    for batch in images.split(4):
+        plain.run(batch, {name: observer.update}, quantized=False)
+
+    def mean_scale(low, high):
+        scale = (high - low) / 15
+        return float(scale.clamp(min=FINEST * float(scale.mean())).mean())
+
+    free, holding_zero = mean_scale(*observer.free_range()), mean_scale(*observer.observed_range())
+    assert free != pytest.approx(holding_zero, rel=1e-4)
+    found = vitquant.quantize(model, recipe, images.split(4), bits="w8a4").quantizers[name].scale
+    assert float(found) == pytest.approx(free, rel=1e-5)
 
 
 def test_order_names_and_settings_are_checked():
