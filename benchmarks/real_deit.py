@@ -7,13 +7,17 @@ Data: ../shared. Its preprocessing is the one of the official runs; timm's own c
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import vitquant
+from vitquant.recipe import Bits, Recipe, requested
+from vitquant.recipe.recipe import Calibration
 from vitquant.tasks.classification import logits_of
+from vitquant.tasks.images import Item, batches
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.zoo import ModelSource, create
 
@@ -31,6 +35,24 @@ PREPROCESSING = Preprocessing(
 def float_deit() -> torch.nn.Module:
     """DeiT-Tiny with its trained weights."""
     return create(ModelSource("timm:deit_tiny_patch16_224", weights=str(WEIGHTS)))
+
+
+def quantized(model: torch.nn.Module, variant: str, calibration: Sequence[Item]) -> vitquant.QuantizedModel:
+    """The model by a variant: a recipe, then bits, then settings as `vitquant quantize --set` takes them."""
+    recipe, bits = _requested(variant)
+    size = min(recipe.calibration.batch, len(calibration))
+    return vitquant.quantize(model, recipe, batches(calibration, PREPROCESSING, size), bits=str(bits))
+
+
+def asked(variant: str) -> Calibration:
+    """How many calibration images a variant asks for."""
+    return _requested(variant)[0].calibration
+
+
+def _requested(variant: str) -> tuple[Recipe, Bits]:
+    name, *rest = variant.split()
+    bits = next((word for word in rest if "=" not in word), None)
+    return requested(name, bits, [word for word in rest if "=" in word])
 
 
 def official_logits(name: str) -> torch.Tensor:

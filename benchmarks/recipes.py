@@ -3,28 +3,45 @@
     python benchmarks/recipes.py VARIANT... [--seeds 3] [--simulated]
 
 A variant is a recipe, then bits, then settings as `vitquant quantize --set` takes them: "repq-vit w4a4",
-"fq-vit choose-factors.batches=last"; or all that one page of docs/ has: `fq-vit`, `repq-vit`, `vt-ptq`,
-`vt-ptq-ablation` and `w4a4` with nothing behind it stand for the variants in PAGES. Data: ../shared; as many
+"fq-vit choose-factors.batches=last"; or all that one page of docs/ has: `default`, `fq-vit`, `repq-vit`,
+`vt-ptq`, `vt-ptq-ablation` and `w4a4` with nothing behind it stand for the variants in PAGES. Data: ../shared; as many
 calibration photographs as the recipe asks for, the first of the order that a seed gives (seed 0 is the official runs'
-list), and 500 evaluation photographs. What lowers is evaluated as the integer program, the rest, and all with
-`--simulated`, as the float32 simulation. Prints a table: each draw beside the float model, with the paired 95 %
-interval of the first, and the official code's logits where it has such a row, with the paired interval of top-1 minus
-its. Two to six minutes a variant and draw on two cores.
+list); 500 photographs of `photos_eval` and 1,000 of `imagenette_eval`, which are cropped already. What lowers is
+evaluated as the integer program, the rest, and all with `--simulated`, as the float32 simulation. Prints a table: each
+draw beside the float model on both sets, with the paired 95 % interval of the first, the seconds to quantize and the
+megabytes saved; and for `photos_eval` the official code's logits where it has such a row, with the paired interval of
+top-1 minus its. Three to ten minutes a variant and draw on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from real_deit import PREPROCESSING, SHARED, cosine, float_deit, interval, official_logits, row, run, spread
+from real_deit import (
+    PREPROCESSING,
+    SHARED,
+    asked,
+    cosine,
+    float_deit,
+    interval,
+    official_logits,
+    quantized,
+    row,
+    run,
+    spread,
+)
 from rich.console import Console
 
-import vitquant
 from vitquant.engines import default_engine
-from vitquant.recipe import load_recipe
 from vitquant.tasks.classification import compare
-from vitquant.tasks.images import batches, load_listing, subset
+from vitquant.tasks.images import ImageBatches, Item, batches, load_listing, subset
+
+EVALUATION = {"photos_eval": PREPROCESSING, "imagenette_eval": replace(PREPROCESSING, crop_pct=1.0)}
+MEASURES = ("top-1", "agreement", "cosine", "top-1 - float, 95 %")
 
 PAGES = {
     "fq-vit": [
@@ -35,6 +52,7 @@ PAGES = {
         "fq-vit+uniform-probs w8a8",
         "fq-vit+uniform-probs+uniform-norm-inputs w8a8",
     ],
+    "default": ["default w8a8", "default w6a6", "default w4a8", "default w4a4"],
     "repq-vit": [
         "repq-vit w8a8",
         "repq-vit w6a6",
@@ -89,56 +107,80 @@ def main() -> None:
     parser.add_argument("--simulated", action="store_true", help="evaluate the float32 simulation of what lowers, too")
     arguments = parser.parse_args()
     model = float_deit()
-    evaluation = batches(load_listing(SHARED / "images" / "photos_eval"), PREPROCESSING, 50)
-    labels = torch.cat([label for _, label in evaluation])
-    reference = run(model, evaluation)
+    sets = [_EvaluationSet.of(model, name) for name in EVALUATION]
     columns = (
-        "recipe", "runs in", "top-1", "agreement", "cosine", "top-1 - float, 95 %",
+        "recipe", "runs in", *[f"{measure}, {name}" for name in EVALUATION for measure in MEASURES], "seconds", "MB",
         "official top-1", "agreement", "cosine", "top-1 - official, 95 %", "agreement with official",
         "cosine with official",
     )  # fmt: skip
     print(row(columns))
     print("|---" * len(columns) + "|")
-    print(row(("float", "float32", f"{compare(reference, None, labels).top1:.1f}", *[""] * (len(columns) - 3))))
+    floats = [cell for each in sets for cell in (f"{each.top1:.1f}", "", "", "")]
+    print(row(("float", "float32", *floats, *[""] * (len(columns) - len(floats) - 2))))
     for variant in [each for given in arguments.variants for each in PAGES.get(given, [given])]:
-        outputs, runs_in = [], ""
+        outputs: list[list[torch.Tensor]] = [[] for _ in sets]
+        seconds, megabytes, runs_in = [], 0.0, ""
         for seed in range(arguments.seeds):
             with console.status(f"{variant}, draw {seed}"):
-                quantized = _quantized(model, variant, seed)
-                runs_in, engine, _ = ("simulated", quantized, "") if arguments.simulated else default_engine(quantized)
-                outputs.append(run(engine, evaluation))
-        results = [compare(logits, reference, labels) for logits in outputs]
-        cells = [
-            variant,
-            runs_in,
-            spread([result.top1 for result in results], 1),
-            spread([result.agreement for result in results], 1),
-            spread([cosine(logits, reference) for logits in outputs], 4),
-            interval(results[0].top1_difference_interval),
-        ]
+                started = time.perf_counter()
+                model_of_variant = quantized(model, variant, _calibration(variant, seed))
+                seconds.append(time.perf_counter() - started)
+                megabytes = sum(model_of_variant.stored_bytes.values()) / 1e6
+                name, engine, _ = default_engine(model_of_variant)
+                runs_in, engine = ("simulated", model_of_variant) if arguments.simulated else (name, engine)
+                for logits, evaluation in zip(outputs, sets, strict=True):
+                    logits.append(run(engine, evaluation.images))
+        cells = [variant, runs_in]
+        for logits, evaluation in zip(outputs, sets, strict=True):
+            cells += evaluation.cells(logits)
+        cells += [spread(seconds, 0), f"{megabytes:.2f}"]
         if variant in OFFICIAL:
-            official = official_logits(OFFICIAL[variant])
-            theirs = compare(official, reference, labels)
-            cells += [
-                f"{theirs.top1:.1f}",
-                f"{theirs.agreement:.1f}",
-                f"{cosine(official, reference):.4f}",
-                interval(compare(outputs[0], official, labels).top1_difference_interval),
-                spread([compare(logits, official, labels).agreement for logits in outputs], 1),
-                spread([cosine(logits, official) for logits in outputs], 4),
-            ]
+            cells += _beside_official(outputs[0], sets[0], official_logits(OFFICIAL[variant]))
         print(row([*cells, *[""] * (len(columns) - len(cells))]), flush=True)
 
 
-def _quantized(model: torch.nn.Module, variant: str, seed: int) -> vitquant.QuantizedModel:
-    name, *rest = variant.split()
-    bits = next((word for word in rest if "=" not in word), None)
-    calibration = load_recipe(name).calibration
-    listing = subset(load_listing(SHARED / "images" / "photos_calibration"), calibration.images, seed)
-    settings = [word for word in rest if "=" in word]
-    return vitquant.quantize(
-        model, name, batches(listing, PREPROCESSING, calibration.batch), bits=bits, settings=settings
-    )
+@dataclass(frozen=True)
+class _EvaluationSet:
+    """Photographs that nothing is chosen by, and what the float model makes of them."""
+
+    images: ImageBatches
+    labels: torch.Tensor
+    reference: torch.Tensor
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, name: str) -> _EvaluationSet:
+        images = batches(load_listing(SHARED / "images" / name), EVALUATION[name], 50)
+        return cls(images, torch.cat([label for _, label in images]), run(model, images))
+
+    @property
+    def top1(self) -> float:
+        return compare(self.reference, None, self.labels).top1
+
+    def cells(self, logits: list[torch.Tensor]) -> list[str]:
+        """`MEASURES` of what several draws gave."""
+        results = [compare(each, self.reference, self.labels) for each in logits]
+        return [
+            spread([result.top1 for result in results], 1),
+            spread([result.agreement for result in results], 1),
+            spread([cosine(each, self.reference) for each in logits], 4),
+            interval(results[0].top1_difference_interval),
+        ]
+
+
+def _beside_official(outputs: list[torch.Tensor], evaluation: _EvaluationSet, official: torch.Tensor) -> list[str]:
+    theirs = compare(official, evaluation.reference, evaluation.labels)
+    return [
+        f"{theirs.top1:.1f}",
+        f"{theirs.agreement:.1f}",
+        f"{cosine(official, evaluation.reference):.4f}",
+        interval(compare(outputs[0], official, evaluation.labels).top1_difference_interval),
+        spread([compare(logits, official, evaluation.labels).agreement for logits in outputs], 1),
+        spread([cosine(logits, official) for logits in outputs], 4),
+    ]
+
+
+def _calibration(variant: str, seed: int) -> Sequence[Item]:
+    return subset(load_listing(SHARED / "images" / "photos_calibration"), asked(variant).images, seed)
 
 
 if __name__ == "__main__":

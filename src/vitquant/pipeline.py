@@ -24,8 +24,11 @@ from vitquant.methods.scale_search import SearchScalesSettings, search_scales
 from vitquant.model import QuantizedModel, Record
 from vitquant.operations import Arithmetic
 from vitquant.progress import Progress, silent
-from vitquant.recipe import Bits, Method, Recipe, load_recipe, override
+from vitquant.recipe import Method, Recipe, requested
 from vitquant.zoo import ModelSource, architecture, create
+
+# The order in which methods run, whatever order a recipe and its overlays name them in.
+_ORDER = ("calibrate", "reparameterize-scales", "search-scales", "choose-factors", "integer-operations")
 
 Settings = TypeVar("Settings")
 Batch = torch.Tensor | Sequence[Any] | Mapping[str, torch.Tensor]
@@ -47,7 +50,7 @@ def quantize(
     Arguments:
         model: any classifier that takes one batch of images; it is captured in evaluation mode.
         recipe: a recipe's name, the path of a TOML file, names joined by `+` to lay overlays over a
-            recipe, or a `Recipe`.
+            recipe, or a `Recipe`; `default` is the best that lowers to integers at these bits.
         data: calibration batches: float tensors (batch, channels, height, width), or tuples that begin
             with one, or mappings with `pixel_values`. A recipe of several methods reads them several times, which
             a list or a DataLoader allows and a generator does not; image size is that of the first.
@@ -58,10 +61,10 @@ def quantize(
         progress: told what a search is doing, how much of it is done and how much there is.
 
     Raises:
-        VitquantError: see `capture`, `load_recipe`, `override` and the recipe's methods.
+        VitquantError: see `capture`, `requested` and the recipe's methods.
     """
-    recipe = override(load_recipe(recipe) if isinstance(recipe, str) else recipe, settings)
-    steps = [_step(method, progress) for method in recipe.methods]
+    recipe, widths = requested(recipe, bits, settings)
+    steps = [_step(method, progress) for method in sorted(recipe.methods, key=_place)]
     batches = iter(data)
     first = next(batches, None)
     if first is None:
@@ -71,7 +74,7 @@ def quantize(
     stream = _Stream(data, first, batches, device)
     captured = capture(model, example[:2].to(device))
     shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
-    quantized = QuantizedModel(captured, recipe, recipe.bits if bits is None else Bits.parse(bits), shape)
+    quantized = QuantizedModel(captured, recipe, widths, shape)
     for step in steps:
         quantized.records.append(step(quantized, stream))
     quantized.provenance = {
@@ -134,6 +137,11 @@ def _source(directory: Path, config: Mapping[str, Any], repeated: str | None) ->
     return source
 
 
+def _place(method: Method) -> int:
+    """Where a method runs: an overlay cannot know what its recipe and other overlays bring."""
+    return _ORDER.index(method.name) if method.name in _ORDER else len(_ORDER)
+
+
 def _step(method: Method, progress: Progress) -> Callable[[QuantizedModel, Iterable[torch.Tensor]], Record]:
     """One method of a recipe, ready to run; its settings are checked before any work is done."""
     match method.name:
@@ -148,8 +156,7 @@ def _step(method: Method, progress: Progress) -> Callable[[QuantizedModel, Itera
         case "integer-operations":
             return _with_settings(integer_operations, Arithmetic, method)
         case _:
-            known = "calibrate, choose-factors, reparameterize-scales, search-scales, integer-operations"
-            raise RecipeError(f"method {method.name!r} is unknown; the methods are: {known}")
+            raise RecipeError(f"method {method.name!r} is unknown; the methods are: {', '.join(_ORDER)}")
 
 
 def _with_settings(

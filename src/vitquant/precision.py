@@ -14,7 +14,7 @@ from vitquant.errors import AllocationError, CalibrationError, RecipeError
 from vitquant.model import QuantizedModel
 from vitquant.pipeline import Batch, images_of, quantize
 from vitquant.progress import Progress, silent
-from vitquant.recipe import Bits, Method, Recipe, load_recipe, override
+from vitquant.recipe import Bits, Method, Recipe, requested
 from vitquant.spec import MAX_BITS, MIN_BITS
 
 CANDIDATES = (4, 5, 6, 7, 8)
@@ -54,8 +54,7 @@ def sensitivity(
     """
     if isinstance(data, Iterator):
         raise CalibrationError("sensitivity reads the images several times: give a list of batches or a DataLoader")
-    whole = override(load_recipe(recipe) if isinstance(recipe, str) else recipe, settings)
-    base = whole.bits if bits is None else Bits.parse(bits)
+    whole, base = requested(recipe, bits, settings)
     widths = {width: _at(base, width) for width in check_candidates(candidates)}
     _check_schemes(whole, widths.values())
     measured = replace(whole, methods=tuple(_measured(whole.methods)))

@@ -201,8 +201,9 @@ def test_the_residual_stream_alone_can_have_power_of_two_factors():
 
 def test_searching_after_the_operations_are_integers_is_refused():
     model, images = made("timm deit")
+    found = vitquant.quantize(model, "repq-vit+fully-integer", [images], bits="w8a8s5")
     with pytest.raises(CalibrationError, match="comes before integer-operations"):
-        vitquant.quantize(model, "repq-vit+fully-integer+searched-scales", [images], settings=QUICK)
+        search_scales(found, [images], SearchScalesSettings())
 
 
 class Awkward(torch.nn.Module):

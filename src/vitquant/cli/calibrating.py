@@ -25,7 +25,13 @@ Name = Annotated[
     str, typer.Argument(help="timm:NAME, transformers:NAME, torchvision:NAME or python:package.module:factory.")
 ]
 Weights = Annotated[str, typer.Option(metavar="PATH|pretrained|random", help="A state dict, or where from.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name or TOML file; + lays overlays over it.")]
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        help="A recipe's name or TOML file; + lays overlays over it. default: the best in integers at these bits.",
+    ),
+]
 BitWidths = Annotated[str | None, typer.Option("--bits", help="Replaces the recipe's, as in w8a8 or w4a8s4.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="RULE.KEY=VALUE", help="Replaces one key of the recipe; repeat.")

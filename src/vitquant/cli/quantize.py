@@ -31,7 +31,7 @@ def quantize(
     calibration: calibrating.CalibrationFolder,
     output: Output,
     weights: calibrating.Weights = "pretrained",
-    recipe: calibrating.RecipeName = "minmax",
+    recipe: calibrating.RecipeName = "default",
     bits: calibrating.BitWidths = None,
     settings: calibrating.Settings = None,
     images: calibrating.Images = None,
@@ -55,14 +55,13 @@ def quantize(
         with terminal.progress("loading"):
             from vitquant import pipeline
             from vitquant.checkpoint import check_target
-            from vitquant.recipe import Bits, load_recipe, override
+            from vitquant.recipe import override, requested
             from vitquant.report.tables import ends_text, facts
 
             # What is wrong is said before what takes long.
             check_target(output, force)
-            loaded = load_recipe(recipe)
-            chosen = override(loaded, [*(settings or ()), *_budget(loaded, memory_budget, terminal)])
-            widths = str(chosen.bits if bits is None else Bits.parse(bits))
+            named, widths = requested(recipe, bits, settings or ())
+            chosen = override(named, _budget(named, memory_budget, terminal))
             request = calibrating.Request(
                 model,
                 calibration,
@@ -83,7 +82,7 @@ def quantize(
                 network,
                 chosen,
                 watched,
-                bits=widths,
+                bits=str(widths),
                 source=source,
                 preprocessing=prepared.steps.to_dict(),
                 progress=watched.step,

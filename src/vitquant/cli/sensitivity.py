@@ -49,18 +49,16 @@ def sensitivity(
         with terminal.progress("loading"):
             from vitquant import precision
             from vitquant.files import check_new_file, write_file
-            from vitquant.recipe import Bits, load_recipe, override
+            from vitquant.recipe import requested
             from vitquant.report.figures import check_matplotlib, sensitivity_figure
             from vitquant.report.tables import facts, sensitivity_table
 
             widths = precision.check_candidates(_widths(candidates))
-            if bits is not None:
-                Bits.parse(bits)
             if output is not None:
                 check_matplotlib()
                 for name in (TABLE, FIGURE):
                     check_new_file(output / name, force)
-            chosen = override(load_recipe(recipe), settings or ())
+            chosen, base = requested(recipe, bits, settings or ())
             request = calibrating.Request(
                 model, calibration, weights, images, batch, preprocessing, model_arguments, seed, workers,
                 skip_bad_images,
@@ -69,7 +67,7 @@ def sensitivity(
         with terminal.progress("capturing, first batch", len(prepared.data.items)) as update:
             watched = calibrating.Watched(prepared.data, update)
             table = precision.sensitivity(
-                prepared.network, chosen, watched, bits=bits, candidates=widths, progress=watched.step
+                prepared.network, chosen, watched, bits=str(base), candidates=widths, progress=watched.step
             )
             about = {"model": prepared.source.name, "directory": str(calibration.absolute()), "seed": seed}
             table = replace(table, about=table.about | about)

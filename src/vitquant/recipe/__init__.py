@@ -5,5 +5,8 @@ from vitquant.recipe.library import available, load_recipe
 from vitquant.recipe.matching import Assignment, assign
 from vitquant.recipe.override import override
 from vitquant.recipe.recipe import Method, Recipe
+from vitquant.recipe.request import DEFAULT, requested
 
-__all__ = ["Assignment", "Bits", "Method", "Recipe", "assign", "available", "load_recipe", "override"]
+__all__ = [
+    "DEFAULT", "Assignment", "Bits", "Method", "Recipe", "assign", "available", "load_recipe", "override", "requested",
+]  # fmt: skip

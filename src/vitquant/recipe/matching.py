@@ -68,7 +68,7 @@ def _assignment(rules: Sequence[Rule], bits: Bits, value: Value) -> Assignment:
         if rule.overlay and rule.overlay != winner.overlay and not winner.override:
             raise RecipeError(
                 f"{value.name}: rule {winner.name!r} of overlay {winner.overlay!r} sets what rule {rule.name!r} of "
-                f"overlay {rule.overlay!r} sets; if that is meant, add override = true to {winner.name!r}"
+                f"overlay {rule.overlay!r} sets; {_remedy(rule, winner)}"
             )
     if winner.spec is None:
         return Assignment(None, None, winner.name)
@@ -80,6 +80,13 @@ def _assignment(rules: Sequence[Rule], bits: Bits, value: Value) -> Assignment:
                 f'per = "head" needs attention\'s heads as third axis from the end, and this is ({sizes})'
             )
         return Assignment(spec, winner.observer, winner.name)
+
+
+def _remedy(earlier: Rule, later: Rule) -> str:
+    """What to do where two overlays set one value and the later does not say that it may."""
+    if earlier.override:
+        return f"write the overlays in the other order: +{later.overlay}+{earlier.overlay}"
+    return f"leave one of the overlays out, or add override = true to {later.name!r} in an overlay of your own"
 
 
 def _has_heads(value: Value) -> bool:
