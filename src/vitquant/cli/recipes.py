@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from vitquant.cli import options
 from vitquant.cli.terminal import Terminal
 
 
 def recipes(json: options.Json = False, quiet: options.Quiet = False, debug: options.Debug = False) -> None:
-    """List the recipes: name, paper, bits, cost, expected accuracy."""
+    """List the recipes: name, paper, bits, cost, expected accuracy; and what is taken when none is named."""
     with Terminal(json, quiet) as terminal:
-        from vitquant.recipe import available
-        from vitquant.report.tables import recipes_table
+        from vitquant.recipe import CHOICES, available
+        from vitquant.report.tables import choices_table, recipes_table
 
         found = available()
         values = [
@@ -25,4 +27,5 @@ def recipes(json: options.Json = False, quiet: options.Quiet = False, debug: opt
             }
             for recipe in found
         ]
-        terminal.result({"recipes": values}, recipes_table(found))
+        choices = [asdict(choice) for choice in CHOICES]
+        terminal.result({"default": choices, "recipes": values}, recipes_table(found), choices_table(CHOICES))

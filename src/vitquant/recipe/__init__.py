@@ -5,8 +5,9 @@ from vitquant.recipe.library import available, load_recipe
 from vitquant.recipe.matching import Assignment, assign
 from vitquant.recipe.override import override
 from vitquant.recipe.recipe import Method, Recipe
-from vitquant.recipe.request import DEFAULT, requested
+from vitquant.recipe.request import CHOICES, DEFAULT, Choice, requested
 
 __all__ = [
-    "DEFAULT", "Assignment", "Bits", "Method", "Recipe", "assign", "available", "load_recipe", "override", "requested",
+    "CHOICES", "DEFAULT", "Assignment", "Bits", "Choice", "Method", "Recipe", "assign", "available", "load_recipe",
+    "override", "requested",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from vitquant.allocation.sensitivity import Sensitivity
 from vitquant.model import QuantizedModel
-from vitquant.recipe import Recipe
+from vitquant.recipe import Choice, Recipe
 from vitquant.report.operations import CONSTANT, DATA, FLOAT, FUSED, INTEGER, Operand, Operation
 from vitquant.tasks.classification import ClassificationResult
 
@@ -182,4 +182,16 @@ def recipes_table(recipes: Iterable[Recipe]) -> Table:
     for recipe in recipes:
         texts = (recipe.source, recipe.cost, recipe.expected)
         table.add_row(recipe.name, str(recipe.bits), *map(Text, texts))
+    return table
+
+
+def choices_table(choices: Iterable[Choice]) -> Table:
+    """What the recipe `default` stands for."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
+    table.add_column("default", no_wrap=True, style="bold")
+    table.add_column("recipe", overflow="fold")
+    table.add_column("bits of probabilities", overflow="fold")
+    for choice in choices:
+        bits = f"{choice.least} bits and more"
+        table.add_row(bits, " ".join((choice.recipe, *choice.settings)), f"{choice.probs}, unless given")
     return table
