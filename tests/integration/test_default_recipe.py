@@ -1,0 +1,57 @@
+"""The recipe for whoever names none: it is chosen by the bits, lowers to integers, and can have overlays."""
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vitquant
+from vitquant.errors import RecipeError
+from vitquant.recipe import CHOICES, requested
+from vitquant.runtime.on_images import interpreted
+from vitquant.simulation import ExactSimulation
+
+TINY = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 5}
+QUICK = {"search-scales": ("search-scales.rounds=1", "search-scales.candidates=3")}
+
+
+@given(st.integers(2, 8), st.integers(2, 8), st.sampled_from(["", "s3", "s4r8", "S5"]))
+def test_it_has_the_bits_asked_for_and_probabilities_that_integers_hold(weights, activations, rest):
+    recipe, bits = requested("default", f"w{weights}a{activations}{rest}")
+    assert (bits.weights, bits.activations) == (weights, activations)
+    assert bits.probs <= 5
+    if rest:
+        assert bits.probs == int(rest[1])
+    assert any(method.name == "integer-operations" for method in recipe.methods)
+
+
+def test_narrower_bits_take_another_recipe():
+    names = {bits: requested("default", bits)[0].name for bits in ("w8a8", "w6a6", "w4a8", "w4a4")}
+    assert set(names.values()) == {choice.recipe for choice in CHOICES}
+    assert requested("default", None)[0].name == names["w8a8"]
+
+
+def test_overlays_and_settings_go_over_it():
+    recipe, _ = requested("default+uniform-probs", "w8a8s8", ["weights.observer=minmax"])
+    assert recipe.name.endswith("+uniform-probs")
+    assert next(rule.observer for rule in recipe.rules if rule.name == "weights") == "minmax"
+
+
+@pytest.mark.parametrize("bits", ["w9a8", "w8a16"])
+def test_more_bits_than_integers_have_are_refused(bits):
+    with pytest.raises(RecipeError, match="8 bits at most"):
+        requested("default", bits)
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w6a6", "w4a8", "w4a4"])
+def test_it_runs_in_integers_as_simulated(bits):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **TINY).eval()
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    methods = {method.name for method in requested("default", bits)[0].methods}
+    settings = [setting for name, quick in QUICK.items() if name in methods for setting in quick]
+    found = vitquant.quantize(model, "default", images.split(3), bits=bits, settings=settings)
+    with torch.inference_mode():
+        integers, simulated = interpreted(vitquant.lower(found))(images), ExactSimulation(found)(images).float()
+    assert torch.equal(integers, simulated)
