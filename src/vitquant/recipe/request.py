@@ -19,7 +19,7 @@ class Choice:
     """The recipe with the highest agreement at some bits, among those whose every operation lowers to integers.
 
     Arguments:
-        least: weights and activations have as many bits at least.
+        least: activations have as many bits at least.
         recipe: with its overlays.
         probs: bits of the attention probabilities where the caller gives none.
         settings: as for `override`.
@@ -60,7 +60,7 @@ def requested(recipe: str | Recipe, bits: str | None, settings: Sequence[str] = 
         raise RecipeError(
             f"{widths}: {DEFAULT} runs in integers, which have {_MOST_BITS} bits at most; give fewer, or name a recipe"
         )
-    choice = next(each for each in CHOICES if each.least <= min(widths.weights, widths.activations))
+    choice = next(each for each in CHOICES if each.least <= widths.activations)
     if "s" not in (bits or "").lower():
         widths = Bits(widths.weights, widths.activations, choice.probs, widths.residual)
     chosen = load_recipe("+".join([choice.recipe, *recipe.split("+")[1:]]))
