@@ -20,20 +20,23 @@ QUICK = {"search-scales": ("search-scales.rounds=1", "search-scales.candidates=3
 def test_it_has_the_bits_asked_for_and_probabilities_that_integers_hold(weights, activations, rest):
     recipe, bits = requested("default", f"w{weights}a{activations}{rest}")
     assert (bits.weights, bits.activations) == (weights, activations)
-    assert bits.probs <= 5
+    uniform = "+uniform-probs" in recipe.name
+    assert bits.probs <= (8 if uniform else 5)  # powers of the root of two end at 5
     if rest:
         assert bits.probs == int(rest[1])
+        assert not uniform  # equally spaced levels want more
     assert any(method.name == "integer-operations" for method in recipe.methods)
 
 
 def test_narrower_bits_take_another_recipe():
     names = {bits: requested("default", bits)[0].name for bits in ("w8a8", "w6a6", "w4a8", "w4a4")}
+    assert names["w4a8"] == names["w8a8"]
     assert set(names.values()) == {choice.recipe for choice in CHOICES}
     assert requested("default", None)[0].name == names["w8a8"]
 
 
 def test_overlays_and_settings_go_over_it():
-    recipe, _ = requested("default+uniform-probs", "w8a8s8", ["weights.observer=minmax"])
+    recipe, _ = requested("default+uniform-probs", "w6a6s8", ["weights.observer=minmax"])
     assert recipe.name.endswith("+uniform-probs")
     assert next(rule.observer for rule in recipe.rules if rule.name == "weights") == "minmax"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vitquant.errors import RecipeError
 from vitquant.recipe.bits import Bits
@@ -22,6 +22,7 @@ class Choice:
         least: activations have as many bits at least.
         recipe: with its overlays.
         probs: bits of the attention probabilities where the caller gives none.
+        least_probs: where the caller gives them, they are as many at least.
         settings: as for `override`.
 
     Source: measured on held-out calibration photographs, docs/default-recipe.md.
@@ -30,10 +31,18 @@ class Choice:
     least: int
     recipe: str
     probs: int
+    least_probs: int = 2
     settings: tuple[str, ...] = ()
 
 
 CHOICES = (
+    Choice(
+        7,
+        "repq-vit+fully-integer+wide-residual+uniform-probs",
+        probs=8,
+        least_probs=7,
+        settings=("activations.observer=omse", "weights.observer=omse", "uniform-probs.observer=best-percentile"),
+    ),
     Choice(6, "repq-vit+fully-integer+wide-residual", probs=5),
     Choice(2, "repq-vit+searched-scales+fully-integer+wide-residual", probs=4),
 )
@@ -60,8 +69,10 @@ def requested(recipe: str | Recipe, bits: str | None, settings: Sequence[str] = 
         raise RecipeError(
             f"{widths}: {DEFAULT} runs in integers, which have {_MOST_BITS} bits at most; give fewer, or name a recipe"
         )
-    choice = next(each for each in CHOICES if each.least <= widths.activations)
-    if "s" not in (bits or "").lower():
-        widths = Bits(widths.weights, widths.activations, choice.probs, widths.residual)
+    probs = widths.probs if "s" in (bits or "").lower() else None
+    choice = next(
+        each for each in CHOICES if each.least <= widths.activations and each.least_probs <= (probs or each.probs)
+    )
+    widths = replace(widths, probs=probs or choice.probs)
     chosen = load_recipe("+".join([choice.recipe, *recipe.split("+")[1:]]))
     return override(chosen, [*choice.settings, *settings]), widths
