@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ from vitquant.model import QuantizedModel, Record
 from vitquant.operations import Arithmetic
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Method, Recipe, requested
+from vitquant.schema import Table, check, of_type
 from vitquant.zoo import ModelSource, architecture, create
 
 # The order in which methods run, whatever order a recipe and its overlays name them in.
@@ -162,12 +162,9 @@ def _step(method: Method, progress: Progress) -> Callable[[QuantizedModel, Itera
 def _with_settings(
     run: Callable[[QuantizedModel, Iterable[torch.Tensor], Settings], Record], kind: type[Settings], method: Method
 ) -> Callable[[QuantizedModel, Iterable[torch.Tensor]], Record]:
-    try:
-        settings = kind(**method.settings)
-    except TypeError:
-        known = ", ".join(field.name for field in fields(kind)) or "none"  # type: ignore[arg-type]
-        given = sorted(method.settings)
-        raise RecipeError(f"method {method.name!r}: settings {given} do not fit; it has: {known}") from None
+    hints = {name: of_type(hint) for name, hint in get_type_hints(kind).items()}
+    check(method.settings, Table({}, hints), RecipeError, method.name)
+    settings = kind(**method.settings)
     return lambda model, data: run(model, data, settings)
 
 
