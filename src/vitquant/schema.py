@@ -63,9 +63,9 @@ def check(value: Any, schema: Schema, error: type[VitquantError], place: str = "
     return value
 
 
-def take(table: Mapping[str, Any], key: str, schema: Schema, error: type[VitquantError]) -> Any:
+def take(table: Mapping[str, Any], key: str, schema: Schema, error: type[VitquantError], place: str = "") -> Any:
     """The value of one key, whatever the others are; raises as `check` does."""
-    return check({key: table[key]} if key in table else {}, Table({key: schema}), error)[key]
+    return check({key: table[key]} if key in table else {}, Table({key: schema}), error, place)[key]
 
 
 def _refuse(value: Any, place: str, expected: object) -> NoReturn:

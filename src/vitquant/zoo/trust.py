@@ -43,7 +43,7 @@ _OF_CONFIGS = frozenset(
     """.split()
 )
 _WORD = Text(40, "[A-Za-z0-9_]*")
-_SCALAR = (Integer(-(2**16), 2**16), Number(-1e6, 1e6), Flag(), Nothing(), _WORD)
+_SCALAR = (Integer(-(2**16), 2**16), Number(-(2**16), 2**16), Flag(), Nothing(), _WORD)
 _LIST = ListOf(Either((*_SCALAR, ListOf(Either(_SCALAR), most=64))), most=64)
 _ARGUMENT = Either((*_SCALAR, _LIST))
 _PIXELS = Either((Integer(1, 1024), ListOf(Integer(1, 1024), 1, 3)))  # some libraries loop over all pairs of tokens
