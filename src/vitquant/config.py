@@ -72,7 +72,9 @@ def check_config(config: dict[str, Any], directory: str | Path) -> dict[str, Any
     try:
         check(config, _SCHEMA, CheckpointError)
         if math.prod(config["input_shape"]) > _MOST_PIXELS:
-            raise CheckpointError(f"input_shape = {config['input_shape']}: no image has more than {_MOST_PIXELS} pixels")
+            raise CheckpointError(
+                f"input_shape = {config['input_shape']}: no image has more than {_MOST_PIXELS} pixels"
+            )
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     return config

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from vitquant.checkpoint import digest_of, read_checkpoint, write_checkpoint
 from vitquant.config import PROVENANCE, check_config
-from vitquant.errors import CalibrationError, CaptureError, CheckpointError
+from vitquant.errors import CalibrationError, CaptureError, CheckpointError, RecipeError
 from vitquant.graph.fingerprint import structural_fingerprint
 from vitquant.graph.operators import PRODUCTS, calls, is_rearrangement, is_selection
 from vitquant.operations import Arithmetic, IntegerOperation
@@ -391,7 +391,10 @@ class QuantizedModel(nn.Module):
         """
         tensors, config = read_checkpoint(Path(directory))
         quantization = check_config(config, directory)["quantization_config"]
-        recipe, bits = Recipe.from_dict(quantization["recipe"]), Bits.parse(quantization["bits"])
+        try:
+            recipe, bits = Recipe.from_dict(quantization["recipe"]), Bits.parse(quantization["bits"])
+        except RecipeError as error:
+            raise CheckpointError(f"{directory}: its recipe: {error}") from None
         found = structural_fingerprint(captured)
         if found != config["graph_fingerprint"]:
             saved, here = config["versions"].get("torch"), torch.__version__

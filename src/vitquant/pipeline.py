@@ -162,9 +162,7 @@ def _source(
 ) -> ModelSource:
     if not config.get("source"):
         raise CheckpointError(f"{directory} was saved without the model's source: load({str(directory)!r}, model=...)")
-    return _named(
-        directory, lambda: as_repeated(ModelSource.from_dict(config["source"]), repeated, arguments or {})
-    )
+    return _named(directory, lambda: as_repeated(ModelSource.from_dict(config["source"]), repeated, arguments or {}))
 
 
 def _named(directory: Path, read: Callable[[], T]) -> T:
@@ -179,7 +177,11 @@ def _shapes(directory: Path, config: Mapping[str, Any]) -> dict[str, Sequence[in
     """The shapes of a saved model's tensors, those of packed ones as they are in the model."""
     stored = read_shapes(directory)
     packed = config["quantization_config"]["packed"]
-    fits = {key: entry["shape"] for key, entry in packed.items() if math.prod(entry["shape"]) <= 4 * math.prod(stored.get(key, [0]))}
+    fits = {
+        key: entry["shape"]
+        for key, entry in packed.items()
+        if math.prod(entry["shape"]) <= 4 * math.prod(stored.get(key, [0]))
+    }
     return {**stored, **fits}
 
 

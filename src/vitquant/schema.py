@@ -1,4 +1,4 @@
-"""What files may hold, declared as data: plain values of JSON and TOML are checked against it before anything reads them.
+"""What files may hold, declared as data: values of JSON and TOML are checked against it before anything reads them.
 
 A file's owner declares a schema and calls `check`; behind that call every key is known, every value has its type and
 lies within its bounds. Errors say which key it is, what it holds and what it should hold.

@@ -144,7 +144,7 @@ def load_tensors(module: GraphModule, tensors: Tensors, packed: Mapping[str, Any
             raise CheckpointError(f"{directory}: {key} has another shape: {shapes}")
         if tensor.dtype != found.dtype and key not in packed:
             raise CheckpointError(f"{directory}: {key} is {found.dtype}, and {tensor.dtype} in the model")
-        if key in parameters and not bool(torch.isfinite(found).all()) or bool(torch.isnan(found).any()):
+        if (key in parameters and not bool(torch.isfinite(found).all())) or bool(torch.isnan(found).any()):
             raise CheckpointError(f"{directory}: {key} holds NaN or infinity; quantize the model again")
         if key in read and not tensor.is_floating_point() and not _indices_of(operator.attrgetter(key)(module), found):
             raise CheckpointError(f"{directory}: {key} holds indices that the model's own has not")

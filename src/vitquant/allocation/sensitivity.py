@@ -81,7 +81,7 @@ class Sensitivity:
         return cls(**check(table, SENSITIVITY, AllocationError))
 
 
-_ERROR = Number(0.0)
+_ERROR = Number(0.0, 1e100)
 SENSITIVITY = Table(
     {
         **dict.fromkeys(("name", "kind", "bits"), Text()),

@@ -25,11 +25,11 @@ class Device(StrEnum):
 Saved = Annotated[Path, typer.Argument(metavar="OUT", help="What `quantize` wrote.")]
 Repeated = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help="Repeat the model's name, where it imports, reads or fetches something.")
+    typer.Option("--model", metavar="NAME", help="Repeat the model's name, where it imports, reads or fetches."),
 ]
 RepeatedArguments = Annotated[
     list[str] | None,
-    typer.Option("--model-arg", metavar="KEY=VALUE", help="Repeat an argument of the model that may load something.")
+    typer.Option("--model-arg", metavar="KEY=VALUE", help="Repeat an argument of the model that may load something."),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Images in a batch.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto: CUDA when there is one.")]

@@ -17,7 +17,9 @@ _SHIPPED = files("vitquant") / "recipes"
 def available() -> list[Recipe]:
     """The recipes that ship with vitquant, by name; overlays are not among them."""
     texts = {name: (_SHIPPED / f"{name}.toml").read_text(encoding="utf-8") for name in _names()}
-    return [Recipe.from_toml(text, name) for name, text in texts.items() if "overlay" not in parse_toml(text, RecipeError)]
+    return [
+        Recipe.from_toml(text, name) for name, text in texts.items() if "overlay" not in parse_toml(text, RecipeError)
+    ]
 
 
 def load_recipe(text: str) -> Recipe:

@@ -103,7 +103,8 @@ class Recipe:
             counts three, and a search as many as take its time.
 
     Raises:
-        RecipeError: passes below 1; a text that is no text; a name of a rule or method that is taken, or that `--set name.key` could not write.
+        RecipeError: passes below 1; a text with control characters; a name of a rule or method that is taken, or that
+            `--set name.key` could not write.
     """
 
     name: str
@@ -155,11 +156,7 @@ class Recipe:
             methods=tuple(Method.from_dict(each) for each in table.get("method", ())),
             bits=bits,
             calibration=Calibration.from_dict(table.get("calibration", {})),
-            **{
-                key: table[key]
-                for key in ("name", "title", "source", "expected", "cost", "passes")
-                if key in table
-            },
+            **{key: table[key] for key in ("name", "title", "source", "expected", "cost", "passes") if key in table},
         )
 
     def to_toml(self) -> str:

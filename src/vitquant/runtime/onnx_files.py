@@ -1,4 +1,4 @@
-"""ONNX files as data: what is in one is what was exported, and it names no file, no code and no graph within a graph."""
+"""ONNX files as data: what is in one is what was exported, and it names no file and no code."""
 
 from __future__ import annotations
 

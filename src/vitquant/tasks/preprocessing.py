@@ -109,4 +109,3 @@ class Preprocessing:
         except ImportError as error:
             raise DataError("preprocessing images needs timm: pip install vitquant[timm]") from error
         return create_transform(**asdict(self), is_training=False)  # pyright: ignore[reportReturnType]
-

@@ -179,7 +179,9 @@ def _transformers_config(source: ModelSource) -> Any:
         ) from error
     kernel = str(getattr(config, "_attn_implementation", None))
     if "/" in kernel and "attn_implementation" not in source.arguments:  # code from the hub
-        raise ModelError(f"{source.name}: its config asks for the code {kernel!r}; --model-arg attn_implementation=sdpa")
+        raise ModelError(
+            f"{source.name}: its config asks for the code {kernel!r}; --model-arg attn_implementation=sdpa"
+        )
     return _refuse_unused(source, [key for key in unused if key != "trust_remote_code"], config)
 
 

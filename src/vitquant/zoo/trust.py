@@ -17,31 +17,26 @@ from vitquant.zoo.failures import import_library
 from vitquant.zoo.source import ModelSource
 
 # Arguments that say how large a model is and what it is made of, in timm's, transformers' and torchvision's words.
-_ARCHITECTURE = frozenset(
-    """
-    act_layer attention_dropout attention_probs_dropout_prob attn_drop_rate attn_ratio class_token
-    classifier_dropout_prob conv_bias depth depths dim dims distilled drop_path_rate drop_rate dropout
-    dynamic_img_pad dynamic_img_size embed_dim embed_dims encoder_stride expand_ratio fc_norm final_norm global_pool
-    head_dim heads hidden_act hidden_dim hidden_dropout_prob hidden_size hidden_sizes image_size img_size in_chans
-    init_values initializer_range intermediate_size key_dim layer_norm_eps layer_scale_init_value layers
-    layerscale_value mlp_dim mlp_ratio mlp_ratios no_embed_class norm_eps norm_layer num_attention_heads num_channels
-    num_classes num_encoder_blocks num_features num_heads num_hidden_layers num_labels num_layers
-    num_register_tokens out_features patch_drop_rate patch_norm patch_size patch_sizes patch_stride pooler_act
-    pooler_output_size pos_drop_rate pos_embed pre_norm pretrained_window_sizes proj_bias proj_drop_rate qk_norm
-    qkv_bias reduction_ratio reg_tokens representation_size sr_ratios stochastic_depth_prob strict_img_size strides
-    use_absolute_embeddings use_absolute_position_embeddings use_mask_token use_mean_pooling
-    use_relative_position_bias use_shared_relative_position_bias use_swiglu_ffn weight_init window_ratio window_size
-    apply_layernorm
-    """.split()
-)
+_ARCHITECTURE = """
+act_layer apply_layernorm attention_dropout attention_probs_dropout_prob attn_drop_rate attn_ratio class_token
+classifier_dropout_prob conv_bias depth depths dim dims distilled drop_path_rate drop_rate dropout dynamic_img_pad
+dynamic_img_size embed_dim embed_dims encoder_stride expand_ratio fc_norm final_norm global_pool head_dim heads
+hidden_act hidden_dim hidden_dropout_prob hidden_size hidden_sizes image_size img_size in_chans init_values
+initializer_range intermediate_size key_dim layer_norm_eps layer_scale_init_value layers layerscale_value mlp_dim
+mlp_ratio mlp_ratios no_embed_class norm_eps norm_layer num_attention_heads num_channels num_classes
+num_encoder_blocks num_features num_heads num_hidden_layers num_labels num_layers num_register_tokens out_features
+patch_drop_rate patch_norm patch_size patch_sizes patch_stride pooler_act pooler_output_size pos_drop_rate pos_embed
+pre_norm pretrained_window_sizes proj_bias proj_drop_rate qk_norm qkv_bias reduction_ratio reg_tokens
+representation_size sr_ratios stochastic_depth_prob strict_img_size strides use_absolute_embeddings
+use_absolute_position_embeddings use_mask_token use_mean_pooling use_relative_position_bias
+use_shared_relative_position_bias use_swiglu_ffn weight_init window_ratio window_size
+"""
 # What a transformers config.json holds besides; a word here loads nothing.
-_OF_CONFIGS = frozenset(
-    """
-    architectures chunk_size_feed_forward dtype id2label is_encoder_decoder label2id model_type out_indices
-    output_attentions output_hidden_states path_norm problem_type return_dict semantic_loss_ignore_index stage_names
-    torch_dtype transformers_version use_cache tie_word_embeddings torchscript
-    """.split()
-)
+_OF_CONFIGS = """
+architectures chunk_size_feed_forward dtype id2label is_encoder_decoder label2id model_type out_indices
+output_attentions output_hidden_states path_norm problem_type return_dict semantic_loss_ignore_index stage_names
+tie_word_embeddings torch_dtype torchscript transformers_version use_cache
+"""
 _WORD = Text(40, "[A-Za-z0-9_]*")
 _SCALAR = (Integer(-(2**16), 2**16), Number(-(2**16), 2**16), Flag(), Nothing(), _WORD)
 _LIST = ListOf(Either((*_SCALAR, ListOf(Either(_SCALAR), most=64))), most=64)
@@ -94,7 +89,7 @@ def _fits(value: Any, schema: Schema) -> bool:
 def _is_harmless(library: str, key: str, value: Any) -> bool:
     if library == "python":
         return _fits(value, _NUMBERS)
-    return key in _ARCHITECTURE and _fits(value, _BOUNDED.get(key, _ARGUMENT))
+    return key in _ARCHITECTURE.split() and _fits(value, _BOUNDED.get(key, _ARGUMENT))
 
 
 def _is_listed(source: ModelSource) -> bool:
@@ -127,5 +122,5 @@ def _is_plain_config(path: Path) -> bool:
     return (
         isinstance(values, dict)
         and _is_type(str(values.get("model_type")))
-        and all(key in _OF_CONFIGS or _is_harmless("transformers", key, value) for key, value in values.items())
+        and all(key in _OF_CONFIGS.split() or _is_harmless("transformers", key, value) for key, value in values.items())
     )
