@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vitquant.errors import CheckpointError
-from vitquant.files import put_in_place, share
+from vitquant.files import put_in_place, sha256, share
 from vitquant.schema import Integer, Table, Text, check, parse_json, read_file
 
 FORMAT = 1
@@ -170,12 +170,6 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} was altered since it was saved: its digest differs; save the model again")
     check(config.get("files"), FILES, CheckpointError, f"{path}: files")
     return config
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str:

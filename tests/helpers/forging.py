@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 import vitquant
 
@@ -46,7 +46,7 @@ def forge_config(directory: Path, change: Callable[[dict[str, Any]], object]) ->
 def forge_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change the tensors of a saved model, and all that says what they are."""
     path = directory / "model.safetensors"
-    tensors = load_file(path)
+    tensors = load(path.read_bytes())
     change(tensors)
     save_file(tensors, path)
     seal(directory)

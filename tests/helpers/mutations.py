@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from forging import TINY, digest, save_tiny, seal
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 import vitquant
 from vitquant.errors import VitquantError
@@ -233,7 +233,7 @@ def _tensors(folder: Path, canary: Canary) -> Kind:
     save_tiny(directory)
     captured = _captured()
     path = directory / "model.safetensors"
-    original, content = load_file(path), path.read_bytes()
+    original, content = load(path.read_bytes()), path.read_bytes()
     images = torch.randn(1, 3, 32, 32)
 
     def write(chance: random.Random) -> None:
@@ -452,7 +452,7 @@ def _program(folder: Path, canary: Canary) -> Kind:
 
     path = folder / "integer.program"
     save_program(lower(save_tiny(folder / "out")), path)
-    packed = load_file(path)
+    packed = load(path.read_bytes())
     with safe_open(path, "pt") as file:
         original = json.loads(file.metadata()[_KEY])
     original.pop("sha256")

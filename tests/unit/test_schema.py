@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vitquant.errors import DataError
@@ -37,6 +37,7 @@ from vitquant.schema import (
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=4)
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10)
+law = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FILE = Table({"bits": Integer(2, 16)}, {"rules": ListOf(Table({"name": Text(5)}))})
 
 
@@ -57,6 +58,7 @@ def fits(value: Any, schema: Any) -> bool:
     return True
 
 
+@law
 @given(values)
 def test_whatever_comes_is_accepted_or_one_line_of_ours(value):
     for schema in (Integer(0, 9), Number(0, 1), Flag(), Text(), ListOf(Integer()), TableOf(Plain()), FILE, Plain()):
@@ -64,11 +66,13 @@ def test_whatever_comes_is_accepted_or_one_line_of_ours(value):
             error_of(value, schema)
 
 
+@law
 @given(values)
 def test_an_integer_is_an_integer_within_its_bounds(value):
     assert fits(value, Integer(2, 16)) == (type(value) is int and 2 <= value <= 16)
 
 
+@law
 @given(values)
 def test_a_number_is_finite_and_within_its_bounds(value):
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -76,6 +80,7 @@ def test_a_number_is_finite_and_within_its_bounds(value):
     assert not fits(value, Number()) or math.isfinite(value)
 
 
+@law
 @given(values)
 def test_either_is_what_one_of_them_is_and_maybe_is_null_too(value):
     options = Flag(), Integer(0, 5), ListOf(Flag())
@@ -83,6 +88,7 @@ def test_either_is_what_one_of_them_is_and_maybe_is_null_too(value):
     assert fits(value, maybe(Flag())) == (value is None or isinstance(value, bool))
 
 
+@law
 @given(values)
 def test_plain_values_are_those_that_json_gives_back(value):
     if fits(value, Plain()):

@@ -38,7 +38,7 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3  # errors only
+        options.log_severity_level = 4  # what it logs, it raises as well
         self._name = "the model" if isinstance(model, bytes) else str(model)
         try:
             proto, content = read_onnx(model if isinstance(model, bytes) else Path(model))
@@ -56,6 +56,9 @@ class OnnxModel:
         except Exception as error:  # its errors have no common base
             raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {_first_line(error)}") from error
         self._input = self._session.get_inputs()[0]
+        scales, result = (values_of(self.metadata, "output") or {}).get("scale", [1.0]), self._session.get_outputs()[0]
+        if len(scales) not in (1, *result.shape[-1:]):
+            raise ExportError(f"{self._name} says {len(scales)} scales of logits of {result.shape}; export it again")
         if self._input.type not in _DTYPES:
             raise ExportError(f"{self._name} takes {self._input.type}, which images are not")
         self._dtype = np.dtype(_DTYPES[self._input.type])
