@@ -18,11 +18,15 @@ from typing import Any
 import torch
 
 from vitquant.errors import CheckpointError
-from vitquant.files import put_in_place, share
+from vitquant.files import put_in_place, sha256, share
+from vitquant.schema import Integer, Table, Text, check, parse_json, read_file
 
 FORMAT = 1
 TENSORS = "model.safetensors"
 CONFIG = "config.json"
+DIGEST = Text(64, "[0-9a-f]{64}")
+FILES = Table({TENSORS: Table({"sha256": DIGEST, "bytes": Integer(0)})})
+_LONGEST_CONFIG = 2**24  # bytes; that of a ViT-g has 2**21
 
 
 def check_target(directory: Path, force: bool = False) -> None:
@@ -121,6 +125,25 @@ def read_checkpoint(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str,
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
+def read_shapes(directory: Path) -> dict[str, list[int]]:
+    """The shapes of a checkpoint's tensors by their names, without reading them.
+
+    Raises:
+        CheckpointError: the file is missing or none.
+    """
+    path = directory / TENSORS
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; the saved model is incomplete, save it again")
+    _safetensors()
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The config of a checkpoint, checked against its own digest.
 
@@ -133,23 +156,20 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {directory} holds no saved model")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; copy it again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
+        config = parse_json(read_file(path, _LONGEST_CONFIG, CheckpointError), CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}; copy it again") from None
+    if not isinstance(config, dict) or type(config.get("format")) is not int:
         raise CheckpointError(f"{path} is not the config of a saved model: it has no format number")
     if config["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {config['format']}, newer than {FORMAT}: update vitquant")
+    if config["format"] < FORMAT:
+        raise CheckpointError(f"{path} has format {config['format']}, which does not exist; quantize the model again")
     digest = config.pop("digest", None)
     if digest != _digest(config):
         raise CheckpointError(f"{path} was altered since it was saved: its digest differs; save the model again")
+    check(config.get("files"), FILES, CheckpointError, f"{path}: files")
     return config
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str:

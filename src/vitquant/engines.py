@@ -123,12 +123,15 @@ def forms_of(path: str | Path, format: str, model: QuantizedModel | None = None)
 
 
 def _refuse_another(model: QuantizedModel | None, metadata: Mapping[str, str], path: Path) -> None:
-    """Refuse a file that says that it is of another model; files from before they said it are taken."""
-    said = fact_of(metadata, "model")
-    if model is not None and said is not None and said != model.digest:
+    """Refuse a file that does not say that it is of this model, or that nothing would tell when it was altered."""
+    if model is None:
+        return
+    if fact_of(metadata, "model") != model.digest:
         raise ExportError(
             f"{path} was exported from another model than that of {path.parent}; export it again, with --force"
         )
+    if path.suffix == ".onnx" and fact_of(metadata, "digest") is None:
+        raise ExportError(f"{path} does not say what was in it when it was exported; export it again, with --force")
 
 
 def _nothing_for(name: str, model: QuantizedModel, directory: str | Path) -> VitquantError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import platform
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -15,16 +16,17 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from vitquant.checkpoint import digest_of, read_checkpoint, write_checkpoint
-from vitquant.errors import CalibrationError, CaptureError, CheckpointError
+from vitquant.config import PROVENANCE, check_config
+from vitquant.errors import CalibrationError, CaptureError, CheckpointError, RecipeError
 from vitquant.graph.fingerprint import structural_fingerprint
 from vitquant.graph.operators import PRODUCTS, calls, is_rearrangement, is_selection
 from vitquant.operations import Arithmetic, IntegerOperation
 from vitquant.operations.replacement import operation_at, reconnect_operations, replace_operations
-from vitquant.packing import pack, unpack
-from vitquant.quantizers import Quantizer, build_quantizer
+from vitquant.packing import pack
+from vitquant.quantizers import Quantizer
 from vitquant.recipe import Assignment, Bits, Recipe, assign
 from vitquant.sites import Site, Value, find_sites, find_values
-from vitquant.spec import QParams
+from vitquant.stored_tensors import load_tensors, stored_quantizer, unpack_weights
 from vitquant.tapped import TappedInterpreter, behind
 
 Tap = Callable[[torch.Tensor], None]
@@ -284,7 +286,8 @@ class QuantizedModel(nn.Module):
 
         Raises:
             CalibrationError: a quantizer is missing.
-            CheckpointError: the directory cannot be written, or is not empty and not `force`.
+            CheckpointError: the directory cannot be written, or is not empty and not `force`; or `provenance` holds
+                what it should not.
         """
         tensors, packed = self._packed()
         config = {
@@ -300,8 +303,9 @@ class QuantizedModel(nn.Module):
                 "operands": self._operands(),
                 "packed": packed,
             },
-            "records": [asdict(record) for record in self.records],
+            "records": [_finite(asdict(record)) for record in self.records],
         }
+        check_config(config, directory)  # what it would refuse to load
         write_checkpoint(Path(directory), tensors, config, force)
 
     @property
@@ -386,30 +390,32 @@ class QuantizedModel(nn.Module):
             CheckpointError: the files are damaged, or the capture is not of the model that was saved.
         """
         tensors, config = read_checkpoint(Path(directory))
-        quantization = config["quantization_config"]
-        recipe, bits = Recipe.from_dict(quantization["recipe"]), Bits.parse(quantization["bits"])
+        quantization = check_config(config, directory)["quantization_config"]
+        try:
+            recipe, bits = Recipe.from_dict(quantization["recipe"]), Bits.parse(quantization["bits"])
+        except RecipeError as error:
+            raise CheckpointError(f"{directory}: its recipe: {error}") from None
         found = structural_fingerprint(captured)
         if found != config["graph_fingerprint"]:
             saved, here = config["versions"].get("torch"), torch.__version__
             hint = f"it was saved with torch {saved}, this is {here}" if saved != here else "give that model"
             raise CheckpointError(f"{directory}: the float model's graph is not the one that was saved; {hint}")
         model = cls(captured, recipe, bits, tuple(config["input_shape"]))
-        specs = {name: assignment.spec for name, assignment in model.assignments.items()}
+        if quantization["operands"] != model._operands():
+            raise CheckpointError(f"{directory}: its operands are not what its recipe says; quantize the model again")
+        values = {value.name: value for value in model.values}
         quantizers = {
-            name: build_quantizer(spec, _params(tensors, name, directory)) for name, spec in specs.items() if spec
+            name: stored_quantizer(tensors, f"{_QUANTIZERS}.{name}", values[name], assignment.spec, directory)
+            for name, assignment in model.assignments.items()
+            if assignment.spec
         }
         model.insert(quantizers)
-        for key, entry in quantization["packed"].items():
-            quantizer = quantizers[entry["operand"]]
-            spec = quantizer.spec
-            codes = unpack(_take(tensors, key, directory), spec.bits, spec.signed, tuple(entry["shape"]))
-            tensors[key] = quantizer.decode(codes)
-        _load(model.graph_module, tensors, directory)
+        unpack_weights(tensors, quantization["packed"], values, quantizers, directory)
+        load_tensors(model.graph_module, tensors, quantization["packed"], directory)
         if quantization.get("arithmetic") is not None:
             model.compute_in_integers(Arithmetic(**quantization["arithmetic"]))
         model.records = [Record(**record) for record in config["records"]]
-        fixed = {"format", "files", "versions", "input_shape", "graph_fingerprint", "quantization_config", "records"}
-        model.provenance = {key: value for key, value in config.items() if key not in fixed}
+        model.provenance = {key: config[key] for key in PROVENANCE if key in config}
         return model
 
 
@@ -421,31 +427,17 @@ def _route_through(graph: Graph, node: Node, target: str) -> None:
     node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
 
 
-def _params(tensors: dict[str, torch.Tensor], name: str, directory: object) -> QParams:
-    prefix = f"{_QUANTIZERS}.{name}"
-    scale = _take(tensors, f"{prefix}.scale", directory)
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise CheckpointError(f"{directory}: {name} has a scale that is not positive; quantize the model again")
-    return QParams(scale, tensors.get(f"{prefix}.zero_point"), tensors.get(f"{prefix}.factor"))
-
-
-def _take(tensors: dict[str, torch.Tensor], key: str, directory: object) -> torch.Tensor:
-    if key not in tensors:
-        raise CheckpointError(f"{directory}: {key} is missing; the model was not calibrated or the file is incomplete")
-    return tensors[key]
-
-
-def _load(module: GraphModule, tensors: dict[str, torch.Tensor], directory: object) -> None:
-    expected = module.state_dict()
-    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or unknown:
-        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not part of the model"
-        raise CheckpointError(f"{directory}: {what}; it was saved from another model")
-    for key, tensor in expected.items():
-        if tensor.shape != tensors[key].shape:
-            shapes = f"{tuple(tensors[key].shape)} saved, {tuple(tensor.shape)} in the model"
-            raise CheckpointError(f"{directory}: {key} has another shape: {shapes}")
-    module.load_state_dict(tensors)
+def _finite(value: Any) -> Any:
+    """Plain values with null in the place of NaN and infinity, which JSON has not."""
+    match value:
+        case dict():
+            return {key: _finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_finite(each) for each in value]
+        case float() if not math.isfinite(value):
+            return None
+        case _:
+            return value
 
 
 def _tied(module: nn.Module) -> set[int]:

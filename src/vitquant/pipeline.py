@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import nn
 
 from vitquant.capture import capture
-from vitquant.checkpoint import read_config
-from vitquant.errors import CalibrationError, CheckpointError, RecipeError
+from vitquant.checkpoint import read_config, read_shapes
+from vitquant.config import check_config
+from vitquant.errors import CalibrationError, CheckpointError, RecipeError, VitquantError
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.methods.integer_operations import integer_operations
 from vitquant.methods.power_of_two_factor import ChooseFactorsSettings, choose_factors
@@ -25,12 +26,17 @@ from vitquant.model import QuantizedModel, Record
 from vitquant.operations import Arithmetic
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Method, Recipe, requested
+from vitquant.schema import Table, check, of_type
+from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.zoo import ModelSource, architecture, create
+from vitquant.zoo.budget import Budget
+from vitquant.zoo.trust import as_repeated
 
 # The order in which methods run, whatever order a recipe and its overlays name them in.
 _ORDER = ("calibrate", "reparameterize-scales", "search-scales", "choose-factors", "integer-operations")
 
 Settings = TypeVar("Settings")
+T = TypeVar("T")
 Batch = torch.Tensor | Sequence[Any] | Mapping[str, torch.Tensor]
 
 
@@ -63,6 +69,7 @@ def quantize(
     Raises:
         VitquantError: see `capture`, `requested` and the recipe's methods.
     """
+    said = None if preprocessing is None else Preprocessing.from_dict(preprocessing).to_dict()
     recipe, widths = requested(recipe, bits, settings)
     steps = [_step(method, progress) for method in sorted(recipe.methods, key=_place)]
     batches = iter(data)
@@ -79,27 +86,44 @@ def quantize(
         quantized.records.append(step(quantized, stream))
     quantized.provenance = {
         "source": None if source is None else source.to_dict(),
-        "preprocessing": None if preprocessing is None else dict(preprocessing),
+        "preprocessing": said,
         "calibration": {"images": stream.images, "sha256": stream.digest.hexdigest()},
     }
     return quantized
 
 
-def load(directory: str | Path, model: nn.Module | None = None, source: str | None = None) -> QuantizedModel:
+def load(
+    directory: str | Path,
+    model: nn.Module | None = None,
+    source: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> QuantizedModel:
     """Load a saved model; its outputs are bit for bit those of the model that was saved.
+
+    What a file names is not trusted: of the model's source it may say by itself only names that its library lists, and
+    arguments that are numbers and words of an architecture (`zoo.trust`).
 
     Arguments:
         directory: what `QuantizedModel.save` wrote.
         model: the float model, or one of the same architecture; needed when it was saved without a source.
-        source: the name of a `python:` factory, repeated; a factory named in a file alone is never imported.
+        source: the name of the model, repeated: a `python:` factory, a hub's name or a directory that a file names
+            alone is never imported, asked for or read.
+        arguments: arguments of the model, repeated, that may load code or files, or be of any size.
 
     Raises:
-        CheckpointError: the files are damaged, of another model or of a newer format.
+        CheckpointError: the files are damaged, of another model or of a newer format; or say what has to be repeated.
         ModelError: the source cannot be made again.
     """
-    config = read_config(Path(directory))
+    directory = Path(directory)
+    config = check_config(read_config(directory), directory)
+    if config.get("preprocessing") is not None:
+        _named(directory, lambda: Preprocessing.from_dict(config["preprocessing"]))
     if model is None:
-        model = architecture(_source(Path(directory), config, source))
+        found = _source(directory, config, source, arguments)
+        shapes = _shapes(directory, config)
+        with Budget(shapes):
+            model = architecture(found)
+        _refuse_other_tensors(directory, model, shapes)
     channels, height, width = config["input_shape"]
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -107,34 +131,65 @@ def load(directory: str | Path, model: nn.Module | None = None, source: str | No
     return QuantizedModel.restore(directory, capture(model, example))
 
 
-def float_model(directory: str | Path, weights: str | None = None, source: str | None = None) -> nn.Module:
+def float_model(
+    directory: str | Path,
+    weights: str | None = None,
+    source: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """The float model that a saved model was made from, to compare with.
 
     Arguments:
         directory: what `QuantizedModel.save` wrote.
         weights: where the weights file is now, when it is not where it was; its content must be the same.
-        source: see `load`.
+        source, arguments: see `load`.
 
     Raises:
-        CheckpointError: it was saved without a source.
+        CheckpointError: it was saved without a source, or with one that has to be repeated.
         ModelError: the weights are gone, or are others.
     """
-    config = read_config(Path(directory))
-    found = _source(Path(directory), config, source)
+    directory = Path(directory)
+    config = check_config(read_config(directory), directory)
+    found = _source(directory, config, source, arguments)
     if weights is not None:
         found = ModelSource.from_dict({**found.to_dict(), "weights": weights})
-    return create(found)
+    with Budget(_shapes(directory, config)):
+        return create(found)
 
 
-def _source(directory: Path, config: Mapping[str, Any], repeated: str | None) -> ModelSource:
+def _source(
+    directory: Path, config: Mapping[str, Any], repeated: str | None, arguments: Mapping[str, Any] | None
+) -> ModelSource:
     if not config.get("source"):
         raise CheckpointError(f"{directory} was saved without the model's source: load({str(directory)!r}, model=...)")
-    source = ModelSource.from_dict(config["source"])
-    if source.library == "python" and repeated != source.name:
-        raise CheckpointError(f"{directory} was made by {source.name}; to import and run it, repeat it: --model NAME")
-    if repeated is not None and repeated != source.name:
-        raise CheckpointError(f"{directory} was made from {source.name}, not from {repeated}")
-    return source
+    return _named(directory, lambda: as_repeated(ModelSource.from_dict(config["source"]), repeated, arguments or {}))
+
+
+def _named(directory: Path, read: Callable[[], T]) -> T:
+    """What is read of a config; an error names the directory."""
+    try:
+        return read()
+    except VitquantError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+
+
+def _shapes(directory: Path, config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """The shapes of a saved model's tensors, those of packed ones as they are in the model."""
+    stored = read_shapes(directory)
+    packed = config["quantization_config"]["packed"]
+    fits = {
+        key: entry["shape"]
+        for key, entry in packed.items()
+        if math.prod(entry["shape"]) <= 4 * math.prod(stored.get(key, [0]))
+    }
+    return {**stored, **fits}
+
+
+def _refuse_other_tensors(directory: Path, model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a source that builds another model before that model runs, which could take any time."""
+    for key, tensor in model.state_dict().items():
+        if list(tensor.shape) != list(shapes.get(key, [-1])):
+            raise CheckpointError(f"{directory}: its source builds another model: {key} is not the one that was saved")
 
 
 def _place(method: Method) -> int:
@@ -162,12 +217,9 @@ def _step(method: Method, progress: Progress) -> Callable[[QuantizedModel, Itera
 def _with_settings(
     run: Callable[[QuantizedModel, Iterable[torch.Tensor], Settings], Record], kind: type[Settings], method: Method
 ) -> Callable[[QuantizedModel, Iterable[torch.Tensor]], Record]:
-    try:
-        settings = kind(**method.settings)
-    except TypeError:
-        known = ", ".join(field.name for field in fields(kind)) or "none"  # type: ignore[arg-type]
-        given = sorted(method.settings)
-        raise RecipeError(f"method {method.name!r}: settings {given} do not fit; it has: {known}") from None
+    hints = {name: of_type(hint) for name, hint in get_type_hints(kind).items()}
+    check(method.settings, Table({}, hints), RecipeError, method.name)
+    settings = kind(**method.settings)
     return lambda model, data: run(model, data, settings)
 
 

@@ -20,7 +20,7 @@ from vitquant.spec import Log2, LogSqrt2, PowerOfTwoFactor, PowerOfTwoScale, Uni
 widths = st.integers(2, 16)
 all_bits = st.builds(Bits, widths, widths, widths, widths)
 names = st.from_regex(r"[a-z][a-z0-9_-]{0,9}", fullmatch=True)
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+texts = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\u2028\u2029"), max_size=20)
 symbols = st.sampled_from(BIT_SYMBOLS) | st.integers(2, 8)
 settings = st.dictionaries(
     names.filter(lambda name: name != "name"),

@@ -202,14 +202,14 @@ def test_an_ir_has_the_mode_that_the_umask_gives(tmp_path):
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
-    assert modes == {"ir": 0o750, "model.xml": 0o640, "model.bin": 0o640}
+    assert modes == {"ir": 0o750, "model.xml": 0o640, "model.bin": 0o640, "digest.json": 0o640}
 
 
 def test_an_ir_is_not_replaced_unless_forced(tmp_path):
     _, proto = exported(timm_vit, "minmax")
     target = tmp_path / "deep" / "ir"
     write_openvino(proto, target)
-    assert {file.name for file in target.iterdir()} == {"model.xml", "model.bin"}
+    assert {file.name for file in target.iterdir()} == {"model.xml", "model.bin", "digest.json"}
     assert [folder.name for folder in target.parent.iterdir()] == ["ir"]
     assert '"minmax"' in (target / "model.xml").read_text()
     before = (target / "model.bin").read_bytes()
@@ -253,11 +253,30 @@ def test_what_cannot_be_run_is_refused(tmp_path):
     with pytest.raises(ExportError, match=r"model\.onnx is missing"):
         OpenVinoModel(tmp_path / "model.onnx")
     (tmp_path / "model.onnx").write_bytes(b"no model")
-    with pytest.raises(ExportError, match="OpenVINO refuses"):
+    with pytest.raises(ExportError, match="is no ONNX model"):
         OpenVinoModel(tmp_path / "model.onnx")
+    (tmp_path / "model.xml").write_bytes(b"no model")
+    with pytest.raises(ExportError, match="OpenVINO refuses"):
+        OpenVinoModel(tmp_path / "model.xml")
     _, proto = exported(timm_vit, "minmax")
     runtime = written(proto, tmp_path)
     with pytest.raises(ExportError, match=r"takes float32 images \[\?,3,64,64\]; these are torch.float64"):
         runtime(photos(1).double())
     with pytest.raises(ExportError, match=r"these are torch.float32 \(1, 3, 32, 64\)"):
         runtime(photos(1)[:, :, :32])
+
+
+@pytest.mark.parametrize("name", ["model.xml", "model.bin", "digest.json"])
+def test_a_directory_that_was_altered_is_refused(tmp_path, name):
+    _, proto = exported(timm_vit, "minmax")
+    write_openvino(proto, tmp_path / "ir")
+    OpenVinoModel(tmp_path / "ir")
+    file = tmp_path / "ir" / name
+    content = file.read_bytes()
+    for altered in (content[:-9] + b"7" * 9, b"", None):
+        if altered is None:
+            file.unlink()
+        else:
+            file.write_bytes(altered)
+        with pytest.raises(ExportError, match=r"export it again|not valid JSON|is missing"):
+            OpenVinoModel(tmp_path / "ir")

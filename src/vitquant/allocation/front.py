@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from vitquant.errors import AllocationError
 
+_LONGEST = 100_000  # allocations of a front; those of like blocks have a few thousand
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -65,10 +67,12 @@ def pareto_front(choices: Mapping[str, Sequence[Choice]]) -> list[Allocation]:
     Arguments:
         choices: for each part its candidates, at least one.
 
+    Raises:
+        AllocationError: costs that are all different, such as measured times, let the front grow with each part, here
+            beyond 100,000.
+
     Source: dynamic programming over the objective of VT-PTQ, Liu et al. 2021, section "Nuclear Norm Based Mixed
     Precision".
-
-    Pitfall: with costs that are all different, such as measured times, the front can grow with each part.
     """
     front: list[tuple[float, float, tuple[int, ...]]] = [(0.0, 0.0, ())]
     for candidates in choices.values():
@@ -82,6 +86,8 @@ def pareto_front(choices: Mapping[str, Sequence[Choice]]) -> list[Allocation]:
         for state in grown:
             if not front or state[1] < front[-1][1]:
                 front.append(state)
+        if len(front) > _LONGEST:
+            raise AllocationError(f"costs differ so much that more than {_LONGEST} allocations compete; round them")
     return [Allocation(dict(zip(choices, bits, strict=True)), cost, sensitivity) for cost, sensitivity, bits in front]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from vitquant.errors import AllocationError, CalibrationError
 from vitquant.model import QuantizedModel, Tap
 from vitquant.objectives.correlation import correlation
 from vitquant.progress import Progress, silent
+from vitquant.schema import Number, Table, Text, check
 from vitquant.tapped import by_image
 
 _IMAGES_AT_ONCE = 8
@@ -77,12 +78,17 @@ class Sensitivity:
         Raises:
             AllocationError: keys are missing, or values are of another type.
         """
-        for field in fields(cls):
-            found = table.get(field.name)
-            fits = isinstance(found, str) if field.type == "str" else isinstance(found, float | int)
-            if not fits or (isinstance(found, float) and not math.isfinite(found)):
-                raise AllocationError(f"{field.name} = {found!r} of a sensitivity is not what it was")
-        return cls(**{field.name: table[field.name] for field in fields(cls)})
+        return cls(**check(table, SENSITIVITY, AllocationError))
+
+
+_ERROR = Number(0.0, 1e100)
+SENSITIVITY = Table(
+    {
+        **dict.fromkeys(("name", "kind", "bits"), Text()),
+        **dict.fromkeys(("output_error", "squared_error", "nuclear_norm", "nuclear_sensitivity"), _ERROR),
+        "correlation": Number(-1.001, 1.001),  # rounded
+    }
+)
 
 
 def measure(

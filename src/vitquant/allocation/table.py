@@ -10,12 +10,31 @@ from typing import Any
 
 from vitquant.allocation.front import Allocation, Choice, Costs, best_within, pareto_front
 from vitquant.allocation.mixed_recipe import mixed_recipe
-from vitquant.allocation.sensitivity import Sensitivity
+from vitquant.allocation.sensitivity import SENSITIVITY, Sensitivity
 from vitquant.errors import AllocationError, VitquantError
 from vitquant.recipe import Bits, Recipe
+from vitquant.schema import Integer, ListOf, Plain, Table, TableOf, Text, check, parse_json, read_file
 from vitquant.spec import MAX_BITS, MIN_BITS
 
 FORMAT = 1
+_LONGEST = 2**25  # bytes of a file; a large model's with many candidates has 2**21
+_BITS = Integer(MIN_BITS, MAX_BITS)
+_SIZE = Integer(0, 2**50)
+_SIZES = Table({}, {str(bits): _SIZE for bits in range(MIN_BITS, MAX_BITS + 1)})
+_SCHEMA = Table(
+    {
+        "format": Integer(FORMAT, FORMAT),
+        "about": TableOf(Plain()),
+        "bits": Text(100),
+        "recipe": TableOf(Plain()),
+        "other_bytes": _SIZE,
+        "numbers": TableOf(Integer(1, 2**50), least=1),
+        "bytes": TableOf(_SIZES, least=1),
+        "values": TableOf(TableOf(ListOf(Text(pattern=r".*:.*")))),
+        "modules": ListOf(SENSITIVITY, least=1),
+        "sites": ListOf(SENSITIVITY),
+    }
+)
 MEASURES = ("nuclear-norm", "output-error", "correlation")
 
 
@@ -172,45 +191,38 @@ class SensitivityTable:
             AllocationError: it cannot be read, is no such file, or of a newer format.
         """
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
-            if table["format"] != FORMAT:
+            table = parse_json(read_file(path, _LONGEST, AllocationError), AllocationError)
+            if isinstance(table, dict) and table.get("format", FORMAT) != FORMAT:
                 raise AllocationError(f"it has format {table['format']}, and this vitquant reads format {FORMAT}")
+            check(table, _SCHEMA, AllocationError)
             made = cls(
                 Recipe.from_dict(table["recipe"]),
                 str(Bits.parse(table["bits"])),
-                tuple(Sensitivity.from_dict(each) for each in table["modules"]),
-                tuple(Sensitivity.from_dict(each) for each in table["sites"]),
-                {name: int(count) for name, count in table["numbers"].items()},
-                {name: {int(bits): int(size) for bits, size in of.items()} for name, of in table["bytes"].items()},
+                tuple(Sensitivity(**each) for each in table["modules"]),
+                tuple(Sensitivity(**each) for each in table["sites"]),
+                table["numbers"],
+                {name: {int(bits): size for bits, size in of.items()} for name, of in table["bytes"].items()},
                 {name: {r: tuple(v) for r, v in decided.items()} for name, decided in table["values"].items()},
-                int(table["other_bytes"]),
-                dict(table["about"]),
+                table["other_bytes"],
+                table["about"],
             )
             made._check()
-        except OSError as error:
-            raise AllocationError(f"{path} cannot be read: {error.strerror}") from error
         except VitquantError as error:
             raise AllocationError(f"{path}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise AllocationError(f"{path} is not what `vitquant sensitivity` writes: {error!r}") from error
         return made
 
     def _check(self) -> None:
         """Refuse what an edit can make of a file."""
+        for each in self.modules:
+            check(int(each.bits) if each.bits.isascii() and each.bits.isdigit() else each.bits, _BITS, AllocationError)
         measured = [(each.name, int(each.bits)) for each in self.modules]
         expected = [(name, bits) for bits in self.candidates for name in self.numbers]
         quantizing = {rule.name for rule in self.recipe.rules if rule.spec is not None}
-        sizes = [self.other_bytes, *(size for of in self.bytes.values() for size in of.values())]
         sound = (
-            bool(measured)
-            and sorted(measured) == sorted(expected)
-            and all(MIN_BITS <= bits <= MAX_BITS for bits in self.candidates)
+            sorted(measured) == sorted(expected)
             and set(self.values) == set(self.bytes) == set(self.numbers)
             and all(sorted(of) == self.candidates for of in self.bytes.values())
-            and all(count > 0 for count in self.numbers.values())
-            and all(size >= 0 for size in sizes)
             and all(set(decided) <= quantizing for decided in self.values.values())
-            and all(":" in name for decided in self.values.values() for names in decided.values() for name in names)
         )
         if not sound:
             raise AllocationError("its modules, numbers, bytes and values do not agree; measure the model again")

@@ -44,7 +44,7 @@ def compare_forms(
     images: int,
     preprocessing: Path | None,
     weights: str | None,
-    model: str | None,
+    repeated: dict[str, Any],
 ) -> ParityReport:
     """Run all forms of a model on the same images; the float model is among them where its weights are."""
     from vitquant.parity import ALONE, examine
@@ -55,7 +55,7 @@ def compare_forms(
     chosen = subset(items, min(images, len(items)), seed=0)
     steps = preprocessing_of(quantized, preprocessing)
     tensors = [each for each, _ in batches(chosen, steps, _BATCH)]
-    reference = float_model(out, weights, model, terminal)
+    reference = float_model(out, weights, repeated, terminal)
     if reference is None and not all(form.exact for form in forms):
         terminal.note(f"without it QDQ and OpenVINO promise no more than a cosine of {ALONE} with the simulation")
     with terminal.progress("comparing") as update:

@@ -57,6 +57,7 @@ def evaluate(
     engine: EngineName = None,
     weights: Weights = None,
     model: options.Repeated = None,
+    model_arguments: options.RepeatedArguments = None,
     preprocessing: options.PreprocessingFile = None,
     device: options.DeviceOption = options.Device.AUTO,
     workers: options.Workers = 0,
@@ -79,14 +80,15 @@ def evaluate(
 
             where = options.choose_device(device, threads)
             items = load_listing(data)
-            quantized = pipeline.load(out, source=model).to(where)
+            repeated = options.repeated(model, model_arguments)
+            quantized = pipeline.load(out, **repeated).to(where)
             with torch.inference_mode():
                 logits = classification.logits_of(quantized(torch.zeros(1, *quantized.input_shape, device=where)))
             classes = logits.shape[-1]
             check_labels(items, classes)
             steps = preprocessing_of(quantized, preprocessing)
             labelled = batches(items, steps, batch or _BATCH, workers, skip_bad_images)
-            reference = float_model(out, weights, model, terminal)
+            reference = float_model(out, weights, repeated, terminal)
             if reference is not None:
                 reference = reference.to(where)
             name, computed = _engine(engine, quantized, reference, out, threads, where, terminal)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vitquant.cli.terminal import Terminal
 from vitquant.errors import DataError, VitquantError
@@ -31,12 +31,12 @@ def preprocessing_of(quantized: QuantizedModel, file: Path | None) -> Preprocess
     return steps
 
 
-def float_model(out: Path, weights: str | None, model: str | None, terminal: Terminal) -> nn.Module | None:
+def float_model(out: Path, weights: str | None, repeated: dict[str, Any], terminal: Terminal) -> nn.Module | None:
     """The float model; None, with a note, when its weights are not where they were and no others were given."""
     from vitquant import pipeline
 
     try:
-        return pipeline.float_model(out, weights, model)
+        return pipeline.float_model(out, weights, **repeated)
     except VitquantError as error:
         if weights is not None:
             raise

@@ -54,6 +54,7 @@ def export(
     images: Images = 16,
     weights: Weights = None,
     model: options.Repeated = None,
+    model_arguments: options.RepeatedArguments = None,
     preprocessing: options.PreprocessingFile = None,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -75,13 +76,14 @@ def export(
             path = (output or out / PATHS[format]).absolute()
             check_target(format, path, force)
             options.choose_device(options.Device.CPU, threads)
-            quantized = load(out, source=model)
+            repeated = options.repeated(model, model_arguments)
+            quantized = load(out, **repeated)
         with _beside(path) as scratch:
             with terminal.progress("exporting"):
                 write(quantized, format, scratch / path.name, float_io=float_io)
                 size = _size(scratch / path.name)
                 forms = forms_of(scratch / path.name, format, quantized)
-            report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, model)
+            report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, repeated)
             if not report.broken:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 put_in_place(scratch / path.name, path)

@@ -13,6 +13,7 @@ from vitquant.cli.terminal import Terminal
 def inspect(
     out: options.Saved,
     model: options.Repeated = None,
+    model_arguments: options.RepeatedArguments = None,
     every: Annotated[bool, typer.Option("--all", help="List also what only moves data or is constant.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -26,7 +27,7 @@ def inspect(
             from vitquant.report.operations import CONSTANT, DATA, list_operations, summarize
             from vitquant.report.tables import facts, operations_table, summary_text
 
-            quantized = load(out, source=model)
+            quantized = load(out, **options.repeated(model, model_arguments))
             program, refused = program_of(quantized)
             operations = list_operations(quantized, program)
         source = (quantized.provenance.get("source") or {}).get("name")

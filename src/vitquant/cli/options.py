@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,7 +24,12 @@ class Device(StrEnum):
 
 Saved = Annotated[Path, typer.Argument(metavar="OUT", help="What `quantize` wrote.")]
 Repeated = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="Repeat the python: factory that made the model.")
+    str | None,
+    typer.Option("--model", metavar="NAME", help="Repeat the model's name, where it imports, reads or fetches."),
+]
+RepeatedArguments = Annotated[
+    list[str] | None,
+    typer.Option("--model-arg", metavar="KEY=VALUE", help="Repeat an argument of the model that may load something."),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Images in a batch.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto: CUDA when there is one.")]
@@ -42,6 +47,13 @@ PreprocessingFile = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no notes, no tables: errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
+
+
+def repeated(model: str | None, arguments: list[str] | None) -> dict[str, Any]:
+    """What the caller repeats of a saved model's source, as `pipeline.load` takes it."""
+    from vitquant.zoo import parse_model_arguments
+
+    return {"source": model, "arguments": parse_model_arguments(arguments or ())}
 
 
 def choose_device(device: Device, threads: int | None) -> torch.device:

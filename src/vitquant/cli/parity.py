@@ -51,6 +51,7 @@ def parity(
     images: Images = 64,
     weights: Weights = None,
     model: options.Repeated = None,
+    model_arguments: options.RepeatedArguments = None,
     preprocessing: options.PreprocessingFile = None,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -66,9 +67,10 @@ def parity(
             from vitquant.pipeline import load
 
             options.choose_device(options.Device.CPU, threads)
-            quantized = load(out, source=model)
+            repeated = options.repeated(model, model_arguments)
+            quantized = load(out, **repeated)
             forms = _forms(quantized, out, [*(against or ()), *(also or ())], Path(scratch))
-        report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, model)
+        report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, repeated)
         values, tables = shown(report)
         terminal.result(values, *tables)
         end(terminal, report)

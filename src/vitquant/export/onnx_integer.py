@@ -21,6 +21,7 @@ from vitquant.export.onnx_operations import distances, log_softmax, normalize, p
 from vitquant.export.onnx_products import Bytes, bytes_of, convolution, matmul
 from vitquant.program import instructions as p
 from vitquant.runtime.metadata import to_metadata
+from vitquant.runtime.onnx_files import seal
 
 FORMAT = "onnx-integer/1"
 INPUT, OUTPUT = "images", "logits"
@@ -69,7 +70,7 @@ class _Export:
         codes = self.values[program.output]
         logits = graph.named(self._dequantized(codes) if float_io else graph.node("Identity", codes), OUTPUT)
         ends = (images, self._sizes(program.input)), (logits, self._sizes(program.output))
-        return graph.model(*ends, self._metadata(), version("vitquant"))
+        return seal(graph.model(*ends, self._metadata(), version("vitquant")))
 
     def _count(self, instruction: p.Instruction) -> None:
         """Keep how many a size of -1 counts, and name it after a reshape.

@@ -34,6 +34,7 @@ from vitquant.operations import IntegerOperation
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.uniform import UniformQuantizer
 from vitquant.runtime.metadata import to_metadata
+from vitquant.runtime.onnx_files import seal
 from vitquant.tasks.classification import logits_of
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def onnx_qdq_model(model: QuantizedModel) -> onnx.ModelProto:
     signed = any(isinstance(each, QuantizeDequantize) and each.signed and each.width == 8 for each in linear)
     _describe(proto, model, SIGNED if signed and opset > 20 else {})
     _check(proto)
-    return proto
+    return seal(proto)
 
 
 class _Logits(nn.Module):

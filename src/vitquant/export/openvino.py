@@ -12,7 +12,7 @@ from vitquant.errors import ExportError
 from vitquant.export.onnx_qdq import onnx_qdq_model
 from vitquant.files import put_in_place, share
 from vitquant.model import QuantizedModel
-from vitquant.runtime.openvino import openvino_core
+from vitquant.runtime.openvino import openvino_core, seal
 
 if TYPE_CHECKING:
     import onnx
@@ -23,8 +23,8 @@ _IR = "model.xml"
 def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Path, force: bool = False) -> None:
     """Write `model.xml` and `model.bin`, OpenVINO's own form, which C++, Python and others load without ONNX.
 
-    The directory holds both or, when the run is killed, what it held before. The facts of the ONNX model's
-    `metadata_props` are in the XML, under `rt_info/framework`.
+    `digest.json` beside them says what was in them. The directory holds all or, when the run is killed, what it held
+    before. The facts of the ONNX model's `metadata_props` are in the XML, under `rt_info/framework`.
 
     Arguments:
         model: calibrated; or what `onnx_qdq_model` made of one, when that is there already.
@@ -48,6 +48,7 @@ def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Pat
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
         openvino.save_model(converted, partial / _IR, compress_to_fp16=False)  # halved scales would be other scales
+        seal(partial)
         for file in partial.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())

@@ -67,6 +67,8 @@ class SearchScalesSettings:
         for name in ("candidates", "rounds", "pairs", "seed"):
             if not isinstance(getattr(self, name), int):
                 raise RecipeError(f"search-scales: {name} = {getattr(self, name)}: it is a whole number")
+        if max(self.candidates, self.rounds, self.pairs) > 1_000_000:
+            raise RecipeError("search-scales: candidates, rounds and pairs are at most 1,000,000")
         for name, smallest in (("candidates", 1), ("rounds", 1), ("gamma", 0), ("theta", 0), ("pairs", 0)):
             if not smallest <= getattr(self, name) < math.inf:
                 raise RecipeError(f"search-scales: {name} = {getattr(self, name)}: it is at least {smallest}")

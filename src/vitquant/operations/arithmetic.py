@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vitquant.errors import RecipeError
 
-_CHOICES = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "exponential": ("exact", "polynomial"),
     "softmax": ("integer", "published", "float"),
     "layer_norm": ("integer", "published", "float"),
@@ -36,7 +36,7 @@ class Arithmetic:
     activation: str = "table"
 
     def __post_init__(self) -> None:
-        for key, choices in _CHOICES.items():
+        for key, choices in CHOICES.items():
             value = getattr(self, key)
             if value not in choices:
                 raise RecipeError(f"{key} = {value!r}: it is one of {', '.join(choices)}")

@@ -7,8 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from vitquant.errors import RecipeError
-from vitquant.recipe.recipe import Overlay, Recipe, parse_toml
-from vitquant.recipe.tables import nearest, within
+from vitquant.recipe.recipe import LONGEST, Overlay, Recipe
+from vitquant.recipe.tables import within
+from vitquant.schema import nearest, parse_toml, read_file
 
 _SHIPPED = files("vitquant") / "recipes"
 
@@ -16,7 +17,9 @@ _SHIPPED = files("vitquant") / "recipes"
 def available() -> list[Recipe]:
     """The recipes that ship with vitquant, by name; overlays are not among them."""
     texts = {name: (_SHIPPED / f"{name}.toml").read_text(encoding="utf-8") for name in _names()}
-    return [Recipe.from_toml(text, name) for name, text in texts.items() if "overlay" not in parse_toml(text)]
+    return [
+        Recipe.from_toml(text, name) for name, text in texts.items() if "overlay" not in parse_toml(text, RecipeError)
+    ]
 
 
 def load_recipe(text: str) -> Recipe:
@@ -38,13 +41,10 @@ def _names() -> list[str]:
     return sorted(Path(f.name).stem for f in _SHIPPED.iterdir() if f.name.endswith(".toml"))
 
 
-def _read(part: str) -> str:
+def _read(part: str) -> bytes | str:
     if "/" in part or "\\" in part or part.endswith(".toml"):
         with within(part):
-            try:
-                return Path(part).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise RecipeError(f"cannot be read: {error}") from None
+            return read_file(Path(part), LONGEST, RecipeError)
     if part not in _names():
         raise RecipeError(f"no recipe {part!r}; {nearest(part, _names())} A file's name ends in .toml")
     return (_SHIPPED / f"{part}.toml").read_text(encoding="utf-8")

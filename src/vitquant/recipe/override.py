@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from vitquant.errors import RecipeError
 from vitquant.recipe.recipe import Recipe
 from vitquant.recipe.rule import RULE_KEYS, SCHEMES, SPEC_KEYS, scheme_keys
-from vitquant.recipe.tables import nearest, within
+from vitquant.recipe.tables import within
+from vitquant.schema import nearest, parse_toml
 
 _SPEC_KEYS = SPEC_KEYS + tuple(key for name in SCHEMES for key in scheme_keys(name))
 _RULE_KEYS = tuple(key for key in RULE_KEYS if key not in ("name", "overlay"))
@@ -93,8 +93,8 @@ def _set_in_method(method: dict[str, Any], keys: list[str], value: object) -> No
 def _value(text: str) -> object:
     """A TOML value, or the text itself when it is a bare word."""
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        parsed = parse_toml(f"value = {text}", RecipeError)
+    except RecipeError:
         parsed = {}
     if set(parsed) == {"value"}:
         return parsed["value"]

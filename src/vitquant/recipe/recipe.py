@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,14 +10,32 @@ from typing import Any
 from vitquant.errors import RecipeError
 from vitquant.recipe.bits import Bits
 from vitquant.recipe.rule import Rule
-from vitquant.recipe.tables import check_keys, take, take_tables, within
+from vitquant.recipe.tables import within
+from vitquant.schema import LINES, Flag, Integer, ListOf, Plain, Table, TableOf, Text, check, parse_toml, take
 
 FORMAT = 1
-RECIPE_KEYS = (
-    "format", "name", "title", "source", "expected", "cost", "passes", "bits", "calibration", "rule", "method",
-)  # fmt: skip
-OVERLAY_KEYS = ("format", "overlay", "name", "title", "rule", "method")
+LONGEST = 2**22  # bytes of a file; a recipe that names every value of a large model has 2**18
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+# Rules and methods are tables with schemas of their own: those name the rule where one does not fit.
+_TABLES = ListOf(TableOf(Plain()), most=10_000)
+_PROSE = Text(10_000, LINES)
+_COUNT = Integer(1, 2**31)
+_CALIBRATION = Table({}, {"images": _COUNT, "batch": _COUNT})
+_FORMAT_KEY = Integer(-(2**31), 2**31)
+_BOTH = {"format": _FORMAT_KEY, "name": Text(1000), "title": _PROSE}
+_RECIPE = Table(
+    _BOTH,
+    {
+        **dict.fromkeys(("source", "expected", "cost"), _PROSE),
+        "bits": Text(100),
+        "passes": _COUNT,
+        "calibration": _CALIBRATION,
+        "rule": _TABLES,
+        "method": _TABLES,
+    },
+)
+_OVERLAY = Table(_BOTH, {"overlay": Flag(), "rule": _TABLES, "method": _TABLES})
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,9 @@ class Method:
             RecipeError: it has no name.
         """
         with within("a method"):
-            return cls(take(table, "name", str), {key: value for key, value in table.items() if key != "name"})
+            check(table, TableOf(Plain()), RecipeError)
+            name = take(table, "name", Text(100), RecipeError)
+        return cls(name, {key: value for key, value in table.items() if key != "name"})
 
 
 @dataclass(frozen=True)
@@ -66,10 +85,7 @@ class Calibration:
         Raises:
             RecipeError: an unknown key, or a number below 1.
         """
-        with within("calibration"):
-            check_keys(table, ("images", "batch"))
-            images, batch = take(table, "images", int, cls.images), take(table, "batch", int, cls.batch)
-        return cls(images, batch)
+        return cls(**check(table, _CALIBRATION, RecipeError, "calibration"))
 
 
 @dataclass(frozen=True)
@@ -87,7 +103,8 @@ class Recipe:
             counts three, and a search as many as take its time.
 
     Raises:
-        RecipeError: passes below 1; a name of a rule or method that is taken, or that `--set name.key` could not write.
+        RecipeError: passes below 1; a text with control characters; a name of a rule or method that is taken, or that
+            `--set name.key` could not write.
     """
 
     name: str
@@ -104,6 +121,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.passes < 1:
             raise RecipeError(f"passes = {self.passes}: a recipe sees its calibration images at least once")
+        for key in ("name", "title", "source", "expected", "cost"):
+            check(getattr(self, key), _PROSE, RecipeError, key)
         _check_names(self.rules, self.methods)
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,20 +148,15 @@ class Recipe:
         _check_format(table)
         if "overlay" in table:
             raise RecipeError('this is an overlay: lay it over a recipe, as in "fq-vit+overlay"')
-        check_keys(table, RECIPE_KEYS)
+        check(table, _RECIPE, RecipeError)
         with within("bits"):
-            bits = Bits.parse(take(table, "bits", str, str(Bits())))
+            bits = Bits.parse(table.get("bits", str(Bits())))
         return cls(
-            name=take(table, "name", str),
-            title=take(table, "title", str),
-            rules=tuple(Rule.from_dict(t) for t in take_tables(table, "rule")),
-            methods=tuple(Method.from_dict(t) for t in take_tables(table, "method")),
-            source=take(table, "source", str, ""),
+            rules=tuple(Rule.from_dict(each) for each in table.get("rule", ())),
+            methods=tuple(Method.from_dict(each) for each in table.get("method", ())),
             bits=bits,
-            calibration=Calibration.from_dict(take(table, "calibration", dict, {})),
-            expected=take(table, "expected", str, ""),
-            cost=take(table, "cost", str, ""),
-            passes=take(table, "passes", int, 1),
+            calibration=Calibration.from_dict(table.get("calibration", {})),
+            **{key: table[key] for key in ("name", "title", "source", "expected", "cost", "passes") if key in table},
         )
 
     def to_toml(self) -> str:
@@ -154,7 +168,7 @@ class Recipe:
         return tomli_w.dumps(self.to_dict())
 
     @classmethod
-    def from_toml(cls, text: str, where: str) -> Recipe:
+    def from_toml(cls, text: bytes | str, where: str) -> Recipe:
         """Read a recipe.
 
         Arguments:
@@ -165,7 +179,7 @@ class Recipe:
             RecipeError: as `from_dict`, or no valid TOML.
         """
         with within(where):
-            return cls.from_dict(parse_toml(text))
+            return cls.from_dict(parse_toml(text, RecipeError))
 
 
 @dataclass(frozen=True)
@@ -184,25 +198,24 @@ class Overlay:
     methods: tuple[Method, ...] = ()
 
     @classmethod
-    def from_toml(cls, text: str, where: str) -> Overlay:
+    def from_toml(cls, text: bytes | str, where: str) -> Overlay:
         """Read an overlay, a file that says `overlay = true`.
 
         Raises:
             RecipeError: as `Recipe.from_toml`, or the file is a whole recipe.
         """
         with within(where):
-            table = parse_toml(text)
+            table = parse_toml(text, RecipeError)
             _check_format(table)
-            if not take(table, "overlay", bool, False):
+            if table.get("overlay") is not True:
                 raise RecipeError("only an overlay can be laid over a recipe; this is none (overlay = true)")
-            check_keys(table, OVERLAY_KEYS)
-            name = take(table, "name", str)
-            rules = (Rule.from_dict(t) for t in take_tables(table, "rule"))
+            check(table, _OVERLAY, RecipeError)
+            name = table["name"]
             return cls(
                 name,
-                take(table, "title", str),
-                tuple(replace(rule, overlay=name) for rule in rules),
-                tuple(Method.from_dict(t) for t in take_tables(table, "method")),
+                table["title"],
+                tuple(replace(Rule.from_dict(each), overlay=name) for each in table.get("rule", ())),
+                tuple(Method.from_dict(each) for each in table.get("method", ())),
             )
 
     def over(self, recipe: Recipe) -> Recipe:
@@ -226,20 +239,8 @@ class Overlay:
             )
 
 
-def parse_toml(text: str) -> dict[str, Any]:
-    """Parse TOML.
-
-    Raises:
-        RecipeError: it is not valid; the message has line and column.
-    """
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"not valid TOML: {error}") from None
-
-
 def _check_format(table: Mapping[str, Any]) -> None:
-    found = take(table, "format", int)
+    found = take(table, "format", _FORMAT_KEY, RecipeError)
     if found > FORMAT:
         raise RecipeError(f"format = {found} needs a newer vitquant; this one reads format {FORMAT}")
     if found < FORMAT:

@@ -9,10 +9,13 @@ from typing import Any
 
 from vitquant.errors import RecipeError
 from vitquant.observers import OBSERVERS
-from vitquant.recipe.bits import Bits
-from vitquant.recipe.tables import check_keys, nearest, take, take_strings, within
+from vitquant.recipe.bits import BIT_SYMBOLS, Bits
+from vitquant.recipe.tables import within
+from vitquant.schema import Either, Flag, Integer, ListOf, Plain, Table, TableOf, Text, check, nearest, take
 from vitquant.sites import KINDS, OPERANDS, Reader
 from vitquant.spec import (
+    MAX_BITS,
+    MIN_BITS,
     Granularity,
     Log2,
     LogSqrt2,
@@ -36,6 +39,30 @@ SCHEMES: dict[str, type[Scheme]] = {
 GRANULARITIES = ("tensor", "axis", "head")
 SPEC_KEYS = ("scheme", "bits", "signed", "symmetric", "per")
 RULE_KEYS = ("name", "site", "kind", "operand", "value", "float", "spec", "observer", "optional", "override", "overlay")
+_WORDS = Either((Text(), ListOf(Text(), least=1)))
+_RULE = Table(
+    {"name": Text(100)},
+    {
+        **dict.fromkeys(("site", "kind", "operand", "value"), _WORDS),
+        **dict.fromkeys(("float", "optional", "override"), Flag()),
+        "spec": TableOf(Plain()),
+        "observer": Text(100),
+        "overlay": Text(),
+    },
+)
+_SPEC = {
+    "bits": Either((Integer(MIN_BITS, MAX_BITS), Text(among=BIT_SYMBOLS))),
+    "signed": Flag(),
+    "symmetric": Flag(),
+    "per": Text(among=GRANULARITIES),
+}
+
+
+def _spec_table(scheme: str) -> Table:
+    """What the `spec` table of a scheme holds."""
+    own = {f.name: Flag() if isinstance(f.default, bool) else Integer(1, 8) for f in fields(SCHEMES[scheme])}
+    optional = {**_SPEC, **own}
+    return Table({"scheme": Text(), "bits": optional.pop("bits")}, optional)
 
 
 def scheme_keys(scheme: str) -> tuple[str, ...]:
@@ -101,19 +128,11 @@ class SpecTemplate:
         Raises:
             RecipeError: an unknown key or scheme, a value of the wrong type, or a spec without meaning.
         """
-        name = take(table, "scheme", str)
-        if name not in SCHEMES:
-            raise RecipeError(f"unknown scheme {name!r}; {nearest(name, SCHEMES)}")
+        name = take(table, "scheme", Text(among=tuple(SCHEMES)), RecipeError)
         with within(f"scheme {name!r}"):
-            check_keys(table, (*SPEC_KEYS, *scheme_keys(name)))
-        own: dict[str, Any] = {f.name: take(table, f.name, type(f.default), f.default) for f in fields(SCHEMES[name])}
-        return cls(
-            SCHEMES[name](**own),
-            bits=take(table, "bits", int if isinstance(table.get("bits"), int) else str),
-            signed=take(table, "signed", bool, False),
-            symmetric=take(table, "symmetric", bool, False),
-            per=take(table, "per", str, "tensor"),
-        )
+            check(table, _spec_table(name), RecipeError)
+        own = {key: table[key] for key in scheme_keys(name) if key in table}
+        return cls(SCHEMES[name](**own), **{key: table[key] for key in _SPEC if key in table})
 
 
 @dataclass(frozen=True)
@@ -190,19 +209,21 @@ class Rule:
             RecipeError: it names the rule, and the key or value that is wrong.
         """
         with within("a rule"):
-            name = take(table, "name", str)
+            name = take(table, "name", Text(100), RecipeError)
         with within(f"rule {name!r}"):
-            check_keys(table, RULE_KEYS)
-            is_float = take(table, "float", bool, False)
+            check(table, _RULE, RecipeError)
+            is_float = table.get("float", False)
             if is_float == ("spec" in table):
                 raise RecipeError("say either float = true or spec = { scheme = ..., bits = ... }")
             if is_float and "observer" in table:
                 raise RecipeError("a float rule observes nothing; remove observer")
-            spec = None if is_float else SpecTemplate.from_dict(take(table, "spec", dict))
-            observer = None if is_float else take(table, "observer", str, "minmax")
-            site = take_strings(table, "site", ("*",))
-            kind, operand = take_strings(table, "kind"), take_strings(table, "operand")
-            value = take_strings(table, "value")
-            optional, overrides = take(table, "optional", bool, False), take(table, "override", bool, False)
-            overlay = take(table, "overlay", str, "")
-        return cls(name, site, kind, operand, value, spec, observer, optional, overrides, overlay)
+            spec = None if is_float else SpecTemplate.from_dict(table["spec"])
+            observer = None if is_float else table.get("observer", "minmax")
+        words = {key: table[key] for key in ("site", "kind", "operand", "value") if key in table}
+        return cls(
+            name,
+            spec=spec,
+            observer=observer,
+            **{key: (each,) if isinstance(each, str) else tuple(each) for key, each in words.items()},
+            **{key: table[key] for key in ("optional", "override", "overlay") if key in table},
+        )

@@ -6,17 +6,51 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from vitquant.errors import ExportError
+from vitquant.schema import Integer, ListOf, Number, Schema, Table, Text, check, parse_json
+
 _PREFIX = "vitquant."
+_SCALE = Number(2.0**-140, 2.0**100)
+_CODE = Integer(-(2**31), 2**31)
+_OPTION = Text(among=("0", "1"))
+
+# The facts that something here reads; others are words for people and other programs.
+_SCHEMAS: Mapping[str, Schema] = {
+    "input": Table({"scale": _SCALE, "zero_point": _CODE, "low": _CODE, "high": _CODE}),
+    "output": Table({"scale": ListOf(_SCALE, 1, 2**20), "zero_point": _CODE}),
+    # ONNX Runtime has options that read and write files; these two choose among its kernels.
+    "session_options": Table({}, {"session.x64quantprecision": _OPTION, "session.qdqisint8allowed": _OPTION}),
+}
+
+
+def name_of(fact: str) -> str:
+    """The name under which files say a fact."""
+    return f"{_PREFIX}{fact}"
 
 
 def to_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
     """Facts under vitquant's own names: strings as they are, other plain values as JSON."""
     return {
-        f"{_PREFIX}{name}": fact if isinstance(fact, str) else json.dumps(fact, sort_keys=True)
+        name_of(name): fact if isinstance(fact, str) else json.dumps(fact, sort_keys=True)
         for name, fact in facts.items()
     }
 
 
 def fact_of(metadata: Mapping[str, str], name: str) -> str | None:
     """One of them; None where a file does not say it."""
-    return metadata.get(f"{_PREFIX}{name}")
+    return metadata.get(name_of(name))
+
+
+def values_of(metadata: Mapping[str, str], name: str) -> Any:
+    """A fact that is no string, checked; None where a file does not say it.
+
+    Raises:
+        ExportError: it is not what such a fact is.
+    """
+    text = fact_of(metadata, name)
+    if text is None:
+        return None
+    try:
+        return check(parse_json(text, ExportError), _SCHEMAS[name], ExportError)
+    except ExportError as error:
+        raise ExportError(f"its metadata {name_of(name)}: {error}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from vitquant.errors import LoweringError
 from vitquant.program.instructions import IntegerProgram
 from vitquant.runtime.interpreter import Interpreter
-from vitquant.runtime.metadata import fact_of
+from vitquant.runtime.metadata import values_of
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,13 @@ class Ends:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Ends:
-        """The ends of an ONNX model that takes codes."""
-        older = metadata.get  # such files had the bare names at first
-        return cls._of(*(json.loads(fact_of(metadata, end) or older(end, "{}")) for end in ("input", "output")))
+        """The ends of an ONNX model that takes codes.
+
+        Raises:
+            ExportError: they are not what ends are.
+            LoweringError: there are none.
+        """
+        return cls._of(values_of(metadata, "input") or {}, values_of(metadata, "output") or {})
 
     @classmethod
     def _of(cls, image: Mapping[str, Any], logits: Mapping[str, Any]) -> Ends:

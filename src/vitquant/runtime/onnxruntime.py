@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vitquant.errors import ExportError
-from vitquant.runtime.metadata import fact_of
+from vitquant.runtime.metadata import values_of
+from vitquant.runtime.onnx_files import read_onnx
 
 
 class OnnxModel:
@@ -31,7 +30,7 @@ class OnnxModel:
 
     def __init__(self, model: str | Path | bytes, optimize: bool = True, threads: int | None = None) -> None:
         try:
-            import onnx
+            import onnx  # noqa: F401
             import onnxruntime
         except ImportError as error:
             raise ExportError("running ONNX needs onnx and onnxruntime: pip install 'vitquant[onnx]'") from error
@@ -39,18 +38,29 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3  # errors only
-        source = model if isinstance(model, bytes) else str(model)
+        options.log_severity_level = 4  # what it logs, it raises as well
         self._name = "the model" if isinstance(model, bytes) else str(model)
         try:
-            proto = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
-            for name, value in _wanted(proto).items():
+            proto, content = read_onnx(model if isinstance(model, bytes) else Path(model))
+            self.metadata: dict[str, str] = {each.key: each.value for each in proto.metadata_props}
+            if len(proto.graph.input) != 1 or not proto.graph.output:
+                raise ExportError("it has not one input and one output; export it again")
+            for end in ("input", "output"):
+                values_of(self.metadata, end)
+            for name, value in (values_of(self.metadata, "session_options") or {}).items():
                 options.add_session_config_entry(name, value)
-            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except ExportError as error:
+            raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {error}") from error
+        try:
+            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common base
             raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {_first_line(error)}") from error
-        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self._input = self._session.get_inputs()[0]
+        scales, result = (values_of(self.metadata, "output") or {}).get("scale", [1.0]), self._session.get_outputs()[0]
+        if len(scales) not in (1, *result.shape[-1:]):
+            raise ExportError(f"{self._name} says {len(scales)} scales of logits of {result.shape}; export it again")
+        if self._input.type not in _DTYPES:
+            raise ExportError(f"{self._name} takes {self._input.type}, which images are not")
         self._dtype = np.dtype(_DTYPES[self._input.type])
 
     @property
@@ -89,12 +99,6 @@ _DTYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(uint8)": np.uint8,
     "tensor(int8)": np.int8, "tensor(int32)": np.int32, "tensor(int64)": np.int64,
 }  # fmt: skip
-
-
-def _wanted(model: Any) -> dict[str, str]:
-    """The session options that the exporter wrote beside the graph, since ONNX Runtime does not load it without."""
-    metadata = {each.key: each.value for each in model.metadata_props}
-    return json.loads(fact_of(metadata, "session_options") or "{}")
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ import torch
 from torch import Tensor
 
 from vitquant.errors import ExportError
+from vitquant.files import sha256
+from vitquant.runtime.onnx_files import read_onnx
+from vitquant.schema import Table, Text, check, parse_json, read_file
+
+_FILES = ("model.xml", "model.bin")
+_DIGEST = "digest.json"
 
 
 class OpenVinoModel:
@@ -26,7 +33,8 @@ class OpenVinoModel:
         metadata: what the exporter wrote beside the graph, such as recipe and bits.
 
     Raises:
-        ExportError: the extra `openvino` is not installed, the file is missing, or OpenVINO refuses it.
+        ExportError: the extra `openvino` is not installed, the file is missing, a directory's files were altered since
+            they were exported, or OpenVINO refuses it.
 
     Pitfall: in `bf16` a value between two quantizers has 8 significant bits, so far more codes flip.
     """
@@ -40,8 +48,10 @@ class OpenVinoModel:
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
         core = openvino_core()
+        if path.is_dir():
+            _check_seal(path)
         try:
-            model = core.read_model(file)
+            model = core.read_model(_without_other_files(file))
             self._compiled = core.compile_model(model, "CPU", options)
             said = model.rt_info["framework"] if model.has_rt_info(["framework"]) else {}
             self.metadata: dict[str, str] = {name: text.astype(str) for name, text in said.items()}
@@ -67,6 +77,40 @@ class OpenVinoModel:
             )
         found = self._compiled([np.ascontiguousarray(images.detach().cpu().numpy())])[0]
         return torch.from_numpy(found)
+
+
+def seal(directory: Path) -> None:
+    """Let a directory say what is in its files."""
+    text = json.dumps({name: sha256(directory / name) for name in _FILES}, indent=1)
+    (directory / _DIGEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _check_seal(directory: Path) -> None:
+    file = directory / _DIGEST
+    if not file.is_file():
+        raise ExportError(
+            f"{directory} does not say what was in it when it was exported; export it again, with --force"
+        )
+    try:
+        said = parse_json(read_file(file, 10_000, ExportError), ExportError)
+        check(said, Table(dict.fromkeys(_FILES, Text())), ExportError)
+    except ExportError as error:
+        raise ExportError(f"{file}: {error}") from None
+    for name in _FILES:
+        if not (directory / name).is_file() or sha256(directory / name) != said[name]:
+            raise ExportError(
+                f"{directory / name} was altered since it was exported: its digest differs; export it again"
+            )
+
+
+def _without_other_files(file: Path) -> Path:
+    """The file, when it is no ONNX model that keeps tensors in others."""
+    if file.suffix == ".onnx":
+        try:
+            read_onnx(file)
+        except ExportError as error:
+            raise ExportError(f"{file}: {error}") from error
+    return file
 
 
 def _first_line(error: Exception) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitquant.errors import DataError
+from vitquant.schema import Integer, ListOf, Number, Table, Text, check, parse_toml, read_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,6 +16,19 @@ if TYPE_CHECKING:
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
+LARGEST_RESIZE = 8192  # pixels of a side, before the crop
+_LONGEST = 2**16  # bytes of a file
+_SCHEMA = Table(
+    {},
+    {
+        "input_size": ListOf(Integer(1, 4096), 3, 3),
+        "interpolation": Text(among=INTERPOLATIONS),
+        "crop_pct": Number(0.01, 1.0),
+        "mean": ListOf(Number(-1000, 1000), 3, 3),
+        "std": ListOf(Number(1e-3, 1000), 3, 3),
+        "crop_mode": Text(among=CROP_MODES),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -28,8 +41,8 @@ class Preprocessing:
     Arguments:
         input_size: (3, height, width).
         interpolation: one of `INTERPOLATIONS`.
-        crop_pct: share of the resized image that the crop keeps, in (0, 1].
-        mean, std: per colour, of pixels in [0, 1].
+        crop_pct: share of the resized image that the crop keeps, from 0.01 to 1.
+        mean, std: per colour, of pixels in [0, 1]; std is at least 0.001.
         crop_mode: `center` keeps the aspect ratio, `squash` does not, `border` pads.
 
     Raises:
@@ -46,20 +59,16 @@ class Preprocessing:
     crop_mode: str = "center"
 
     def __post_init__(self) -> None:
+        check(vars(self), _SCHEMA, DataError, "preprocessing")
         for key in ("input_size", "mean", "std"):  # JSON and TOML give lists
-            value = getattr(self, key)
-            if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(_is_number, value)):
-                raise DataError(f"preprocessing: {key} must be three numbers, not {value!r}")
-            object.__setattr__(self, key, tuple(value))
-        if not all(isinstance(size, int) and size > 0 for size in self.input_size) or self.input_size[0] != 3:
+            object.__setattr__(self, key, tuple(getattr(self, key)))
+        if self.input_size[0] != 3:
             raise DataError(f"preprocessing: input_size must be [3, height, width], not {list(self.input_size)}")
-        if not _is_number(self.crop_pct) or not 0 < self.crop_pct <= 1:
-            raise DataError(f"preprocessing: crop_pct must be above 0 and at most 1, not {self.crop_pct!r}")
-        if min(self.std) <= 0:
-            raise DataError(f"preprocessing: std must be above 0, not {list(self.std)}")
-        for key, allowed in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
-            if getattr(self, key) not in allowed:
-                raise DataError(f"preprocessing: {key} must be one of {', '.join(allowed)}, not {getattr(self, key)!r}")
+        if max(self.input_size) / self.crop_pct > LARGEST_RESIZE:
+            raise DataError(
+                f"preprocessing: input_size {list(self.input_size)} and crop_pct {self.crop_pct} resize images to more "
+                f"than {LARGEST_RESIZE} pixels"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], base: Preprocessing | None = None) -> Preprocessing:
@@ -68,9 +77,7 @@ class Preprocessing:
         Raises:
             DataError: an unknown key or a bad value.
         """
-        allowed = [field.name for field in fields(cls)]
-        if unknown := [key for key in values if key not in allowed]:
-            raise DataError(f"preprocessing: unknown key {unknown[0]!r}; the keys are {', '.join(allowed)}")
+        check(values, _SCHEMA, DataError, "preprocessing")
         return replace(base or cls(), **values)
 
     @classmethod
@@ -81,11 +88,7 @@ class Preprocessing:
             DataError: the file cannot be read, or holds an unknown key or a bad value.
         """
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as TOML: {error}") from error
-        try:
-            return cls.from_dict(values, base)
+            return cls.from_dict(parse_toml(read_file(Path(path), _LONGEST, DataError), DataError), base)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
@@ -106,7 +109,3 @@ class Preprocessing:
         except ImportError as error:
             raise DataError("preprocessing images needs timm: pip install vitquant[timm]") from error
         return create_transform(**asdict(self), is_training=False)  # pyright: ignore[reportReturnType]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")

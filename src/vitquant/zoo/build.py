@@ -113,10 +113,11 @@ def _build_transformers(source: ModelSource, pretrained: bool = False) -> nn.Mod
     auto = import_library("transformers").AutoModelForImageClassification
     config = _transformers_config(source)
     config.architectures = config.architectures or []  # None, its default, breaks types with two classes (deit)
+    trusted = _trusted(source)
     if not pretrained:
-        return auto.from_config(config, dtype=torch.float32)
+        return auto.from_config(config, dtype=torch.float32, **trusted)
     folder = Path(source.model).parent if Path(source.model).is_file() else source.model
-    model, info = auto.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+    model, info = auto.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True, **trusted)
     # transformers gives random weights for these, with no more than a warning
     if absent := sorted(info["missing_keys"]) + [str(key[0]) for key in info["mismatched_keys"]]:
         raise ModelError(f"{source.name}: its checkpoint has no fitting {first_five(absent)}; give --weights FILE")
@@ -169,14 +170,24 @@ def _transformers_config(source: ModelSource) -> Any:
         return _refuse_unused(source, [key for key in source.arguments if not hasattr(type(config)(), key)], config)
     try:
         config, unused = transformers.AutoConfig.from_pretrained(
-            source.model, return_unused_kwargs=True, **source.arguments
+            source.model, return_unused_kwargs=True, **{**source.arguments, **_trusted(source)}
         )
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{source.name}: no config ({one_line(error)}); give the path of its config.json, "
             "and --weights FILE or --weights random"
         ) from error
-    return _refuse_unused(source, list(unused), config)
+    kernel = str(getattr(config, "_attn_implementation", None))
+    if "/" in kernel and "attn_implementation" not in source.arguments:  # code from the hub
+        raise ModelError(
+            f"{source.name}: its config asks for the code {kernel!r}; --model-arg attn_implementation=sdpa"
+        )
+    return _refuse_unused(source, [key for key in unused if key != "trust_remote_code"], config)
+
+
+def _trusted(source: ModelSource) -> dict[str, bool]:
+    """Whether code that comes with a checkpoint may run: never, unless the user says so in an argument."""
+    return {"trust_remote_code": source.arguments.get("trust_remote_code", False) is True}
 
 
 def _refuse_unused(source: ModelSource, unused: list[str], config: Any) -> Any:

@@ -93,7 +93,7 @@ def _image_processor(model: nn.Module, source: ModelSource) -> tuple[Any, bool]:
     folder = path.parent if path.is_file() else path
     if (folder / "preprocessor_config.json").is_file() or (source.weights == "pretrained" and not path.exists()):
         try:
-            return transformers.AutoImageProcessor.from_pretrained(folder.as_posix()), True
+            return transformers.AutoImageProcessor.from_pretrained(folder.as_posix(), trust_remote_code=False), True
         except (OSError, ValueError):
             pass  # the checkpoint came without one
     try:

@@ -6,12 +6,22 @@ import ast
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vitquant.errors import ModelError
+from vitquant.schema import PATH, Integer, Plain, Table, TableOf, Text, check, maybe
 
 LIBRARIES = ("timm", "transformers", "torchvision", "python")
+_SCHEMA = Table(
+    {"name": Text(4096, PATH)},
+    {
+        "arguments": TableOf(Plain(), Text(100, r"[A-Za-z_]\w*")),
+        "weights": Text(4096, PATH),
+        "seed": Integer(),
+        "weights_sha256": maybe(Text(64, "[0-9a-f]{64}")),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -67,15 +77,7 @@ class ModelSource:
         Raises:
             ModelError: a missing or unknown key, or a value of the wrong type.
         """
-        kinds = {"name": str, "arguments": Mapping, "weights": str, "seed": int, "weights_sha256": str | None}
-        if unknown := set(values) - {f.name for f in fields(cls)}:
-            raise ModelError(f"model source: unknown key {min(unknown)!r}; the keys are {', '.join(kinds)}")
-        if "name" not in values:
-            raise ModelError("model source: no key 'name'")
-        for key, value in values.items():
-            if not isinstance(value, kinds[key]) or isinstance(value, bool):
-                raise ModelError(f"model source: {key} cannot be {value!r}")
-        return cls(**values)
+        return cls(**check(values, _SCHEMA, ModelError, "model source"))
 
 
 def parse_model_arguments(assignments: Sequence[str]) -> dict[str, Any]:

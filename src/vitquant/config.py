@@ -1,0 +1,80 @@
+"""What `config.json` of a saved model holds, as one schema; what it says of tensors is checked where they are read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from vitquant.checkpoint import CONFIG, DIGEST, FILES, FORMAT
+from vitquant.errors import CheckpointError
+from vitquant.operations.arithmetic import CHOICES
+from vitquant.recipe.rule import GRANULARITIES, SCHEMES
+from vitquant.schema import PATH, Flag, Integer, ListOf, Plain, Schema, Table, TableOf, Text, check, maybe
+from vitquant.spec import MAX_BITS, MIN_BITS
+
+_MOST_PIXELS = 2**26  # of an image, channels counted; loading makes two random ones
+
+_SPEC = Table(
+    {
+        "scheme": Text(among=tuple(SCHEMES)),
+        "bits": Integer(MIN_BITS, MAX_BITS),
+        "signed": Flag(),
+        "symmetric": Flag(),
+        "per": Text(among=GRANULARITIES),
+    },
+    {"axis": Integer(-16, 16), "clamp_before_round": Flag(), "factors": Integer(1, 8), "separate_zero": Flag()},
+)
+_QUANTIZATION = Table(
+    {
+        "quant_method": Text(among=("vitquant",)),
+        "bits": Text(100),
+        "recipe": TableOf(Plain()),  # it has a schema of its own, and so have source and preprocessing
+        "operands": TableOf(Table({"rule": Text(), "spec": maybe(_SPEC)}), least=1),
+        "packed": TableOf(Table({"operand": Text(), "shape": ListOf(Integer(1, 2**31), 1, 8)})),
+    },
+    {"arithmetic": maybe(Table({}, {key: Text(among=words) for key, words in CHOICES.items()}))},
+)
+_CALIBRATION = Table(
+    {"images": Integer(1), "sha256": DIGEST},
+    {"directory": Text(10_000, PATH), "seed": Integer(), "batch": Integer(1)},
+)
+_RECORD = Table({"method": Text(), "summary": TableOf(Plain()), "decisions": TableOf(TableOf(Plain()))})
+_PROVENANCE: dict[str, Schema] = {
+    "source": maybe(TableOf(Plain())),
+    "preprocessing": maybe(TableOf(Plain())),
+    "calibration": maybe(_CALIBRATION),
+}
+_SCHEMA = Table(
+    {
+        "versions": TableOf(Text(100)),
+        "input_shape": ListOf(Integer(1, 2**16), 3, 3),
+        "graph_fingerprint": DIGEST,
+        "quantization_config": _QUANTIZATION,
+        "records": ListOf(_RECORD),
+    },
+    {"format": Integer(FORMAT, FORMAT), "files": FILES, **_PROVENANCE},  # written and read by `checkpoint`
+)
+PROVENANCE = tuple(_PROVENANCE)
+
+
+def check_config(config: dict[str, Any], directory: str | Path) -> dict[str, Any]:
+    """The config of a saved model, when it is one.
+
+    Arguments:
+        config: from `read_config`, or about to be written.
+        directory: for the message.
+
+    Raises:
+        CheckpointError: a key is unknown or missing, or a value is not what it should be.
+    """
+    where = Path(directory) / CONFIG
+    try:
+        check(config, _SCHEMA, CheckpointError)
+        if math.prod(config["input_shape"]) > _MOST_PIXELS:
+            raise CheckpointError(
+                f"input_shape = {config['input_shape']}: no image has more than {_MOST_PIXELS} pixels"
+            )
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    return config

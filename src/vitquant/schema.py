@@ -1,0 +1,435 @@
+"""What files may hold, declared as data: values of JSON and TOML are checked against it before anything reads them.
+
+A file's owner declares a schema and calls `check`; behind that call every key is known, every value has its type and
+lies within its bounds. Errors say which key it is, what it holds and what it should hold.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, NoReturn, Protocol, Union, get_args, get_origin
+
+from vitquant.errors import VitquantError
+
+LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*"  # what a terminal shows on one line, and no file hides in
+LINES = r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]*"
+PATH = r"[^\x00]+"  # names that are no UTF-8 hold lone surrogates
+DEEPEST = 32  # lists and tables in each other
+_LONGEST_INTEGER = 20  # digits; those of 64 bits
+_KEY_PARTS = re.compile(r"""(?:(?<![\w-])[\w-]++|"[^"\n]*+"|'[^'\n]*+')(?:[ \t]*+\.[ \t]*+[\w"'-]++){32}""")
+
+
+class Schema(Protocol):
+    """What a value may be."""
+
+    def __str__(self) -> str:
+        """What it should be, in words that follow "should be"."""
+        ...
+
+    def check(self, value: Any, place: str) -> None:
+        """Raise `Mismatch` unless the value fits; `place` is its key, as errors write it."""
+        ...
+
+
+class Mismatch(Exception):  # noqa: N818
+    """A value that does not fit a schema; the message says which, what it is and what it should be."""
+
+
+def check(value: Any, schema: Schema, error: type[VitquantError], place: str = "") -> Any:
+    """The value, when it is what the schema says.
+
+    Arguments:
+        value: of JSON, TOML, or a caller; tuples count as lists.
+        schema: what it may be.
+        error: what is raised when it is not.
+        place: the key that it is the value of, for the message.
+
+    Raises:
+        VitquantError: `error`, with the key, what it holds and what it should hold.
+    """
+    try:
+        schema.check(value, place)
+    except Mismatch as mismatch:
+        raise error(str(mismatch)) from None
+    return value
+
+
+def take(table: Mapping[str, Any], key: str, schema: Schema, error: type[VitquantError], place: str = "") -> Any:
+    """The value of one key, whatever the others are; raises as `check` does."""
+    return check({key: table[key]} if key in table else {}, Table({key: schema}), error, place)[key]
+
+
+def _refuse(value: Any, place: str, expected: object) -> NoReturn:
+    raise Mismatch(f"{place + ' = ' if place else ''}{shown(value)} should be {expected}")
+
+
+def shown(value: Any) -> str:
+    """A value as an error mentions it: whole when it is short."""
+    match value:
+        case Mapping():
+            return "a table"
+        case list() | tuple() if len(value) > 8 or any(isinstance(each, list | tuple | Mapping) for each in value):
+            return f"a list of {len(value)}"
+        case int() if not -(10**_LONGEST_INTEGER) < value < 10**_LONGEST_INTEGER:
+            return f"an integer of {value.bit_length()} bits"
+        case _:
+            text = repr(value[:80] if isinstance(value, str) else value)
+            return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The part of an error message that helps: the closest of `words`, or all of them."""
+    words = list(words)
+    close = get_close_matches(word[:100], words, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(words) or 'none'}"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A string.
+
+    Arguments:
+        longest: characters.
+        pattern: a regular expression that all of it matches.
+        among: what it is one of; empty for any.
+        least: characters.
+    """
+
+    longest: int = 1000
+    pattern: str = LINE
+    among: tuple[str, ...] = ()
+    least: int = 0
+
+    def __str__(self) -> str:
+        if self.among:
+            return f"one of {', '.join(self.among)}"
+        plain = self.pattern in (LINE, LINES, PATH)
+        return f"a string of {self.least} to {self.longest} characters{'' if plain else f' like {self.pattern}'}"
+
+    def check(self, value: Any, place: str) -> None:
+        if not isinstance(value, str):
+            _refuse(value, place, "a string")
+        if self.among and value not in self.among:
+            raise Mismatch(f"{place + ': ' if place else ''}unknown {shown(value)}; {nearest(value, self.among)}")
+        if not self.least <= len(value) <= self.longest or not re.fullmatch(self.pattern, value):
+            _refuse(value, place, self)
+
+
+@dataclass(frozen=True)
+class Integer:
+    """A whole number from `low` to `high`; true and 1.0 are none."""
+
+    low: int = -(2**63)
+    high: int = 2**63 - 1
+
+    def __str__(self) -> str:
+        return f"an integer from {self.low} to {self.high}"
+
+    def check(self, value: Any, place: str) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
+            _refuse(value, place, self)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number from `low` to `high`, whole or not."""
+
+    low: float = -sys.float_info.max
+    high: float = sys.float_info.max
+
+    def __str__(self) -> str:
+        bounded = (self.low, self.high) != (Number.low, Number.high)
+        return f"a number from {self.low:g} to {self.high:g}" if bounded else "a finite number"
+
+    def check(self, value: Any, place: str) -> None:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not self.low <= value <= self.high:
+            _refuse(value, place, self)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or false."""
+
+    def __str__(self) -> str:
+        return "true or false"
+
+    def check(self, value: Any, place: str) -> None:
+        if not isinstance(value, bool):
+            _refuse(value, place, self)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """JSON's null."""
+
+    def __str__(self) -> str:
+        return "null"
+
+    def check(self, value: Any, place: str) -> None:
+        if value is not None:
+            _refuse(value, place, self)
+
+
+@dataclass(frozen=True)
+class Either:
+    """One of several; when none fits, the error is that of the only one whose kind of value it is, or names all."""
+
+    options: tuple[Schema, ...]
+
+    def __str__(self) -> str:
+        return " or ".join(map(str, self.options))
+
+    def check(self, value: Any, place: str) -> None:
+        deeper = []
+        for option in self.options:
+            try:
+                return option.check(value, place)
+            except Mismatch as mismatch:
+                if isinstance(option, _CONTAINERS) and isinstance(value, list | tuple | Mapping):
+                    deeper.append(mismatch)
+        if len(deeper) == 1:
+            raise deeper[0]
+        _refuse(value, place, self)
+
+
+def maybe(schema: Schema) -> Either:
+    """What fits the schema, or null."""
+    return Either((schema, Nothing()))
+
+
+@dataclass(frozen=True)
+class ListOf:
+    """A list of `least` to `most` values of one kind."""
+
+    each: Schema
+    least: int = 0
+    most: int = 1_000_000
+
+    def __str__(self) -> str:
+        if self.least == self.most:
+            return f"a list of {self.least}, each {self.each}"
+        return f"a list of {self.least or 'no'} or more, each {self.each}"
+
+    def check(self, value: Any, place: str) -> None:
+        if not isinstance(value, list | tuple) or not self.least <= len(value) <= self.most:
+            _refuse(value, place, self)
+        for number, each in enumerate(value):
+            self.each.check(each, f"{place}[{number}]")
+
+
+@dataclass(frozen=True)
+class TableOf:
+    """Any number of keys of one form, with values of one kind."""
+
+    each: Schema
+    key: Text = field(default_factory=lambda: Text(least=1))
+    least: int = 0
+
+    def __str__(self) -> str:
+        return "a table"
+
+    def check(self, value: Any, place: str) -> None:
+        if not isinstance(value, Mapping) or len(value) < self.least:
+            _refuse(value, place, "a table" if not self.least else f"a table of {self.least} or more")
+        for key, each in value.items():
+            self.key.check(key, f"{place}: a key" if place else "a key")
+            self.each.check(each, _below(place, key))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Certain keys, each with a value of its own kind; others are refused.
+
+    Arguments:
+        required, optional: by key.
+    """
+
+    required: Mapping[str, Schema]
+    optional: Mapping[str, Schema] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "a table"
+
+    def check(self, value: Any, place: str) -> None:
+        if not isinstance(value, Mapping):
+            _refuse(value, place, self)
+        where, known = f"{place}: " if place else "", {**self.required, **self.optional}
+        for key in value:
+            if key not in known:
+                raise Mismatch(f"{where}unknown key {shown(key)}; {nearest(str(key), known)}")
+        if missing := [key for key in self.required if key not in value]:
+            raise Mismatch(f"{where}{missing[0]!r} is missing")
+        for key, each in value.items():
+            known[key].check(each, _below(place, key))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Any plain values: strings, finite numbers, true, false, null, and lists and tables of them."""
+
+    def __str__(self) -> str:
+        return "a string, a finite number, true, false, null, a list or a table"
+
+    def check(self, value: Any, place: str) -> None:
+        _refuse_depth(value, place)
+        self._check(value, place)
+
+    def _check(self, value: Any, place: str) -> None:
+        match value:
+            case Mapping():
+                for key, each in value.items():
+                    Text().check(key, f"{place}: a key")
+                    self._check(each, _below(place, key))
+            case list() | tuple():
+                for number, each in enumerate(value):
+                    self._check(each, f"{place}[{number}]")
+            case str():
+                Text(100_000, PATH if value else LINE).check(value, place)
+            case int() if not isinstance(value, bool):
+                Integer().check(value, place)
+            case float():
+                Number().check(value, place)
+            case bool() | None:
+                pass
+            case _:
+                _refuse(value, place, self)
+
+
+def of_type(hint: Any) -> Schema:
+    """What a dataclass's field may be, by the type that it is declared with: plain ones, optional ones, and tuples."""
+    match hint:
+        case _ if hint in _OF_TYPE:
+            return _OF_TYPE[hint]
+        case _ if type(None) in get_args(hint):
+            return maybe(of_type(next(each for each in get_args(hint) if each is not type(None))))
+        case _ if get_origin(hint) in (tuple, list):
+            return ListOf(of_type(get_args(hint)[0]))
+        case _ if get_origin(hint) in (Union, UnionType):
+            return Either(tuple(map(of_type, get_args(hint))))
+        case _:
+            return TableOf(Plain())
+
+
+_OF_TYPE: dict[Any, Schema] = {str: Text(), int: Integer(), float: Number(), bool: Flag()}
+_CONTAINERS = ListOf | TableOf | Table | Plain
+
+
+def _below(place: str, key: str) -> str:
+    if not key.isidentifier():
+        return f"{place}[{shown(key)}]"
+    return f"{place}.{key}" if place else key
+
+
+def _refuse_depth(value: Any, place: str = "") -> None:
+    """Refuse what is nested deeper than any file is, without following it down."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [
+            each
+            for container in level
+            if isinstance(container, Mapping | list | tuple)
+            for each in (container.values() if isinstance(container, Mapping) else container)
+        ]
+        if not level:
+            return
+    raise Mismatch(f"{place + ': ' if place else ''}lists and tables are nested more than {DEEPEST} deep")
+
+
+def read_file(path: Path, most: int, error: type[VitquantError]) -> bytes:
+    """What a file holds.
+
+    Arguments:
+        path: of a regular file; pipes and devices are refused, they may never end.
+        most: bytes that a file of its kind has at most.
+        error: what is raised.
+
+    Raises:
+        VitquantError: `error`, without the path: it is no file, cannot be read, or is larger.
+    """
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise error("cannot be read: it is no file")
+        if about.st_size > most:
+            raise error(f"cannot be read: it has {about.st_size} bytes, and no such file has more than {most}")
+        return path.read_bytes()
+    except (OSError, ValueError) as reason:  # a path that holds a null character
+        raise error(f"cannot be read: {getattr(reason, 'strerror', None) or reason}") from None
+
+
+def parse_json(content: bytes | str, error: type[VitquantError]) -> Any:
+    """The values of a JSON text; keys that come twice, NaN, infinity and integers of more than 64 bits are refused.
+
+    Raises:
+        VitquantError: `error`; the message has line and column where the text is no JSON.
+    """
+    return _parsed("JSON", content, error, lambda text: json.loads(text, **_STRICT))
+
+
+def parse_toml(content: bytes | str, error: type[VitquantError]) -> dict[str, Any]:
+    """The table of a TOML text.
+
+    Raises:
+        VitquantError: `error`; the message has line and column where the text is no TOML.
+    """
+
+    def parse(text: str) -> dict[str, Any]:
+        if _KEY_PARTS.search(text):  # tomllib takes the square of their number
+            raise ValueError(f"a key has more than {DEEPEST} parts")
+        return tomllib.loads(text)
+
+    return _parsed("TOML", content, error, parse)
+
+
+def _parsed(form: str, content: bytes | str, error: type[VitquantError], parse: Callable[[str], Any]) -> Any:
+    try:
+        value = parse(content if isinstance(content, str) else content.decode())
+        _refuse_depth(value)
+    except RecursionError:
+        raise error(f"not valid {form}: lists and tables are nested more than {DEEPEST} deep") from None
+    except (ValueError, Mismatch) as reason:  # no UTF-8, no JSON, or more digits than Python converts
+        raise error(f"not valid {form}: {str(reason)[:300]}") from None
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > _LONGEST_INTEGER:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if abs(number) > sys.float_info.max:
+        raise ValueError(f"{text[:40]} is larger than any number")
+    return number
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _table(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"key {shown(key)} comes twice")
+        table[key] = value
+    return table
+
+
+_STRICT: dict[str, Any] = {
+    "parse_int": _integer,
+    "parse_float": _finite,
+    "parse_constant": _no_number,
+    "object_pairs_hook": _table,
+}
