@@ -16,6 +16,7 @@ from torch import nn
 from vitquant.capture import capture
 from vitquant.checkpoint import read_config
 from vitquant.errors import CalibrationError, CheckpointError, RecipeError
+from vitquant.files import recover
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.methods.integer_operations import integer_operations
 from vitquant.methods.power_of_two_factor import ChooseFactorsSettings, choose_factors
@@ -97,6 +98,7 @@ def load(directory: str | Path, model: nn.Module | None = None, source: str | No
         CheckpointError: the files are damaged, of another model or of a newer format.
         ModelError: the source cannot be made again.
     """
+    recover(directory)
     config = read_config(Path(directory))
     if model is None:
         model = architecture(_source(Path(directory), config, source))
