@@ -24,6 +24,7 @@ except ImportError:  # Windows, where the hidden directory itself has to do as a
 
 LOCK = "lock"
 _LONGEST_NAME = 255  # bytes, on most file systems
+_TRIES = 100  # each fails only when another run ends at that moment
 _held: set[int] = set()  # descriptors of this process's locks
 
 
@@ -112,15 +113,16 @@ def _settle(hidden: Path, target: Path) -> None:
 
 def _lock(hidden: Path, target: Path) -> int:
     """The descriptor of the lock in a hidden directory, which is made unless it is there."""
-    while True:
+    taken = RefusedError(f"another run is writing {target}; wait until it ends, or give another path")
+    for _ in range(_TRIES):
+        found = not _make(hidden)
         lock = -1
         try:
-            found = not _make(hidden)
             lock = os.open(hidden / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             _held.add(lock)
             free = _acquire(lock)
             if free is False:
-                raise RefusedError(f"another run is writing {target}; wait until it ends, or give another path")
+                raise taken
             if free is None and found:
                 raise RefusedError(f"{hidden} is of another run, or of a killed one; remove it once none writes")
             if os.path.samestat(os.fstat(lock), (hidden / LOCK).stat()):
@@ -131,6 +133,7 @@ def _lock(hidden: Path, target: Path) -> int:
             _close(lock)
             raise
         _close(lock)
+    raise taken
 
 
 def _make(hidden: Path) -> bool:
@@ -138,11 +141,16 @@ def _make(hidden: Path) -> bool:
     try:
         hidden.mkdir(mode=0o700)
     except FileExistsError:
-        status = hidden.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != user():
-            raise RefusedError(f"{hidden} is in the way and no run of yours made it; remove it") from None
+        with suppress(FileNotFoundError):  # gone meanwhile: it is looked for once more
+            _refuse_what_is_not_ours(hidden)
         return False
     return True
+
+
+def _refuse_what_is_not_ours(hidden: Path) -> None:
+    found = hidden.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != user():
+        raise RefusedError(f"{hidden} is in the way and no run of yours made it; remove it")
 
 
 def _acquire(lock: int) -> bool | None:
