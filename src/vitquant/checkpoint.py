@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from typing import Any
 import torch
 
 from vitquant.errors import CheckpointError
-from vitquant.files import put_in_place, sha256, share
+from vitquant.files import Directory, Layout, replacing, sha256
 from vitquant.schema import Integer, Table, Text, check, parse_json, read_file
 
 FORMAT = 1
@@ -29,29 +26,25 @@ FILES = Table({TENSORS: Table({"sha256": DIGEST, "bytes": Integer(0)})})
 _LONGEST_CONFIG = 2**24  # bytes; that of a ViT-g has 2**21
 
 
-def check_target(directory: Path, force: bool = False) -> None:
-    """Refuse a directory that cannot be written, before hours of work rather than after.
+# What is exported into the directory of a saved model was made from that model, and is replaced with it.
+EXPORTED: Layout = {
+    "integer.program": None,
+    "integer.onnx": None,
+    "qdq.onnx": None,
+    "openvino": {"model.xml": None, "model.bin": None, "digest.json": None},
+}
 
-    Arguments:
-        directory: where the checkpoint will be.
-        force: allow to replace what is there.
 
-    Raises:
-        CheckpointError: it is a file, it is not empty and not `force`, or its parent cannot be written.
-    """
-    directory = directory.absolute()
-    if directory.is_file():
-        raise CheckpointError(f"{directory} is a file; give a directory")
-    if directory.is_dir() and any(directory.iterdir()):
-        if not force:
-            raise CheckpointError(
-                f"{directory} is not empty; give another directory, or --force (force=True) to replace it"
-            )
-        if not (directory / CONFIG).is_file():
-            raise CheckpointError(f"{directory} is not empty and holds no saved model; remove it yourself")
-    parent = next(folder for folder in directory.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{parent} cannot be written; give another directory")
+def is_saved_model(directory: Path) -> bool:
+    """Whether the config in a directory is one that was written here, and not of a library that calls it the same."""
+    try:
+        config = json.loads((directory / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and {"format", "files", "digest"} <= config.keys()
+
+
+SAVED_MODEL = Directory("saved model", {CONFIG: None, TENSORS: None, **EXPORTED}, is_saved_model, CheckpointError)
 
 
 def write_checkpoint(
@@ -66,38 +59,22 @@ def write_checkpoint(
         force: replace the checkpoint that is there.
 
     Raises:
-        CheckpointError: see `check_target`; or the disk refuses.
+        CheckpointError: see `vitquant.files.replacing`.
     """
     save_file = _safetensors().save_file
     from safetensors import SafetensorError  # its own word for a full disk
 
-    directory = directory.absolute()
-    check_target(directory, force)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
-    except OSError as error:
-        raise CheckpointError(f"{directory.parent} cannot be written: {error.strerror}") from error
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
-        files = {TENSORS: {"sha256": sha256(partial / TENSORS), "bytes": (partial / TENSORS).stat().st_size}}
-        whole = {"format": FORMAT, **config, "files": files}
-        text = json.dumps({**whole, "digest": _digest(whole)}, indent=2)
-        (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
-        for name in (TENSORS, CONFIG):
-            _flush(partial / name)
-        share(partial)  # safetensors' files are private as well
-        put_in_place(partial, directory)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{directory} could not be written: {reason}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    with replacing(directory, force, SAVED_MODEL) as new:
+        try:
+            new.mkdir()
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new / TENSORS)
+            files = {TENSORS: {"sha256": sha256(new / TENSORS), "bytes": (new / TENSORS).stat().st_size}}
+            whole = {"format": FORMAT, **config, "files": files}
+            text = json.dumps({**whole, "digest": _digest(whole)}, indent=2)
+            (new / CONFIG).write_text(text + "\n", encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{directory} could not be written: {reason}") from error
 
 
 def read_checkpoint(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -17,6 +17,7 @@ from vitquant.capture import capture
 from vitquant.checkpoint import read_config, read_shapes
 from vitquant.config import check_config
 from vitquant.errors import CalibrationError, CheckpointError, RecipeError, VitquantError
+from vitquant.files import recover
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.methods.integer_operations import integer_operations
 from vitquant.methods.power_of_two_factor import ChooseFactorsSettings, choose_factors
@@ -115,6 +116,7 @@ def load(
         ModelError: the source cannot be made again.
     """
     directory = Path(directory)
+    recover(directory)
     config = check_config(read_config(directory), directory)
     if config.get("preprocessing") is not None:
         _named(directory, lambda: Preprocessing.from_dict(config["preprocessing"]))

@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from killing import at_every_line, contents
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vitquant.checkpoint import write_checkpoint
 from vitquant.cli import main
 from vitquant.errors import CheckpointError
+from vitquant.files import replacing
 
 ARGUMENTS = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 10}
 MODEL = ["timm:vit_tiny_patch16_224"] + [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]
@@ -562,20 +565,20 @@ def test_an_interrupt_is_said_in_one_line(run, workshop, monkeypatch):
 
 PAUSE = """
 import pathlib, sys, time
-import vitquant.checkpoint as checkpoint
+import vitquant.files.writing as writing
 from vitquant.cli import main
 
-def pause(path):
+def pause(*_):
     pathlib.Path(sys.argv[1]).write_text("")
     time.sleep(60)
 
-checkpoint._flush = pause
+writing._flush = pause
 main(sys.argv[2:])
 """
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended_while_it_writes_leaves_what_was_there(workshop, tmp_path, end):
+def test_a_run_that_is_ended_while_it_writes_leaves_what_was_there(run, workshop, tmp_path, end):
     out, marker = tmp_path / "out", tmp_path / "marker"
     replaces = end is signal.SIGTERM
     if replaces:
@@ -594,29 +597,141 @@ def test_a_run_that_is_ended_while_it_writes_leaves_what_was_there(workshop, tmp
         _, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    if end is not signal.SIGKILL:
-        assert (process.returncode, err) == (130, "interrupted; nothing was written\n")
-        assert {path.name for path in tmp_path.iterdir()} <= {"out", "marker"}
     if replaces:
+        assert (process.returncode, err) == (130, "interrupted; nothing was written\n")
         assert (out / "config.json").read_bytes() == (workshop / "out" / "config.json").read_bytes()
     else:
         assert not out.exists()
+        assert run(*words, "--quiet") == (0, "", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "marker"}
 
 
-def test_an_interrupt_between_old_and_new_gives_the_old_back(tmp_path, monkeypatch):
-    write_checkpoint(tmp_path / "out", {"a": torch.zeros(3)}, {})
-    rename = Path.rename
+def test_an_interrupt_after_the_result_is_in_place_does_not_say_that_nothing_was_written(
+    run, workshop, tmp_path, monkeypatch
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
 
-    def interrupted(self, target):
-        if self.name.endswith(".partial"):
-            raise KeyboardInterrupt
-        return rename(self, target)
+    out = tmp_path / "out"
+    monkeypatch.setattr("vitquant.cli.calibrating.say_what_was_used", interrupt)
+    expected = (130, "", f"interrupted; {out} was written\n")
+    assert run(*quantize_words(workshop / "images", out, "--images", 10)) == expected
+    assert run("inspect", out, "--quiet")[0] == 0
+    assert run(*quantize_words(workshop / "images", out, "--images", 10, "--force")) == expected
+    monkeypatch.setattr("vitquant.files.writing.check", interrupt)
+    words = quantize_words(workshop / "images", out, "--images", 10, "--force")
+    assert run(*words) == (130, "", "interrupted; nothing was written\n")
 
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(tmp_path / "out", {"a": torch.ones(3)}, {}, force=True)
-    assert load_file(tmp_path / "out" / "model.safetensors")["a"].tolist() == [0, 0, 0]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+def test_at_no_moment_is_a_result_neither_old_nor_new(run, workshop, sensitivities, tmp_path, monkeypatch):
+    """The files as a kill before any line of what writes them would leave them."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    words = {
+        "model": quantize_words(workshop / "images", tmp_path / "model", "--images", 10, "--force"),
+        "measured": sensitivity_words(workshop, "--candidates", "4,8", "--output", tmp_path / "measured", "--force"),
+    }
+    shutil.copytree(workshop / "out", tmp_path / "model")
+    shutil.copytree(sensitivities.parent, tmp_path / "measured")
+    for name, command in words.items():
+        seen = []
+
+        def look(_, path=tmp_path / name, seen=seen):
+            found = contents(path)
+            if not seen or found != seen[-1]:
+                seen.append(found)
+
+        at_every_line(lambda command=command: run(*command), look)
+        look(0)
+        assert len(seen) == 2
+        assert seen[0] != seen[1]
+        assert seen[0].keys() == seen[1].keys()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["measured", "model"]
+
+
+def test_a_figure_is_never_beside_a_recipe_that_it_is_not_of(run, sensitivities, tmp_path):
+    recipe, figure = tmp_path / "mixed.toml", tmp_path / "front.png"
+    words = ("allocate", sensitivities, "--output", recipe, "--figure", figure, "--force")
+    assert run(*words, "--mean-bits", 5.5)[0] == 0
+    seen = [(contents(recipe), contents(figure))]
+
+    def look(_):
+        found = contents(recipe), contents(figure)
+        if found != seen[-1]:
+            seen.append(found)
+
+    at_every_line(lambda: run(*words, "--mean-bits", 7), look)
+    look(0)
+    (old, drawn), (new, redrawn) = seen[0], seen[-1]
+    assert old != new
+    assert drawn != redrawn
+    assert seen == [(old, drawn), (old, None), (new, None), (new, redrawn)]
+
+
+def commands_that_write(workshop, sensitivities, path):
+    yield quantize_words(workshop / "images", path, "--force")
+    yield ["export", workshop / "out", "--format", "onnx-qdq", "--output", path, "--force"]
+    yield ["export", workshop / "out", "--format", "openvino", "--output", path, "--force"]
+    yield sensitivity_words(workshop, "--output", path, "--force")
+    yield ["demo", "--output", path, "--force"]
+    if path.suffix:
+        yield ["allocate", sensitivities, "--mean-bits", 6, "--output", path, "--force"]
+        figure = path.with_suffix(".png")
+        if os.path.lexists(path):
+            path.rename(figure)
+            yield ["allocate", sensitivities, "--mean-bits", 6, "--output", path, "--figure", figure, "--force"]
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "pipe", "current directory", "name too long", "another run"])
+def test_what_cannot_be_an_output_is_refused_by_every_command_before_its_work(
+    run, workshop, sensitivities, tmp_path, monkeypatch, kind
+):
+    for work in (
+        "cli.calibrating.prepare",
+        "pipeline.load",
+        "demo.model",
+        "allocation.table.SensitivityTable.from_json",
+    ):
+        monkeypatch.setattr(f"vitquant.{work}", lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "out.toml"
+    with ExitStack() as stack:
+        match kind:
+            case "dangling link":
+                path.symlink_to(tmp_path / "unmounted")
+            case "pipe":
+                os.mkfifo(path)
+            case "current directory":
+                path = Path()
+            case "name too long":
+                path = tmp_path / f"{'x' * 300}.toml"
+            case "another run":
+                stack.enter_context(replacing(path))
+        before = sorted(tmp_path.iterdir())
+        for words in commands_that_write(workshop, sensitivities, path):
+            code, out, err = run(*words)
+            assert (code, out, err.count("\n")) == (2, "", 1), words
+            assert err.startswith("error: ")
+            if kind == "another run":
+                assert "another run is writing" in err
+        assert len(list(tmp_path.iterdir())) == len(before)
+
+
+def test_a_link_to_a_directory_elsewhere_is_written_to(run, workshop, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "model")
+    (tmp_path / "disk" / "model").mkdir()
+    for words in ([], ["--force"]):
+        assert run(*quantize_words(workshop / "images", tmp_path / "out", "--images", 10, *words))[0] == 0
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "model" / "config.json").is_file()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+
+
+def test_sensitivities_go_into_a_directory_of_their_own(run, refused, workshop, tmp_path):
+    shutil.copytree(workshop / "out", tmp_path / "model")
+    words = sensitivity_words(workshop, "--output", tmp_path / "model")
+    assert "is not empty" in refused(*words)
+    assert "holds no sensitivity" in refused(*words, "--force")
 
 
 def test_a_disk_that_is_full_is_an_error_of_ours_and_leaves_nothing(tmp_path):

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from vitquant.checkpoint import CONFIG, TENSORS, check_target, read_checkpoint, read_config, write_checkpoint
+from vitquant.checkpoint import CONFIG, EXPORTED, SAVED_MODEL, TENSORS, read_checkpoint, read_config, write_checkpoint
 from vitquant.errors import CheckpointError
 
 TENSOR = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.uint8)}
@@ -96,25 +96,50 @@ def test_force_does_not_delete_what_is_no_saved_model(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(CheckpointError, match="holds no saved model"):
-        check_target(tmp_path / "out", force=True)
+        write_checkpoint(tmp_path / "out", TENSOR, {}, force=True)
+    write_checkpoint(tmp_path / "other", TENSOR, {})
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"holds thesis\.tex, which is not of a saved model"):
+        write_checkpoint(tmp_path / "other", TENSOR, {}, force=True)
 
 
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is a file"):
-        check_target(tmp_path / "file")
+        write_checkpoint(tmp_path / "file", TENSOR, {}, force=True)
     with pytest.raises(CheckpointError, match="cannot be written"):
-        check_target(tmp_path / "file" / "out")
+        write_checkpoint(tmp_path / "file" / "out", TENSOR, {})
 
 
-@pytest.mark.parametrize("step", ["save_file", "rename"])
+def test_a_float_model_of_another_library_is_no_saved_model(tmp_path):
+    """transformers writes directories with the same two names."""
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / TENSORS).write_bytes(b"weeks of training")
+    (tmp_path / "vit" / CONFIG).write_text('{"model_type": "vit"}')
+    with pytest.raises(CheckpointError, match="holds no saved model"):
+        write_checkpoint(tmp_path / "vit", TENSOR, {}, force=True)
+
+
+def test_what_was_exported_goes_with_its_model(saved):
+    from vitquant.export.formats import PATHS
+
+    assert set(PATHS.values()) == EXPORTED.keys() <= SAVED_MODEL.layout.keys()
+    for name, layout in EXPORTED.items():
+        (saved / name).mkdir() if layout else (saved / name).write_text("")
+    write_checkpoint(saved, TENSOR, {}, force=True)
+    assert sorted(path.name for path in saved.iterdir()) == sorted([CONFIG, TENSORS])
+
+
+@pytest.mark.parametrize("step", ["save_file", "exchange"])
 def test_a_write_that_fails_leaves_what_was_there(saved, monkeypatch, step):
     def refuse(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file" if step == "save_file" else "pathlib.Path.rename", refuse)
+    monkeypatch.setattr(
+        "safetensors.torch.save_file" if step == "save_file" else "vitquant.files.writing.exchange", refuse
+    )
     with pytest.raises(CheckpointError, match="No space left on device"):
         write_checkpoint(saved, TENSOR, {"note": "new"}, force=True)
     monkeypatch.undo()
     assert read_checkpoint(saved)[1]["note"] == "x"
-    assert list(saved.parent.glob(".*.partial")) == []
+    assert [path.name for path in saved.parent.iterdir()] == ["out"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +34,7 @@ def allocate(
     with Terminal(json, quiet) as terminal:
         from vitquant.allocation.front import pareto_front
         from vitquant.allocation.table import SensitivityTable
-        from vitquant.files import check_new_file, write_file
+        from vitquant.files import recover, write_file
         from vitquant.report.figures import check_matplotlib, front_figure
         from vitquant.report.tables import allocation_table, facts
 
@@ -42,19 +44,20 @@ def allocate(
             check_matplotlib()
             if figure.suffix != ".png":
                 raise AllocationError(f"{figure}: the name of a figure's file ends in .png")
-        for path in (output, figure):
-            if path is not None:
-                check_new_file(path, force)
-        measured = SensitivityTable.from_json(table)
-        recipe, chosen = measured.allocate(mean_bits=mean_bits, megabytes=megabytes, by=by)
-        costs = measured.mean_bits() if megabytes is None else measured.megabytes()
-        front = pareto_front(measured.choices(by, costs))
-        uniform = measured.uniform(by, costs)
-        content = recipe.to_toml().encode()
-        if figure is not None:
-            drawn = front_figure(front, uniform, chosen, costs, f"sensitivity, {by}")
-            write_file(figure, drawn, force)
-        write_file(output, content, force)
+        recover(table)
+        with ExitStack() as held:
+            # The recipe goes first and the old figure before it: a new one is never beside an old one.
+            drawn = None if figure is None else held.enter_context(terminal.replacing(figure, force))
+            written = held.enter_context(terminal.replacing(output, force))
+            measured = SensitivityTable.from_json(table)
+            recipe, chosen = measured.allocate(mean_bits=mean_bits, megabytes=megabytes, by=by)
+            costs = measured.mean_bits() if megabytes is None else measured.megabytes()
+            front = pareto_front(measured.choices(by, costs))
+            uniform = measured.uniform(by, costs)
+            write_file(written, recipe.to_toml().encode())
+            if figure is not None and drawn is not None:
+                write_file(drawn, front_figure(front, uniform, chosen, costs, f"sensitivity, {by}"))
+                Path(os.path.realpath(figure)).unlink(missing_ok=True)
         rows = {
             "recipe": f"{recipe.name}; everything else at {measured.bits}",
             "costs": f"{costs.total(chosen.cost):.4g} {costs.unit}",

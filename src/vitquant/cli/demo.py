@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vitquant.cli import options
 from vitquant.cli.terminal import Terminal
+from vitquant.files import Directory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 _BATCH = 32  # makes eight calibration batches, for what averages over batches
 _IMAGES = "test-images"  # no recipe is called so
 
-Output = Annotated[Path, typer.Option(metavar="DIR", help="Where to write the models, a directory each.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace saved models that are there.")]
+Output = Annotated[Path, typer.Option(metavar="DIR", help="The directory to write, with one for each model.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")]
 Minutes = Annotated[float, typer.Option(min=0, help="Leave out the recipes that do not fit into this time together.")]
 Seed = Annotated[int, typer.Option(help="Of recipes that draw at random.")]
 
@@ -47,37 +48,36 @@ def demo(
     started = time.perf_counter()
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
-            from vitquant.checkpoint import check_target
-            from vitquant.demo import batches, check_folder, estimated_seconds, model, source, write_folder
+            from vitquant.demo import batches, estimated_seconds, model, source, write_folder
             from vitquant.recipe import available
             from vitquant.report.tables import facts
             from vitquant.tasks.classification import evaluate
 
             recipes = sorted(available(), key=lambda recipe: (recipe.passes, recipe.name))
+        with terminal.replacing(output, force, _kind(recipes)) as new:
+            with terminal.progress("loading"):
+                options.choose_device(options.Device.CPU, threads)
+                network, calibration, test = model(), batches("train", _BATCH), batches("test", _BATCH)
+                seen, asked = (sum(len(classes) for _, classes in data) for data in (calibration, test))
+            with terminal.progress("float", asked) as update:
+                reference = evaluate(network, None, test, progress=lambda done: update(completed=done))
+            tried: list[_Trial] = []
+            left_out = []
             for recipe in recipes:
-                check_target(output / recipe.name, force)
-            check_folder(output / _IMAGES)
-            options.choose_device(options.Device.CPU, threads)
-            network, calibration, test = model(), batches("train", _BATCH), batches("test", _BATCH)
-            seen, asked = (sum(len(classes) for _, classes in data) for data in (calibration, test))
-        with terminal.progress("float", asked) as update:
-            reference = evaluate(network, None, test, progress=lambda done: update(completed=done))
-        tried: list[_Trial] = []
-        left_out = []
-        for recipe in recipes:
-            data = _first(calibration, recipe.calibration.images)
-            used = sum(len(classes) for _, classes in data)
-            estimate = estimated_seconds(recipe.passes, used, asked, reference.seconds / asked)
-            left = max(60 * minutes - (time.perf_counter() - started), 0.0)
-            if estimate > left:
-                left_out.append(_left_out(recipe, estimate, left, 60 * minutes))
-                continue
-            with terminal.progress(recipe.name, used) as update:
-                tried.append(_try(recipe, network, data, test, seed, update))
-        with terminal.progress("writing"):  # last, since an interrupted command says that nothing was written
-            for trial in tried:
-                trial.quantized.save(output / trial.quantized.recipe.name, force)
-            write_folder(output / _IMAGES)
+                data = _first(calibration, recipe.calibration.images)
+                used = sum(len(classes) for _, classes in data)
+                estimate = estimated_seconds(recipe.passes, used, asked, reference.seconds / asked)
+                left = max(60 * minutes - (time.perf_counter() - started), 0.0)
+                if estimate > left:
+                    left_out.append(_left_out(recipe, estimate, left, 60 * minutes))
+                    continue
+                with terminal.progress(recipe.name, used) as update:
+                    tried.append(_try(recipe, network, data, test, seed, update))
+            with terminal.progress("writing"):
+                new.mkdir()
+                for trial in tried:
+                    trial.quantized.save(new / trial.quantized.recipe.name)
+                write_folder(new / _IMAGES)
         values = {
             "model": source().name,
             "calibration_images": seen,
@@ -90,6 +90,16 @@ def demo(
             "seconds": time.perf_counter() - started,
         }
         terminal.result(values, _table(values), facts(_rows(values)))
+
+
+def _kind(recipes: Iterable[Recipe]) -> Directory:
+    """The directory of a demo: a saved model for some of the recipes, and the images."""
+    from vitquant.checkpoint import SAVED_MODEL
+    from vitquant.demo import folder_of_images
+
+    images = folder_of_images()
+    layout = {recipe.name: SAVED_MODEL.layout for recipe in recipes} | {_IMAGES: images.layout}
+    return Directory("demo", layout, lambda directory: images.recognize(directory / _IMAGES))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +12,6 @@ from vitquant.cli import options
 from vitquant.cli.checking import Data, Images, compare_forms, end, shown
 from vitquant.cli.evaluate import Weights
 from vitquant.cli.terminal import Terminal
-from vitquant.errors import ExportError
 
 
 class Format(StrEnum):
@@ -68,42 +64,29 @@ def export(
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
             from vitquant.engines import forms_of
-            from vitquant.export.formats import PATHS, check_target, write
-            from vitquant.files import put_in_place
+            from vitquant.export.formats import PATHS, kind_of, write
+            from vitquant.files import discard
             from vitquant.pipeline import load
             from vitquant.report.tables import facts
 
-            path = (output or out / PATHS[format]).absolute()
-            check_target(format, path, force)
-            options.choose_device(options.Device.CPU, threads)
+            path = (out / PATHS[format] if output is None else output).absolute()
             repeated = options.repeated(model, model_arguments)
-            quantized = load(out, **repeated)
-        with _beside(path) as scratch:
+        with terminal.replacing(path, force, kind_of(format, path)) as new:
+            with terminal.progress("loading"):
+                options.choose_device(options.Device.CPU, threads)
+                quantized = load(out, **repeated)
             with terminal.progress("exporting"):
-                write(quantized, format, scratch / path.name, float_io=float_io)
-                size = _size(scratch / path.name)
-                forms = forms_of(scratch / path.name, format, quantized)
+                write(quantized, format, new, float_io=float_io)
+                size = _size(new)
+                forms = forms_of(new, format, quantized)
             report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, repeated)
-            if not report.broken:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                put_in_place(scratch / path.name, path)
+            if report.broken:
+                discard(new)
         values, tables = shown(report)
         where = "nowhere, since a promise is broken" if report.broken else f"{path}, {size / 1e6:.1f} MB"
         about = {"output": None if report.broken else str(path), "format": str(format), "bytes": size}
         terminal.result({**about, "parity": values}, *tables, facts({"format": str(format), "written to": where}))
         end(terminal, report)
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A directory on the file system of a path, gone at the end."""
-    there = next(folder for folder in path.parents if folder.is_dir())
-    try:
-        scratch = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=there)
-    except OSError as error:
-        raise ExportError(f"{there} cannot be written: {error.strerror}") from error
-    with scratch as directory:
-        yield Path(directory)
 
 
 def _size(path: Path) -> int:

@@ -25,6 +25,7 @@ from vitquant.cli.parity import parity
 from vitquant.cli.quantize import quantize
 from vitquant.cli.recipes import recipes
 from vitquant.cli.sensitivity import sensitivity
+from vitquant.cli.terminal import InterruptedAfterWritingError
 from vitquant.errors import VitquantError
 
 OK, INTERNAL, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -93,6 +94,8 @@ def _is_full(error: BaseException) -> bool:
 def _explain(error: BaseException) -> tuple[int, str]:
     """The exit code for an error, and the one line that says it."""
     text = " ".join(str(error).split())
+    if isinstance(error, InterruptedAfterWritingError):
+        return INTERRUPTED, text
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return INTERRUPTED, "interrupted; nothing was written"
     if _is_full(error):

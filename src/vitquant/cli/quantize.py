@@ -54,12 +54,10 @@ def quantize(
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
             from vitquant import pipeline
-            from vitquant.checkpoint import check_target
+            from vitquant.checkpoint import SAVED_MODEL
             from vitquant.recipe import override, requested
             from vitquant.report.tables import ends_text, facts
 
-            # What is wrong is said before what takes long.
-            check_target(output, force)
             named, widths = requested(recipe, bits, settings or ())
             chosen = override(named, _budget(named, memory_budget, terminal))
             request = calibrating.Request(
@@ -74,23 +72,25 @@ def quantize(
                 workers,
                 skip_bad_images,
             )
-            prepared = calibrating.prepare(request, chosen, options.choose_device(device, threads))
-            network, source, data = prepared.network, prepared.source, prepared.data
-        with terminal.progress("capturing, first batch", len(data.items)) as update:
-            watched = calibrating.Watched(data, update)
-            quantized = pipeline.quantize(
-                network,
-                chosen,
-                watched,
-                bits=str(widths),
-                source=source,
-                preprocessing=prepared.steps.to_dict(),
-                progress=watched.step,
-            )
-            origin = {"directory": str(calibration.absolute()), "seed": seed, "batch": prepared.batch}
-            quantized.provenance["calibration"] |= origin
-            update(description="writing")
-            quantized.save(output, force)
+        with terminal.replacing(output, force, SAVED_MODEL) as new:  # what cannot be written is said before long work
+            with terminal.progress("loading"):
+                prepared = calibrating.prepare(request, chosen, options.choose_device(device, threads))
+                network, source, data = prepared.network, prepared.source, prepared.data
+            with terminal.progress("capturing, first batch", len(data.items)) as update:
+                watched = calibrating.Watched(data, update)
+                quantized = pipeline.quantize(
+                    network,
+                    chosen,
+                    watched,
+                    bits=str(widths),
+                    source=source,
+                    preprocessing=prepared.steps.to_dict(),
+                    progress=watched.step,
+                )
+                origin = {"directory": str(calibration.absolute()), "seed": seed, "batch": prepared.batch}
+                quantized.provenance["calibration"] |= origin
+                update(description="writing")
+                quantized.save(new)
         calibrating.say_what_was_used(terminal, prepared, request, chosen)
         values = _facts(quantized, network, source, output)
         seconds = time.perf_counter() - started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -12,10 +13,13 @@ import typer
 from vitquant.cli import calibrating, options
 from vitquant.cli.terminal import Terminal
 from vitquant.errors import AllocationError
+from vitquant.files import Directory, write_file
 
 TABLE, FIGURE = "sensitivity.json", "sensitivity.png"
+SENSITIVITY = Directory("sensitivity", {TABLE: None, FIGURE: None}, lambda directory: (directory / TABLE).is_file())
 Output = Annotated[
-    Path | None, typer.Option(metavar="DIR", help=f"Where to write {TABLE}, for `vitquant allocate`, and {FIGURE}.")
+    Path | None,
+    typer.Option(metavar="DIR", help=f"A directory to write: {TABLE}, for `vitquant allocate`, and {FIGURE}."),
 ]
 Candidates = Annotated[str, typer.Option(metavar="BITS", help="Bit widths of attention and MLP, as in 4,5,6,7,8.")]
 
@@ -33,7 +37,7 @@ def sensitivity(
     batch: calibrating.Batch = None,
     preprocessing: options.PreprocessingFile = None,
     model_arguments: calibrating.ModelArguments = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace those that are there.")] = False,
     seed: calibrating.Seed = 0,
     device: options.DeviceOption = options.Device.AUTO,
     workers: options.Workers = 0,
@@ -48,7 +52,6 @@ def sensitivity(
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
             from vitquant import precision
-            from vitquant.files import check_new_file, write_file
             from vitquant.recipe import requested
             from vitquant.report.figures import check_matplotlib, sensitivity_figure
             from vitquant.report.tables import facts, sensitivity_table
@@ -56,21 +59,25 @@ def sensitivity(
             widths = precision.check_candidates(_widths(candidates))
             if output is not None:
                 check_matplotlib()
-                for name in (TABLE, FIGURE):
-                    check_new_file(output / name, force)
             chosen, base = requested(recipe, bits, settings or ())
             request = calibrating.Request(
                 model, calibration, weights, images, batch, preprocessing, model_arguments, seed, workers,
                 skip_bad_images,
             )  # fmt: skip
-            prepared = calibrating.prepare(request, chosen, options.choose_device(device, threads))
-        with terminal.progress("capturing, first batch", len(prepared.data.items)) as update:
-            watched = calibrating.Watched(prepared.data, update)
-            table = precision.sensitivity(
-                prepared.network, chosen, watched, bits=str(base), candidates=widths, progress=watched.step
-            )
-            about = {"model": prepared.source.name, "directory": str(calibration.absolute()), "seed": seed}
-            table = replace(table, about=table.about | about)
+        with nullcontext() if output is None else terminal.replacing(output, force, SENSITIVITY) as new:
+            with terminal.progress("loading"):
+                prepared = calibrating.prepare(request, chosen, options.choose_device(device, threads))
+            with terminal.progress("capturing, first batch", len(prepared.data.items)) as update:
+                watched = calibrating.Watched(prepared.data, update)
+                table = precision.sensitivity(
+                    prepared.network, chosen, watched, bits=str(base), candidates=widths, progress=watched.step
+                )
+                about = {"model": prepared.source.name, "directory": str(calibration.absolute()), "seed": seed}
+                table = replace(table, about=table.about | about)
+            if new is not None:
+                new.mkdir()
+                write_file(new / TABLE, table.to_json().encode())
+                write_file(new / FIGURE, sensitivity_figure(table.modules, table.sites))
         calibrating.say_what_was_used(terminal, prepared, request, chosen)
         rows = {
             "model": prepared.source.name,
@@ -79,8 +86,6 @@ def sensitivity(
             "after": f"{time.perf_counter() - started:.1f} s",
         }
         if output is not None:
-            write_file(output / TABLE, table.to_json().encode(), force)
-            write_file(output / FIGURE, sensitivity_figure(table.modules, table.sites), force)
             rows["written to"] = f"{output / TABLE}, {output / FIGURE}"
         values = {
             **table.about,

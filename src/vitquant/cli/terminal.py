@@ -8,13 +8,20 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from vitquant.files import Directory, identity, replacing
+
 _FILE_WIDTH = 140  # columns of a table that goes to a file or a pipe
+
+
+class InterruptedAfterWritingError(Exception):
+    """A command was interrupted when an output was in place; the message names it."""
 
 
 class Terminal:
@@ -29,14 +36,25 @@ class Terminal:
         self._json, self._quiet = json, quiet
         self._stdout = sys.stdout
         self._stderr = Console(file=sys.stderr)
+        self._outputs: dict[Path, tuple[int, int] | None] = {}
 
     def __enter__(self) -> Terminal:
         self._redirection = redirect_stdout(sys.stderr)  # a library or a user's factory may print
         self._redirection.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._redirection.__exit__(*error)
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._redirection.__exit__(kind, error, trace)
+        written = [str(path) for path, before in self._outputs.items() if identity(path) not in (before, None)]
+        if written and isinstance(error, KeyboardInterrupt):
+            raise InterruptedAfterWritingError(f"interrupted; {', '.join(written)} was written") from error
+
+    @contextmanager
+    def replacing(self, path: Path, force: bool, directory: Directory | None = None) -> Iterator[Path]:
+        """`vitquant.files.replacing`, with which an interrupt says truly whether something was written."""
+        with replacing(path, force, directory) as new:
+            self._outputs[path] = identity(path)
+            yield new
 
     def result(self, values: Mapping[str, Any], *tables: RenderableType) -> None:
         """Show the result: its values as JSON, or the tables."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from vitquant.errors import DataError
+from vitquant.files import Directory, replacing
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.zoo import ModelSource, create, pinned
 from vitquant.zoo.failures import import_library
@@ -23,6 +24,7 @@ PREPROCESSING = Preprocessing(
 
 Split = Literal["test", "train"]
 _FOLDER = Path(__file__).parent
+_LISTING = "labels.csv"
 _SIZE = 32
 _BYTES = 3 * _SIZE * _SIZE  # of one image, which is one row of a sheet
 
@@ -56,36 +58,37 @@ def batches(split: Split, size: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(size), torch.tensor(_labels(split)).split(size), strict=True))
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse to write images to a folder that holds anything but them.
-
-    Raises:
-        DataError: it is a file, or holds something else.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder} is a file; remove it, or give another directory")
-    listing = folder / "labels.csv"
-    ours = listing.is_file() and listing.read_text(encoding="utf-8", errors="replace") == _listing()
-    if not ours and folder.is_dir() and any(folder.iterdir()):
-        raise DataError(f"{folder} is not empty and not written by vitquant; remove it, or give another directory")
+def folder_of_images() -> Directory:
+    """The kind of directory that `write_folder` writes."""
+    names = [_LISTING, *(_file(number) for number in range(len(_labels("test"))))]
+    return Directory("folder of the demo's images", dict.fromkeys(names), _is_ours, DataError)
 
 
 def write_folder(folder: Path) -> None:
     """Write the test images as `vitquant evaluate --data` reads them: a PNG file each, and a labels.csv.
 
+    Those that an earlier call wrote are replaced.
+
     Raises:
-        DataError: see `check_folder`; or the disk refuses.
+        DataError: the folder is a file, or holds something else; or the disk refuses.
     """
-    check_folder(folder)
     image, pixels = import_library("PIL.Image"), _pixels("test")
+    with replacing(folder, True, folder_of_images()) as new:
+        try:
+            new.mkdir()
+            (new / _LISTING).write_text(_listing(), encoding="utf-8")
+            for number in range(len(pixels) // _BYTES):
+                row = pixels[number * _BYTES : (number + 1) * _BYTES]
+                image.frombytes("RGB", (_SIZE, _SIZE), row).save(new / _file(number))
+        except OSError as error:
+            raise DataError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _is_ours(folder: Path) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "labels.csv").write_text(_listing(), encoding="utf-8")
-        for number in range(len(pixels) // _BYTES):
-            row = pixels[number * _BYTES : (number + 1) * _BYTES]
-            image.frombytes("RGB", (_SIZE, _SIZE), row).save(folder / _file(number))
-    except OSError as error:
-        raise DataError(f"{folder} cannot be written: {error.strerror or error}") from error
+        return (folder / _LISTING).read_text(encoding="utf-8", errors="replace") == _listing()
+    except OSError:
+        return False
 
 
 def _pixels(split: Split) -> bytes:

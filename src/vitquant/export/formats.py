@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from vitquant.checkpoint import CONFIG, TENSORS
+from vitquant.checkpoint import CONFIG, TENSORS, is_saved_model
 from vitquant.errors import ExportError
-from vitquant.files import check_new_file, write_file
+from vitquant.files import Directory, recover, replacing, write_file
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
 
@@ -22,23 +23,26 @@ ON_INTEGERS = ("program", "onnx-integer")  # those of the integer program, which
 
 def exported(directory: str | Path) -> dict[str, Path]:
     """What was exported into the directory of a saved model, by format."""
-    return {name: Path(directory, path) for name, path in PATHS.items() if Path(directory, path).exists()}
+    paths = {name: Path(directory, path) for name, path in PATHS.items()}
+    for path in paths.values():
+        recover(path)
+    return {name: path for name, path in paths.items() if path.exists()}
 
 
-def check_target(format: str, path: Path, force: bool = False) -> None:
-    """Refuse a place that cannot be written, before long work rather than after.
+def kind_of(format: str, path: str | Path) -> Directory | None:
+    """What `vitquant.files.replacing` takes for a format: the kind of directory that it is, or None for a file.
 
     Raises:
-        ExportError: it exists and not `force`, is of the wrong kind, or its parent cannot be written.
+        ExportError: the path is that of a saved model's own file.
     """
-    if path.name in (TENSORS, CONFIG) and (path.parent / CONFIG).is_file():
+    target = Path(os.path.realpath(path))
+    if target.name in (TENSORS, CONFIG) and is_saved_model(target.parent):
         raise ExportError(f"{path} is a file of the saved model; give another path")
     if format == "openvino":
-        from vitquant.export.openvino import check_directory
+        from vitquant.export.openvino import OPENVINO_MODEL
 
-        check_directory(path, force)
-    else:
-        check_new_file(path, force)
+        return OPENVINO_MODEL
+    return None
 
 
 def write(model: QuantizedModel, format: str, path: str | Path, force: bool = False, float_io: bool = False) -> None:
@@ -58,26 +62,25 @@ def write(model: QuantizedModel, format: str, path: str | Path, force: bool = Fa
             not `force`, or cannot be written.
         LoweringError: the model does not lower, for `program` and `onnx-integer`; it names the site and the reason.
     """
-    path = Path(path)
     if format not in PATHS:
         raise ExportError(f"format {format!r} is unknown; the formats are: {', '.join(PATHS)}")
     if float_io and format != "onnx-integer":
         raise ExportError(f"--float-io (float_io=True) belongs to onnx-integer; {format} has the ends that it has")
-    check_target(format, path, force)
-    match format:
-        case "program":
-            from vitquant.program.storage import save_program
+    with replacing(path, force, kind_of(format, path)) as new:
+        match format:
+            case "program":
+                from vitquant.program.storage import save_program
 
-            save_program(lower(model), path, force)
-        case "onnx-integer":
-            from vitquant.export.onnx_integer import onnx_integer_model
+                save_program(lower(model), new)
+            case "onnx-integer":
+                from vitquant.export.onnx_integer import onnx_integer_model
 
-            write_file(path, onnx_integer_model(lower(model), float_io).SerializeToString(), force)
-        case "onnx-qdq":
-            from vitquant.export.onnx_qdq import onnx_qdq_model
+                write_file(new, onnx_integer_model(lower(model), float_io).SerializeToString())
+            case "onnx-qdq":
+                from vitquant.export.onnx_qdq import onnx_qdq_model
 
-            write_file(path, onnx_qdq_model(model).SerializeToString(), force)
-        case _:
-            from vitquant.export.openvino import write_openvino
+                write_file(new, onnx_qdq_model(model).SerializeToString())
+            case _:
+                from vitquant.export.openvino import write_openvino
 
-            write_openvino(model, path, force)
+                write_openvino(model, new)
