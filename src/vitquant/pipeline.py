@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from vitquant.autocast import in_own_precision
 from vitquant.capture import capture
 from vitquant.checkpoint import read_config
 from vitquant.errors import CalibrationError, CheckpointError, RecipeError
@@ -34,6 +35,7 @@ Settings = TypeVar("Settings")
 Batch = torch.Tensor | Sequence[Any] | Mapping[str, torch.Tensor]
 
 
+@in_own_precision
 def quantize(
     model: nn.Module,
     recipe: str | Recipe,
@@ -85,6 +87,7 @@ def quantize(
     return quantized
 
 
+@in_own_precision
 def load(directory: str | Path, model: nn.Module | None = None, source: str | None = None) -> QuantizedModel:
     """Load a saved model; its outputs are bit for bit those of the model that was saved.
 

@@ -41,6 +41,15 @@ Output = Annotated[
 FloatEnds = Annotated[
     bool, typer.Option("--float-io", help="onnx-integer: float images in, float logits out, instead of codes.")
 ]
+FixedBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch", min=1, help="Images that the file takes at once, every size in it a number; any when not given."
+    ),
+]
+Opset = Annotated[
+    int | None, typer.Option("--opset", help="Version of ONNX's operators, 18 to 25; 20 or 21 when not given.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -49,6 +58,8 @@ def export(
     format: Formats,
     output: Output = None,
     float_io: FloatEnds = False,
+    batch: FixedBatch = None,
+    opset: Opset = None,
     force: Force = False,
     data: Data = None,
     images: Images = 16,
@@ -67,18 +78,19 @@ def export(
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
             from vitquant.engines import forms_of
-            from vitquant.export.formats import PATHS, check_target, write
+            from vitquant.export.formats import PATHS, check_options, check_target, write
             from vitquant.files import put_in_place
             from vitquant.pipeline import load
             from vitquant.report.tables import facts
 
+            check_options(format, float_io, batch, opset)
             path = (output or out / PATHS[format]).absolute()
             check_target(format, path, force)
             options.choose_device(options.Device.CPU, threads)
             quantized = load(out, source=model)
         with _beside(path) as scratch:
             with terminal.progress("exporting"):
-                write(quantized, format, scratch / path.name, float_io=float_io)
+                write(quantized, format, scratch / path.name, float_io=float_io, batch=batch, opset=opset)
                 size = _size(scratch / path.name)
                 forms = forms_of(scratch / path.name, format, quantized)
             report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, model)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vitquant.checkpoint import CONFIG, TENSORS
 from vitquant.errors import ExportError
+from vitquant.export.sizes import check_batch_and_opset
 from vitquant.files import check_new_file, write_file
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
@@ -25,6 +26,19 @@ def exported(directory: str | Path) -> dict[str, Path]:
     return {name: Path(directory, path) for name, path in PATHS.items() if Path(directory, path).exists()}
 
 
+def check_options(format: str, float_io: bool = False, batch: int | None = None, opset: int | None = None) -> None:
+    """Refuse what a format cannot have, before long work rather than after; see `write`.
+
+    Raises:
+        ExportError: it says what belongs to which format.
+    """
+    if format not in PATHS:
+        raise ExportError(f"format {format!r} is unknown; the formats are: {', '.join(PATHS)}")
+    if float_io and format != "onnx-integer":
+        raise ExportError(f"--float-io (float_io=True) belongs to onnx-integer; {format} has the ends that it has")
+    check_batch_and_opset(format, batch, opset)
+
+
 def check_target(format: str, path: Path, force: bool = False) -> None:
     """Refuse a place that cannot be written, before long work rather than after.
 
@@ -41,7 +55,15 @@ def check_target(format: str, path: Path, force: bool = False) -> None:
         check_new_file(path, force)
 
 
-def write(model: QuantizedModel, format: str, path: str | Path, force: bool = False, float_io: bool = False) -> None:
+def write(
+    model: QuantizedModel,
+    format: str,
+    path: str | Path,
+    force: bool = False,
+    float_io: bool = False,
+    batch: int | None = None,
+    opset: int | None = None,
+) -> None:
     """Write a model in a format of another runtime.
 
     Arguments:
@@ -52,17 +74,17 @@ def write(model: QuantizedModel, format: str, path: str | Path, force: bool = Fa
         path: the file, or for `openvino` the directory.
         force: replace what is there.
         float_io: for `onnx-integer`, take images and give logits in float32 instead of codes.
+        batch: how many images the file takes at once, so that every size in it is a number; any number when None. The
+            metadata says it; `runtime` and `evaluate` fill up the last batch.
+        opset: for ONNX, the version of its operators, 18 to 25; 20 or 21 when None.
 
     Raises:
-        ExportError: the format is unknown, cannot hold the model, or its extra is not installed; the path exists and
-            not `force`, or cannot be written.
+        ExportError: the format is unknown, cannot hold the model or have that batch or opset, or its extra is not
+            installed; the path exists and not `force`, or cannot be written.
         LoweringError: the model does not lower, for `program` and `onnx-integer`; it names the site and the reason.
     """
     path = Path(path)
-    if format not in PATHS:
-        raise ExportError(f"format {format!r} is unknown; the formats are: {', '.join(PATHS)}")
-    if float_io and format != "onnx-integer":
-        raise ExportError(f"--float-io (float_io=True) belongs to onnx-integer; {format} has the ends that it has")
+    check_options(format, float_io, batch, opset)
     check_target(format, path, force)
     match format:
         case "program":
@@ -72,12 +94,12 @@ def write(model: QuantizedModel, format: str, path: str | Path, force: bool = Fa
         case "onnx-integer":
             from vitquant.export.onnx_integer import onnx_integer_model
 
-            write_file(path, onnx_integer_model(lower(model), float_io).SerializeToString(), force)
+            write_file(path, onnx_integer_model(lower(model), float_io, batch, opset).SerializeToString(), force)
         case "onnx-qdq":
             from vitquant.export.onnx_qdq import onnx_qdq_model
 
-            write_file(path, onnx_qdq_model(model).SerializeToString(), force)
+            write_file(path, onnx_qdq_model(model, batch, opset).SerializeToString(), force)
         case _:
             from vitquant.export.openvino import write_openvino
 
-            write_openvino(model, path, force)
+            write_openvino(model, path, force, batch)

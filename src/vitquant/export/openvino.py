@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 _IR = "model.xml"
 
 
-def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Path, force: bool = False) -> None:
+def write_openvino(
+    model: QuantizedModel | onnx.ModelProto, directory: str | Path, force: bool = False, batch: int | None = None
+) -> None:
     """Write `model.xml` and `model.bin`, OpenVINO's own form, which C++, Python and others load without ONNX.
 
     The directory holds both or, when the run is killed, what it held before. The facts of the ONNX model's
@@ -30,6 +32,7 @@ def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Pat
         model: calibrated; or what `onnx_qdq_model` made of one, when that is there already.
         directory: made, with its parents, when missing.
         force: replace an OpenVINO model that is there.
+        batch: fixed; any when None. An ONNX model has its own.
 
     Raises:
         CalibrationError: a quantizer is missing.
@@ -41,7 +44,7 @@ def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Pat
     core = openvino_core()
     import openvino
 
-    proto = onnx_qdq_model(model) if isinstance(model, QuantizedModel) else model
+    proto = onnx_qdq_model(model, batch) if isinstance(model, QuantizedModel) else model
     converted = core.read_model(proto.SerializeToString())
     partial = None
     try:
