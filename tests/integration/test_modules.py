@@ -25,7 +25,9 @@ from vitquant.runtime.interpreter import Interpreter
 BATCH = torch.export.Dim("batch")
 SWIN = {"depths": (1, 2), "embed_dim": 16, "num_heads": (2, 4), "img_size": 32, "patch_size": 2, "window_size": 4}
 MODELS = {
-    "vit": lambda: timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=32, num_heads=2, img_size=32, num_classes=5),
+    "vit": lambda: timm.create_model(
+        "vit_tiny_patch16_224", depth=1, embed_dim=32, num_heads=2, img_size=32, num_classes=5
+    ),
     "swin": lambda: timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **SWIN),
     "transformers": from_transformers("ViT", **{**TRANSFORMERS, "num_hidden_layers": 1}),
 }
@@ -192,10 +194,12 @@ def test_operations_that_were_never_prepared_are_not_compiled() -> None:
 def test_casts_that_round_are_refused_and_change_nothing(model: QuantizedModel, cast: object) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for each in (model, nn.Sequential(model)):
-        with pytest.raises(ModelError, match="computes in float32.*before quantizing"):
+        with pytest.raises(ModelError, match=r"computes in float32.*before quantizing"):
             cast(each)  # type: ignore[operator]
     after = model.state_dict()
-    assert all(tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert all(
+        tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]) for name, tensor in after.items()
+    )
 
 
 def test_a_double_that_single_precision_cannot_hold_stays_double(model: QuantizedModel) -> None:
@@ -241,7 +245,9 @@ def test_meta_tensors_have_shapes(model: QuantizedModel) -> None:
 def test_functional_calls_and_parametrizations(model: QuantizedModel) -> None:
     x = images(3, seed=1)
     expected = on_images(model, x)
-    tensors = {name: 1.0 * tensor if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: 1.0 * tensor if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
     assert torch.equal(logits(torch.func.functional_call(model, tensors, (x,))), expected)
     name = next(name for name, tensor in model.named_parameters() if tensor.ndim == 2)
     path, _, leaf = name.rpartition(".")

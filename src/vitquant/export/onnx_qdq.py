@@ -177,7 +177,9 @@ def _export(module: nn.Module, shape: Sequence[int], batch: int | None, opset: i
     assert program is not None
     written = program.model.opset_imports[""]
     if written != opset:
-        raise ExportError(f"opset {opset}: torch {torch.__version__} writes {written}; ask for that, or update onnxscript")
+        raise ExportError(
+            f"opset {opset}: torch {torch.__version__} writes {written}; ask for that, or update onnxscript"
+        )
     return program
 
 
@@ -203,9 +205,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _describe(
-    proto: onnx.ModelProto, model: QuantizedModel, options: dict[str, str], fixed: dict[str, int]
-) -> None:
+def _describe(proto: onnx.ModelProto, model: QuantizedModel, options: dict[str, str], fixed: dict[str, int]) -> None:
     from onnx.helper import find_min_ir_version_for, set_model_props
 
     facts = {

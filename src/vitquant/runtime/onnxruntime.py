@@ -88,7 +88,6 @@ class OnnxModel:
             raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {_first_line(error)}") from error
         return result if result.is_floating_point() else result.to(torch.int64)
 
-
     def _run(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self._session.run(None, {self._input.name: images.numpy()})[0])
 
