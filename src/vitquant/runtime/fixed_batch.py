@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def in_batches(run: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
-    """What `run` gives for images, `size` of them at once; zeros fill up the last batch, and the result is without them.
+    """What `run` gives for images, `size` of them at once; zeros fill up the last batch, and leave no result.
 
     Arguments:
         run: from (size, ...) to (size, ...).
