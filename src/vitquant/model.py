@@ -9,19 +9,26 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from vitquant.autocast import autocasts, own_precision
 from vitquant.checkpoint import digest_of, read_checkpoint, write_checkpoint
 from vitquant.config import PROVENANCE, check_config
-from vitquant.errors import CalibrationError, CaptureError, CheckpointError, RecipeError
+from vitquant.errors import CalibrationError, CaptureError, CheckpointError, ModelError, RecipeError
 from vitquant.graph.fingerprint import structural_fingerprint
 from vitquant.graph.operators import PRODUCTS, calls, is_rearrangement, is_selection
+from vitquant.graph.plain import plain, rebuilt
 from vitquant.operations import Arithmetic, IntegerOperation
-from vitquant.operations.replacement import operation_at, reconnect_operations, replace_operations
+from vitquant.operations.replacement import (
+    operation_at,
+    prepare_operations,
+    reconnect_operations,
+    replace_operations,
+)
 from vitquant.packing import pack
 from vitquant.quantizers import Quantizer
 from vitquant.recipe import Assignment, Bits, Recipe, assign
@@ -32,7 +39,11 @@ from vitquant.tapped import TappedInterpreter, behind
 Tap = Callable[[torch.Tensor], None]
 Taps = Mapping[str, Tap]
 
-_QUANTIZERS = "quantizers"
+_QUANTIZERS, _GRAPH = "quantizers", "graph_module"
+_NO_TORCHSCRIPT = (
+    "torch.jit.trace would fix the size of the batch, and TorchScript is deprecated; "
+    "use torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))"
+)
 
 
 @dataclass(frozen=True)
@@ -90,14 +101,68 @@ class QuantizedModel(nn.Module):
         self.float_reasons: dict[str, str] = {}
         self.records: list[Record] = []
         self.provenance: dict[str, Any] = {}
+        self._calibrated = not self.quantized_names
         self.eval()
+        captured.register_load_state_dict_post_hook(_prepare)
 
-    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
-        """The quantized model's output: for images (batch, channels, height, width), the library's own type."""
-        self.require_calibrated()
-        for images in (*args, *kwargs.values()):
-            self._check_shape(images)
-        return self.graph_module(*args, **kwargs)
+    def forward(self, images: torch.Tensor | None = None, **named: torch.Tensor) -> Any:
+        """The quantized model's output: for images (batch, channels, height, width), the library's own type.
+
+        Under autocast it is computed in the model's own precision, as it was evaluated.
+
+        Arguments:
+            images: or, as a keyword, by the name that the model gives them.
+
+        Raises:
+            CalibrationError: a quantizer is missing.
+            CaptureError: images of another size; or torch.jit.trace asks, which would fix the size of the batch.
+
+        Pitfall: integer operations check at every call that they hold the constants of their scales. What is compiled
+            or exported cannot: change scales before, by `insert`, `load_state_dict`, or followed by a call.
+        """
+        if torch.jit.is_tracing():
+            raise CaptureError(_NO_TORCHSCRIPT)
+        if not self._calibrated:
+            self.require_calibrated()
+        first = () if images is None else (images,)
+        for each in (*first, *named.values()):
+            self._check_shape(each)
+            if autocasts(each.device.type):
+                return self._in_own_precision(*first, **named)
+        return self.graph_module(*first, **named)
+
+    def _in_own_precision(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+        """The output without autocast, of images that it may have halved."""
+        own = next(each.dtype for each in self.parameters() if each.is_floating_point())
+        kind = (*args, *kwargs.values())[0].device.type
+        with own_precision(kind):
+            return self.graph_module(*(x.to(own) for x in args), **{name: x.to(own) for name, x in kwargs.items()})
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise CaptureError(_NO_TORCHSCRIPT)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModel:
+        def kept(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if tensor.is_floating_point() and _rounds(tensor, moved):
+                raise ModelError(
+                    f"a quantized model computes in {_dtype(tensor)}, as it was evaluated, and {_dtype(moved)} would "
+                    f"round its numbers; cast the float model before quantizing it"
+                )
+            return moved
+
+        return super()._apply(kept, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and copy.deepcopy take: the graph as plain data, names, shapes and output type included."""
+        state = dict(super().__getstate__())
+        others = {name: module for name, module in self._modules.items() if name != _GRAPH}
+        return {**state, "_modules": others, _GRAPH: plain(self.graph_module)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        described = state.pop(_GRAPH)
+        super().__setstate__(state)
+        self._modules = {_GRAPH: rebuilt(described), **self._modules}
 
     def require_calibrated(self) -> None:
         """Raise unless every quantizer is there.
@@ -180,7 +245,9 @@ class QuantizedModel(nn.Module):
             if value.name not in present:
                 _route_through(graph, node, target)
         reconnect_operations(self.graph_module)
+        prepare_operations(self.graph_module)
         self.graph_module.recompile()
+        self._calibrated = self.quantizers.keys() >= set(self.quantized_names)
 
     def compute_in_integers(self, arithmetic: Arithmetic) -> None:
         """Compute softmax, LayerNorm and activations on codes, wherever their quantizers allow it.
@@ -197,6 +264,7 @@ class QuantizedModel(nn.Module):
         if self.arithmetic is not None:
             raise CalibrationError("the model computes in integers already; quantize it again for another arithmetic")
         self.float_reasons = replace_operations(self.graph_module, self.sites, arithmetic)
+        prepare_operations(self.graph_module)
         self.arithmetic = arithmetic
         self.graph_module.recompile()
 
@@ -226,7 +294,8 @@ class QuantizedModel(nn.Module):
         reads = {str(site.reader(each)): node for site in self.sites for each, node in site.operands.items()}
         tapped = [(self.value(name).node, tap) for name, tap in taps.items()]
         tapped += [(reads[name], tap) for name, tap in (operands or {}).items()]
-        return self._interpreter([*tapped, *nodes], quantized).run(images)
+        with own_precision(images.device.type):
+            return self._interpreter([*tapped, *nodes], quantized).run(images)
 
     def known_before(self, names: Collection[str]) -> list[str]:
         """The graph nodes whose results are read behind the quantizers of these values, and that stand before them."""
@@ -438,6 +507,23 @@ def _finite(value: Any) -> Any:
             return None
         case _:
             return value
+
+
+def _prepare(module: nn.Module, incompatible: object) -> None:
+    """Called by torch when a state was loaded into a graph, and scales may be others."""
+    assert isinstance(module, GraphModule)
+    prepare_operations(module)
+
+
+def _rounds(tensor: torch.Tensor, moved: torch.Tensor) -> bool:
+    """Whether a cast loses digits, of the numbers or of what will be computed with them."""
+    if torch.promote_types(tensor.dtype, moved.dtype) == moved.dtype:
+        return False
+    return moved.itemsize < 4 or moved.is_meta or not torch.equal(moved.to(tensor), tensor)
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _tied(module: nn.Module) -> set[int]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from torch import nn
 
+from vitquant.autocast import in_own_precision
 from vitquant.capture import capture
 from vitquant.checkpoint import read_config, read_shapes
 from vitquant.config import check_config
@@ -41,6 +42,7 @@ T = TypeVar("T")
 Batch = torch.Tensor | Sequence[Any] | Mapping[str, torch.Tensor]
 
 
+@in_own_precision
 def quantize(
     model: nn.Module,
     recipe: str | Recipe,
@@ -93,6 +95,7 @@ def quantize(
     return quantized
 
 
+@in_own_precision
 def load(
     directory: str | Path,
     model: nn.Module | None = None,

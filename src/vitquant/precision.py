@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vitquant.allocation.modules import Module, find_modules
 from vitquant.allocation.sensitivity import Part, Sensitivity, measure
 from vitquant.allocation.table import SensitivityTable
+from vitquant.autocast import in_own_precision
 from vitquant.errors import AllocationError, CalibrationError, RecipeError
 from vitquant.model import QuantizedModel
 from vitquant.pipeline import Batch, images_of, quantize
@@ -23,6 +24,7 @@ CANDIDATES = (4, 5, 6, 7, 8)
 _CANDIDATES, _BRIEFLY = 20, {"rounds": 1, "bias_correction": False}
 
 
+@in_own_precision
 def sensitivity(
     model: nn.Module,
     recipe: str | Recipe,

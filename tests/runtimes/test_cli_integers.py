@@ -190,6 +190,17 @@ def test_an_export_goes_where_it_is_told_with_float_ends(run, out, tmp_path):
     assert (session.get_inputs()[0].type, session.get_outputs()[0].type) == ("tensor(float)",) * 2
 
 
+@pytest.mark.parametrize("format", ["onnx-integer", "onnx-qdq", "openvino"])
+def test_a_file_of_a_fixed_batch_is_compared_and_evaluated_on_any_number_of_images(run, workshop, out, format):
+    opset = () if format == "openvino" else ("--opset", 22)
+    code, found, err = run("export", out, "--format", format, "--batch", 5, *opset, "--images", 4, "--json")
+    assert (code, found["parity"]["broken"], err.count("error")) == (0, [], 0)
+    code, found, _ = run("evaluate", out, "--data", workshop / "images", "--engine", format, "--json")
+    assert (code, found["images"], found["file"]) == (0, 12, str(out / PATHS[format]))
+    runs = {"openvino": OpenVinoModel}.get(format, OnnxModel)
+    assert runs(out / PATHS[format]).batch == 5
+
+
 def test_an_export_that_cannot_be_leaves_everything_as_it_was(run, workshop, out, tmp_path):
     code, _, err = run("export", out, "--format", "program", "--output", out / "model.safetensors", "--force")
     assert code == 2
@@ -332,6 +343,13 @@ def test_inspect_tells_accumulators_and_that_everything_is_in_integers(run, work
         (("export", "--format", "tflite"), "'tflite' is not one of"),
         (("export", "--format", "onnx-qdq", "--float-io"), r"--float-io \(float_io=True\) belongs to onnx-integer"),
         (("export", "--format", "program", "--data", "NOWHERE"), "NOWHERE"),
+        (
+            ("export", "--format", "program", "--batch", "1"),
+            r"--batch \(batch=...\) belongs to ONNX and OpenVINO files",
+        ),
+        (("export", "--format", "onnx-qdq", "--batch", "0"), "0 is not in the range x>=1"),
+        (("export", "--format", "onnx-integer", "--opset", "17"), "opset 17: onnx-integer can have 18 to 25"),
+        (("export", "--format", "openvino", "--opset", "20"), "openvino has none"),
         (("parity", "--against", "tensorrt"), "'tensorrt' is not one of"),
     ],
 )

@@ -37,6 +37,15 @@ Output = Annotated[
 FloatEnds = Annotated[
     bool, typer.Option("--float-io", help="onnx-integer: float images in, float logits out, instead of codes.")
 ]
+FixedBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch", min=1, help="Images that the file takes at once, every size in it a number; any when not given."
+    ),
+]
+Opset = Annotated[
+    int | None, typer.Option("--opset", help="Version of ONNX's operators, 18 to 25; 20 or 21 when not given.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -45,6 +54,8 @@ def export(
     format: Formats,
     output: Output = None,
     float_io: FloatEnds = False,
+    batch: FixedBatch = None,
+    opset: Opset = None,
     force: Force = False,
     data: Data = None,
     images: Images = 16,
@@ -64,11 +75,12 @@ def export(
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
             from vitquant.engines import forms_of
-            from vitquant.export.formats import PATHS, kind_of, write
+            from vitquant.export.formats import PATHS, check_options, kind_of, write
             from vitquant.files import discard
             from vitquant.pipeline import load
             from vitquant.report.tables import facts
 
+            check_options(format, float_io, batch, opset)
             path = (out / PATHS[format] if output is None else output).absolute()
             repeated = options.repeated(model, model_arguments)
         with terminal.replacing(path, force, kind_of(format, path)) as new:
@@ -76,7 +88,7 @@ def export(
                 options.choose_device(options.Device.CPU, threads)
                 quantized = load(out, **repeated)
             with terminal.progress("exporting"):
-                write(quantized, format, new, float_io=float_io)
+                write(quantized, format, new, float_io=float_io, batch=batch, opset=opset)
                 size = _size(new)
                 forms = forms_of(new, format, quantized)
             report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, repeated)

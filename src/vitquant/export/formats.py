@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vitquant.checkpoint import CONFIG, TENSORS, is_saved_model
 from vitquant.errors import ExportError
+from vitquant.export.sizes import check_batch_and_opset
 from vitquant.files import Directory, recover, replacing, write_file
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
@@ -29,6 +30,19 @@ def exported(directory: str | Path) -> dict[str, Path]:
     return {name: path for name, path in paths.items() if path.exists()}
 
 
+def check_options(format: str, float_io: bool = False, batch: int | None = None, opset: int | None = None) -> None:
+    """Refuse what a format cannot have, before long work rather than after; see `write`.
+
+    Raises:
+        ExportError: it says what belongs to which format.
+    """
+    if format not in PATHS:
+        raise ExportError(f"format {format!r} is unknown; the formats are: {', '.join(PATHS)}")
+    if float_io and format != "onnx-integer":
+        raise ExportError(f"--float-io (float_io=True) belongs to onnx-integer; {format} has the ends that it has")
+    check_batch_and_opset(format, batch, opset)
+
+
 def kind_of(format: str, path: str | Path) -> Directory | None:
     """What `vitquant.files.replacing` takes for a format: the kind of directory that it is, or None for a file.
 
@@ -45,7 +59,15 @@ def kind_of(format: str, path: str | Path) -> Directory | None:
     return None
 
 
-def write(model: QuantizedModel, format: str, path: str | Path, force: bool = False, float_io: bool = False) -> None:
+def write(
+    model: QuantizedModel,
+    format: str,
+    path: str | Path,
+    force: bool = False,
+    float_io: bool = False,
+    batch: int | None = None,
+    opset: int | None = None,
+) -> None:
     """Write a model in a format of another runtime.
 
     Arguments:
@@ -56,16 +78,16 @@ def write(model: QuantizedModel, format: str, path: str | Path, force: bool = Fa
         path: the file, or for `openvino` the directory.
         force: replace what is there.
         float_io: for `onnx-integer`, take images and give logits in float32 instead of codes.
+        batch: how many images the file takes at once, so that every size in it is a number; any number when None. The
+            metadata says it; `runtime` and `evaluate` fill up the last batch.
+        opset: for ONNX, the version of its operators, 18 to 25; 20 or 21 when None.
 
     Raises:
-        ExportError: the format is unknown, cannot hold the model, or its extra is not installed; the path exists and
-            not `force`, or cannot be written.
+        ExportError: the format is unknown, cannot hold the model or have that batch or opset, or its extra is not
+            installed; the path exists and not `force`, or cannot be written.
         LoweringError: the model does not lower, for `program` and `onnx-integer`; it names the site and the reason.
     """
-    if format not in PATHS:
-        raise ExportError(f"format {format!r} is unknown; the formats are: {', '.join(PATHS)}")
-    if float_io and format != "onnx-integer":
-        raise ExportError(f"--float-io (float_io=True) belongs to onnx-integer; {format} has the ends that it has")
+    check_options(format, float_io, batch, opset)
     with replacing(path, force, kind_of(format, path)) as new:
         match format:
             case "program":
@@ -75,12 +97,12 @@ def write(model: QuantizedModel, format: str, path: str | Path, force: bool = Fa
             case "onnx-integer":
                 from vitquant.export.onnx_integer import onnx_integer_model
 
-                write_file(new, onnx_integer_model(lower(model), float_io).SerializeToString())
+                write_file(new, onnx_integer_model(lower(model), float_io, batch, opset).SerializeToString())
             case "onnx-qdq":
                 from vitquant.export.onnx_qdq import onnx_qdq_model
 
-                write_file(new, onnx_qdq_model(model).SerializeToString())
+                write_file(new, onnx_qdq_model(model, batch, opset).SerializeToString())
             case _:
                 from vitquant.export.openvino import write_openvino
 
-                write_openvino(model, new)
+                write_openvino(model, new, batch=batch)

@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ExportError("writing ONNX needs onnx: pip install 'vitquant[onnx]'") from error
 
-OPSET, IR_VERSION = 21, 10  # the first that have UINT4
+UINT4_OPSET = 21  # the first that has UINT4; before, 4-bit codes take a byte
 LARGEST_MODEL = 2**31 - 1  # bytes that one protobuf message can have
 _ROOM = 2**20  # for everything but constants, which are counted while they are added
 
@@ -111,12 +111,15 @@ class Value:
 class Graph:
     """Collects nodes and constants; every value is written once.
 
+    Arguments:
+        opset: the version of ONNX's operators.
+
     Attributes:
         scope: what names of nodes begin with.
     """
 
-    def __init__(self) -> None:
-        self.scope = ""
+    def __init__(self, opset: int = UINT4_OPSET) -> None:
+        self.scope, self.opset = "", opset
         self._nodes: list[NodeProto] = []
         self._constants: list[TensorProto] = []
         self._shapes: list[ValueInfoProto] = []
@@ -149,7 +152,9 @@ class Graph:
         return Value(self, self._constants[-1].name, stored.dtype)
 
     def nibbles(self, codes: Tensor) -> Value:
-        """Numbers 0..15 stored two to a byte; uint8 when they are read."""
+        """Numbers 0..15 stored two to a byte, where the opset can; uint8 when they are read."""
+        if self.opset < UINT4_OPSET:
+            return self.constant(codes, np.uint8)
         raw, name = pack(codes, 4).numpy().tobytes(), f"constant.{len(self._constants)}"
         self._constants.append(self._counted(helper.make_tensor(name, TensorProto.UINT4, codes.shape, raw, raw=True)))
         return Value(self, name, np.dtype(np.void)).cast(np.uint8)
@@ -184,10 +189,11 @@ class Graph:
             version: of the producer.
         """
         ends = [_info(*given)], [_info(*result)]
+        opsets = [helper.make_opsetid("", self.opset)]
         model = helper.make_model(
             helper.make_graph(self._nodes, "vitquant", *ends, self._constants, value_info=self._shapes),
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
+            opset_imports=opsets,
+            ir_version=helper.find_min_ir_version_for(opsets),
             producer_name="vitquant",
             producer_version=version,
         )

@@ -1,25 +1,26 @@
 """An integer program as an ONNX model of standard integer operators, bit for bit what the interpreter computes.
 
-It is a format to check other runtimes by rather than a fast one: opset 21, no floating point between the codes of the
+It is a format to check other runtimes by rather than a fast one: no floating point between the codes of the
 images and those of the logits.
 """
 
 from __future__ import annotations
 
-from fractions import Fraction
+from dataclasses import replace
 from importlib.metadata import version
-from math import prod
 from typing import Any
 
 import numpy as np
 
 from vitquant.errors import ExportError
 from vitquant.export.onnx_arithmetic import shift_clamped
-from vitquant.export.onnx_builder import Graph, ModelProto, Value
+from vitquant.export.onnx_builder import UINT4_OPSET, Graph, ModelProto, Value
 from vitquant.export.onnx_moves import concatenate, move
 from vitquant.export.onnx_operations import distances, log_softmax, normalize, published_log_softmax, uniform_softmax
 from vitquant.export.onnx_products import Bytes, bytes_of, convolution, matmul
+from vitquant.export.sizes import check_batch_and_opset
 from vitquant.program import instructions as p
+from vitquant.program.shapes import all_shapes
 from vitquant.runtime.metadata import to_metadata
 from vitquant.runtime.onnx_files import seal
 
@@ -31,8 +32,10 @@ DTYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def onnx_integer_model(program: p.IntegerProgram, float_io: bool = False) -> ModelProto:
-    """An integer program as an ONNX model, for any batch.
+def onnx_integer_model(
+    program: p.IntegerProgram, float_io: bool = False, batch: int | None = None, opset: int | None = None
+) -> ModelProto:
+    """An integer program as an ONNX model.
 
     Its input `images` and its output `logits` are codes, of the smallest type that ONNX Runtime computes with.
     `metadata_props` hold the program's facts: scale and zero point of both as JSON, recipe and bits (docs/integers.md).
@@ -40,20 +43,24 @@ def onnx_integer_model(program: p.IntegerProgram, float_io: bool = False) -> Mod
     Arguments:
         program: from `lower`, so that its ranges are proved.
         float_io: quantize images that are float32 at the front, and give logits in float32 at the end.
+        batch: fixed, so that every size in the graph is a number; any when None.
+        opset: of `OPSETS`; 21 when None. Before 21 weights of 4 bits take a byte each.
 
     Raises:
-        ExportError: onnx is missing, an instruction has no form in it, or the model has more than 2 GB.
+        ExportError: onnx is missing, batch or opset cannot be, an instruction has no form in it, or the model has
+            more than 2 GB.
     """
-    return _Export(program).model(float_io)
+    check_batch_and_opset("onnx-integer", batch, opset)
+    return _Export(program, batch, opset or UINT4_OPSET).model(float_io)
 
 
 class _Export:
     """Goes through a program once; for every register it knows the value of the graph that it is."""
 
-    def __init__(self, program: p.IntegerProgram) -> None:
-        self.program, self.graph = program, Graph()
+    def __init__(self, program: p.IntegerProgram, batch: int | None, opset: int) -> None:
+        self.program, self.batch, self.graph = program, batch, Graph(opset)
         self.values: dict[str, Value] = {}
-        self.counts = {program.input: Fraction(1)}  # how many a size of -1 counts for each image, such as windows
+        self.shapes = all_shapes(program)
 
     def model(self, float_io: bool) -> ModelProto:
         """Export every instruction."""
@@ -65,33 +72,28 @@ class _Export:
             graph.scope = instruction.site
             result = graph.named(self._exported(instruction).cast(self._dtype(instruction.output)), instruction.output)
             self.values[instruction.output] = result
-            self._count(instruction)
+            if isinstance(instruction, p.Reshape) or self.batch is not None:
+                # ONNX Runtime needs ten seconds instead of one to load DeiT-Tiny where no name says what is equal.
+                graph.describe(result, self._sizes(instruction.output))
         graph.scope = "output"
         codes = self.values[program.output]
         logits = graph.named(self._dequantized(codes) if float_io else graph.node("Identity", codes), OUTPUT)
         ends = (images, self._sizes(program.input)), (logits, self._sizes(program.output))
         return seal(graph.model(*ends, self._metadata(), version("vitquant")))
 
-    def _count(self, instruction: p.Instruction) -> None:
-        """Keep how many a size of -1 counts, and name it after a reshape.
-
-        ONNX Runtime needs ten seconds instead of one to load DeiT-Tiny where no name says which sizes are equal.
-        """
-        source = next((name for name in p.reads(instruction) if name in self.counts), None)
-        if source is None:
-            return
-        count = self.counts[source]
-        if isinstance(instruction, p.Reshape):
-            count *= Fraction(prod(self._shape(source)), prod(instruction.shape))
-        self.counts[instruction.output] = count
-        if isinstance(instruction, p.Reshape):
-            self.graph.describe(self.values[instruction.output], self._sizes(instruction.output))
-
     def _sizes(self, name: str) -> list[int | str]:
-        """A register's shape, with a word for what grows with the batch."""
-        count = self.counts.get(name, Fraction(1))
-        word = "batch" if count == 1 else f"{count}*batch"
-        return [word if size == -1 else size for size in self._shape(name)]
+        """A register's shape, with a word for what grows with the batch, where that is not fixed."""
+        return [size if size >= 0 else self._grown(-size) for size in self.shapes[name]]
+
+    def _fixed(self, i: p.Reshape) -> tuple[int, ...]:
+        """The sizes that a reshape gives: numbers all of them where the batch is fixed."""
+        return i.shape if self.batch is None else tuple(int(size) for size in self._sizes(i.output))
+
+    def _grown(self, images: int) -> int | str:
+        """A size of so many for each image."""
+        if self.batch is not None:
+            return images * self.batch
+        return "batch" if images == 1 else f"{images}*batch"
 
     def _exported(self, instruction: p.Instruction) -> Value:
         match instruction:
@@ -138,10 +140,11 @@ class _Export:
             case p.Sum() as i:
                 return (self._read(i.input) - i.input_zero).sum(i.axes, i.keep)
             case p.Concat() as i:
-                shapes = [self._shape(name) for name in i.inputs]
+                shapes = [self._sizes(name) for name in i.inputs]
                 return concatenate([self._read(name, self._dtype(i.output)) for name in i.inputs], shapes, i.axis)
             case p.Reshape() | p.Permute() | p.Slice() | p.Roll() | p.Pad() as i:
-                return move(i, self._read(i.input, self._dtype(i.input)), self._shape(i.input))
+                moved = replace(i, shape=self._fixed(i)) if isinstance(i, p.Reshape) else i
+                return move(moved, self._read(i.input, self._dtype(i.input)), self._shape(i.input))
             case _:
                 raise ExportError(f"{instruction.site}: {type(instruction).__name__} has no ONNX form; report this")
 
@@ -211,4 +214,5 @@ class _Export:
         return np.dtype(self._dtype(name))
 
     def _metadata(self) -> dict[str, str]:
-        return to_metadata({"format": FORMAT, "version": version("vitquant"), **self.program.facts})
+        fixed = {} if self.batch is None else {"batch": self.batch}
+        return to_metadata({"format": FORMAT, "version": version("vitquant"), **self.program.facts, **fixed})

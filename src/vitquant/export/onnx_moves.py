@@ -41,24 +41,27 @@ def move(instruction: p.Instruction, x: Value, shape: Sequence[int]) -> Value:
             raise TypeError(f"{type(instruction).__name__} is no move")
 
 
-def concatenate(parts: Sequence[Value], shapes: Sequence[Sequence[int]], axis: int) -> Value:
+def concatenate(parts: Sequence[Value], shapes: Sequence[Sequence[int | str]], axis: int) -> Value:
     """Tensors joined along one axis; what has a batch of one is repeated.
 
     Arguments:
-        shapes: of the parts, -1 for the size that grows with the batch.
+        shapes: of the parts, a word for the size that grows with the batch.
     """
     batches = [shape[0] for shape in shapes]
-    largest = parts[batches.index(-1 if -1 in batches else max(batches))]
+    most = next((size for size in batches if isinstance(size, str)), None) or max(batches)
+    largest = parts[batches.index(most)]
     joined = [
-        part if size == -1 or size == max(batches) != 1 else _repeated(part, largest, len(shape))
+        part if size == most else _repeated(part, largest, most, len(shape))
         for part, size, shape in zip(parts, batches, shapes, strict=True)
     ]
     return parts[0].graph.node("Concat", *joined, axis=axis)
 
 
-def _repeated(part: Value, like: Value, rank: int) -> Value:
+def _repeated(part: Value, like: Value, most: int | str, rank: int) -> Value:
     """With as many along the first axis as another has."""
     graph = part.graph
+    if isinstance(most, int):
+        return graph.node("Expand", part, graph.shape([most, *[1] * (rank - 1)]))
     batch = graph.node("Shape", like, dtype=np.int64, start=0, end=1)
     return graph.node("Expand", part, graph.node("Concat", batch, graph.shape([1] * (rank - 1)), axis=0))
 

@@ -10,7 +10,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from vitquant.export.qdq_operators import (
     StoredCodes,
     quantizer_operator,
 )
+from vitquant.export.sizes import OPSETS, check_batch_and_opset
 from vitquant.graph.operators import LINEAR, arguments, aten, calls
 from vitquant.model import QuantizedModel
 from vitquant.operations import IntegerOperation
@@ -49,28 +50,32 @@ WITHOUT_VNNI = {"session.x64quantprecision": "1"}
 SIGNED = {"session.qdqisint8allowed": "1"}
 
 
-def onnx_qdq_model(model: QuantizedModel) -> onnx.ModelProto:
+def onnx_qdq_model(model: QuantizedModel, batch: int | None = None, opset: int | None = None) -> onnx.ModelProto:
     """The simulation as one ONNX graph of standard operators; the model is left as it is.
 
-    `images` float32 (batch, channels, height, width), any batch, to `logits` float32 (batch, classes). Every quantizer
+    `images` float32 (batch, channels, height, width) to `logits` float32 (batch, classes). Every quantizer
     on equally spaced levels is a QuantizeLinear and a DequantizeLinear, one on powers of two a few exact comparisons;
     weights are integers (int4 up to 4 bits, int8, int16) with a DequantizeLinear. What the simulation computes on
     codes (softmax, LayerNorm, activations) is the float operator between their quantizers.
 
     Arguments:
         model: calibrated, a classifier with float32 tensors.
+        batch: fixed, so that every size in the graph is a number; any when None.
+        opset: of `OPSETS`, at least 21 where the model has integers of 4 or 16 bits; when None, 20 or that.
 
     Returns:
-        A checked model, of opset 20, or 21 where it holds integers of 4 or 16 bits. `metadata_props` say recipe, bits,
+        A checked model. `metadata_props` say recipe, bits,
         version, format, and the options that an ONNX Runtime session needs, as JSON: `vitquant.session_options`
         everywhere, `vitquant.session_options.without_vnni` too on x86 processors without VNNI.
 
     Raises:
         CalibrationError: a quantizer is missing.
-        ExportError: the extra `onnx` is not installed, the model is not in float32, or ONNX cannot hold an operation.
+        ExportError: the extra `onnx` is not installed, the model is not in float32, batch or opset cannot be, or ONNX
+            cannot hold an operation.
 
     Pitfall: a runtime rounds sums elsewhere than the simulation does, so codes near the middle between two levels flip.
     """
+    check_batch_and_opset("onnx-qdq", batch, opset)
     model.require_calibrated()
     foreign = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32})
     if foreign:
@@ -81,12 +86,12 @@ def onnx_qdq_model(model: QuantizedModel) -> onnx.ModelProto:
     with torch.no_grad():
         module = _with_operators(model)
         linear = [each for each in module.modules() if isinstance(each, LinearOperators)]
-        opset = 20 if all(each.width == 8 for each in linear) else 21
-        program = _export(_Logits(module).eval(), torch.zeros(2, *model.input_shape), opset)
+        opset = _opset(linear, opset)
+        program = _export(_Logits(module).eval(), model.input_shape, batch, opset)
     rewrite(program.model.graph)
     proto = program.model_proto
     signed = any(isinstance(each, QuantizeDequantize) and each.signed and each.width == 8 for each in linear)
-    _describe(proto, model, SIGNED if signed and opset > 20 else {})
+    _describe(proto, model, SIGNED if signed and opset > 20 else {}, {} if batch is None else {"batch": batch})
     _check(proto)
     return seal(proto)
 
@@ -148,17 +153,34 @@ def _require_extra() -> None:
         raise ExportError("ONNX files need onnx and onnxscript: pip install 'vitquant[onnx]'") from error
 
 
-def _export(module: nn.Module, example: torch.Tensor, opset: int) -> torch.onnx.ONNXProgram:
+def _opset(operators: Iterable[LinearOperators], asked: int | None) -> int:
+    """The opset asked for, or the first that has all types and Gelu."""
+    wide = [each for each in operators if each.width != 8]
+    if wide and asked is not None and asked < 21:
+        raise ExportError(
+            f"opset {asked}: the model has integers of {wide[0].width} bits, and needs 21 to {OPSETS['onnx-qdq'][-1]}"
+        )
+    return asked or (21 if wide else 20)
+
+
+def _export(module: nn.Module, shape: Sequence[int], batch: int | None, opset: int) -> torch.onnx.ONNXProgram:
+    example = torch.zeros(batch or 2, *shape)
+    sizes = ({0: torch.export.Dim("batch")},) if batch is None else None
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
-                module, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
+                module, (example,), dynamo=True, dynamic_shapes=sizes,
                 opset_version=opset, input_names=["images"], output_names=["logits"], verbose=False,
             )  # fmt: skip
         except Exception as error:
             raise ExportError(f"torch cannot write the model as ONNX: {_reason(error)}") from error
     assert program is not None
+    written = program.model.opset_imports[""]
+    if written != opset:
+        raise ExportError(
+            f"opset {opset}: torch {torch.__version__} writes {written}; ask for that, or update onnxscript"
+        )
     return program
 
 
@@ -184,17 +206,19 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _describe(proto: onnx.ModelProto, model: QuantizedModel, options: dict[str, str]) -> None:
-    from onnx.helper import set_model_props
+def _describe(proto: onnx.ModelProto, model: QuantizedModel, options: dict[str, str], fixed: dict[str, int]) -> None:
+    from onnx.helper import find_min_ir_version_for, set_model_props
 
     facts = {
         "format": FORMAT,
         "version": version("vitquant"),
         **model.facts,
+        **fixed,
         "session_options": options,
         "session_options.without_vnni": WITHOUT_VNNI,
     }
     set_model_props(proto, to_metadata(facts))
+    proto.ir_version = find_min_ir_version_for(proto.opset_import)
     proto.producer_name, proto.producer_version = "vitquant", facts["version"]
 
 

@@ -20,7 +20,9 @@ OPENVINO_MODEL = Directory(
 )
 
 
-def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Path, force: bool = False) -> None:
+def write_openvino(
+    model: QuantizedModel | onnx.ModelProto, directory: str | Path, force: bool = False, batch: int | None = None
+) -> None:
     """Write `model.xml` and `model.bin`, OpenVINO's own form, which C++, Python and others load without ONNX.
 
     `digest.json` beside them says what was in them. The directory holds all or, when the run is killed, what it held
@@ -30,6 +32,7 @@ def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Pat
         model: calibrated; or what `onnx_qdq_model` made of one, when that is there already.
         directory: made, with its parents, when missing.
         force: replace an OpenVINO model that is there.
+        batch: fixed; any when None. An ONNX model has its own.
 
     Raises:
         CalibrationError: a quantizer is missing.
@@ -39,7 +42,7 @@ def write_openvino(model: QuantizedModel | onnx.ModelProto, directory: str | Pat
         core = openvino_core()
         import openvino
 
-        proto = onnx_qdq_model(model) if isinstance(model, QuantizedModel) else model
+        proto = onnx_qdq_model(model, batch) if isinstance(model, QuantizedModel) else model
         converted = core.read_model(proto.SerializeToString())
         try:
             new.mkdir()

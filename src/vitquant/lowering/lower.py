@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from vitquant.autocast import in_own_precision
 from vitquant.errors import LoweringError
 from vitquant.graph.operators import (
     CONVOLUTIONS,
@@ -37,6 +38,7 @@ _CASTS = {aten.to, aten._to_copy, aten.type_as}
 _IN_ORDER = {aten.mul, aten.div, aten.add, aten.sub}
 
 
+@in_own_precision
 def lower(model: QuantizedModel) -> IntegerProgram:
     """Turn a quantized model into an integer program that computes its codes without floating point.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,23 @@ from vitquant.integer.activation import look_up
 from vitquant.operations.operation import IntegerOperation, NotIntegerError
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.quantizer import channel_axis
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """A function of one tensor by torch's name for it, since torch's operators cannot be pickled.
+
+    Arguments:
+        operator: such as `aten.gelu.default`.
+        rest, keywords: what it takes after the tensor.
+    """
+
+    operator: str
+    rest: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return attrgetter(self.operator)(torch.ops)(x, *self.rest, **self.keywords)
 
 
 class TableActivation(IntegerOperation):
@@ -23,6 +43,7 @@ class TableActivation(IntegerOperation):
 
     kind = "activation"
     description = "table with an entry for each code"
+    entries: Tensor
 
     def __init__(self, source: Quantizer, result: Quantizer, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__(source, result)
@@ -36,8 +57,11 @@ class TableActivation(IntegerOperation):
     def reference(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         return self._function(x)
 
-    def codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        return look_up(self.source.encode(x).to(torch.int64), self.table(), self.source.spec.qmin)
+    def derive(self, width: int, *parameters: Tensor | None) -> Mapping[str, Tensor | int]:
+        return {"entries": self.table()}
+
+    def _codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        return look_up(self.source.encode(x).to(torch.int64), self.entries, self.source.spec.qmin)
 
     def table(self) -> Tensor:
         """The result's code for each of the input's, from the lowest: int64 (2**bits,); computed in float64."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from vitquant.integer import layer_norm as integer
-from vitquant.integer.arithmetic import rescaling
+from vitquant.integer.arithmetic import Rescaling, rescaling
 from vitquant.operations.operation import IntegerOperation, NotIntegerError
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.uniform import UniformQuantizer
@@ -63,9 +65,21 @@ class IntegerLayerNorm(_LayerNorm):
 
     description = "integer sums and square root"
     widest_input = widest_result = 16
+    multiplier: Tensor
+    addend: Tensor
+    shift: int
+    integer_epsilon: int
+    largest: int
 
-    def codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        return self.definition(x.shape[-1], *parameters).apply(self.integers(x))
+    def derive(self, width: int, *parameters: Tensor | None) -> Mapping[str, Tensor | int]:
+        made = self.definition(width, *parameters)
+        affine = {"multiplier": made.affine.multiplier, "addend": made.affine.addend, "shift": made.affine.shift}
+        return {**affine, "integer_epsilon": made.epsilon, "largest": made.largest}
+
+    def _codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        affine, spec = Rescaling(self.multiplier, self.addend, self.shift), self.result.spec
+        held = integer.LayerNorm(self.integer_epsilon, self.largest, affine, spec.qmin, spec.qmax)
+        return held.apply(self.integers(x))
 
     def definition(self, channels: int, weight: Tensor | None, bias: Tensor | None) -> integer.LayerNorm:
         """The integers that this LayerNorm is made of."""
@@ -98,10 +112,10 @@ class PublishedLayerNorm(_LayerNorm):
         if not isinstance(source.spec.scheme, PowerOfTwoFactor):
             raise NotIntegerError("the published code keeps LayerNorm in float where there are no power-of-two factors")
 
-    def codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+    def _codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         result = self.result
         assert result.zero_point is not None
         gain, bias = self.affine(*parameters)
-        scale, output_scale = self.source.scale.item(), result.step.double()
+        scale, output_scale = self.source.scale.double(), result.step.double()
         steps = integer.published_layer_norm(self.integers(x), gain, bias, scale, output_scale)
         return (steps + result.zero_point).clamp(result.spec.qmin, result.spec.qmax)

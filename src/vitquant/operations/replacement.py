@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from vitquant.errors import LoweringError
 from vitquant.graph.masks import hide_exactly, masks_between, unmasked
 from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, is_selection, packet
-from vitquant.graph.walk import path_between
+from vitquant.graph.walk import depends_on_input, path_between
 from vitquant.integer.softmax import LONGEST_ROW
-from vitquant.operations.activation import TableActivation
+from vitquant.operations.activation import Elementwise, TableActivation
 from vitquant.operations.arithmetic import Arithmetic
 from vitquant.operations.layer_norm import IntegerLayerNorm, PublishedLayerNorm
 from vitquant.operations.operation import IntegerOperation, NotIntegerError
@@ -51,7 +53,7 @@ def replace_operations(module: GraphModule, sites: Iterable[Site], arithmetic: A
             refused[site.name] = str(reason)
             continue
         if site.kind == "softmax":
-            for mask in masks_between(module, _scores(module, node), arguments(node)[0]):
+            for mask in _masks(module, node):
                 hide_exactly(module, mask)
         parts = [node, *(_copy_for(module, node, users) for users in list(readers.values())[1:])]
         for number, (part, (operation, parameters)) in enumerate(zip(parts, built, strict=True)):
@@ -79,6 +81,30 @@ def reconnect_operations(module: GraphModule) -> None:
             raise LoweringError(f"{name} is computed on codes, but {reason}; quantize it in another way") from None
 
 
+def prepare_operations(module: GraphModule) -> None:
+    """Let every integer operation hold the constants for what its quantizers and parameters are now.
+
+    Those whose parameters depend on the image derive them at every call.
+    """
+    of_the_image = depends_on_input(module.graph)
+    for node in module.graph.nodes:
+        operation = operation_at(module, node)
+        if operation is not None and of_the_image.isdisjoint(node.all_input_nodes[1:]):
+            parameters = (_stored(module, parameter) for parameter in node.args[1:])
+            operation.prepare(node.meta["shape"][-1], *parameters)
+
+
+def _stored(module: GraphModule, node: Any) -> Any:
+    """What a node gives that no image changes."""
+    if not isinstance(node, Node):
+        return node
+    if node.op == "get_attr":
+        return attrgetter(str(node.target))(module)
+    given, keywords = (map_arg(found, partial(_stored, module)) for found in (node.args, node.kwargs))
+    called = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+    return called(*given, **keywords)
+
+
 def operation_at(module: GraphModule, node: Node) -> IntegerOperation | None:
     """The integer operation that a node calls, if it calls one."""
     called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -94,7 +120,7 @@ def _build(
     source = _source(module, node)
     match kind:
         case "softmax":
-            return _softmax(node, source, result, arithmetic), ()
+            return _softmax(node, source, result, arithmetic, bool(_masks(module, node))), ()
         case "layer_norm":
             given = dict(zip(("shape", "weight", "bias", "epsilon"), arguments(node)[1:], strict=False))
             if not calls(node, {aten.layer_norm}) or len(given["shape"]) != 1:
@@ -104,7 +130,7 @@ def _build(
         case _:
             if node.all_input_nodes[1:]:
                 raise NotIntegerError("it has parameters")
-            function = partial(_call_on, node.target, arguments(node)[1:], dict(node.kwargs))
+            function = Elementwise(str(node.target), arguments(node)[1:], dict(node.kwargs))
             return TableActivation(source, result, function), ()
 
 
@@ -130,21 +156,19 @@ def _copy_for(module: GraphModule, node: Node, users: Iterable[Node]) -> Node:
     return copy
 
 
-def _call_on(target: Any, rest: tuple[Any, ...], keywords: dict[str, Any], x: Any) -> Any:
-    return target(x, *rest, **keywords)
-
-
-def _softmax(node: Node, source: Quantizer, result: Quantizer, arithmetic: Arithmetic) -> IntegerOperation:
+def _softmax(
+    node: Node, source: Quantizer, result: Quantizer, arithmetic: Arithmetic, masked: bool
+) -> IntegerOperation:
     if arguments(node)[1] not in (-1, len(node.meta["shape"]) - 1):
         raise NotIntegerError("it does not run over the last axis")
     if node.meta["shape"][-1] > LONGEST_ROW:
         raise NotIntegerError(f"its rows have {node.meta['shape'][-1]} entries: sums are proved up to {LONGEST_ROW}")
     if isinstance(result, LogarithmicQuantizer):
         form = PublishedLogIntSoftmax if arithmetic.softmax == "published" else LogIntSoftmax
-        return form(source, result, arithmetic.exponential)
+        return form(source, result, arithmetic.exponential, masked)
     if arithmetic.softmax == "published":
         raise NotIntegerError("the published code keeps softmax in float where probabilities are no powers of two")
-    return IntegerSoftmax(source, result, arithmetic.exponential)
+    return IntegerSoftmax(source, result, arithmetic.exponential, masked)
 
 
 def _scores(module: GraphModule, node: Node) -> Node:
@@ -153,6 +177,11 @@ def _scores(module: GraphModule, node: Node) -> Node:
     while is_rearrangement(scores):
         scores = scores.all_input_nodes[0]
     return scores
+
+
+def _masks(module: GraphModule, node: Node) -> list[Node]:
+    """The nodes that hide scores of a softmax."""
+    return masks_between(module, _scores(module, node), arguments(node)[0])
 
 
 def _source(module: GraphModule, node: Node) -> Quantizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import log2
 
 import torch
@@ -35,12 +36,16 @@ class _Softmax(IntegerOperation):
     Arguments:
         source, result: see `IntegerOperation`. A score of minus infinity is hidden by a mask.
         exponential: `exact` or `polynomial`.
+        masked: whether a mask may hide scores.
     """
 
     kind = "softmax"
+    values: Tensor
+    octaves: Tensor
 
-    def __init__(self, source: Quantizer, result: Quantizer, exponential: str) -> None:
+    def __init__(self, source: Quantizer, result: Quantizer, exponential: str, masked: bool = True) -> None:
         super().__init__(source, result)
+        self.masked = masked
         self._table = exact_exponential if exponential == "exact" else polynomial_exponential
 
     def check(self, source: Quantizer, result: Quantizer) -> None:
@@ -58,11 +63,13 @@ class _Softmax(IntegerOperation):
         table = self._table(source.scale.item(), source.spec.qmax - source.spec.qmin + 1)
         return Exponential(table.values.to(source.scale.device), table.octaves.to(source.scale.device))
 
-    def codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+    def derive(self, width: int, *parameters: Tensor | None) -> Mapping[str, Tensor | int]:
         table = self.exponential
-        hidden = torch.isneginf(x)
-        codes = self.source.encode(x).to(torch.int64)
-        return self.probabilities(distances(codes, hidden if bool(hidden.any()) else None, table), table)
+        return {"values": table.values, "octaves": table.octaves}
+
+    def _codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        table, codes = Exponential(self.values, self.octaves), self.source.encode(x).to(torch.int64)
+        return self.probabilities(distances(codes, torch.isneginf(x) if self.masked else None, table), table)
 
     def probabilities(self, distance: Tensor, exponential: Exponential) -> Tensor:
         """The result's codes from distances below the row's largest."""
@@ -76,6 +83,10 @@ class LogIntSoftmax(_Softmax):
     """
 
     published = False
+    power_offset: int
+
+    def derive(self, width: int, *parameters: Tensor | None) -> Mapping[str, Tensor | int]:
+        return {**super().derive(width, *parameters), "power_offset": self.offset}
 
     def connect(self, source: Quantizer, result: Quantizer) -> None:
         super().connect(source, result)
@@ -108,7 +119,7 @@ class LogIntSoftmax(_Softmax):
         return round(log2(self.powers.scale.item()) * 2**OCTAVE_BITS)
 
     def probabilities(self, distance: Tensor, exponential: Exponential) -> Tensor:
-        return log_int_softmax(distance, exponential, self.powers.zero_code, self.powers.steps, self.offset)
+        return log_int_softmax(distance, exponential, self.powers.zero_code, self.powers.steps, self.power_offset)
 
 
 class PublishedLogIntSoftmax(LogIntSoftmax):
@@ -131,6 +142,12 @@ class IntegerSoftmax(_Softmax):
     """Softmax to equally spaced levels."""
 
     description = "table of exponentials, one reciprocal a row"
+    multiplier: int
+    shift: int
+
+    def derive(self, width: int, *parameters: Tensor | None) -> Mapping[str, Tensor | int]:
+        multiplier, shift = self.steps()
+        return {**super().derive(width, *parameters), "multiplier": multiplier, "shift": shift}
 
     def check(self, source: Quantizer, result: Quantizer) -> None:
         super().check(source, result)
@@ -141,7 +158,7 @@ class IntegerSoftmax(_Softmax):
     def probabilities(self, distance: Tensor, exponential: Exponential) -> Tensor:
         result = self.result
         assert result.zero_point is not None
-        codes = integer_softmax(distance, exponential, *self.steps())
+        codes = integer_softmax(distance, exponential, self.multiplier, self.shift)
         return (codes + result.zero_point).clamp(result.spec.qmin, result.spec.qmax)
 
     def steps(self) -> tuple[int, int]:

@@ -67,8 +67,9 @@ class _NearestInteger(torch.autograd.Function):
         ctx.save_for_backward(ratio, low, high)
         ctx.clamp_first = clamp_first
         levels = torch.round(ratio).add_(0.0)  # + 0 turns -0 into 0, as codes know no -0
-        torch.maximum(levels, low, out=levels)  # the same as clamp_, which takes ten times as long with tensors
-        return torch.minimum(levels, high, out=levels)
+        into = None if torch.compiler.is_compiling() else levels  # compilers take care of memory themselves
+        levels = torch.maximum(levels, low, out=into)  # the same as clamp_, which takes ten times as long with tensors
+        return torch.minimum(levels, high, out=into)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]

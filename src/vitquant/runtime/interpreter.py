@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from vitquant.autocast import own_precision
 from vitquant.errors import CaptureError
 from vitquant.integer.activation import look_up
 from vitquant.integer.arithmetic import Rescaling
@@ -69,9 +70,10 @@ class Interpreter(nn.Module):
             return torch.zeros(0, *self.program.registers[self.program.output].shape[1:], dtype=torch.int64).to(
                 codes.device
             )
-        if taps or codes.device.type != "cpu":
-            return self._run(codes, taps or {})
-        return torch.cat([self._run(part, {}) for part in codes.split(self._images)])
+        with own_precision(codes.device.type):  # products are exact in the dtypes that they are computed in
+            if taps or codes.device.type != "cpu":
+                return self._run(codes, taps or {})
+            return torch.cat([self._run(part, {}) for part in codes.split(self._images)])
 
     def _run(self, codes: Tensor, taps: dict[str, Callable[[Tensor], None]]) -> Tensor:
         registers = {self.program.input: codes.to(_dtype(self.program.registers[self.program.input].type))}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitquant.errors import ExportError
+from vitquant.runtime.fixed_batch import in_batches
 from vitquant.runtime.metadata import values_of
 from vitquant.runtime.onnx_files import read_onnx
 
@@ -23,6 +24,7 @@ class OnnxModel:
 
     Attributes:
         metadata: what the exporter wrote beside the graph, such as recipe and bits.
+        batch: how many images the file takes at once; None for any number. Calls take any number.
 
     Raises:
         ExportError: onnxruntime is missing, there is no such file, or ONNX Runtime refuses the model.
@@ -62,6 +64,8 @@ class OnnxModel:
         if self._input.type not in _DTYPES:
             raise ExportError(f"{self._name} takes {self._input.type}, which images are not")
         self._dtype = np.dtype(_DTYPES[self._input.type])
+        size = self._input.shape[0]
+        self.batch: int | None = size if isinstance(size, int) else None
 
     @property
     def takes_codes(self) -> bool:
@@ -89,10 +93,13 @@ class OnnxModel:
                 f"{self._name} takes {self._dtype} codes, and these go from {values.min()} to {values.max()}"
             )
         try:
-            result = torch.from_numpy(self._session.run(None, {self._input.name: given})[0])
+            result = in_batches(self._run, torch.from_numpy(given), self.batch or len(images))
         except Exception as error:
             raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {_first_line(error)}") from error
         return result if result.is_floating_point() else result.to(torch.int64)
+
+    def _run(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self._session.run(None, {self._input.name: images.numpy()})[0])
 
 
 _DTYPES = {

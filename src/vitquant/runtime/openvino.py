@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitquant.errors import ExportError
 from vitquant.files import sha256
+from vitquant.runtime.fixed_batch import in_batches
 from vitquant.runtime.onnx_files import read_onnx
 from vitquant.schema import Table, Text, check, parse_json, read_file
 
@@ -31,6 +32,7 @@ class OpenVinoModel:
 
     Attributes:
         metadata: what the exporter wrote beside the graph, such as recipe and bits.
+        batch: how many images the file takes at once; None for any number. Calls take any number.
 
     Raises:
         ExportError: the extra `openvino` is not installed, the file is missing, a directory's files were altered since
@@ -53,6 +55,8 @@ class OpenVinoModel:
         try:
             model = core.read_model(_without_other_files(file))
             self._compiled = core.compile_model(model, "CPU", options)
+            self._shape = self._compiled.input(0).get_partial_shape()
+            self.batch: int | None = self._shape[0].get_length() if self._shape[0].is_static else None
             said = model.rt_info["framework"] if model.has_rt_info(["framework"]) else {}
             self.metadata: dict[str, str] = {name: text.astype(str) for name, text in said.items()}
         except RuntimeError as error:
@@ -70,13 +74,17 @@ class OpenVinoModel:
         Raises:
             ExportError: the images have another type or size than the model takes.
         """
-        expected = self._compiled.input(0).get_partial_shape()
+        expected = self._shape
         if images.dtype != torch.float32 or list(images.shape[1:]) != [int(str(size)) for size in list(expected)[1:]]:
             raise ExportError(
                 f"the model takes float32 images {expected}; these are {images.dtype} {tuple(images.shape)}"
             )
-        found = self._compiled([np.ascontiguousarray(images.detach().cpu().numpy())])[0]
-        return torch.from_numpy(found)
+        if not len(images):
+            return self(images.new_zeros((1, *images.shape[1:])))[:0]
+        return in_batches(self._run, images.detach().cpu(), self.batch or len(images))
+
+    def _run(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self._compiled([np.ascontiguousarray(images.numpy())])[0])
 
 
 def seal(directory: Path) -> None:
