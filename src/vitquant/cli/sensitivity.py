@@ -25,6 +25,7 @@ def sensitivity(
     calibration: calibrating.CalibrationFolder,
     output: Output = None,
     weights: calibrating.Weights = "pretrained",
+    weights_key: calibrating.WeightsKey = None,
     recipe: calibrating.RecipeName = "vt-ptq",
     bits: calibrating.BitWidths = None,
     candidates: Candidates = "4,5,6,7,8",
@@ -60,7 +61,7 @@ def sensitivity(
                     check_new_file(output / name, force)
             chosen, base = requested(recipe, bits, settings or ())
             request = calibrating.Request(
-                model, calibration, weights, images, batch, preprocessing, model_arguments, seed, workers,
+                model, calibration, weights, weights_key, images, batch, preprocessing, model_arguments, seed, workers,
                 skip_bad_images,
             )  # fmt: skip
             prepared = calibrating.prepare(request, chosen, options.choose_device(device, threads))

@@ -22,9 +22,11 @@ class ModelSource:
         name: `timm:NAME`, `torchvision:NAME`, `python:package.module:factory`, or `transformers:` and
             a hub name, a directory, a config.json or a model type (`vit`).
         arguments: passed to the library; anything JSON holds (tuples become lists).
-        weights: `pretrained`, `random`, or the path of a .safetensors, .pth or .pt state dict.
+        weights: `pretrained`, `random`, or the path of a file of weights: safetensors or `torch.save`'s, an index of
+            shards, or a directory as transformers saves it.
         seed: of random weights.
         weights_sha256: of the weights file; `create` refuses a file with another one.
+        weights_key: which of several state dicts in the file, such as `model` or `state_dict_ema`.
 
     Raises:
         ModelError: an unknown library, or an argument that JSON cannot hold.
@@ -35,6 +37,7 @@ class ModelSource:
     weights: str = "pretrained"
     seed: int = 0
     weights_sha256: str | None = None
+    weights_key: str | None = None
 
     def __post_init__(self) -> None:
         if self.library not in LIBRARIES or not self.model:
@@ -67,7 +70,10 @@ class ModelSource:
         Raises:
             ModelError: a missing or unknown key, or a value of the wrong type.
         """
-        kinds = {"name": str, "arguments": Mapping, "weights": str, "seed": int, "weights_sha256": str | None}
+        kinds = {
+            "name": str, "arguments": Mapping, "weights": str, "seed": int, "weights_sha256": str | None,
+            "weights_key": str | None,
+        }  # fmt: skip
         if unknown := set(values) - {f.name for f in fields(cls)}:
             raise ModelError(f"model source: unknown key {min(unknown)!r}; the keys are {', '.join(kinds)}")
         if "name" not in values:
