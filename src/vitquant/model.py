@@ -390,6 +390,7 @@ class QuantizedModel(nn.Module):
         recipe, bits = Recipe.from_dict(quantization["recipe"]), Bits.parse(quantization["bits"])
         found = structural_fingerprint(captured)
         if found != config["graph_fingerprint"]:
+            _refuse_other_precision(captured, tensors, directory)
             saved, here = config["versions"].get("torch"), torch.__version__
             hint = f"it was saved with torch {saved}, this is {here}" if saved != here else "give that model"
             raise CheckpointError(f"{directory}: the float model's graph is not the one that was saved; {hint}")
@@ -446,6 +447,18 @@ def _load(module: GraphModule, tensors: dict[str, torch.Tensor], directory: obje
             shapes = f"{tuple(tensors[key].shape)} saved, {tuple(tensor.shape)} in the model"
             raise CheckpointError(f"{directory}: {key} has another shape: {shapes}")
     module.load_state_dict(tensors)
+
+
+def _refuse_other_precision(captured: GraphModule, tensors: dict[str, torch.Tensor], directory: object) -> None:
+    """Say so where a model differs from what was saved by its precision."""
+    for key, tensor in captured.state_dict().items():
+        saved = tensors.get(key)
+        if saved is None or not saved.is_floating_point() or saved.dtype == tensor.dtype:
+            continue
+        here, there = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, saved.dtype))
+        raise CheckpointError(
+            f"{directory} was saved from a {there} model, this one is {here}; give model.to({saved.dtype})"
+        )
 
 
 def _tied(module: nn.Module) -> set[int]:
