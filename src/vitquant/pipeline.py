@@ -25,6 +25,7 @@ from vitquant.model import QuantizedModel, Record
 from vitquant.operations import Arithmetic
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Method, Recipe, requested
+from vitquant.unwrapping import unwrapped
 from vitquant.zoo import ModelSource, architecture, create
 
 # The order in which methods run, whatever order a recipe and its overlays name them in.
@@ -48,7 +49,7 @@ def quantize(
     """Quantize a model by a recipe; the model itself is left as it is.
 
     Arguments:
-        model: any classifier that takes one batch of images; it is captured in evaluation mode.
+        model: any classifier that takes one batch of images; it is captured in evaluation mode, see `capture`.
         recipe: a recipe's name, the path of a TOML file, names joined by `+` to lay overlays over a
             recipe, or a `Recipe`; `default` is the best that lowers to integers at these bits.
         data: calibration batches: float tensors (batch, channels, height, width), or tuples that begin
@@ -65,6 +66,7 @@ def quantize(
     """
     recipe, widths = requested(recipe, bits, settings)
     steps = [_step(method, progress) for method in sorted(recipe.methods, key=_place)]
+    model = unwrapped(model)
     batches = iter(data)
     first = next(batches, None)
     if first is None:
@@ -100,6 +102,7 @@ def load(directory: str | Path, model: nn.Module | None = None, source: str | No
     config = read_config(Path(directory))
     if model is None:
         model = architecture(_source(Path(directory), config, source))
+    model = unwrapped(model)
     channels, height, width = config["input_shape"]
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
