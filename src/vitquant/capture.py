@@ -23,7 +23,10 @@ from torch.utils import _pytree as pytree
 
 from vitquant.errors import CaptureError, ModelError
 from vitquant.graph.canonical import canonicalize
+from vitquant.graph.fused import fused_attention
 from vitquant.graph.operators import arguments, aten, calls, packet
+from vitquant.plain_forward import plain_forward, takes_nested_tensors
+from vitquant.unwrapping import unwrapped
 
 _CHECKS = {
     aten._assert_tensor_metadata, aten._assert_scalar, aten._assert_async, aten.sym_constrain_range,
@@ -43,24 +46,31 @@ def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
     has them: `train()` on the result changes nothing; to train, capture the model again.
 
     Arguments:
-        model: any module whose forward takes one tensor first and needs nothing else.
+        model: any module whose forward takes one tensor first and needs nothing else; `torch.compile`,
+            DataParallel, DistributedDataParallel and AveragedModel are looked through.
         example: float (batch, channels, height, width), on the model's device; height and width are fixed by it.
 
     Raises:
-        CaptureError: the model does not take this input, cannot be captured, or is not the same once captured.
-        ModelError: a parameter holds NaN or infinity, or a buffer NaN.
+        CaptureError: the model does not take this input, cannot be captured, holds attention in one fused operator,
+            or is not the same once captured.
+        ModelError: it is no module that can be captured, a parameter holds NaN or infinity, or a buffer NaN.
     """
+    model = unwrapped(model)
     _refuse_non_finite(model)
     example = example.detach()
     if example.shape[0] < 2:
         example = example.expand(2, *example.shape[1:]).clone()  # a batch of 1 would be taken for a constant
-    with _evaluating(model), torch.no_grad():
+    with plain_forward(model):
         expected = _call(model, example)
         program = _export(model, example)
         graph, constants = _copy(program, _input_name(model))
         captured = _assemble(model, graph, constants)
         canonicalize(captured)
+        if fused := fused_attention(captured.graph):
+            raise CaptureError(fused)
         _check(model, captured, example, expected)
+        if takes_nested_tensors(model):
+            _check_nested(model, captured, example)
     return captured
 
 
@@ -73,24 +83,15 @@ def _refuse_non_finite(model: nn.Module) -> None:
             raise ModelError(f"{name} holds NaN; give weights that are finite")
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of capture; each submodule gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def _call(model: nn.Module, example: torch.Tensor) -> object:
     try:
         return model(example)
     except Exception as error:
-        shape = tuple(example.shape)
-        raise CaptureError(f"the model refuses an input of shape {shape}: {_first_line(error)}") from error
+        shape, own = tuple(example.shape), next((each.dtype for each in model.parameters()), example.dtype)
+        reason = _first_line(error)
+        if own != example.dtype:
+            reason = f"it is of {own} and the input of {example.dtype}; give model.float(), or images of its precision"
+        raise CaptureError(f"the model refuses an input of shape {shape}: {reason}") from error
 
 
 def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
@@ -287,6 +288,18 @@ def _check(model: nn.Module, captured: GraphModule, example: torch.Tensor, expec
     _compare(captured(example), expected)
     longer = torch.cat([example.flip(0), example[:1]])
     _compare(captured(longer), model(longer))
+
+
+def _check_nested(model: nn.Module, captured: GraphModule, example: torch.Tensor) -> None:
+    """Where PyTorch drops masked tokens for speed and gives zeros in their place, nothing reads these tokens."""
+    torch.backends.mha.set_fastpath_enabled(True)  # `plain_forward` puts it back
+    try:
+        _compare(captured(example), _call(model, example))
+    except CaptureError as error:
+        raise CaptureError(
+            "the model reads masked tokens, which nn.TransformerEncoder leaves zero where it computes on nested "
+            "tensors; build it with enable_nested_tensor=False, or do not read them"
+        ) from error
 
 
 def _compare(found: object, expected: object) -> None:

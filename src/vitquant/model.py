@@ -466,6 +466,7 @@ class QuantizedModel(nn.Module):
             raise CheckpointError(f"{directory}: its recipe: {error}") from None
         found = structural_fingerprint(captured)
         if found != config["graph_fingerprint"]:
+            _refuse_other_precision(captured, tensors, directory)
             saved, here = config["versions"].get("torch"), torch.__version__
             hint = f"it was saved with torch {saved}, this is {here}" if saved != here else "give that model"
             raise CheckpointError(f"{directory}: the float model's graph is not the one that was saved; {hint}")
@@ -524,6 +525,18 @@ def _rounds(tensor: torch.Tensor, moved: torch.Tensor) -> bool:
 
 def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _refuse_other_precision(captured: GraphModule, tensors: dict[str, torch.Tensor], directory: object) -> None:
+    """Say so where a model differs from what was saved by its precision."""
+    for key, tensor in captured.state_dict().items():
+        saved = tensors.get(key)
+        if saved is None or not saved.is_floating_point() or saved.dtype == tensor.dtype:
+            continue
+        here, there = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, saved.dtype))
+        raise CheckpointError(
+            f"{directory} was saved from a {there} model, this one is {here}; give model.to({saved.dtype})"
+        )
 
 
 def _tied(module: nn.Module) -> set[int]:

@@ -30,6 +30,7 @@ from vitquant.progress import Progress, silent
 from vitquant.recipe import Method, Recipe, requested
 from vitquant.schema import Table, check, of_type
 from vitquant.tasks.preprocessing import Preprocessing
+from vitquant.unwrapping import unwrapped
 from vitquant.zoo import ModelSource, architecture, create
 from vitquant.zoo.budget import Budget
 from vitquant.zoo.trust import as_repeated
@@ -57,7 +58,7 @@ def quantize(
     """Quantize a model by a recipe; the model itself is left as it is.
 
     Arguments:
-        model: any classifier that takes one batch of images; it is captured in evaluation mode.
+        model: any classifier that takes one batch of images; it is captured in evaluation mode, see `capture`.
         recipe: a recipe's name, the path of a TOML file, names joined by `+` to lay overlays over a
             recipe, or a `Recipe`; `default` is the best that lowers to integers at these bits.
         data: calibration batches: float tensors (batch, channels, height, width), or tuples that begin
@@ -75,6 +76,7 @@ def quantize(
     said = None if preprocessing is None else Preprocessing.from_dict(preprocessing).to_dict()
     recipe, widths = requested(recipe, bits, settings)
     steps = [_step(method, progress) for method in sorted(recipe.methods, key=_place)]
+    model = unwrapped(model)
     batches = iter(data)
     first = next(batches, None)
     if first is None:
@@ -129,6 +131,7 @@ def load(
         with Budget(shapes):
             model = architecture(found)
         _refuse_other_tensors(directory, model, shapes)
+    model = unwrapped(model)
     channels, height, width = config["input_shape"]
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ from vitquant.graph import operators as ops
 from vitquant.graph.attention import Attention, find_attention
 from vitquant.graph.masks import unmasked
 from vitquant.graph.operators import arguments, aten, calls, packet
+from vitquant.graph.padding import unpadded
 from vitquant.graph.walk import ancestors, depends_on_input, path_between, positions, root, selected_from
 from vitquant.naming import name_operations
 
@@ -144,7 +145,7 @@ def _classify(node: Node, dynamic: set[Node], attention: Attention) -> tuple[str
     if calls(node, ops.ACTIVATIONS):
         return "activation", {"input": read[0]}
     if calls(node, ops.POOLS):
-        return "pool", {"input": read[0]}
+        return "pool", {"input": unpadded(read[0]) if calls(node, ops.MAX_POOLS) else read[0]}
     if calls(node, ops.PRODUCTS):
         left, right = read[0], read[1]
         if node in attention.scores:

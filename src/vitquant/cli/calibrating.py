@@ -25,6 +25,12 @@ Name = Annotated[
     str, typer.Argument(help="timm:NAME, transformers:NAME, torchvision:NAME or python:package.module:factory.")
 ]
 Weights = Annotated[str, typer.Option(metavar="PATH|pretrained|random", help="A state dict, or where from.")]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(
+        "--weights-key", metavar="KEY", help="Which of several state dicts in the file: model, state_dict_ema, ..."
+    ),
+]
 RecipeName = Annotated[
     str,
     typer.Option(
@@ -57,6 +63,7 @@ class Request:
     model: str
     calibration: Path
     weights: str
+    weights_key: str | None
     images: int | None
     batch: int | None
     preprocessing: Path | None
@@ -77,6 +84,7 @@ class Prepared:
         data: the images, in batches.
         chosen: how many images there were before those that cannot be read were left out.
         batch: how many in one.
+        notes: what is to be known of the weights.
     """
 
     network: nn.Module
@@ -85,6 +93,7 @@ class Prepared:
     data: ImageBatches
     chosen: int
     batch: int
+    notes: list[str]
 
 
 def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
@@ -102,22 +111,26 @@ def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
     weights = request.weights
     if weights not in ("pretrained", "random"):
         weights = str(Path(weights).absolute())  # it is saved, and `evaluate` may run elsewhere
-    named = ModelSource(request.model, parse_model_arguments(request.model_arguments or ()), weights, request.seed)
+    arguments = parse_model_arguments(request.model_arguments or ())
+    named = ModelSource(request.model, arguments, weights, request.seed, weights_key=request.weights_key)
     check_name(named)
     listing = load_listing(request.calibration)
     items = _choose(listing, request.calibration, request.images, recipe.calibration.images, request.seed)
     size = request.batch or min(recipe.calibration.batch, len(items))
     _refuse_less_than_a_batch(len(items), request.batch, request.calibration)
     source = pinned(named)
-    network = create(source).to(where)
+    notes: list[str] = []
+    network = create(source, notes.append).to(where)
     steps = _preprocessing(network, source, request.preprocessing)
     data = batches(items, steps, size, request.workers, request.skip_bad_images)
     _refuse_less_than_a_batch(len(data.items), request.batch, request.calibration)
-    return Prepared(network, source, steps, data, len(items), size)
+    return Prepared(network, source, steps, data, len(items), size, notes)
 
 
 def say_what_was_used(terminal: Terminal, prepared: Prepared, request: Request, recipe: Recipe) -> None:
-    """Note fewer images than the recipe asks for, and those that were left out."""
+    """Note which weights were taken, fewer images than the recipe asks for, and those that were left out."""
+    for text in prepared.notes:
+        terminal.note(text)
     usual, skipped = recipe.calibration.images, prepared.data.skipped
     if request.images is None and prepared.chosen < usual:
         there = f"all {prepared.chosen} images of {request.calibration}"

@@ -29,6 +29,7 @@ def sensitivity(
     calibration: calibrating.CalibrationFolder,
     output: Output = None,
     weights: calibrating.Weights = "pretrained",
+    weights_key: calibrating.WeightsKey = None,
     recipe: calibrating.RecipeName = "vt-ptq",
     bits: calibrating.BitWidths = None,
     candidates: Candidates = "4,5,6,7,8",
@@ -61,7 +62,7 @@ def sensitivity(
                 check_matplotlib()
             chosen, base = requested(recipe, bits, settings or ())
             request = calibrating.Request(
-                model, calibration, weights, images, batch, preprocessing, model_arguments, seed, workers,
+                model, calibration, weights, weights_key, images, batch, preprocessing, model_arguments, seed, workers,
                 skip_bad_images,
             )  # fmt: skip
         with nullcontext() if output is None else terminal.replacing(output, force, SENSITIVITY) as new:

@@ -45,8 +45,9 @@ ACTIVATIONS = {
 }  # fmt: skip
 POOLS = {
     aten.mean, aten.avg_pool1d, aten.avg_pool2d, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d,
-    aten._adaptive_avg_pool2d, aten.max_pool2d, aten.adaptive_max_pool2d, aten.amax,
+    aten._adaptive_avg_pool2d, aten.max_pool1d, aten.max_pool2d, aten.adaptive_max_pool2d, aten.amax,
 }  # fmt: skip
+MAX_POOLS = {aten.max_pool1d, aten.max_pool2d, aten.adaptive_max_pool2d, aten.amax}
 # These scale, bias or mask scores between their product and the softmax, and rotate query and key before it.
 ON_SCORES = {
     aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.clamp, aten.where, aten.masked_fill, aten.to, aten._to_copy,

@@ -14,13 +14,17 @@ from torch import nn
 from vitquant.errors import ModelError
 from vitquant.zoo.failures import first_five, import_library, one_line, shown, unknown
 from vitquant.zoo.source import ModelSource
-from vitquant.zoo.weights import load_weights
+from vitquant.zoo.weights import Note, load_weights, warn
 
 
-def create(source: ModelSource) -> nn.Module:
+def create(source: ModelSource, note: Note = warn) -> nn.Module:
     """Build the library's own model, with its weights, in eval mode and float32 on the CPU.
 
     A `python:` factory with `pretrained` gives whatever weights it gives.
+
+    Arguments:
+        note: told what a user should know of a weights file: which weights were taken where there are several, and
+            what the library converted or resampled.
 
     Raises:
         ModelError: the library is not installed, the name or an argument is unknown, or the weights
@@ -33,7 +37,7 @@ def create(source: ModelSource) -> nn.Module:
     else:
         model = architecture(source)
         if source.weights not in ("pretrained", "random"):
-            load_weights(model, source)
+            load_weights(model, source, note)
     return model.float().eval()
 
 

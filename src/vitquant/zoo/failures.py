@@ -13,12 +13,18 @@ from vitquant.zoo.source import ModelSource
 
 
 def import_library(name: str) -> ModuleType:
-    """Import a library, or say which extra of vitquant installs it."""
-    extra = {"transformers": "transformers", "safetensors.torch": "checkpoint"}.get(name, "timm")
+    """Import a library, or say which extra of vitquant installs it, or what it needs itself and lacks."""
+    library = name.partition(".")[0]
+    extra = {"transformers": "transformers", "safetensors": "checkpoint"}.get(library, "timm")
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise ModelError(f"{name.partition('.')[0]} is not installed: pip install vitquant[{extra}]") from error
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == library:
+            raise ModelError(f"{library} is not installed: pip install vitquant[{extra}]") from error
+        absent = error.name.partition(".")[0]
+        raise ModelError(f"{library} needs {absent}, which is not installed: pip install {absent}") from error
+    except Exception as error:  # installed, and broken or of a version that does not fit
+        raise ModelError(f"{library} is installed but cannot be imported: {one_line(error)}") from error
 
 
 def unknown(source: ModelSource, word: str, known: Iterable[str], what: str = "model") -> ModelError:

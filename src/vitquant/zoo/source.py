@@ -20,6 +20,7 @@ _SCHEMA = Table(
         "weights": Text(4096, PATH),
         "seed": Integer(),
         "weights_sha256": maybe(Text(64, "[0-9a-f]{64}")),
+        "weights_key": maybe(Text(200)),
     },
 )
 
@@ -32,9 +33,11 @@ class ModelSource:
         name: `timm:NAME`, `torchvision:NAME`, `python:package.module:factory`, or `transformers:` and
             a hub name, a directory, a config.json or a model type (`vit`).
         arguments: passed to the library; anything JSON holds (tuples become lists).
-        weights: `pretrained`, `random`, or the path of a .safetensors, .pth or .pt state dict.
+        weights: `pretrained`, `random`, or the path of a file of weights: safetensors or `torch.save`'s, an index of
+            shards, or a directory as transformers saves it.
         seed: of random weights.
         weights_sha256: of the weights file; `create` refuses a file with another one.
+        weights_key: which of several state dicts in the file, such as `model` or `state_dict_ema`.
 
     Raises:
         ModelError: an unknown library, or an argument that JSON cannot hold.
@@ -45,6 +48,7 @@ class ModelSource:
     weights: str = "pretrained"
     seed: int = 0
     weights_sha256: str | None = None
+    weights_key: str | None = None
 
     def __post_init__(self) -> None:
         if self.library not in LIBRARIES or not self.model:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitquant.errors import ModelError
-from vitquant.zoo.failures import first_five, import_library, one_line
+from vitquant.zoo.conversion import converted_by_library
+from vitquant.zoo.failures import first_five
 from vitquant.zoo.source import ModelSource
+from vitquant.zoo.state_dicts import choose
+from vitquant.zoo.weight_files import digest_of_weights, read_weights
+
+Note = Callable[[str], None]
+
+_HEADS = ("head", "classifier", "fc", "cls_classifier", "distillation_classifier")
+
+
+def warn(text: str) -> None:
+    """A note on weights as Python's own warning."""
+    warnings.warn(text, stacklevel=4)
 
 
 def pinned(source: ModelSource) -> ModelSource:
@@ -23,16 +35,51 @@ def pinned(source: ModelSource) -> ModelSource:
     """
     if source.weights in ("pretrained", "random"):
         return source
-    return replace(source, weights_sha256=_sha256(Path(source.weights)))
+    return replace(source, weights_sha256=digest_of_weights(Path(source.weights)))
 
 
-def load_weights(model: nn.Module, source: ModelSource) -> None:
+def load_weights(model: nn.Module, source: ModelSource, note: Note = warn) -> None:
+    """Give a model the weights of a file.
+
+    Arguments:
+        note: told which weights were taken where there are several, and what was converted.
+
+    Raises:
+        ModelError: see `create`.
+    """
     path = Path(source.weights)
-    if source.weights_sha256 and (digest := _sha256(path)) != source.weights_sha256:
+    if source.weights_sha256 and (digest := digest_of_weights(path)) != source.weights_sha256:
         raise ModelError(f"{path}: SHA-256 is {digest[:12]}..., not {source.weights_sha256[:12]}... as recorded")
-    given, wanted = _read_state_dict(path), model.state_dict()
-    problems = {
-        "missing": [key for key in wanted if key not in given],
+    wanted = {key: tensor for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    loaded = read_weights(path)
+    try:
+        chosen = choose(loaded, wanted, source.weights_key)
+        given = chosen.tensors
+        _refuse_no_weights(given, wanted)
+    except ModelError as error:
+        raise ModelError(f"{path} {error}") from error
+    notes = [*chosen.notes]
+    if _count(found := _problems(given, wanted)) and _is_comparable(given, wanted):
+        converted = converted_by_library(model, given)
+        if converted is not None and _count(now := _problems(converted[1], wanted)) < _count(found):
+            library, tensors = converted
+            notes.append(_what_was_converted(library, given, tensors))
+            given, found = tensors, now
+    if _count(found):
+        said = "; ".join(f"{len(keys)} {what}: {first_five(keys)}" for what, keys in found.items() if keys)
+        raise ModelError(f"{path} does not fit {source.name}: {said}{_advice(source, given, wanted, found)}")
+    try:
+        _refuse_not_finite(given, dict(model.named_parameters()))
+    except ModelError as error:
+        raise ModelError(f"{path} {error}") from error
+    for text in notes:
+        note(f"{path}: {text}")
+    model.load_state_dict(given, strict=False)  # a counter of training batches may be absent
+
+
+def _problems(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    return {
+        "missing": [key for key in wanted if key not in given and not key.endswith("num_batches_tracked")],
         "unexpected": [key for key in given if key not in wanted],
         "of another shape": [
             f"{key} {list(given[key].shape)} for {list(wanted[key].shape)}"
@@ -40,37 +87,67 @@ def load_weights(model: nn.Module, source: ModelSource) -> None:
             if key in given and given[key].shape != wanted[key].shape
         ],
     }
-    if any(problems.values()):
-        said = "; ".join(f"{len(keys)} {what}: {first_five(keys)}" for what, keys in problems.items() if keys)
-        raise ModelError(f"{path} does not fit {source.name}: {said}")
-    model.load_state_dict(given)
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ModelError(f"{path}: no such weights file (or write pretrained or random)")
-    try:
-        if path.suffix == ".safetensors":
-            loaded: Any = import_library("safetensors.torch").load_file(path)
-        elif path.suffix in (".pth", ".pt"):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise ModelError(f"{path}: weights are read from .safetensors, .pth and .pt files")
-    except ModelError:
-        raise
-    except Exception as error:  # pickle, zip and safetensors have an error each
-        raise ModelError(f"{path} cannot be read as weights, it may be truncated: {one_line(error)}") from error
-    for key in ("model", "state_dict"):  # how the training scripts of DeiT and Swin save
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ModelError(f"{path} holds no state dict, which maps names to tensors")
-    return loaded
+def _count(problems: Mapping[str, list[str]]) -> int:
+    return sum(map(len, problems.values()))
 
 
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+def _is_comparable(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    """Whether the file's tensors are of the model's order of size, so that to resample them costs little."""
+    return sum(tensor.numel() for tensor in given.values()) < 64 * (1 + sum(map(torch.numel, wanted.values())))
+
+
+def _refuse_no_weights(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse tensors whose numbers cannot be a model's weights as they are, by name."""
+    for key in given.keys() & wanted.keys():
+        tensor, kind = given[key], str(given[key].dtype).removeprefix("torch.")
+        if tensor.is_quantized or tensor.layout is not torch.strided or tensor.is_meta:
+            what = "is quantized" if tensor.is_quantized else "holds no values" if tensor.is_meta else "is sparse"
+            raise ModelError(f"does not hold plain weights: {key} {what}; give the float weights")
+        if wanted[key].is_floating_point():
+            if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+                raise ModelError(f"does not hold float weights: {key} is of {kind}; give those before quantization")
+        elif tensor.is_floating_point() or tensor.is_complex():
+            raise ModelError(f"does not fit: {key} is of {kind} where the model counts")
+
+
+def _refuse_not_finite(given: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse what is NaN, or infinite in a parameter, once it is in the model's precision."""
+    for key, tensor in given.items():
+        if tensor.is_floating_point():
+            numbers = tensor.float()
+            bad = ~torch.isfinite(numbers) if key in parameters else torch.isnan(numbers)  # a mask may be infinite
+            if bad.any():
+                raise ModelError(f"holds NaN or infinity: {key}, {int(bad.sum())} of {bad.numel()} numbers")
+
+
+def _what_was_converted(library: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
+    resized = [
+        f"{key} {list(before[key].shape)} to {list(after[key].shape)}"
+        for key in after
+        if key in before and before[key].shape != after[key].shape
+    ]
+    renamed = "" if before.keys() == after.keys() else f"names were converted by {library}"
+    return "; ".join(filter(None, (renamed, f"resampled by {library}: {first_five(resized)}" if resized else "")))
+
+
+def _advice(
+    source: ModelSource, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], found: Mapping[str, list[str]]
+) -> str:
+    """What a user may do about the commonest mistakes."""
+    differing = [key for key in wanted if key in given and given[key].shape != wanted[key].shape]
+    classes = {(given[key].shape[:1], wanted[key].shape[:1]) for key in differing}
+    same_inside = all(given[key].shape[1:] == wanted[key].shape[1:] for key in differing)
+    if differing and len(classes) == 1 and same_inside and all(_is_head(key) for key in differing):
+        name = "num_labels" if source.library == "transformers" else "num_classes"
+        return f"; give --model-arg {name}={given[differing[0]].shape[0]} (arguments={{{name!r}: ...}})"
+    if any("dist_token" in key or "head_dist" in key for key in found["unexpected"]):
+        return "; the weights are of a distilled model, which has two heads; give its name"
+    if found["missing"] and not differing and all(_is_head(key) for key in found["missing"]):
+        return "; the file has no classifier: it was trained without, or for another task"
+    return ""
+
+
+def _is_head(key: str) -> bool:
+    return any(part.startswith(_HEADS) for part in key.split(".")[:2])

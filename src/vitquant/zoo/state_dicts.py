@@ -1,0 +1,162 @@
+"""Which of the state dicts in a file is a model's, whatever containers and prefixes it was saved under."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitquant.errors import ModelError
+from vitquant.zoo.failures import first_five
+
+_AVERAGED = re.compile(r"(^|[._])(ema|teacher|swa|averaged?|shadow)([._]|$)", re.IGNORECASE)
+_DEPTH = 4  # of dictionaries in dictionaries
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """Tensors of a file under the names that a model may have.
+
+    Arguments:
+        name: the keys that lead to it and the prefix that was taken off, joined by dots; empty when there are none.
+        tensors: by name.
+        left_out: names of tensors beside it that have another prefix.
+    """
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    left_out: Sequence[str] = ()
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether its name says that it is a moving average of the weights."""
+        return bool(_AVERAGED.search(self.name))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The state dict that was taken, and what a user should know of it.
+
+    Arguments:
+        tensors: by name.
+        notes: which others there were, and what was left out.
+    """
+
+    tensors: Mapping[str, Tensor]
+    notes: Sequence[str]
+
+
+def choose(loaded: Any, wanted: Mapping[str, Tensor], key: str | None) -> Chosen:
+    """The state dict that fits best; of several that fit alike, the averaged one (EMA, teacher), as timm's loader does.
+
+    A prefix is taken off the names where all tensors share it, or where the model is whole without the others.
+
+    Arguments:
+        loaded: what a file holds.
+        wanted: the model's state dict.
+        key: the name of the one to take (`model`, `state_dict_ema`, `teacher.backbone`), or a part of it.
+
+    Raises:
+        ModelError: there is none, none of that name, or several that fit alike.
+    """
+    found = [each for name, tensors in _held(loaded) for each in _without_prefix(name, tensors, wanted)]
+    if not found:
+        raise ModelError(f"holds no state dict, which maps names to tensors{_what_instead(loaded)}")
+    named = found if key is None else _named(found, key)
+    best = max(_fit(each, wanted) for each in named)
+    fitting = [each for each in named if _fit(each, wanted) == best]
+    preferred = [each for each in fitting if each.is_averaged] or fitting
+    if not all(_same(each.tensors, preferred[0].tensors) for each in preferred[1:]):
+        raise ModelError(f"holds {_names(preferred)}, which fit alike; choose by --weights-key (weights_key=)")
+    taken, notes = preferred[0], []
+    if others := [each for each in found if each is not taken and _fit(each, wanted) >= best]:
+        notes.append(f"weights are {_names([taken])}; {_names(others)} beside it: --weights-key takes another")
+    if taken.left_out:
+        count = len(taken.left_out)
+        notes.append(f"weights are {taken.name}; {count} other tensors were left out: {first_five(taken.left_out)}")
+    return Chosen(taken.tensors, notes)
+
+
+def _held(loaded: Any) -> list[tuple[str, dict[str, Tensor]]]:
+    """Every dictionary that holds tensors by name, and where it lies."""
+    found, seen = [], set()
+    pending: list[tuple[tuple[str, ...], Any]] = [((), loaded)]
+    while pending:
+        place, held = pending.pop(0)
+        if not isinstance(held, Mapping) or id(held) in seen or len(place) > _DEPTH:
+            continue
+        seen.add(id(held))
+        if not all(isinstance(key, str) for key in held):
+            continue  # an optimizer's state
+        values = {key: _as_tensor(value) for key, value in held.items()}
+        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        if tensors:
+            found.append((".".join(place), tensors))
+        pending += [((*place, key), value) for key, value in held.items() if isinstance(value, Mapping)]
+    return found
+
+
+def _as_tensor(value: Any) -> Any:
+    """A numpy array as a tensor; anything else as it is."""
+    if type(value).__module__ != "numpy" or type(value).__name__ != "ndarray":
+        return value
+    try:
+        return torch.from_numpy(value.copy())
+    except TypeError:  # texts
+        return value
+
+
+def _what_instead(loaded: Any) -> str:
+    if isinstance(loaded, Mapping):
+        if strange := [key for key in loaded if not isinstance(key, str)]:
+            return f"; its key {str(strange[0])[:40]!r} is no name"
+        return f"; its keys are {first_five([str(key)[:40] for key in loaded])}" if loaded else "; it is empty"
+    return f"; it holds a {type(loaded).__name__}"
+
+
+def _without_prefix(name: str, tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> list[StateDict]:
+    """A dictionary's state dicts: as it is, or by each prefix under which the model may lie."""
+    weights = [key for key, tensor in tensors.items() if tensor.numel() > 1]  # not counters, such as n_averaged
+    found = []
+    for prefix in _prefixes(tensors, wanted):
+        inside = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        outside = [key for key in weights if not key.startswith(prefix)]
+        if not outside or inside.keys() >= wanted.keys():
+            found.append(StateDict(".".join(filter(None, (name, prefix.rstrip(".")))), inside, outside))
+    return [each for each in found if each.tensors.keys() & wanted.keys()] or [StateDict(name, tensors)]
+
+
+def _prefixes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """What stands before the model's own names in the file's, the shortest first."""
+    found = {""}
+    for key in tensors:
+        parts = key.split(".")
+        found.update(".".join(parts[:cut]) + "." for cut in range(1, len(parts)) if ".".join(parts[cut:]) in wanted)
+    return sorted(found, key=lambda prefix: (len(prefix), prefix))
+
+
+def _fit(state: StateDict, wanted: Mapping[str, Tensor]) -> tuple[bool, int]:
+    """How well names fit: more is better."""
+    there = len(state.tensors.keys() & wanted.keys())
+    return there > 0, 2 * there - len(state.tensors) if there else len(state.tensors)
+
+
+def _named(found: list[StateDict], key: str) -> list[StateDict]:
+    beneath = [each for each in found if f"{each.name}.".startswith(f"{key}.")]
+    partly = [each for each in found if f".{key}." in f".{each.name}."]
+    if not partly:
+        raise ModelError(f"holds no weights under {key!r}, but {_names(found)}")
+    return beneath or partly
+
+
+def _names(states: Sequence[StateDict]) -> str:
+    return first_five([repr(each.name) if each.name else "the file's own keys" for each in states])
+
+
+def _same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether two dictionaries hold the very same tensors."""
+    return left.keys() == right.keys() and all(left[key] is right[key] for key in left)

@@ -1,0 +1,424 @@
+"""Weights as people have them: containers, prefixes, endings, and files that are something else."""
+
+import argparse
+import datetime
+import json
+import pathlib
+import pickle
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from vitquant.errors import ModelError
+from vitquant.zoo import ModelSource, create, pinned
+from vitquant.zoo.state_dicts import choose
+
+TIMM = "timm:vit_tiny_patch16_224"
+ONE_BLOCK = {"depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 4, "img_size": 32}
+TINY_VIT = {
+    "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "num_labels": 4,
+    "image_size": 32, "patch_size": 16,
+}  # fmt: skip
+TV = "torchvision:vit_b_16"
+PREFIXES = ("", "module.", "_orig_mod.", "model.", "backbone.", "module._orig_mod.", "net.vit.")
+
+
+def make_norm():
+    """A user's factory, with running statistics."""
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return create(ModelSource(TIMM, ONE_BLOCK, "random", seed=9)).state_dict()
+
+
+@pytest.fixture
+def loads(tmp_path):
+    """What becomes of an object that was saved: the model's state dict and the notes."""
+
+    def load(saved, name=TIMM, arguments=ONE_BLOCK, key=None, file="weights.pth"):
+        path = tmp_path / file
+        if saved is not None:
+            torch.save(saved, path)
+        notes = []
+        return create(ModelSource(name, arguments, str(path), weights_key=key), notes.append).state_dict(), notes
+
+    return load
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in right)
+
+
+def under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def refused(load, *args, said, **kwargs):
+    with pytest.raises(ModelError, match=said) as error:
+        load(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+# --- containers and prefixes ------------------------------------------------------------------------
+
+NAMES = st.lists(st.sampled_from(["model", "module", "a", "backbone", "_orig_mod", "net"]), max_size=3)
+
+
+@given(NAMES, NAMES, st.booleans())
+def test_a_state_dict_is_found_under_any_container_and_prefix(containers, prefix, counted):
+    wanted = {"blocks.0.weight": torch.rand(2), "norm.weight": torch.rand(2), "head.bias": torch.rand(1)}
+    held = under("".join(f"{part}." for part in prefix), wanted)
+    if counted:
+        held = {**held, "n_averaged": torch.tensor(3)} if prefix else held
+    for container in containers:
+        held = {container: held, "epoch": 3, "optimizer": {"state": {0: {"step": torch.rand(9)}}, "param_groups": []}}
+    chosen = choose(held, wanted, None)
+    assert equal(chosen.tensors, wanted)
+    assert not chosen.notes
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_prefix_that_all_keys_share_is_taken_off(loads, trained, prefix):
+    found, notes = loads(under(prefix, trained))
+    assert equal(found, trained)
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    "key", ["model", "state_dict", "model_state_dict", "net", "weights", "params", "ema", "teacher", "anything"]
+)
+def test_a_container_is_looked_into(loads, trained, key):
+    assert equal(loads({key: under("module.", trained), "epoch": 3, "best": 81.2, "note": None})[0], trained)
+
+
+@pytest.mark.parametrize("averaged", ["model_ema", "state_dict_ema", "ema", "teacher", "ema_state_dict", "swa"])
+@pytest.mark.parametrize("plain", ["model", "state_dict", "student"])
+def test_averaged_weights_are_taken_with_a_note_and_the_others_by_key(loads, trained, averaged, plain):
+    other = {key: value + 1 for key, value in trained.items()}
+    saved = {plain: other, averaged: {**under("module.", trained), "n_averaged": torch.tensor(5)}}
+    found, notes = loads(saved)
+    assert equal(found, trained)
+    assert len(notes) == 1
+    assert f"'{averaged}.module'" in notes[0]
+    assert f"'{plain}'" in notes[0]
+    assert "--weights-key" in notes[0]
+    assert equal(loads(saved, key=plain)[0], other)
+    assert equal(loads(saved, key=averaged)[0], trained)
+
+
+def test_the_key_is_saved_with_the_source(tmp_path, trained):
+    other = {key: value + 1 for key, value in trained.items()}
+    torch.save({"model": other, "model_ema": trained}, tmp_path / "w.pth")
+    source = pinned(ModelSource(TIMM, ONE_BLOCK, str(tmp_path / "w.pth"), weights_key="model"))
+    again = ModelSource.from_dict(json.loads(json.dumps(source.to_dict())))
+    assert equal(create(again, print).state_dict(), other)
+
+
+def test_a_note_is_a_warning_where_nobody_listens(tmp_path, trained):
+    torch.save({"model": trained, "model_ema": {key: value + 1 for key, value in trained.items()}}, tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match="model_ema"):
+        create(ModelSource(TIMM, ONE_BLOCK, str(tmp_path / "w.pth")))
+
+
+def test_a_whole_model_beside_other_tensors_is_taken_and_they_are_named(loads, trained):
+    found, notes = loads({"state_dict": {**under("model.", trained), "criterion.weight": torch.rand(4)}})
+    assert equal(found, trained)
+    assert "criterion.weight" in notes[0]
+
+
+def test_students_and_teachers_in_one_state_dict(loads, trained):
+    other = {key: value + 1 for key, value in trained.items()}
+    saved = {**under("student.backbone.", other), **under("teacher.backbone.", trained)}
+    assert equal(loads(saved)[0], trained)
+    assert equal(loads(saved, key="student")[0], other)
+
+
+def test_several_that_fit_alike_are_asked_about(loads, trained):
+    saved = {"last": trained, "best": {key: value + 1 for key, value in trained.items()}}
+    refused(loads, saved, said="'last', 'best'.*--weights-key")
+    assert equal(loads(saved, key="best")[0], saved["best"])
+    assert equal(loads({"last": trained, "best": dict(trained)})[0], trained)  # the same tensors twice
+    refused(loads, saved, key="ema", said="no weights under 'ema', but 'last', 'best'")
+
+
+def test_a_prefix_of_some_keys_is_no_prefix(loads, trained):
+    mixed = {("module." if key.startswith("blocks") else "") + key: value for key, value in trained.items()}
+    refused(loads, mixed, said="missing: blocks.0.*unexpected: module.blocks.0")
+
+
+def test_plain_values_beside_tensors_and_absent_counters_do_not_matter(loads, tmp_path):
+    name = f"python:{__name__}:make_norm"
+    state = create(ModelSource(name, {}, "random", seed=3)).state_dict()
+    saved = OrderedDict((key, value) for key, value in state.items() if not key.endswith("tracked"))
+    saved |= {"epoch": 3, "lr": 0.1, "note": "x"}
+    assert equal(loads(saved, name, {})[0], state)
+
+
+def test_arrays_are_weights_too(loads, trained):
+    assert equal(loads({key: value.numpy() for key, value in trained.items()})[0], trained)
+
+
+# --- endings, shards, directories -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["w.bin", "w.ckpt", "w.pth.tar", "w.pt.tar", "w", "w.safetensors", "w.model"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_a_file_is_known_by_what_it_holds(loads, trained, tmp_path, file, kind):
+    if kind == "safetensors":
+        save_file(trained, tmp_path / file)
+    else:
+        torch.save(trained, tmp_path / file, _use_new_zipfile_serialization=kind == "zip")
+    assert equal(loads(None, file=file)[0], trained)
+
+
+@pytest.mark.parametrize("given_as", ["index", "directory"])
+def test_shards_are_read_by_their_index_and_pinned(loads, trained, tmp_path, given_as):
+    shards = {"model-1.safetensors": list(trained)[:5], "model-2.safetensors": list(trained)[5:]}
+    for name, keys in shards.items():
+        save_file({key: trained[key] for key in keys}, tmp_path / name)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {key: name for name, keys in shards.items() for key in keys}}))
+    file = index.name if given_as == "index" else "."
+    assert equal(loads(None, file=file)[0], trained)
+    source = pinned(ModelSource(TIMM, ONE_BLOCK, str(tmp_path / file)))
+    save_file({key: trained[key] + 1 for key in shards["model-2.safetensors"]}, tmp_path / "model-2.safetensors")
+    with pytest.raises(ModelError, match="SHA-256"):
+        create(source)
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "absent", 3, ["x"]])
+def test_an_index_names_files_beside_it_only(loads, tmp_path, trained, shard):
+    (tmp_path / "in").mkdir()
+    save_file(trained, tmp_path / "outside.safetensors")
+    index = tmp_path / "in" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shard}}))
+    refused(loads, None, file="in/model.safetensors.index.json", said="not beside it|no index")
+
+
+# --- what is something else -------------------------------------------------------------------------
+
+
+def test_plain_values_of_training_scripts_are_read(loads, trained):
+    saved = {
+        "model": trained,
+        "args": argparse.Namespace(lr=0.1, output=pathlib.Path("/tmp/x"), when=datetime.datetime(2024, 1, 1)),
+        "best": np.float64(81.2), "epoch": np.int64(3), "history": np.arange(3.0), "seen": np.bool_(True),
+        "windows": pathlib.PureWindowsPath("C:/x"), "took": datetime.timedelta(1), "size": torch.Size([1]),
+        "optimizer": torch.optim.AdamW([nn.Parameter(torch.rand(3))]).state_dict(), "keys": {1, 2},
+    }  # fmt: skip
+    for legacy in (False, True):
+        if legacy:
+            torch.save(saved, loads.__closure__[0].cell_contents / "old.pth", _use_new_zipfile_serialization=False)
+        assert equal(loads(None if legacy else saved, file="old.pth" if legacy else "new.pth")[0], trained)
+
+
+class Config:
+    """Somebody's class."""
+
+
+class Runs:
+    """Runs when it is unpickled."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.made,)
+
+
+def test_other_classes_are_named_and_never_made(loads, trained, tmp_path):
+    refused(loads, {"model": trained, "config": Config()}, said=r"by .*Config; .*model\.state_dict\(\)")
+    refused(loads, nn.Linear(2, 2), said=r"by torch\.nn\.modules\.linear\.Linear; .*model\.state_dict\(\)")
+    refused(loads, {"model": trained, "x": Runs(tmp_path / "made")}, said="by getattr; ")
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"w": np.zeros(3)}))
+    refused(loads, None, file="plain.pth", said="cannot be read|could run code")
+
+
+def onnx_like(path):
+    path.write_bytes(b"\x08\x08\x12\x07pytorch\x1a\x032.1")
+
+
+def script(path):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+
+
+def exported(path):
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.rand(1, 2),)), path)
+
+
+def archive(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("weights/w.pth", "x")
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1"), "git lfs pull"),
+        (lambda path: path.write_text("\n<!DOCTYPE html><html>404</html>"), "web page"),
+        (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "HDF5.*Keras"),
+        (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(99)), "gzip"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_text('{"a": 1}'), "no index of weights"),
+        (lambda path: path.write_text("[" * 10**5), "no format that is known"),
+        (lambda path: path.write_text('{"a":' * 10**5), "no index of weights"),
+        (lambda path: np.savez(path.open("wb"), a=np.zeros(2)), "numpy archive"),
+        (onnx_like, "ONNX"),
+        (script, "TorchScript.*state_dict"),
+        (exported, "exported program"),
+        (archive, "zip archive.*unpack"),
+        (lambda path: torch.save([1, 2], path), "no state dict.*list"),
+        (lambda path: torch.save({}, path), "no state dict.*empty"),
+        (lambda path: torch.save({0: torch.rand(2), 1: torch.rand(2)}, path), "key '0' is no name"),
+        (lambda path: torch.save({None: torch.rand(2)}, path), "key 'None' is no name"),
+        (lambda path: torch.save({"a": torch.rand(2), b"b": torch.rand(2)}, path), "is no name"),
+        (lambda path: torch.save({"model": {("a", 1): torch.rand(2)}}, path), "no state dict"),
+        (lambda path: torch.save(torch.rand(2), path), "no state dict.*Tensor"),
+        (lambda path: path.mkdir(), "directory without"),
+    ],
+)
+def test_what_is_no_weights_file_is_said_in_a_line(loads, tmp_path, write, said):
+    write(tmp_path / "w.pth")
+    refused(loads, None, file="w.pth", said=said)
+
+
+def test_a_dictionary_that_holds_itself_is_no_trouble(loads, trained):
+    held = {"model": trained}
+    held["again"] = held
+    assert equal(loads(held)[0], trained)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_damaged_files_are_refused_in_a_line(data):
+    import io
+    import tempfile
+
+    stream = io.BytesIO()
+    torch.save({"a": torch.rand(4), "args": argparse.Namespace(x=1)}, stream)
+    content = bytearray(stream.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "w.pth"
+        path.write_bytes(content)
+        with pytest.raises(ModelError) as error:
+            create(ModelSource(f"python:{__name__}:make_norm", {}, str(path)))
+        assert "\n" not in str(error.value)
+
+
+# --- numbers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weight: weight.long(), "head.weight is of int64"),
+        (lambda weight: weight > 0, "head.weight is of bool"),
+        (lambda weight: weight.to(torch.complex64), "head.weight is of complex64"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), "head.weight is of float8"),
+        (lambda weight: weight.to_sparse(), "head.weight is sparse"),
+        (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), "head.weight is quantized"),
+        (lambda weight: weight.fill_(float("nan")), "NaN or infinity: head.weight, 128 of 128"),
+        (lambda weight: weight.fill_(float("inf")), "NaN or infinity: head.weight"),
+        (lambda weight: weight.double() + 1e300, "NaN or infinity: head.weight"),  # float32 ends before
+    ],
+)
+def test_numbers_that_are_no_weights_are_refused_by_name(loads, trained, change, said):
+    refused(loads, {**trained, "head.weight": change(trained["head.weight"].clone())}, said=said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_precisions_become_float32(loads, trained, dtype):
+    found, _ = loads({key: value.to(dtype) for key, value in trained.items()})
+    assert equal(found, {key: value.to(dtype).float() for key, value in trained.items()})
+
+
+# --- what does not fit ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "asked", "said"),
+    [
+        (TIMM, ONE_BLOCK, "num_classes", "--model-arg num_classes=4"),
+        ("transformers:vit", TINY_VIT, "num_labels", "--model-arg num_labels=4"),
+        ("transformers:deit", TINY_VIT, "num_labels", "--model-arg num_labels=4"),
+        ("timm:deit_tiny_distilled_patch16_224", ONE_BLOCK, "num_classes", "--model-arg num_classes=4"),
+    ],
+)
+def test_another_number_of_classes_is_told_how_to_ask_for(loads, name, arguments, asked, said):
+    state = create(ModelSource(name, arguments, "random")).state_dict()
+    refused(loads, state, name, {**arguments, asked: 7}, said=said)
+
+
+def test_a_distilled_model_and_a_model_without_head_are_told_apart(loads, trained):
+    distilled = create(ModelSource("timm:deit_tiny_distilled_patch16_224", ONE_BLOCK, "random")).state_dict()
+    refused(loads, distilled, said="distilled model, which has two heads")
+    refused(loads, {k: v for k, v in trained.items() if not k.startswith("head")}, said="no classifier")
+
+
+@pytest.mark.parametrize(
+    ("name", "small", "large", "key"),
+    [
+        (TIMM, ONE_BLOCK, {**ONE_BLOCK, "img_size": 64}, "pos_embed"),
+        ("timm:deit_tiny_distilled_patch16_224", ONE_BLOCK, {**ONE_BLOCK, "img_size": 64}, "pos_embed"),
+        ("transformers:vit", TINY_VIT, {**TINY_VIT, "image_size": 64}, "vit.embeddings.position_embeddings"),
+        ("transformers:deit", TINY_VIT, {**TINY_VIT, "image_size": 64}, "deit.embeddings.position_embeddings"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_positions_of_another_size_are_resampled_by_the_library_and_said(loads, name, small, large, key, prefix):
+    state = create(ModelSource(name, small, "random", seed=9)).state_dict()
+    found, notes = loads(under(prefix, state), name, large)
+    assert found[key].shape != state[key].shape
+    assert len(notes) == 1
+    assert f"resampled by {name.partition(':')[0]}: {key} {list(state[key].shape)}" in notes[0]
+    assert all(torch.equal(found[other], state[other]) for other in state if other != key)
+    # a table of equal rows stays one, whatever the interpolation
+    flat = {**state, key: torch.ones_like(state[key])}
+    assert torch.allclose(loads(under(prefix, flat), name, large)[0][key], torch.tensor(1.0), atol=1e-5)
+
+
+def test_torchvision_resamples_its_positions(loads, monkeypatch):
+    import torchvision
+
+    def build(image_size, **_):
+        return torchvision.models.VisionTransformer(image_size, 8, 1, 2, 16, 32, num_classes=4)
+
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None, **arguments: build(**arguments))
+    state = create(ModelSource(TV, {"image_size": 32}, "random")).state_dict()
+    found, notes = loads(state, TV, {"image_size": 64})
+    assert found["encoder.pos_embedding"].shape == (1, 65, 16)
+    assert "resampled by torchvision: encoder.pos_embedding" in notes[0]
+
+
+def test_positions_without_a_function_of_the_library_are_refused_by_their_sizes(loads, monkeypatch):
+    import torchvision
+
+    def build(window_size, **_):
+        return torchvision.models.SwinTransformer([4, 4], 8, [1, 1], [2, 2], [window_size] * 2, num_classes=4)
+
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None, **arguments: build(**arguments))
+    state = create(ModelSource("torchvision:swin_t", {"window_size": 4}, "random")).state_dict()
+    refused(loads, state, "torchvision:swin_t", {"window_size": 8}, said=r"another shape.*relative_position.*\[49, 2\]")
+
+
+def test_other_names_are_converted_by_the_library(loads, trained):
+    """OpenCLIP's prefix, which timm knows, and a base model's file, which transformers knows."""
+    found, _ = loads({**under("visual.trunk.", trained), "logit_scale": torch.rand(2)})
+    assert equal(found, trained)
+    state = create(ModelSource("transformers:vit", TINY_VIT, "random", seed=9)).state_dict()
+    base = {k.removeprefix("vit."): v for k, v in state.items() if k.startswith("vit.")}
+    refused(loads, base, "transformers:vit", TINY_VIT, said="2 missing: classifier.*no classifier")
