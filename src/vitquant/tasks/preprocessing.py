@@ -31,6 +31,7 @@ class Preprocessing:
         crop_pct: share of the resized image that the crop keeps, in (0, 1].
         mean, std: per colour, of pixels in [0, 1].
         crop_mode: `center` keeps the aspect ratio, `squash` does not, `border` pads.
+        exif_orientation: turn photographs as their EXIF data says; timm and torchvision do not. No key of timm's.
 
     Raises:
         DataError: a value has the wrong type or is out of range; the key is named.
@@ -44,6 +45,7 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     crop_mode: str = "center"
+    exif_orientation: bool = False
 
     def __post_init__(self) -> None:
         for key in ("input_size", "mean", "std"):  # JSON and TOML give lists
@@ -55,6 +57,8 @@ class Preprocessing:
             raise DataError(f"preprocessing: input_size must be [3, height, width], not {list(self.input_size)}")
         if not _is_number(self.crop_pct) or not 0 < self.crop_pct <= 1:
             raise DataError(f"preprocessing: crop_pct must be above 0 and at most 1, not {self.crop_pct!r}")
+        if not isinstance(self.exif_orientation, bool):
+            raise DataError(f"preprocessing: exif_orientation must be true or false, not {self.exif_orientation!r}")
         if min(self.std) <= 0:
             raise DataError(f"preprocessing: std must be above 0, not {list(self.std)}")
         for key, allowed in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
@@ -99,13 +103,14 @@ class Preprocessing:
         Raises:
             DataError: timm is not installed.
 
-        Pitfall: it does not convert to RGB; `tasks.images` does.
+        Pitfall: it neither turns an image nor converts it to RGB; `tasks.decoding` does.
         """
         try:
             from timm.data import create_transform
         except ImportError as error:
             raise DataError("preprocessing images needs timm: pip install vitquant[timm]") from error
-        return create_transform(**asdict(self), is_training=False)  # pyright: ignore[reportReturnType]
+        steps = {key: value for key, value in asdict(self).items() if key != "exif_orientation"}
+        return create_transform(**steps, is_training=False)  # pyright: ignore[reportReturnType]
 
 
 def _is_number(value: object) -> bool:
