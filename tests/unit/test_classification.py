@@ -92,6 +92,7 @@ def test_the_figures_of_a_small_case_by_hand():
         "agreement": 75.0,
         "top1_difference_interval": paired_interval([True, True, False, False], [True, False, False, False]),
         "seconds": 2.5,
+        "doubt": None,
     }
 
 
@@ -209,3 +210,27 @@ def test_the_real_float_model_gives_the_references_classes(shared):
     assert result.agreement == 100.0
     assert result.top1 == result.float_top1
     assert 80 < result.top1 < 95
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=1100), st.integers(0, 6))
+def test_of_equal_logits_the_lower_class_counts(values, label):
+    """Integer logits tie often; which class wins must not depend on the engine, the device or a sorting algorithm."""
+    logits = torch.tensor([values], dtype=torch.float32)
+    order = sorted(range(len(values)), key=lambda index: (-values[index], index))
+    label = min(label, len(values) - 1)
+    for dtype in (torch.float32, torch.int64):
+        result = compare(logits.to(dtype), None, torch.tensor([label]))
+        assert result.top1 == 100.0 * (order[0] == label)
+        assert result.top5 == 100.0 * (label in order[:5])
+    first = torch.zeros_like(logits)
+    first[0, order[0]] = 1.0
+    assert compare(first, logits, torch.tensor([order[0]])).float_top1 == 100.0
+    assert compare(first, logits, torch.tensor([order[0]])).agreement == 100.0
+
+
+def test_a_model_without_a_head_is_not_evaluated():
+    model = Table(torch.eye(4))
+    model.head = nn.Identity()
+    for models in ((model, None), (lambda images: torch.eye(4)[images[:, 0, 0, 0].long()], model)):
+        with pytest.raises(ModelError, match="features, not classes"):
+            evaluate(*models, stream([0, 1], 2))
