@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
@@ -13,6 +13,8 @@ from vitquant.errors import DataError
 from vitquant.tasks.decoding import decode, readable_endings
 from vitquant.tasks.images import Item, batches
 from vitquant.tasks.preprocessing import Preprocessing
+
+FEW = settings(max_examples=20, deadline=None)
 
 RAMP = np.array([[0, 1, 128, 129, 256, 257, 1000, 32767, 32768, 65278, 65534, 65535]], dtype=np.uint16)
 GREY = np.array([[0, 0, 0, 1, 1, 1, 4, 127, 128, 254, 255, 255]], dtype=np.uint8)  # of it, nearest to 255/65535
@@ -56,6 +58,7 @@ def test_a_pgm_of_fewer_bits_uses_its_whole_range(tmp_path):
     assert grey(tmp_path / "x.pgm").tolist() == [[0, 128, 255]]
 
 
+@FEW
 @given(st.integers(0, 255), st.sampled_from(["png", "tif"]))
 def test_16_bits_that_are_8_bits_repeated_are_those_8_bits(tmp_path_factory, value, ending):
     path = tmp_path_factory.mktemp("grey") / f"x.{ending}"

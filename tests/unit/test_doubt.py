@@ -5,11 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitquant.tasks.classification import compare
 from vitquant.tasks.doubt import doubt
+
+FEW = settings(max_examples=40, deadline=None)
 
 ORDER, SURE, CHANCE = "in another order", "gives its classes a probability", "near chance"
 
@@ -21,6 +23,7 @@ def result(labels, predicted, classes, confidence=0.9):
     return compare(logits, None, torch.as_tensor(labels)).doubt
 
 
+@FEW
 @given(st.integers(2, 40), st.integers(1, 12), st.floats(0.55, 0.99), st.integers(0, 10**6))
 def test_a_classifier_as_good_as_it_says_is_not_doubted(classes, each, accuracy, seed):
     generator = np.random.default_rng(seed)
@@ -33,6 +36,7 @@ def test_a_classifier_as_good_as_it_says_is_not_doubted(classes, each, accuracy,
     assert said is None or (CHANCE in said and classes <= 3)  # a coin is right half of the time as well
 
 
+@FEW
 @given(st.integers(5, 30), st.integers(5, 10), st.integers(0, 10**6))
 def test_labels_in_another_order_are_told(classes, each, seed):
     generator = np.random.default_rng(seed)

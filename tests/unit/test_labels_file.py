@@ -3,13 +3,15 @@
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitquant.errors import DataError
 from vitquant.tasks.images import Item, batches, load_listing
 from vitquant.tasks.labels_file import read_labels
 from vitquant.tasks.preprocessing import Preprocessing
+
+FEW = settings(max_examples=60, deadline=None)
 
 FILES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).map(lambda t: f"x{t.strip()}/a.jpg")
 
@@ -18,6 +20,7 @@ def quoted(text):
     return '"' + text.replace('"', '""') + '"'
 
 
+@FEW
 @given(st.lists(st.tuples(FILES, st.integers(0, 10**9 - 1)), min_size=1, unique_by=lambda r: os.path.normpath(r[0])))
 def test_what_is_written_is_read(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("labels") / "labels.csv"
@@ -26,6 +29,7 @@ def test_what_is_written_is_read(tmp_path_factory, rows):
     assert read_labels(path) == [(path.parent / file, label) for file, label in rows]
 
 
+@FEW
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused_in_one_line(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("labels") / "labels.csv"

@@ -91,6 +91,8 @@ def evaluate(
             quantized = pipeline.load(out, source=model).to(where)
             with torch.inference_mode():
                 logits = classification.logits_of(quantized(torch.zeros(1, *quantized.input_shape, device=where)))
+            if logits.ndim != 2:
+                raise ModelError(f"the model's outputs have the shape {tuple(logits.shape)}, not (images, classes)")
             count = logits.shape[-1]
             reference = float_model(out, weights, model, terminal)
             items = load_listing(data, classes_of(quantized, reference, count, classes))

@@ -69,7 +69,7 @@ def refuse_features(model: nn.Module) -> None:
     """
     said = getattr(model, "num_classes", getattr(getattr(model, "config", None), "num_labels", None))
     heads = [head for name in _HEADS if isinstance(head := getattr(model, name, None), nn.Module)]
-    if said == 0 or (said is None and heads and all(map(_passes_on, heads))):
+    if said == 0 or (heads and all(map(_passes_on, heads))):
         raise ModelError("the model has no head: it gives features, not classes; evaluation needs the head's weights")
 
 

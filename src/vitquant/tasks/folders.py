@@ -86,7 +86,7 @@ def classes_of_folders(tree: Tree, classes: ClassNames | None) -> tuple[dict[str
     known = classes if classes is not None and classes.names else None
     _refuse_splits(tree, known)
     full = [name for name, images in tree.folders.items() if images]
-    empty = [name for name in tree.folders if name not in full]
+    empty = [name for name, images in tree.folders.items() if not images]
     try:
         if known is not None and known.by_file:
             return _looked_up(full, known), _without_image(empty)
@@ -163,7 +163,8 @@ def _refuse_splits(tree: Tree, known: ClassNames | None) -> None:
         for name, images in tree.folders.items()
         if images and _SPLIT.fullmatch(name) and (known is None or known.index(name) is None)
     ]
-    if not splits or (splits == ["train"] and len(tree.folders) > 1 and "train" not in tree.nested):
+    alone = len(splits) == 1 and len(tree.folders) > 1 and splits[0] not in tree.nested
+    if not splits or (alone and splits[0].lower() == "train"):
         return
     where = " or ".join(str(tree.root / name) for name in splits)
     raise DataError(f"{tree.root} holds {' and '.join(splits)}, parts of a data set rather than classes: give {where}")
