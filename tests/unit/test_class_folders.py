@@ -114,6 +114,14 @@ def test_names_are_looked_up_without_regard_to_case_and_punctuation(tmp_path, na
         assert labels(tmp_path, ANIMALS) == {name: index}
 
 
+def test_sorted_names_are_noted_unless_they_say_their_index(tmp_path):
+    for name in ("class_0", "class_1"):
+        folder(tmp_path, name)
+    assert not load_listing(tmp_path, ClassNames(2)).notes
+    (tmp_path / "class_0").rename(tmp_path / "class_2")
+    assert "by their sorted names, class_1 to class_2" in load_listing(tmp_path, ClassNames(2)).notes[0]
+
+
 def test_the_name_of_two_classes_asks_for_a_mapping(tmp_path):
     folder(tmp_path, "crane")
     is_refused(tmp_path, ANIMALS, "folder 'crane' is the name of classes 1 and 2 in x; give --classes FILE")

@@ -147,8 +147,11 @@ def _sorted_names(full: list[str], empty: list[str], count: int) -> tuple[dict[s
         raise DataError(f"no image in folder {empty[0]!r}, and nothing says whether it is a class; {_MAP}")
     if names != sorted(names, key=_by_value):
         raise DataError(f"folders such as {names[0]!r} sort by text in one order, by number in another; {_MAP}")
+    found: dict[str, int | None] = {name: index for index, name in enumerate(names)}
+    if all(re.findall(r"[0-9]+", name) == [str(index)] for name, index in found.items()):  # class_0, class_1, ...
+        return found, []
     note = f"folders are classes 0 to {count - 1} by their sorted names, {names[0]} to {names[-1]}"
-    return {name: index for index, name in enumerate(names)}, [f"{note}; --classes FILE says otherwise"]
+    return found, [f"{note}; --classes FILE says otherwise"]
 
 
 def _without_image(empty: list[str]) -> list[str]:
