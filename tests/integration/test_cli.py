@@ -24,7 +24,8 @@ from vitquant.files import replacing
 
 ARGUMENTS = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 10}
 MODEL = ["timm:vit_tiny_patch16_224"] + [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]
-FIGURES = ["engine", "images", "top1", "top5", "float_top1", "agreement", "top1_difference_interval", "seconds", "file"]
+FIGURES = ["engine", "images", "top1", "top5", "float_top1", "agreement", "top1_difference_interval", "seconds"]
+FIGURES += ["doubt", "file"]
 FACTORIES = """
 import torch
 from torch import nn
@@ -374,6 +375,68 @@ def test_unreadable_images_are_named_and_counted_or_left_out(run, refused, works
     code, out, err = run(*words, "--skip-bad-images", "--json")
     assert (code, json.loads(out)["calibration"]["images"]) == (0, 20)
     assert "bad.png" in err
+
+
+def test_folders_are_the_classes_that_a_file_says(run, refused, workshop, tmp_path):
+    """Ten folders of others names, in another order: asked for, and then as if they had been named by their indices."""
+    names = ["ten", "one", "six", "two", "eve", "bob", "dot", "cat", "egg", "fig", "unused"]
+    for index in range(10):
+        shutil.copytree(workshop / "images" / f"class_{index}", tmp_path / "images" / names[index])
+    (tmp_path / "classes.csv").write_text("".join(f"{name},{min(i, 9)}\n" for i, name in enumerate(names)))
+    words = ("evaluate", workshop / "out", "--data", tmp_path / "images", "--json")
+    code, out, err = run(*words, "--classes", tmp_path / "classes.csv")
+    expected = json.loads(run("evaluate", workshop / "out", "--data", workshop / "images", "--json")[1])
+    assert (code, err) == (0, "")
+    assert {**json.loads(out), "seconds": 0} == {**expected, "seconds": 0}
+    assert "folders are classes 0 to 9 by their sorted names, bob to two" in run(*words)[2]
+    shutil.rmtree(tmp_path / "images" / "egg")
+    assert "9 class folders, but the model has 10 classes" in (err := refused(*words))
+    assert "give --classes FILE" in err
+    (tmp_path / "classes.csv").write_text("ten,10\n")
+    assert "classes.csv: class index '10'" in refused(*words, "--classes", tmp_path / "classes.csv")
+
+
+def test_labels_in_another_order_are_doubted(run, workshop, tmp_path):
+    """The label of an image is the class after the one that the float model gives it."""
+    import timm
+
+    from vitquant.tasks.images import batches, load_listing
+    from vitquant.tasks.preprocessing import Preprocessing
+
+    saved = json.loads((workshop / "out" / "config.json").read_text())["preprocessing"]
+    model = timm.create_model("vit_tiny_patch16_224", **ARGUMENTS).eval()
+    model.load_state_dict(load_file(workshop / "weights.safetensors"))
+    items = load_listing(workshop / "images")
+    [(images, _)] = batches(items, Preprocessing.from_dict(saved), 20)
+    with torch.no_grad():
+        predicted = model(images).argmax(dim=1).tolist()
+    rows = [f"{item.path},{(index + 1) % 10}\n" for item, index in zip(items, predicted, strict=True)]
+    (tmp_path / "labels.csv").write_text("".join(["file,class_index\n", *rows]))
+    code, out, err = run("evaluate", workshop / "out", "--data", tmp_path, "--json")
+    doubt = json.loads(out)["doubt"]
+    assert code == 0
+    assert doubt
+    assert f"note: {doubt}\n" in err
+
+
+def test_features_are_calibrated_and_not_evaluated(run, refused, workshop, tmp_path):
+    model = [word for word in MODEL if "num_classes" not in word] + ["--model-arg=num_classes=0"]
+    save_file(state_dict(num_classes=0), tmp_path / "weights.safetensors")
+    (tmp_path / "images").mkdir()
+    for name in ("any", "folders", "42x"):
+        shutil.copytree(workshop / "images" / "class_0", tmp_path / "images" / name)
+    (tmp_path / "images" / "any" / "photo.HEIC").touch()
+    words = quantize_words(
+        tmp_path / "images", tmp_path / "out", "--batch", 6, weights=tmp_path / "weights.safetensors", model=model
+    )
+    code, _, err = run(*words)
+    assert code == 0
+    assert "are not read as images: 1 .heic" in err
+    for moved in (False, True):  # without the float model as well
+        if moved:
+            (tmp_path / "weights.safetensors").unlink()
+        err = refused("evaluate", tmp_path / "out", "--data", workshop / "images", "--quiet")
+        assert "it gives features, not classes" in err
 
 
 def test_labels_out_of_range_are_refused_before_the_run(refused, workshop, tmp_path):

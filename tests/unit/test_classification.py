@@ -92,6 +92,7 @@ def test_the_figures_of_a_small_case_by_hand():
         "agreement": 75.0,
         "top1_difference_interval": paired_interval([True, True, False, False], [True, False, False, False]),
         "seconds": 2.5,
+        "doubt": None,
     }
 
 
@@ -209,3 +210,27 @@ def test_the_real_float_model_gives_the_references_classes(shared):
     assert result.agreement == 100.0
     assert result.top1 == result.float_top1
     assert 80 < result.top1 < 95
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+@pytest.mark.parametrize("classes", [2, 10, 17, 100, 1000])
+def test_of_equal_logits_the_lower_class_counts(classes, dtype):
+    """Integer logits tie often; which class wins must not depend on the engine, the device or a sorting algorithm."""
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randint(0, 4, (20, classes), generator=generator).to(dtype)
+    order = [sorted(range(classes), key=lambda index: (-row[index], index)) for row in logits.tolist()]
+    for place in range(min(7, classes)):
+        labels = torch.tensor([ranks[place] for ranks in order])
+        result = compare(logits, None, labels)
+        assert (result.top1, result.top5) == (100.0 * (place == 0), 100.0 * (place < 5))
+    first = torch.nn.functional.one_hot(torch.tensor([ranks[0] for ranks in order]), classes)
+    result = compare(first, logits, first.argmax(dim=1))
+    assert (result.float_top1, result.agreement) == (100.0, 100.0)
+
+
+def test_a_model_without_a_head_is_not_evaluated():
+    model = Table(torch.eye(4))
+    model.head = nn.Identity()
+    for models in ((model, None), (lambda images: torch.eye(4)[images[:, 0, 0, 0].long()], model)):
+        with pytest.raises(ModelError, match="features, not classes"):
+            evaluate(*models, stream([0, 1], 2))

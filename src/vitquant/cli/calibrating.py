@@ -84,7 +84,7 @@ class Prepared:
         data: the images, in batches.
         chosen: how many images there were before those that cannot be read were left out.
         batch: how many in one.
-        notes: what is to be known of the weights.
+        notes: how the images were found, and what is to be known of the weights.
     """
 
     network: nn.Module
@@ -93,7 +93,7 @@ class Prepared:
     data: ImageBatches
     chosen: int
     batch: int
-    notes: list[str]
+    notes: tuple[str, ...]
 
 
 def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
@@ -124,13 +124,13 @@ def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
     steps = _preprocessing(network, source, request.preprocessing)
     data = batches(items, steps, size, request.workers, request.skip_bad_images)
     _refuse_less_than_a_batch(len(data.items), request.batch, request.calibration)
-    return Prepared(network, source, steps, data, len(items), size, notes)
+    return Prepared(network, source, steps, data, len(items), size, (*notes, *listing.notes))
 
 
 def say_what_was_used(terminal: Terminal, prepared: Prepared, request: Request, recipe: Recipe) -> None:
-    """Note which weights were taken, fewer images than the recipe asks for, and those that were left out."""
-    for text in prepared.notes:
-        terminal.note(text)
+    """Note which weights were taken, how images were found, fewer than the recipe asks for, and those left out."""
+    for note in prepared.notes:
+        terminal.note(note)
     usual, skipped = recipe.calibration.images, prepared.data.skipped
     if request.images is None and prepared.chosen < usual:
         there = f"all {prepared.chosen} images of {request.calibration}"

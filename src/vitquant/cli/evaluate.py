@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitquant.cli import options
-from vitquant.cli.evaluation_data import float_model, preprocessing_of
+from vitquant.cli.evaluation_data import classes_of, float_model, preprocessing_of
 from vitquant.cli.terminal import Terminal
 from vitquant.errors import ModelError
 
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 _BATCH = 50  # the float model runs on it as well
 
 Data = Annotated[Path, typer.Option(metavar="DIR", help="Labelled images: a labels.csv, or one folder per class.")]
+Classes = Annotated[
+    Path | None,
+    typer.Option(
+        "--classes",
+        metavar="FILE",
+        help="Which class a folder is: lines of folder,class_index, or as many names as classes, in their order.",
+    ),
+]
 Weights = Annotated[
     str | None, typer.Option(metavar="PATH", help="Where the float weights are now, if they moved; else as saved.")
 ]
@@ -53,6 +61,7 @@ EngineName = Annotated[
 def evaluate(
     out: options.Saved,
     data: Data,
+    classes: Classes = None,
     batch: options.Batch = _BATCH,
     engine: EngineName = None,
     weights: Weights = None,
@@ -79,23 +88,30 @@ def evaluate(
             from vitquant.tasks.images import batches, check_labels, load_listing
 
             where = options.choose_device(device, threads)
-            items = load_listing(data)
+            load_listing(data)  # what is wrong with it is said before the model is made
             repeated = options.repeated(model, model_arguments)
             quantized = pipeline.load(out, **repeated).to(where)
             with torch.inference_mode():
                 logits = classification.logits_of(quantized(torch.zeros(1, *quantized.input_shape, device=where)))
-            classes = logits.shape[-1]
-            check_labels(items, classes)
+            if logits.ndim != 2:
+                raise ModelError(f"the model's outputs have the shape {tuple(logits.shape)}, not (images, classes)")
+            count = logits.shape[-1]
+            reference = float_model(out, weights, repeated, terminal)
+            items = load_listing(data, classes_of(quantized, reference, count, classes))
+            check_labels(items, count)
             steps = preprocessing_of(quantized, preprocessing)
             labelled = batches(items, steps, batch or _BATCH, workers, skip_bad_images)
-            reference = float_model(out, weights, repeated, terminal)
             if reference is not None:
                 reference = reference.to(where)
             name, computed = _engine(engine, quantized, reference, out, threads, where, terminal)
         with terminal.progress("evaluating", len(labelled.items)) as update:
             result = classification.evaluate(
-                computed, reference, labelled, classes, progress=lambda done: update(completed=done), engine=name
+                computed, reference, labelled, count, progress=lambda done: update(completed=done), engine=name
             )
+        for note in items.notes:
+            terminal.note(note)
+        if result.doubt:
+            terminal.note(result.doubt)
         if labelled.skipped:
             first = labelled.skipped[0]
             terminal.note(f"{len(labelled.skipped)} images were left out, first: {first.path}: {first.reason}")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vitquant.model import QuantizedModel
+    from vitquant.tasks.classes import ClassNames
     from vitquant.tasks.preprocessing import Preprocessing
 
 
@@ -42,3 +43,22 @@ def float_model(out: Path, weights: str | None, repeated: dict[str, Any], termin
             raise
         terminal.note(f"not compared with the float model: {error}; --weights PATH says where they are")
         return None
+
+
+def classes_of(quantized: QuantizedModel, reference: nn.Module | None, count: int, file: Path | None) -> ClassNames:
+    """The model's classes: those of a file where one is given, else as its library names them.
+
+    Raises:
+        ModelError: it has no head, and its outputs are no classes.
+    """
+    from vitquant.tasks.classes import ClassNames, refuse_features
+    from vitquant.tasks.classes_file import read_classes
+    from vitquant.zoo import ModelSource, architecture, class_names
+
+    source = quantized.provenance.get("source")
+    if source is None:
+        return ClassNames(count) if file is None else read_classes(file, count)
+    known = ModelSource.from_dict(source)
+    model = architecture(known) if reference is None else reference
+    refuse_features(model)
+    return class_names(model, known, count) if file is None else read_classes(file, count)

@@ -41,7 +41,8 @@ PreprocessingFile = Annotated[
     typer.Option(
         "--preprocessing",
         metavar="FILE.toml",
-        help="Replaces the model's own: input_size, interpolation, crop_pct, mean, std; absent keys stay.",
+        help="Replaces the model's own: input_size, interpolation, crop_pct, mean, std, exif_orientation; absent keys "
+        "stay.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]

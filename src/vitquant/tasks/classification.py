@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vitquant.errors import DataError, ModelError
+from vitquant.tasks.classes import refuse_features
+from vitquant.tasks.doubt import Z95, doubt
 from vitquant.tasks.images import ImageBatches
-
-Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class ClassificationResult:
             the share of images given the float model's class; the interval is the paired 95 % one
             of `top1 - float_top1`, in percentage points.
         seconds: spent in the evaluated model alone.
+        doubt: why the labels may not be the model's classes, judged by the float model where there is one, in one
+            line; None where nothing speaks against them.
     """
 
     engine: str
@@ -38,6 +41,7 @@ class ClassificationResult:
     agreement: float | None
     top1_difference_interval: tuple[float, float] | None
     seconds: float
+    doubt: str | None = None
 
 
 def evaluate(
@@ -57,11 +61,14 @@ def evaluate(
         progress: called with the number of images done, after each batch.
 
     Raises:
-        ModelError: logits of another shape or not finite; the first such image is named.
+        ModelError: logits of another shape or not finite (the first such image is named), or a model without a head.
         DataError: no images, or a label that is no class of the model.
 
     Pitfall: both models run on every batch; without the float model it takes half the time.
     """
+    for each in (model, float_model):
+        if isinstance(each, nn.Module):
+            refuse_features(each)
     counts, seconds = _Counts(), 0.0
     with torch.inference_mode(), _eval_mode(model, float_model):
         for images, labels in batches:
@@ -130,6 +137,8 @@ class _Counts:
     def __init__(self) -> None:
         self.images = self.top1 = self.top5 = self.agree = self.only_model = self.only_float = 0
         self.compared = False
+        self.classes, self.confidence = 0, 0.0
+        self.pairs: Counter[tuple[int, int]] = Counter()  # of labels and the predictions that judge them
 
     def add(self, logits: Tensor, float_logits: Tensor | None, labels: Tensor) -> None:
         labels, classes = labels.cpu(), logits.shape[1]
@@ -141,12 +150,17 @@ class _Counts:
         self.images += len(labels)
         self.top1 += int(right.sum())
         self.top5 += int((ranked == labels[:, None]).any(dim=1).sum())
+        judge, predicted = logits, ranked[:, 0]
         if float_logits is not None:
+            judge = float_logits
             predicted = float_logits.sort(dim=1, descending=True, stable=True).indices[:, 0]
             self.compared = True
             self.agree += int((ranked[:, 0] == predicted).sum())
             self.only_model += int((right & (predicted != labels)).sum())
             self.only_float += int((~right & (predicted == labels)).sum())
+        self.classes = classes
+        self.confidence += float(judge.double().softmax(dim=1).amax(dim=1).sum())
+        self.pairs.update(zip(labels.tolist(), predicted.tolist(), strict=True))
 
     def result(self, engine: str, seconds: float) -> ClassificationResult:
         if not self.images:
@@ -163,6 +177,7 @@ class _Counts:
                 _score_interval(self.images, self.only_model, self.only_float) if self.compared else None
             ),
             seconds=seconds,
+            doubt=doubt(self.pairs, self.classes, self.confidence / self.images),
         )
 
 

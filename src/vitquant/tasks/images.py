@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import random
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitquant.errors import DataError
+from vitquant.tasks.classes import ClassNames
+from vitquant.tasks.decoding import decode, readable_endings
+from vitquant.tasks.folders import classes_of_folders, left_out_text, scan
+from vitquant.tasks.labels_file import read_labels
 from vitquant.tasks.preprocessing import Preprocessing
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -36,59 +38,52 @@ class BadImage:
     reason: str
 
 
-def load_listing(directory: str | Path) -> list[Item]:
+class Listing(list[Item]):
+    """The images of a directory, and what a user should know of how they were found.
+
+    Arguments:
+        notes: one line each.
+    """
+
+    def __init__(self, items: Iterable[Item], notes: Iterable[str] = ()) -> None:
+        super().__init__(items)
+        self.notes = tuple(notes)
+
+
+def load_listing(directory: str | Path, classes: ClassNames | None = None) -> Listing:
     """List the images of a directory, without opening any.
 
-    Three layouts: a `labels.csv` with the columns `file` and `class_index` (others are ignored); one
-    folder per class, whose sorted names are the indices, as torchvision has it; or images alone,
-    sorted by name, without labels.
+    Three layouts: a `labels.csv` with the columns `file` and `class_index` (others are ignored); one folder per class,
+    see `classes_of_folders`; or images alone, sorted by name, without labels.
+
+    Arguments:
+        classes: the model's. Without them a class folder is one when its name is a class index; images in other
+            folders have no label, which is enough to calibrate on.
 
     Raises:
-        DataError: no such directory, no images, images both beside and inside folders, or a bad row.
-
-    Pitfall: with class folders, a class that is missing on disk shifts the indices after it.
+        DataError: no such directory, no images, images both beside and inside folders, folders whose classes cannot be
+            told for certain, or a bad row.
     """
     root = Path(directory)
     if not root.is_dir():
         raise DataError(f"{root}: no such directory")
-    if (root / "labels.csv").exists():
-        return _read_labels(root / "labels.csv")
-    flat = [Item(path) for path in _images_in(root)]
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    labelled = [
-        Item(path, label)
-        for label, folder in enumerate(folders)
-        for parent, _, _ in sorted(os.walk(folder, followlinks=True))
-        for path in _images_in(Path(parent))
-    ]
-    if flat and labelled:
+    if os.path.lexists(root / "labels.csv"):
+        if classes is not None and classes.by_file:
+            raise DataError(f"{root} has a labels.csv, with class indices; --classes is for class folders")
+        return Listing(Item(path, label) for path, label in read_labels(root / "labels.csv"))
+    endings = readable_endings()
+    tree = scan(root, endings)
+    labels, notes = classes_of_folders(tree, classes)
+    labelled = [Item(path, label) for name, label in labels.items() for path in tree.folders[name]]
+    left_out = left_out_text(tree.left_out)
+    if tree.here and labelled:
         raise DataError(f"{root}: images both here and in folders ({labelled[0].path.parent.name}); move one kind away")
-    if not flat and not labelled:
-        raise DataError(f"{root}: no images ({' '.join(EXTENSIONS)}) and no labels.csv")
-    return flat or labelled
-
-
-def _images_in(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
-
-
-def _read_labels(path: Path) -> list[Item]:
-    items = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if missing := {"file", "class_index"} - set(rows.fieldnames or ()):
-                raise DataError(f"{path}: no column {' or '.join(sorted(missing))}")
-            for row in rows:
-                label = (row["class_index"] or "").strip()
-                if not row["file"] or not label.isascii() or not label.isdigit():
-                    raise DataError(f"{path}, line {rows.line_num}: needs a file and a class_index of 0 or more")
-                items.append(Item(path.parent / row["file"], int(label)))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    if not items:
-        raise DataError(f"{path}: no rows")
-    return items
+    if not tree.here and not labelled:
+        there = f"; what is there: {left_out}" if left_out else ""
+        raise DataError(f"{root}: no images ({' '.join(sorted(endings))}) and no labels.csv{there}")
+    if left_out:
+        notes.append(f"{tree.left_out.total()} files of {root} are not read as images: {left_out}")
+    return Listing([Item(path) for path in tree.here] or labelled, notes)
 
 
 def subset(items: Sequence[Item], count: int, seed: int) -> list[Item]:
@@ -141,17 +136,15 @@ class ImageDataset(Dataset):
     def __init__(self, items: Sequence[Item], preprocessing: Preprocessing) -> None:
         self.items = list(items)
         self.transform = preprocessing.transform()
+        self.exif_orientation = preprocessing.exif_orientation
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | BadImage:
-        from PIL import Image
-
         item = self.items[index]
         try:
-            with Image.open(item.path) as file:
-                image = file.convert("RGB")
+            image = decode(item.path, self.exif_orientation)
         except MemoryError:
             raise
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ...
@@ -169,11 +162,7 @@ class ImageBatches:
             raise DataError(f"batch size {batch_size}: must be 1 or more")
         self.skipped: list[BadImage] = []
         self._skip = skip
-        missing = [
-            BadImage(item.path, "no such file" if not item.path.exists() else "not a file with content")
-            for item in items
-            if not item.path.is_file() or not item.path.stat().st_size
-        ]
+        missing = [BadImage(item.path, reason) for item in items if (reason := _missing(item.path))]
         self._refuse_or_skip(missing, str(len(items)))
         absent = {bad.path for bad in missing}
         self.items = [item for item in items if item.path not in absent]
@@ -214,6 +203,17 @@ class ImageBatches:
             raise DataError(f"{len(bad)} of {among} images cannot be read ({first}); --skip-bad-images leaves them out")
         known = {image.path for image in self.skipped}
         self.skipped += [image for image in bad if image.path not in known]
+
+
+def _missing(path: Path) -> str | None:
+    """Why a file cannot hold an image, as far as can be told without reading it."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError) as error:  # no permission, a name too long, a null byte in it
+        return str(getattr(error, "strerror", None) or error)
+    return None if stat.S_ISREG(status.st_mode) and status.st_size else "not a file with content"
 
 
 def batches(

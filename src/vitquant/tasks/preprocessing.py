@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitquant.errors import DataError
-from vitquant.schema import Integer, ListOf, Number, Table, Text, check, parse_toml, read_file
+from vitquant.schema import Flag, Integer, ListOf, Number, Table, Text, check, parse_toml, read_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +27,7 @@ _SCHEMA = Table(
         "mean": ListOf(Number(-1000, 1000), 3, 3),
         "std": ListOf(Number(1e-3, 1000), 3, 3),
         "crop_mode": Text(among=CROP_MODES),
+        "exif_orientation": Flag(),
     },
 )
 
@@ -44,6 +45,7 @@ class Preprocessing:
         crop_pct: share of the resized image that the crop keeps, from 0.01 to 1.
         mean, std: per colour, of pixels in [0, 1]; std is at least 0.001.
         crop_mode: `center` keeps the aspect ratio, `squash` does not, `border` pads.
+        exif_orientation: turn photographs as their EXIF data says; timm and torchvision do not. No key of timm's.
 
     Raises:
         DataError: a value has the wrong type or is out of range; the key is named.
@@ -57,6 +59,7 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     crop_mode: str = "center"
+    exif_orientation: bool = False
 
     def __post_init__(self) -> None:
         check(vars(self), _SCHEMA, DataError, "preprocessing")
@@ -102,10 +105,11 @@ class Preprocessing:
         Raises:
             DataError: timm is not installed.
 
-        Pitfall: it does not convert to RGB; `tasks.images` does.
+        Pitfall: it neither turns an image nor converts it to RGB; `tasks.decoding` does.
         """
         try:
             from timm.data import create_transform
         except ImportError as error:
             raise DataError("preprocessing images needs timm: pip install vitquant[timm]") from error
-        return create_transform(**asdict(self), is_training=False)  # pyright: ignore[reportReturnType]
+        steps = {key: value for key, value in asdict(self).items() if key != "exif_orientation"}
+        return create_transform(**steps, is_training=False)  # pyright: ignore[reportReturnType]

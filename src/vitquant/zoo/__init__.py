@@ -1,6 +1,7 @@
 """Models by name, as the libraries make them: timm, transformers, torchvision, or a user's factory."""
 
 from vitquant.zoo.build import architecture, check_name, create
+from vitquant.zoo.classes import class_names
 from vitquant.zoo.preprocessing import preprocessing_of
 from vitquant.zoo.source import LIBRARIES, ModelSource, parse_model_arguments
 from vitquant.zoo.weights import pinned
@@ -10,6 +11,7 @@ __all__ = [
     "ModelSource",
     "architecture",
     "check_name",
+    "class_names",
     "create",
     "parse_model_arguments",
     "pinned",

@@ -1,0 +1,231 @@
+"""Class folders: which they are, and which class each one is."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitquant.errors import DataError
+from vitquant.tasks.classes import ClassNames
+
+# What systems leave beside a user's files; hidden names (.DS_Store, ._photo.jpg, .@__thumb) are no part of a data set.
+_SYSTEM_FOLDERS = frozenset(
+    (
+        *("__macosx", "__pycache__", "network trash folder", "temporary items"),
+        *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot"),
+        *("$recycle.bin", "recycler", "system volume information", "lost+found"),
+    )
+)
+_SYSTEM_FILES = frozenset(["thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"])
+_SPLIT = re.compile(
+    r"(train|trainval|val|valid|validation|test|eval|evaluation)(ing)?([-_ ]?(set|data|images|\d{4}))?", re.IGNORECASE
+)
+_MAP = "give --classes FILE, with lines of folder,class_index"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The images of a directory and of the folders in it, and what else is there.
+
+    Arguments:
+        here: images beside the folders.
+        folders: of each visible folder, sorted by name, the images at any depth.
+        nested: those that hold folders, and no image beside these.
+        left_out: how many files have which ending that is not read, "" for none.
+    """
+
+    root: Path
+    here: list[Path]
+    folders: Mapping[str, list[Path]]
+    nested: Collection[str]
+    left_out: Counter[str]
+
+
+def scan(root: Path, endings: Collection[str]) -> Tree:
+    """Look through a directory without opening a file; a link that leads back up is not followed.
+
+    Arguments:
+        endings: of the files that are images.
+
+    Raises:
+        DataError: a directory cannot be read.
+    """
+    left_out: Counter[str] = Counter()
+    above = [root.resolve(), *root.resolve().parents]
+    names, files = _visible(root)
+    here = list(_images(root, files, endings, left_out))
+    folders: dict[str, list[Path]] = {}
+    nested = set()
+    for name in names:
+        found = [
+            path for folder, inside in _walk(root / name, above) for path in _images(folder, inside, endings, left_out)
+        ]
+        # by the text of the folder, then by name: what is drawn at random from a listing depends on its order
+        folders[name] = sorted(found, key=lambda path: (str(path.parent), path.name))
+        if found and all(path.parent != root / name for path in found):
+            nested.add(name)
+    return Tree(root, here, folders, nested, left_out)
+
+
+def classes_of_folders(tree: Tree, classes: ClassNames | None) -> tuple[dict[str, int | None], list[str]]:
+    """The class of every folder that has images, and what a user should know of it.
+
+    Names that are numbers are class indices. Others are looked up where names of the model's classes are known. Without
+    such names, as many folders as classes are numbered by their sorted names, as torchvision's ImageFolder does.
+
+    Arguments:
+        classes: the model's; None where it is not known, and then folders without numbers have no class.
+
+    Raises:
+        DataError: folders are parts of a data set (train, val), or which classes they are cannot be told for certain.
+    """
+    known = classes if classes is not None and classes.names else None
+    _refuse_splits(tree, known)
+    full = [name for name, images in tree.folders.items() if images]
+    empty = [name for name, images in tree.folders.items() if not images]
+    try:
+        if known is not None and known.by_file:
+            return _looked_up(full, known), _without_image(empty)
+        if all(map(_is_number, full)):
+            return _numbered(full, classes), _without_image(empty)
+        if classes is None:
+            return dict.fromkeys(full), []
+        if known is not None:
+            return _looked_up(full, known), _without_image(empty)
+        return _sorted_names(full, empty, classes.count)
+    except DataError as error:
+        raise DataError(f"{tree.root}: {error}") from error
+
+
+def left_out_text(left_out: Counter[str]) -> str:
+    """How many files of which endings were not read."""
+    by_count = sorted(left_out.items(), key=lambda each: (-each[1], each[0]))
+    shown = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in by_count[:8])
+    return shown + (", ..." if len(by_count) > 8 else "")
+
+
+def _numbered(names: list[str], classes: ClassNames | None) -> dict[str, int | None]:
+    numbers: dict[int, str] = {}
+    for name in names:
+        if int(name) in numbers and classes is not None:
+            raise DataError(f"folders {numbers[int(name)]} and {name} are both class {int(name)}; {_MAP}")
+        numbers[int(name)] = name
+        by_name = classes.index(name) if classes is not None else None
+        if by_name not in (None, int(name)):
+            raise DataError(f"folder {name} is a class index, and the name of class {by_name}; {_MAP}")
+        if classes is not None and int(name) >= classes.count:
+            raise DataError(
+                f"folder {name} is no class index: the model has {classes.count} classes, from 0; "
+                f"where folders count from 1, {_MAP}"
+            )
+    return {name: int(name) for name in names}
+
+
+def _looked_up(names: list[str], classes: ClassNames) -> dict[str, int | None]:
+    try:
+        found = {name: classes.index(name) for name in names}
+    except DataError as error:
+        raise DataError(f"folder {error}; {_MAP}") from error
+    if unknown := [name for name, index in found.items() if index is None]:
+        others = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        what = "not in" if classes.by_file else f"no class index, and none of the {classes.count} names of"
+        raise DataError(f"folder {unknown[0]!r}{others} is {what} {classes.origin}; {_MAP}")
+    return found
+
+
+def _sorted_names(full: list[str], empty: list[str], count: int) -> tuple[dict[str, int | None], list[str]]:
+    names = sorted([*full, *empty])
+    if len(names) != count:
+        raise DataError(
+            f"{len(names)} class folders, but the model has {count} classes, and nothing says which these are; {_MAP}"
+        )
+    if empty:
+        raise DataError(f"no image in folder {empty[0]!r}, and nothing says whether it is a class; {_MAP}")
+    if names != sorted(names, key=_by_value):
+        raise DataError(f"folders such as {names[0]!r} sort by text in one order, by number in another; {_MAP}")
+    found: dict[str, int | None] = {name: index for index, name in enumerate(names)}
+    if all(re.findall(r"[0-9]+", name) == [str(index)] for name, index in found.items()):  # class_0, class_1, ...
+        return found, []
+    note = f"folders are classes 0 to {count - 1} by their sorted names, {names[0]} to {names[-1]}"
+    return found, [f"{note}; --classes FILE says otherwise"]
+
+
+def _without_image(empty: list[str]) -> list[str]:
+    shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+    return [f"no image in {len(empty)} of the folders: {shown}"] if empty else []
+
+
+def _refuse_splits(tree: Tree, known: ClassNames | None) -> None:
+    """Refuse `train` and `val` for classes, unless they are the names of some: CIFAR-100 has trains."""
+    splits = [
+        name
+        for name, images in tree.folders.items()
+        if images and _SPLIT.fullmatch(name) and (known is None or known.index(name) is None)
+    ]
+    alone = len(splits) == 1 and len(tree.folders) > 1 and splits[0] not in tree.nested
+    if not splits or (alone and splits[0].lower() == "train"):
+        return
+    where = " or ".join(str(tree.root / name) for name in splits)
+    raise DataError(f"{tree.root} holds {' and '.join(splits)}, parts of a data set rather than classes: give {where}")
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit() and len(name) <= 9  # a longer one is a date, or a name
+
+
+def _by_value(name: str) -> list[tuple[bool, int, str]]:
+    """Orders `class_2` before `class_10`."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts if part]
+
+
+def _walk(folder: Path, above: Iterable[Path]) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder below one, each once, with the names of its files."""
+    seen = {(status.st_dev, status.st_ino) for status in (path.stat() for path in above)}
+    waiting = [folder]
+    while waiting:
+        folder = waiting.pop()
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        names, files = _visible(folder)
+        waiting += [folder / name for name in names]
+        yield folder, files
+
+
+def _visible(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of folders and of files in a folder, sorted, without hidden ones and those of the system."""
+    names, files = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    (names if _is_directory(entry) else files).append(entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
+    return (
+        sorted(name for name in names if name.lower() not in _SYSTEM_FOLDERS),
+        sorted(name for name in files if name.lower() not in _SYSTEM_FILES),
+    )
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _images(folder: Path, files: Iterable[str], endings: Collection[str], left_out: Counter[str]) -> Iterator[Path]:
+    """The files that are images; the endings of the others are counted."""
+    for name in files:
+        ending = Path(name).suffix.lower()
+        if ending in endings:
+            yield folder / name
+        else:
+            left_out[ending] += 1
