@@ -31,7 +31,16 @@ class CheckpointError(VitquantError):
 
 
 class LoweringError(VitquantError):
-    """An operation cannot be computed in integers."""
+    """An operation cannot be computed in integers.
+
+    Arguments:
+        problem: the site and the reason.
+        remedy: what to do; empty when the problem says it.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(f"{problem}; {remedy}" if remedy else problem)
+        self.problem, self.remedy = problem, remedy
 
 
 class ExportError(VitquantError):

@@ -1,0 +1,47 @@
+"""Ctrl-C, and the signals that a batch system or a closing terminal sends before it kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+INTERRUPTED = 130  # the exit code
+
+
+class Interrupts:
+    """Turns signals into `KeyboardInterrupt` inside its `with`; what the process was told to ignore stays ignored.
+
+    Attributes:
+        came: whether there was one. What it meets may turn it into another error, so one that follows is its doing.
+    """
+
+    def __init__(self) -> None:
+        self.came, self._process = False, os.getpid()
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._interrupt)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.unraisablehook = self._hook
+        for number, before in self._before.items():
+            signal.signal(number, before)  # type: ignore[arg-type]
+
+    def _interrupt(self, *_: object) -> None:
+        if os.getpid() != self._process:  # a process that decodes images: the one that it works for says what happened
+            os._exit(INTERRUPTED)
+        self.came = True
+        raise KeyboardInterrupt
+
+    def _unraisable(self, unraisable: Any) -> None:
+        """Python drops what a finalizer raises, with a traceback; an interrupt that met one is raised again."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        else:
+            self._hook(unraisable)
