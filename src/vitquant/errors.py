@@ -19,7 +19,16 @@ class RecipeError(VitquantError):
 
 
 class CalibrationError(VitquantError):
-    """The calibration data or what the model makes of it cannot give quantization parameters."""
+    """The calibration data or what the model makes of it cannot give quantization parameters.
+
+    Arguments:
+        problem: what is wrong, and what to do.
+        site: where in the model, a site or one of its operands; empty when it is no single place.
+    """
+
+    def __init__(self, problem: str, site: str = "") -> None:
+        super().__init__(f"{site}: {problem}" if site else problem)
+        self.problem, self.site = problem, site
 
 
 class AllocationError(VitquantError):

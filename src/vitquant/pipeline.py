@@ -15,7 +15,7 @@ from torch import nn
 
 from vitquant.capture import capture
 from vitquant.checkpoint import read_config
-from vitquant.errors import CalibrationError, CheckpointError, RecipeError
+from vitquant.errors import CalibrationError, CheckpointError, RecipeError, VitquantError
 from vitquant.lowering import check_possible, check_promise
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.methods.integer_operations import integer_operations
@@ -178,7 +178,17 @@ def _with_settings(
         known = ", ".join(field.name for field in fields(kind)) or "none"  # type: ignore[arg-type]
         given = sorted(method.settings)
         raise RecipeError(f"method {method.name!r}: settings {given} do not fit; it has: {known}") from None
-    return lambda model, data: run(model, data, settings)
+
+    def step(model: QuantizedModel, data: Iterable[torch.Tensor]) -> Record:
+        try:
+            return run(model, data, settings)
+        except CalibrationError as error:
+            where = f"{method.name} at {error.site}" if error.site else method.name
+            raise CalibrationError(f"{where}: {error.problem}") from error
+        except VitquantError as error:
+            raise type(error)(f"{method.name}: {error}") from error
+
+    return step
 
 
 class _Stream:
