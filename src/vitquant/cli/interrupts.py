@@ -13,16 +13,19 @@ INTERRUPTED = 130  # the exit code
 class Interrupts:
     """Turns signals into `KeyboardInterrupt` inside its `with`; what the process was told to ignore stays ignored.
 
+    Arguments:
+        last: whether the process ends behind it: a signal that comes then has nothing to interrupt, and just ends it.
+
     Attributes:
         came: whether there was one. What it meets may turn it into another error, so one that follows is its doing.
     """
 
-    def __init__(self) -> None:
-        self.came, self._process = False, os.getpid()
+    def __init__(self, last: bool) -> None:
+        self.came, self._last, self._process = False, last, os.getpid()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._interrupt)
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
@@ -31,7 +34,7 @@ class Interrupts:
     def __exit__(self, *error: object) -> None:
         sys.unraisablehook = self._hook
         for number, before in self._before.items():
-            signal.signal(number, before)  # type: ignore[arg-type]
+            signal.signal(number, signal.SIG_DFL if self._last else before)  # type: ignore[arg-type]
 
     def _interrupt(self, *_: object) -> None:
         if os.getpid() != self._process:  # a process that decodes images: the one that it works for says what happened
@@ -40,8 +43,8 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def _unraisable(self, unraisable: Any) -> None:
-        """Python drops what a finalizer raises, with a traceback; an interrupt that met one is raised again."""
+        """Python drops what a finalizer raises, with a traceback; an interrupt that met one comes again behind it."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
         else:
             self._hook(unraisable)

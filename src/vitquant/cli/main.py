@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments: the words after `vitquant`; those of this process when None.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    with Streams() as streams, Interrupts() as interrupts:
+    with Streams() as streams, Interrupts(last=arguments is None) as interrupts:
         try:
             try:
                 from vitquant.cli.app import run
