@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from typing import Any
 
 INTERRUPTED = 130  # the exit code
@@ -22,10 +23,11 @@ class Interrupts:
 
     def __init__(self, last: bool) -> None:
         self.came, self._last, self._process = False, last, os.getpid()
+        self._number: int = signal.SIGINT
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._interrupt)
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
@@ -36,15 +38,15 @@ class Interrupts:
         for number, before in self._before.items():
             signal.signal(number, signal.SIG_DFL if self._last else before)  # type: ignore[arg-type]
 
-    def _interrupt(self, *_: object) -> None:
+    def _interrupt(self, number: int, *_: object) -> None:
         if os.getpid() != self._process:  # a process that decodes images: the one that it works for says what happened
             os._exit(INTERRUPTED)
-        self.came = True
+        self.came, self._number = True, number
         raise KeyboardInterrupt
 
     def _unraisable(self, unraisable: Any) -> None:
         """Python drops what a finalizer raises, with a traceback; an interrupt that met one comes again behind it."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            threading.Timer(0.01, os.kill, (os.getpid(), self._number)).start()
         else:
             self._hook(unraisable)
