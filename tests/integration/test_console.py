@@ -284,6 +284,7 @@ def test_a_shell_completes_commands_and_recipes_without_torch(shell):
 
 def test_recipes_complete_and_overlays_behind_a_plus():
     assert recipe_names("fq") == ["fq-vit", "fq-vit-published"]
+    assert recipe_names("d") == ["default"]
     assert recipe_names("repq-vit+fully") == ["repq-vit+fully-integer"]
     assert "fully-integer" not in recipe_names("")
     assert measures("nu") == ["nuclear-norm"]

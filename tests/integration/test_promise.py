@@ -40,8 +40,7 @@ class Counting:
     [
         ("fq-vit", "w8a8s8", "w8a8s4"),
         ("fq-vit", "w8a8s5", "w8a8s4"),
-        ("fq-vit", "w10a8s4", "w8a8s4"),
-        ("fq-vit", "w6a12s4", "w6a8s4"),
+        ("fq-vit", "w10a12s4", "w10a8s4"),
         ("fq-vit", "w4a12s8r16", "w4a8s4r16"),  # the residual stream may have 16
         ("fq-vit+uniform-probs", "w8a8s12", "w8a8"),
         ("repq-vit+fully-integer", "w6a6", "w6a6s5"),
