@@ -224,7 +224,7 @@ def _refused(model: nn.Module, size: int) -> str:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(2, 3, size, size, generator=generator) for _ in range(2)]
     try:
-        quantized = quantize(model, "fq-vit", batches)
+        quantized = quantize(model, "fq-vit", batches, simulated=True)
         program = lower(quantized)
     except VitquantError as error:
         return str(error).partition(";")[0]

@@ -19,7 +19,16 @@ class RecipeError(VitquantError):
 
 
 class CalibrationError(VitquantError):
-    """The calibration data or what the model makes of it cannot give quantization parameters."""
+    """The calibration data or what the model makes of it cannot give quantization parameters.
+
+    Arguments:
+        problem: what is wrong, and what to do.
+        site: where in the model, a site or one of its operands; empty when it is no single place.
+    """
+
+    def __init__(self, problem: str, site: str = "") -> None:
+        super().__init__(f"{site}: {problem}" if site else problem)
+        self.problem, self.site = problem, site
 
 
 class AllocationError(VitquantError):
@@ -31,7 +40,16 @@ class CheckpointError(VitquantError):
 
 
 class LoweringError(VitquantError):
-    """An operation cannot be computed in integers."""
+    """An operation cannot be computed in integers.
+
+    Arguments:
+        problem: the site and the reason.
+        remedy: what to do; empty when the problem says it.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(f"{problem}; {remedy}" if remedy else problem)
+        self.problem, self.remedy = problem, remedy
 
 
 class ExportError(VitquantError):

@@ -19,6 +19,7 @@ from vitquant.checkpoint import read_config, read_shapes
 from vitquant.config import check_config
 from vitquant.errors import CalibrationError, CheckpointError, RecipeError, VitquantError
 from vitquant.files import recover
+from vitquant.lowering import check_possible, check_promise
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.methods.integer_operations import integer_operations
 from vitquant.methods.power_of_two_factor import ChooseFactorsSettings, choose_factors
@@ -51,6 +52,7 @@ def quantize(
     *,
     bits: str | None = None,
     settings: Sequence[str] = (),
+    simulated: bool = False,
     source: ModelSource | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     progress: Progress = silent,
@@ -66,11 +68,15 @@ def quantize(
             a list or a DataLoader allows and a generator does not; image size is that of the first.
         bits: replaces the recipe's, such as "w8a8s4".
         settings: replaces single keys of the recipe, such as "weights.observer=omse".
+        simulated: take the model also where its recipe promises integers and some of it cannot be computed so.
         source: where the model came from; with it `load(directory)` needs nothing else.
         preprocessing: the model's, timm's data-configuration keys; saved with the model.
         progress: told what a search is doing, how much of it is done and how much there is.
 
     Raises:
+        LoweringError: the recipe promises integers (its method `integer-operations` computes every kind so), the
+            bits, the model or its calibration do not allow it, and not `simulated`; it names the site and what to do.
+            Said before calibration wherever that does not depend on the images.
         VitquantError: see `capture`, `requested` and the recipe's methods.
     """
     said = None if preprocessing is None else Preprocessing.from_dict(preprocessing).to_dict()
@@ -87,8 +93,12 @@ def quantize(
     captured = capture(model, example[:2].to(device))
     shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
     quantized = QuantizedModel(captured, recipe, widths, shape)
+    if not simulated:
+        check_possible(captured, recipe, widths, shape)
     for step in steps:
         quantized.records.append(step(quantized, stream))
+    if not simulated:
+        check_promise(quantized)
     quantized.provenance = {
         "source": None if source is None else source.to_dict(),
         "preprocessing": said,
@@ -228,7 +238,17 @@ def _with_settings(
     hints = {name: of_type(hint) for name, hint in get_type_hints(kind).items()}
     check(method.settings, Table({}, hints), RecipeError, method.name)
     settings = kind(**method.settings)
-    return lambda model, data: run(model, data, settings)
+
+    def step(model: QuantizedModel, data: Iterable[torch.Tensor]) -> Record:
+        try:
+            return run(model, data, settings)
+        except CalibrationError as error:
+            where = f"{method.name} at {error.site}" if error.site else method.name
+            raise CalibrationError(f"{where}: {error.problem}") from error
+        except VitquantError as error:
+            raise type(error)(f"{method.name}: {error}") from error
+
+    return step
 
 
 class _Stream:

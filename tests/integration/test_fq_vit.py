@@ -208,7 +208,7 @@ class OtherNorms(nn.Module):
 @pytest.mark.parametrize("recipe", ["fq-vit", "fq-vit-published"])
 def test_norms_that_are_no_layer_norm_are_quantized_as_what_they_are(recipe: str) -> None:
     model = made(OtherNorms)
-    quantized = vitquant.quantize(model, recipe, [photos(8)], bits="w8a8s4r7")
+    quantized = vitquant.quantize(model, recipe, [photos(8)], bits="w8a8s4r7", simulated=True)
     sites = {site.kind: site for site in quantized.sites}
     for kind in ("batch_norm", "rms_norm"):
         reader = sites[kind].reader("input")
@@ -227,7 +227,7 @@ def test_one_bit_probabilities_are_refused() -> None:
 
 
 def test_more_bits_than_the_tables_hold_leave_softmax_in_float_and_say_so() -> None:
-    quantized = vitquant.quantize(made(timm_vit), "fq-vit", [photos()], bits="w8a8s8")
+    quantized = vitquant.quantize(made(timm_vit), "fq-vit", [photos()], bits="w8a8s8", simulated=True)
     assert set(quantized.float_reasons) == {"blocks.0.attn.softmax"}
     assert all("its result has 8 bits" in reason for reason in quantized.float_reasons.values())
 

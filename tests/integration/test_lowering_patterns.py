@@ -53,7 +53,7 @@ def same(x):
 def quantized(body=lambda s, x: x, prepare=same, recipe="fq-vit", mix=torch.matmul, settings=()):
     torch.manual_seed(0)
     data = [torch.randn(4, 3, 16, 16) for _ in range(2)]
-    return vitquant.quantize(Block(body, prepare, mix).eval(), recipe, data, settings=settings)
+    return vitquant.quantize(Block(body, prepare, mix).eval(), recipe, data, settings=settings, simulated=True)
 
 
 def masked(before=same, after=same, hide=lambda s, x: s.later, fill=-math.inf, first=same):

@@ -121,7 +121,10 @@ def test_memory_is_a_budget_and_does_not_change_the_result():
     for name, quantizer in whole.quantizers.items():
         assert torch.equal(quantizer.scale, parts.quantizers[name].scale)
     settings = [*QUICK, "search-scales.memory=1e-6"]
-    with pytest.raises(CalibrationError, match=r"patch_embed needs 0\.123 GB for 6 images.*give memory = 0\.13, or"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"^search-scales at patch_embed: it needs 0\.123 GB for 6 images.*give memory = 0\.13, or",
+    ):
         vitquant.quantize(model, "vt-ptq", images.split(3), bits="w4a4", settings=settings)
 
 

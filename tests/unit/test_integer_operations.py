@@ -491,7 +491,8 @@ def test_an_activation_keeps_its_own_constants() -> None:
 
 
 def reasons(*settings: str, model: nn.Module | None = None, recipe: str = "fq-vit") -> dict[str, str]:
-    return vitquant.quantize(model or made(timm_vit), recipe, [photos()], settings=settings).float_reasons
+    model = model or made(timm_vit)
+    return vitquant.quantize(model, recipe, [photos()], settings=settings, simulated=True).float_reasons
 
 
 def test_what_the_recipe_leaves_in_float_says_so() -> None:
@@ -587,7 +588,8 @@ def test_factors_of_other_channels_than_a_norm_s_own_are_not_used(how: str) -> N
         model.patches.weight *= 2.0 ** torch.arange(16).remainder(4)[:, None, None, None]
     x, outputs = photos(3, seed=1), []
     for form in ("integer", "float"):
-        quantized = vitquant.quantize(model, "fq-vit", [photos()], settings=[f"integer-operations.layer_norm={form}"])
+        settings = [f"integer-operations.layer_norm={form}"]
+        quantized = vitquant.quantize(model, "fq-vit", [photos()], settings=settings, simulated=True)
         with torch.no_grad():
             outputs.append(quantized(x))
     assert (outputs[0] - outputs[1]).norm() < 0.02 * outputs[1].norm()

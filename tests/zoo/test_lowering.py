@@ -36,12 +36,13 @@ class Logits(nn.Module):
         return output
 
 
-def quantized(name, recipe="fq-vit"):
+def quantized(name, recipe="fq-vit", simulated=False):
     build, size = ZOO[name]
     torch.manual_seed(0)
     model = build().eval()
     vary(model)
-    return vitquant.quantize(Logits(model), recipe, [torch.randn(4, 3, size, size) for _ in range(2)]), size
+    batches = [torch.randn(4, 3, size, size) for _ in range(2)]
+    return vitquant.quantize(Logits(model), recipe, batches, simulated=simulated), size
 
 
 @pytest.mark.parametrize("name", sorted(ZOO.keys() - REFUSED.keys()))
@@ -63,13 +64,17 @@ def final(model):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_is_refused_is_refused_for_what_it_is(name):
-    with pytest.raises(LoweringError, match=REFUSED[name]):
-        lower(quantized(name)[0])
+    with pytest.raises(LoweringError, match=f"{REFUSED[name]}.*fq-vit promises integers; .*--simulated") as early:
+        quantized(name)
+    with pytest.raises(LoweringError, match=REFUSED[name]) as late:
+        lower(quantized(name, simulated=True)[0])
+    # What is said before calibration is what would have been said after it.
+    assert str(early.value).startswith(late.value.problem)
 
 
 def test_a_model_that_gives_two_tensors_is_refused():
     build, size = ZOO["attention maps"]
-    model = vitquant.quantize(build().eval(), "fq-vit", [torch.randn(2, 3, size, size)])
+    model = vitquant.quantize(build().eval(), "fq-vit", [torch.randn(2, 3, size, size)], simulated=True)
     with pytest.raises(LoweringError, match="the model gives 2 tensors; wrap it so that it gives its logits only"):
         lower(model)
 

@@ -1,6 +1,6 @@
 """The command line: the only place that turns names into objects.
 
-Importing it costs typer and rich; torch is imported by the commands that need it.
+Importing it costs next to nothing: `main` imports typer and rich, and torch is imported by the commands that need it.
 """
 
 from vitquant.cli.main import main

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from vitquant.cli import options
+from vitquant.cli.completing import measures
 from vitquant.cli.terminal import Terminal
 from vitquant.errors import AllocationError
 
@@ -18,11 +19,20 @@ def allocate(
     table: Annotated[Path, typer.Argument(metavar="TABLE", help="The sensitivity.json of `vitquant sensitivity`.")],
     output: Annotated[Path, typer.Option(metavar="RECIPE.toml", help="The recipe to write.")],
     mean_bits: Annotated[
-        float | None, typer.Option(help="Of the weights of attention and MLP, at most, as in 6 or 5.5.")
+        float | None,
+        typer.Option(callback=options.finite, help="Of the weights of attention and MLP, at most, as in 6 or 5.5."),
     ] = None,
-    megabytes: Annotated[float | None, typer.Option(help="Of the saved model, at most, instead of mean bits.")] = None,
+    megabytes: Annotated[
+        float | None,
+        typer.Option(callback=options.finite, help="Of the saved model, at most, instead of mean bits."),
+    ] = None,
     by: Annotated[
-        str, typer.Option(metavar="MEASURE", help="What is to be least: nuclear-norm, output-error or correlation.")
+        str,
+        typer.Option(
+            metavar="MEASURE",
+            autocompletion=measures,
+            help="What is to be least: nuclear-norm, output-error or correlation.",
+        ),
     ] = "nuclear-norm",
     figure: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the Pareto front.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,

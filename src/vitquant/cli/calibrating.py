@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vitquant.cli import options
+from vitquant.cli.completing import recipe_names
 from vitquant.cli.terminal import Terminal
 from vitquant.errors import DataError, ModelError
 
@@ -36,6 +38,7 @@ RecipeName = Annotated[
     typer.Option(
         "--recipe",
         help="A recipe's name or TOML file; + lays overlays over it. default: the best in integers at these bits.",
+        autocompletion=recipe_names,
     ),
 ]
 BitWidths = Annotated[str | None, typer.Option("--bits", help="Replaces the recipe's, as in w8a8 or w4a8s4.")]
@@ -47,13 +50,17 @@ Images = Annotated[int | None, typer.Option(min=1, help="How many of them; the r
 Batch = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Images in a batch; the recipe's number, or all images where those are fewer, when not given."
+        min=1,
+        max=options.LARGEST_BATCH,
+        help="Images in a batch; the recipe's number, or all images where those are fewer, when not given.",
     ),
 ]
 ModelArguments = Annotated[
     list[str] | None, typer.Option("--model-arg", metavar="KEY=VALUE", help="An argument of the model; repeat.")
 ]
-Seed = Annotated[int, typer.Option(help="Of random weights and of the choice of images.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=options.LARGEST_SEED, help="Of random weights and of the choice of images.")
+]
 
 
 @dataclass(frozen=True)

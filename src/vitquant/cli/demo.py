@@ -30,8 +30,11 @@ _IMAGES = "test-images"  # no recipe is called so
 
 Output = Annotated[Path, typer.Option(metavar="DIR", help="The directory to write, with one for each model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")]
-Minutes = Annotated[float, typer.Option(min=0, help="Leave out the recipes that do not fit into this time together.")]
-Seed = Annotated[int, typer.Option(help="Of recipes that draw at random.")]
+Minutes = Annotated[
+    float,
+    typer.Option(min=0, callback=options.finite, help="Leave out the recipes that do not fit into this time together."),
+]
+Seed = Annotated[int, typer.Option(min=0, max=options.LARGEST_SEED, help="Of recipes that draw at random.")]
 
 
 def demo(

@@ -1,57 +1,19 @@
-"""The entry point: commands, and what becomes of errors."""
+"""The entry point: what becomes of errors, interrupts, and streams that are closed or full.
+
+It is light: whatever takes long to import is imported inside of its `try`.
+"""
 
 from __future__ import annotations
 
-import errno
-import logging
-import os
-import signal
 import sys
-import traceback
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Annotated, Any, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
-import typer
-
-from vitquant import __version__
-from vitquant.cli.allocate import allocate
-from vitquant.cli.demo import demo
-from vitquant.cli.evaluate import evaluate
-from vitquant.cli.export import export
-from vitquant.cli.inspect import inspect
-from vitquant.cli.parity import parity
-from vitquant.cli.quantize import quantize
-from vitquant.cli.recipes import recipes
-from vitquant.cli.sensitivity import sensitivity
-from vitquant.cli.terminal import InterruptedAfterWritingError
+from vitquant.cli.interrupts import INTERRUPTED, InterruptedAfterWritingError, Interrupts
+from vitquant.cli.streams import Streams
 from vitquant.errors import VitquantError
 
-OK, INTERNAL, WRONG, INTERRUPTED = 0, 1, 2, 130
-
-# Typer brings a copy of click or uses the installed one, by its version; this is the family of its own errors.
-_UsageError: Any = typer.BadParameter.__mro__[1]
-
-app = typer.Typer(name="vitquant", add_completion=False, pretty_exceptions_enable=False)
-for command in (quantize, evaluate, inspect, export, parity, sensitivity, allocate, recipes, demo):
-    app.command()(command)
-
-
-@app.callback(invoke_without_command=True)
-def options(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    """Quantize unmodified Vision Transformers by published recipes.
-
-    Exit codes: 0 done, 1 a fault of vitquant or a broken promise, 2 a request that cannot be met, 130 interrupted.
-    """
-    if version:
-        typer.echo(f"vitquant {__version__}")
-    elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-        raise typer.Exit(WRONG)
+OK, INTERNAL, WRONG = 0, 1, 2  # exit codes, beside INTERRUPTED
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -61,77 +23,45 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments: the words after `vitquant`; those of this process when None.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    debug = "--debug" in words
-    try:
-        with _sigterm_as_interrupt(), _silence(debug):
-            code = app(words, prog_name="vitquant", standalone_mode=False)
-            if code == INTERRUPTED:  # what typer makes of an interrupt
-                raise KeyboardInterrupt
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
-        _discard_stdout()
-        code = OK
-    except (Exception, KeyboardInterrupt) as error:
-        if debug:
-            traceback.print_exc()
-        code, message = _explain(error)
-        print(message, file=sys.stderr)
-        if _is_full(error):
-            _discard_stdout()
-    sys.exit(code if isinstance(code, int) else OK)
+    with Streams() as streams, Interrupts(last=arguments is None) as interrupts:
+        try:
+            try:
+                from vitquant.cli.app import run
+
+                code = run(words)
+            except (Exception, KeyboardInterrupt) as error:
+                if "--debug" in words:
+                    _show_traceback()
+                code, message = _explain(error, interrupts.came)
+                print(message, file=sys.stderr)
+            streams.stdout.flush()
+            if streams.stdout.lost:
+                print(f"error: the result cannot be written to stdout: {streams.stdout.lost}", file=sys.stderr)
+                code = code or WRONG
+        except KeyboardInterrupt:  # while that was said
+            code = INTERRUPTED
+    sys.exit(code)
 
 
-def _discard_stdout() -> None:
-    """What is still in the buffer would be written, and fail, once more at the end of the process."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def one_line(text: str) -> str:
+    """A text as one line of printable characters; others are escaped, since they may come from a file's name."""
+    line = " ".join(text.split())
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
-def _is_full(error: BaseException) -> bool:
-    """Whether stdout goes to a disk that is full; files that vitquant writes have errors of their own for that."""
-    return isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
-
-
-def _explain(error: BaseException) -> tuple[int, str]:
+def _explain(error: BaseException, interrupted: bool) -> tuple[int, str]:
     """The exit code for an error, and the one line that says it."""
-    text = " ".join(str(error).split())
+    text = one_line(str(error))
     if isinstance(error, InterruptedAfterWritingError):
         return INTERRUPTED, text
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
+    if interrupted or isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted; nothing was written"
-    if _is_full(error):
-        return WRONG, "error: the result cannot be written: no space left where stdout goes"
     if isinstance(error, VitquantError):
         return WRONG, f"error: {text}"
-    if isinstance(error, _UsageError):
-        usage: Any = error
-        where = usage.ctx.command_path if usage.ctx else "vitquant"
-        return WRONG, f"error: {' '.join(usage.format_message().split())} See {where} --help"
     return INTERNAL, f"internal error: {type(error).__name__}: {text[:200]}; run with --debug"
 
 
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """What a batch system sends before it kills ends a run as Ctrl-C does."""
+def _show_traceback() -> None:
+    import traceback
 
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _silence(debug: bool) -> Iterator[None]:
-    """Libraries warn about what a user of this command cannot change."""
-    level = logging.root.manager.disable
-    with warnings.catch_warnings():
-        if not debug:
-            warnings.simplefilter("ignore")
-            logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(level)
+    traceback.print_exc()

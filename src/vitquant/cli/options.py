@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,21 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+LARGEST_SEED = 2**64 - 1  # that torch takes
+LARGEST_BATCH = 1_000_000
+
+
+def finite(value: float | None) -> float | None:
+    """Refuse numbers that nothing can be compared with.
+
+    Raises:
+        typer.BadParameter: NaN or infinity.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number.")
+    return value
+
+
 Saved = Annotated[Path, typer.Argument(metavar="OUT", help="What `quantize` wrote.")]
 Repeated = Annotated[
     str | None,
@@ -31,10 +47,12 @@ RepeatedArguments = Annotated[
     list[str] | None,
     typer.Option("--model-arg", metavar="KEY=VALUE", help="Repeat an argument of the model that may load something."),
 ]
-Batch = Annotated[int | None, typer.Option(min=1, help="Images in a batch.")]
+Batch = Annotated[int | None, typer.Option(min=1, max=LARGEST_BATCH, help="Images in a batch.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto: CUDA when there is one.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: this one.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads that compute; torch's choice when not given.")]
+Workers = Annotated[int, typer.Option(min=0, max=256, help="Processes that decode images; 0: this one.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Threads that compute; torch's choice when not given.")
+]
 SkipBadImages = Annotated[bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be read.")]
 PreprocessingFile = Annotated[
     Path | None,

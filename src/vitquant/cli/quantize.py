@@ -19,10 +19,21 @@ if TYPE_CHECKING:
     from vitquant.zoo import ModelSource
 
 Output = Annotated[Path, typer.Option(metavar="OUT", help="The directory to write.")]
+Simulated = Annotated[
+    bool,
+    typer.Option(
+        "--simulated", help="Write the model also where its recipe promises integers and it can only be simulated."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace a saved model that is there.")]
 MemoryBudget = Annotated[
     float | None,
-    typer.Option(min=0, metavar="GB", help="What a search may hold beside the model; the recipe's when not given."),
+    typer.Option(
+        min=0,
+        metavar="GB",
+        callback=options.finite,
+        help="What a search may hold beside the model; the recipe's when not given.",
+    ),
 ]
 
 
@@ -40,6 +51,7 @@ def quantize(
     preprocessing: options.PreprocessingFile = None,
     model_arguments: calibrating.ModelArguments = None,
     memory_budget: MemoryBudget = None,
+    simulated: Simulated = False,
     force: Force = False,
     seed: calibrating.Seed = 0,
     device: options.DeviceOption = options.Device.AUTO,
@@ -85,6 +97,7 @@ def quantize(
                     chosen,
                     watched,
                     bits=str(widths),
+                    simulated=simulated,
                     source=source,
                     preprocessing=prepared.steps.to_dict(),
                     progress=watched.step,

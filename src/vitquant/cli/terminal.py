@@ -15,13 +15,11 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from vitquant.cli.interrupts import InterruptedAfterWritingError
+from vitquant.cli.main import one_line
 from vitquant.files import Directory, identity, replacing
 
 _FILE_WIDTH = 140  # columns of a table that goes to a file or a pipe
-
-
-class InterruptedAfterWritingError(Exception):
-    """A command was interrupted when an output was in place; the message names it."""
 
 
 class Terminal:
@@ -61,19 +59,19 @@ class Terminal:
         if self._json:
             print(json.dumps(values, indent=2, allow_nan=False), file=self._stdout)
         elif not self._quiet:
-            console = Console(file=self._stdout, width=_width(self._stdout), highlight=False)
+            console = Console(file=self._stdout, width=_width(self._stdout), markup=False, highlight=False)
             for table in tables:
                 console.print(table)
 
     def note(self, text: str) -> None:
         """Say something that the user should know, on stderr."""
         if not self._quiet:
-            self._stderr.print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
+            self._stderr.print(f"note: {one_line(text)}", soft_wrap=True, markup=False, highlight=False)
 
     def failure(self, text: str) -> None:
         """Say in one line on stderr what failed, unless a table has said it."""
         if self._json or self._quiet:
-            self._stderr.print(text, soft_wrap=True, markup=False, highlight=False)
+            self._stderr.print(one_line(text), soft_wrap=True, markup=False, highlight=False)
 
     @contextmanager
     def progress(self, description: str, images: int | None = None) -> Iterator[Callable[..., None]]:
@@ -82,7 +80,13 @@ class Terminal:
         Yields a function that takes what rich's `Progress.update` takes: `description`, `total`, `completed`; and
         `unit`, of what is counted, empty to leave out the speed.
         """
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Done(), TimeRemainingColumn())
+        columns = (
+            SpinnerColumn("line"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            _Done(),
+            TimeRemainingColumn(),
+        )
         hidden = self._quiet or not self._stderr.is_terminal
         with Progress(*columns, console=self._stderr, transient=True, disable=hidden) as progress:
             yield partial(progress.update, progress.add_task(description, total=images, unit="images"))

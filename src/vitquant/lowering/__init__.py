@@ -1,5 +1,6 @@
 """From a quantized model to an integer program."""
 
 from vitquant.lowering.lower import lower
+from vitquant.lowering.promise import check_possible, check_promise, promised
 
-__all__ = ["lower"]
+__all__ = ["check_possible", "check_promise", "lower", "promised"]

@@ -66,7 +66,7 @@ def codes_of(context: Context, register: str, quantizer: Quantizer, rank: int) -
         LoweringError: the codes are powers of two, or a scale is not positive.
     """
     if isinstance(quantizer, LogarithmicQuantizer):
-        raise context.refuse("only a softmax gives powers of two", "quantize it uniformly")
+        raise context.refuse("only a softmax gives powers of two", "quantize it uniformly, as +uniform-probs does")
     step = quantizer.step.detach().cpu().double()
     if not bool((torch.isfinite(step) & (step > 0)).all()):
         raise context.refuse("a scale of its quantizer is not positive", "calibrate it on other images")

@@ -60,7 +60,7 @@ class Context:
 
     def refuse(self, reason: str, remedy: str = SIMULATE) -> LoweringError:
         """The error for the node that is being lowered."""
-        return LoweringError(f"{self._place}: {reason}; {remedy}")
+        return LoweringError(f"{self._place}: {reason}", remedy)
 
     def static_of_two(self, node: Node) -> Tensor:
         """A tensor that no image changes, for a batch of two."""

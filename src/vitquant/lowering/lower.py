@@ -52,15 +52,27 @@ def lower(model: QuantizedModel) -> IntegerProgram:
 
     Pitfall: the codes are the simulation's except where float32 and integers round a sum apart; `parity` counts them.
     """
+    program = translate(model)
+    check_program(program)
+    return program
+
+
+def translate(model: QuantizedModel) -> IntegerProgram:
+    """The integer program of a quantized model, not yet proved to be free of overflow.
+
+    Raises:
+        CalibrationError: a quantizer is missing.
+        LoweringError: an operation has no form in integers.
+    """
     model.require_calibrated()
     try:
         return _program(model)
-    except LoweringError as reason:
+    except LoweringError as error:
         left = [name for name, assignment in model.assignments.items() if assignment.spec is None]
-        if not left:
+        if not left or model.arithmetic is not None:
             raise
         raise LoweringError(
-            f"{reason}; the recipe leaves {len(left)} operands in float, first {left[0]}: lay +fully-integer over it"
+            f"{error}; the recipe leaves {len(left)} operands in float, first {left[0]}: lay +fully-integer over it"
         ) from None
 
 
@@ -94,7 +106,7 @@ def _program(model: QuantizedModel) -> IntegerProgram:
     assert result is not None
     if first is None:
         raise context.refuse("the image is not quantized", "let the recipe quantize it")
-    program = IntegerProgram(
+    return IntegerProgram(
         input=first.register,
         output=result.register,
         registers=context.registers,
@@ -107,8 +119,6 @@ def _program(model: QuantizedModel) -> IntegerProgram:
             **model.facts,
         },
     )
-    check_program(program)
-    return program
 
 
 def _lowered(context: Context, node: Node) -> Value:

@@ -5,7 +5,8 @@ Every operand is observed in float, as FQ-ViT does: no quantizer sees the error 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,9 @@ from vitquant.errors import CalibrationError
 from vitquant.model import QuantizedModel, Record
 from vitquant.observers import build_observer
 from vitquant.observers.observer import Observer
-from vitquant.quantizers import build_quantizer
+from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.recipe import Assignment
+from vitquant.recipe.tables import within
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ def calibrate(model: QuantizedModel, data: Iterable[torch.Tensor], settings: Cal
     Raises:
         CalibrationError: no data, or NaN or infinity at an operand, which the message names.
     """
-    observers = {name: observer_of(model.assignments[name]) for name in model.quantized_names}
+    observers = {name: observer_of(name, model.assignments[name]) for name in model.quantized_names}
     images, batches = observe(model, data, observers)
-    model.insert({name: build_quantizer(observer.spec, observer.estimate()) for name, observer in observers.items()})
+    model.insert({name: estimated(name, observer) for name, observer in observers.items()})
     decisions = {}
     for name, observer in observers.items():
         low, high = observer.observed_range()
@@ -72,18 +74,40 @@ def observe(model: QuantizedModel, data: Iterable[torch.Tensor], observers: Mapp
     return images, batches
 
 
-def observer_of(assignment: Assignment) -> Observer:
-    """A fresh observer for a value that the recipe quantizes."""
+def observer_of(name: str, assignment: Assignment) -> Observer:
+    """A fresh observer for a value that the recipe quantizes.
+
+    Raises:
+        RecipeError: the observer does not fit the spec; it names the rule and the value.
+    """
     assert assignment.spec is not None
     assert assignment.observer is not None
-    return build_observer(assignment.observer, assignment.spec)
+    with within(f"rule {assignment.rule!r} at {name}"):
+        return build_observer(assignment.observer, assignment.spec)
+
+
+def estimated(name: str, observer: Observer) -> Quantizer:
+    """The quantizer of a value, made of what its observer saw.
+
+    Raises:
+        CalibrationError: it saw nothing.
+    """
+    with _at(name):
+        return build_quantizer(observer.spec, observer.estimate())
 
 
 def _tap(name: str, observer: Observer) -> Callable[[torch.Tensor], None]:
     def update(x: torch.Tensor) -> None:
-        try:
+        with _at(name):
             observer.update(x)
-        except CalibrationError as error:
-            raise CalibrationError(f"{name}: {error}") from error
 
     return update
+
+
+@contextmanager
+def _at(name: str) -> Iterator[None]:
+    """Say at which value a `CalibrationError` raised inside arose."""
+    try:
+        yield
+    except CalibrationError as error:
+        raise CalibrationError(error.problem, name) from error

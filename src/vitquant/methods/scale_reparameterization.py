@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.graph.layer_norm_folding import FoldableNorm, NotFoldableError, fold, foldable_norm
-from vitquant.methods.calibrate import observe, observer_of
+from vitquant.methods.calibrate import estimated, observe, observer_of
 from vitquant.model import QuantizedModel, Record
 from vitquant.observers.observer import Observer
 from vitquant.quantizers import Quantizer, build_quantizer
@@ -81,12 +81,15 @@ def reparameterize_scales(
     """
     model.require_calibrated()
     if model.arithmetic is not None:
-        raise CalibrationError("reparameterize-scales comes before integer-operations: change the recipe's order")
+        raise CalibrationError(
+            "operations are on codes already: "
+            "reparameterize-scales comes before integer-operations; change the recipe's order"
+        )
     nodes = {node.name: node for node in model.graph_module.graph.nodes}
     norms = [site for site in model.sites if site.kind == "layer_norm"]
     chosen = [site for site in norms if any(fnmatchcase(site.name, glob) for glob in settings.sites)]
     if norms and not chosen:
-        raise RecipeError(f"reparameterize-scales: no LayerNorm is called {' or '.join(settings.sites)}")
+        raise RecipeError(f"no LayerNorm is called {' or '.join(settings.sites)}")
     decisions: dict[str, dict[str, Any]] = {}
     found: dict[str, tuple[FoldableNorm, Value]] = {}
     for site in chosen:
@@ -109,9 +112,9 @@ def reparameterize_scales(
         changed[value.name] = build_quantizer(spec, params)
         largest, smallest = result.ratio.max().item(), result.ratio.min().item()
         decisions[name] = {"largest ratio": largest, "smallest ratio": smallest, "shifted": layers.shiftable}
-    weights = {name: observer_of(model.assignments[name]) for name in _weights(model, found)}
+    weights = {name: observer_of(name, model.assignments[name]) for name in _weights(model, found)}
     observe(model, (), weights)
-    changed |= {name: build_quantizer(observer.spec, observer.estimate()) for name, observer in weights.items()}
+    changed |= {name: estimated(name, observer) for name, observer in weights.items()}
     model.insert(changed)
     return Record("reparameterize-scales", {"reparameterized": len(found), "of": len(norms)}, decisions)
 
@@ -169,7 +172,8 @@ def _by_channel(model: QuantizedModel, value: Value) -> Observer:
     """The observer of a value's rule, watching each channel by itself."""
     assignment = model.assignments[value.name]
     assert assignment.spec is not None
-    return observer_of(replace(assignment, spec=replace(assignment.spec, granularity=PerAxis(value.channel_axis))))
+    by_channel = replace(assignment.spec, granularity=PerAxis(value.channel_axis))
+    return observer_of(value.name, replace(assignment, spec=by_channel))
 
 
 def _weights(model: QuantizedModel, found: Mapping[str, tuple[FoldableNorm, Value]]) -> list[str]:

@@ -107,7 +107,9 @@ def search_scales(
     """
     model.require_calibrated()
     if model.arithmetic is not None:
-        raise CalibrationError("search-scales comes before integer-operations: change the recipe's order")
+        raise CalibrationError(
+            "operations are on codes already: search-scales comes before integer-operations; change the recipe's order"
+        )
     images, one = 0, None
     for batch in data:
         images, one = images + len(batch), batch[:1] if one is None else one
@@ -268,8 +270,9 @@ def _within(groups: Sequence[_Group], images: int, settings: SearchScalesSetting
     for group in groups:
         if (alone := _needed([group], images, settings)) > settings.memory * 1e9:
             raise CalibrationError(
-                f"{group.sites[0].name} needs {alone / 1e9:.3f} GB for {images} images, and search-scales may take "
-                f"{settings.memory:g}: give memory = {math.ceil(alone / 1e7) / 100:g}, or fewer images"
+                f"it needs {alone / 1e9:.3f} GB for {images} images, and search-scales may take "
+                f"{settings.memory:g}: give memory = {math.ceil(alone / 1e7) / 100:g}, or fewer images",
+                group.sites[0].name,
             )
         if _needed([*some, group], images, settings) > settings.memory * 1e9:
             yield some

@@ -40,3 +40,8 @@ class Arithmetic:
             value = getattr(self, key)
             if value not in choices:
                 raise RecipeError(f"{key} = {value!r}: it is one of {', '.join(choices)}")
+
+    @property
+    def in_integers(self) -> bool:
+        """Whether it asks for every kind in integers; the published LayerNorm has float statistics."""
+        return self.layer_norm == "integer" and "float" not in (self.softmax, self.activation)

@@ -105,7 +105,7 @@ class LogIntSoftmax(_Softmax):
         if result.zero_code > most:
             fit = (most + 1 - (isinstance(scheme, Logarithmic) and scheme.separate_zero)).bit_length() - 1
             reason = f"its result has {result.spec.bits} bits: the numerators reach 2**-15, which {fit} bits hold"
-            raise NotIntegerError(f"{reason}; give --bits with s{fit}")
+            raise NotIntegerError(f"{reason} (s{fit} in --bits)")
 
     @property
     def powers(self) -> LogarithmicQuantizer:

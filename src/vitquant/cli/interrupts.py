@@ -1,0 +1,56 @@
+"""Ctrl-C, and the signals that a batch system or a closing terminal sends before it kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+INTERRUPTED = 130  # the exit code
+
+
+class InterruptedAfterWritingError(Exception):
+    """A command was interrupted when an output was in place; the message names it."""
+
+
+class Interrupts:
+    """Turns signals into `KeyboardInterrupt` inside its `with`; what the process was told to ignore stays ignored.
+
+    Arguments:
+        last: whether the process ends behind it: a signal that comes then has nothing to interrupt, and just ends it.
+
+    Attributes:
+        came: whether there was one. What it meets may turn it into another error, so one that follows is its doing.
+    """
+
+    def __init__(self, last: bool) -> None:
+        self.came, self._last, self._process = False, last, os.getpid()
+        self._number: int = signal.SIGINT
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._interrupt)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.unraisablehook = self._hook
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_DFL if self._last else before)  # type: ignore[arg-type]
+
+    def _interrupt(self, number: int, *_: object) -> None:
+        if os.getpid() != self._process:  # a process that decodes images: the one that it works for says what happened
+            os._exit(INTERRUPTED)
+        self.came, self._number = True, number
+        raise KeyboardInterrupt
+
+    def _unraisable(self, unraisable: Any) -> None:
+        """Python drops what a finalizer raises, with a traceback; an interrupt that met one comes again behind it."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            threading.Timer(0.01, os.kill, (os.getpid(), self._number)).start()
+        else:
+            self._hook(unraisable)

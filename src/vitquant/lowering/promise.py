@@ -1,0 +1,138 @@
+"""The promise of a recipe that the model it makes is computed in integers, and whether it can be kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch.fx import GraphModule
+
+from vitquant.errors import LoweringError
+from vitquant.lowering.context import SIMULATE
+from vitquant.lowering.lower import lower, translate
+from vitquant.model import QuantizedModel
+from vitquant.operations import Arithmetic
+from vitquant.quantizers import Quantizer, build_quantizer, params_from_range
+from vitquant.quantizers.quantizer import channel_axis
+from vitquant.recipe import Bits, Recipe
+from vitquant.sites import Value
+from vitquant.spec import Logarithmic, QuantSpec
+
+# Widths that integers take, the widest first: of what products and tables read, and of powers as probabilities.
+_CODES, _PROBS = (8,), (8, 5, 4)
+_RANGE = 8.0  # of every value of a rehearsal; no refusal of `translate` comes near to depending on it
+
+
+def promised(recipe: Recipe) -> Arithmetic | None:
+    """How a recipe promises to compute in integers; None when it makes no such promise.
+
+    A recipe promises it by its method `integer-operations`, unless that leaves softmax, LayerNorm or activations in
+    float, or computes LayerNorm as published, whose statistics are float.
+
+    Raises:
+        RecipeError: a setting of the method that has no meaning.
+    """
+    settings = next((method.settings for method in recipe.methods if method.name == "integer-operations"), None)
+    if settings is None:
+        return None
+    arithmetic = Arithmetic(**settings)
+    return arithmetic if arithmetic.in_integers else None
+
+
+def check_possible(captured: GraphModule, recipe: Recipe, bits: Bits, input_shape: tuple[int, int, int]) -> None:
+    """Refuse what its bits, its schemes or the model itself keep from being integers, before it is calibrated.
+
+    The model is lowered with ranges that stand in for calibrated ones. What depends on the ranges is for
+    `check_promise` to find.
+
+    Arguments:
+        captured: what `capture` returned; left as it is.
+        recipe, bits, input_shape: as for `QuantizedModel`.
+
+    Raises:
+        LoweringError: the recipe promises integers, and this cannot be; it names the site, the reason and the remedy,
+            which is another choice of bits where one helps.
+        RecipeError: the recipe does not fit the model.
+    """
+    arithmetic = promised(recipe)
+    if arithmetic is None:
+        return
+
+    def refusal(widths: Bits) -> LoweringError | None:
+        try:
+            translate(_rehearsed(captured, recipe, widths, input_shape, arithmetic))
+        except LoweringError as error:
+            return error
+        return None
+
+    if (error := refusal(bits)) is not None:
+        helping = _widest(bits, lambda widths: refusal(widths) is None)
+        raise _broken(recipe, error, "" if helping is None else f"give --bits {helping}")
+
+
+def check_promise(model: QuantizedModel) -> None:
+    """Refuse a calibrated model whose recipe promises integers and that does not lower.
+
+    Raises:
+        LoweringError: it names the site, the reason and the remedy.
+    """
+    if promised(model.recipe) is None:
+        return
+    try:
+        lower(model)
+    except LoweringError as error:
+        raise _broken(model.recipe, error) from None
+
+
+def _broken(recipe: Recipe, error: LoweringError, remedy: str = "") -> LoweringError:
+    remedy = remedy or error.remedy.replace(SIMULATE, "")
+    simulate = "give --simulated (simulated=True) if a simulation in float will do"
+    problem = f"{error.problem}, and {recipe.name} promises integers"
+    return LoweringError(problem, f"{remedy}, or {simulate}" if remedy else simulate)
+
+
+def _rehearsed(
+    captured: GraphModule, recipe: Recipe, bits: Bits, input_shape: tuple[int, int, int], arithmetic: Arithmetic
+) -> QuantizedModel:
+    """A model of the same weights, with quantizers as wide as the real ones will be."""
+    graph = GraphModule(captured, copy.deepcopy(captured.graph))
+    model = QuantizedModel(graph, recipe, bits, input_shape)
+    specs = ((value, model.assignments[value.name].spec) for value in model.values)
+    device = next(captured.parameters()).device
+    model.insert({value.name: _stand_in(value, spec).to(device) for value, spec in specs if spec is not None})
+    model.compute_in_integers(arithmetic)
+    return model
+
+
+def _stand_in(value: Value, spec: QuantSpec) -> Quantizer:
+    axis = channel_axis(spec.granularity)
+    largest = (
+        1.0 if isinstance(spec.scheme, Logarithmic) else _RANGE
+    )  # the published softmax has powers that begin at 1
+    high = torch.full(() if axis is None else (value.shape[axis],), largest, dtype=torch.float64)
+    return build_quantizer(spec, params_from_range(-high, high, spec))
+
+
+def _widest(bits: Bits, lowers: Callable[[Bits], bool]) -> Bits | None:
+    """Bits with which the model lowers, none of them wider than asked for and none needlessly narrow; or None."""
+    found = replace(
+        bits,
+        weights=min(bits.weights, _CODES[-1]),
+        activations=min(bits.activations, _CODES[-1]),
+        probs=min(bits.probs, _PROBS[-1]),
+        residual=min(bits.residual, _CODES[-1]),
+    )
+    if found == bits or not lowers(found):
+        return None
+    for symbol, widths in (("residual", _CODES), ("weights", _CODES), ("activations", _CODES), ("probs", _PROBS)):
+        asked = getattr(bits, symbol)
+        for width in (asked, *(width for width in widths if width < asked)):
+            wider = replace(found, **{symbol: width})
+            if wider == found:
+                break
+            if wider != bits and lowers(wider):
+                found = wider
+                break
+    return found
