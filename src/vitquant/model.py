@@ -18,6 +18,7 @@ from vitquant.checkpoint import digest_of, read_checkpoint, write_checkpoint
 from vitquant.errors import CalibrationError, CaptureError, CheckpointError
 from vitquant.graph.fingerprint import structural_fingerprint
 from vitquant.graph.operators import PRODUCTS, calls, is_rearrangement, is_selection
+from vitquant.graph.stored import constants
 from vitquant.operations import Arithmetic, IntegerOperation
 from vitquant.operations.replacement import operation_at, reconnect_operations, replace_operations
 from vitquant.packing import pack, unpack
@@ -339,6 +340,7 @@ class QuantizedModel(nn.Module):
         self.require_calibrated()
         quantizers = self.quantizers
         tensors = {name: tensor.clone() for name, tensor in self.graph_module.state_dict().items()}
+        tensors |= {name: tensor for name, tensor in constants(self.graph_module).items() if _is_rounded(tensor)}
         packed = {}
         for value in self._packable():
             quantizer, weight = quantizers[value.name], self.parameter(value).detach()
@@ -436,7 +438,8 @@ def _take(tensors: dict[str, torch.Tensor], key: str, directory: object) -> torc
 
 
 def _load(module: GraphModule, tensors: dict[str, torch.Tensor], directory: object) -> None:
-    expected = module.state_dict()
+    computed = constants(module)  # what was rounded where the model was saved, not here
+    expected = module.state_dict() | {name: tensor for name, tensor in computed.items() if name in tensors}
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not part of the model"
@@ -445,7 +448,15 @@ def _load(module: GraphModule, tensors: dict[str, torch.Tensor], directory: obje
         if tensor.shape != tensors[key].shape:
             shapes = f"{tuple(tensors[key].shape)} saved, {tuple(tensor.shape)} in the model"
             raise CheckpointError(f"{directory}: {key} has another shape: {shapes}")
+    for name, tensor in computed.items():
+        if name in tensors:
+            tensor.copy_(tensors.pop(name))
     module.load_state_dict(tensors)
+
+
+def _is_rounded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of functions that processors round apart: masks and whole numbers are the same on all."""
+    return tensor.is_floating_point() and not bool((tensor.isinf() | (tensor == tensor.round())).all())
 
 
 def _tied(module: nn.Module) -> set[int]:
