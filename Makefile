@@ -1,11 +1,11 @@
-# make test | demo | lint | bench; TORCH=2.10.0 runs with another torch, in a virtual environment of its own.
+# make test | test-processors | demo | lint | bench; TORCH=2.10.0 runs with another torch, in a virtual environment of its own.
 
 TORCH ?=
 VENV := .venv$(if $(TORCH),-$(TORCH))
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: test test-slow demo lint bench clean
+.PHONY: test test-slow test-processors demo lint bench clean
 
 test: $(VENV)/.installed
 	$(BIN)/python -c "import torch; print('torch', torch.__version__)"
@@ -13,6 +13,13 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow --timeout 7200
+
+# Other processors that one machine can play: torch without AVX512, and without vector instructions at all.
+test-processors: $(VENV)/.installed
+	for capability in avx2 default; do \
+		ATEN_CPU_CAPABILITY=$$capability ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest \
+			tests/laws tests/numerics tests/integration/test_same_program.py || exit 1; \
+	done
 
 # What an earlier demo wrote is replaced.
 demo: $(VENV)/.installed

@@ -22,6 +22,7 @@ from vitquant.errors import CalibrationError, CaptureError, CheckpointError, Mod
 from vitquant.graph.fingerprint import structural_fingerprint
 from vitquant.graph.operators import PRODUCTS, calls, is_rearrangement, is_selection
 from vitquant.graph.plain import plain, rebuilt
+from vitquant.graph.stored import constants
 from vitquant.operations import Arithmetic, IntegerOperation
 from vitquant.operations.replacement import (
     operation_at,
@@ -412,6 +413,8 @@ class QuantizedModel(nn.Module):
         self.require_calibrated()
         quantizers = self.quantizers
         tensors = {name: tensor.clone() for name, tensor in self.graph_module.state_dict().items()}
+        computed = constants(self.graph_module)
+        tensors |= {name: tensor.clone() for name, tensor in computed.items() if _is_rounded(tensor)}
         packed = {}
         for value in self._packable():
             quantizer, weight = quantizers[value.name], self.parameter(value).detach()
@@ -537,6 +540,11 @@ def _refuse_other_precision(captured: GraphModule, tensors: dict[str, torch.Tens
         raise CheckpointError(
             f"{directory} was saved from a {there} model, this one is {here}; give model.to({saved.dtype})"
         )
+
+
+def _is_rounded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of functions that processors round apart: masks and whole numbers are the same on all."""
+    return tensor.is_floating_point() and not bool((tensor.isinf() | (tensor == tensor.round())).all())
 
 
 def _tied(module: nn.Module) -> set[int]:

@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from vitquant.errors import CheckpointError
+from vitquant.graph.stored import constants
 from vitquant.packing import unpack
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.quantizers.quantizer import channel_axis
@@ -130,7 +131,8 @@ def load_tensors(module: GraphModule, tensors: Tensors, packed: Mapping[str, Any
         CheckpointError: one is missing, unknown, or of another shape or dtype; a parameter holds NaN or infinity, a
             buffer NaN, or a table of indices one that the model's own has not.
     """
-    expected = module.state_dict()
+    computed = constants(module)  # what was rounded where the model was saved, not here
+    expected = module.state_dict() | {name: tensor for name, tensor in computed.items() if name in tensors}
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not part of the model"
@@ -148,6 +150,9 @@ def load_tensors(module: GraphModule, tensors: Tensors, packed: Mapping[str, Any
             raise CheckpointError(f"{directory}: {key} holds NaN or infinity; quantize the model again")
         if key in read and not tensor.is_floating_point() and not _indices_of(operator.attrgetter(key)(module), found):
             raise CheckpointError(f"{directory}: {key} holds indices that the model's own has not")
+    for name, tensor in computed.items():
+        if name in tensors:
+            tensor.copy_(tensors.pop(name))
     module.load_state_dict(tensors)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,3 +248,27 @@ def test_the_same_images_give_the_same_model() -> None:
     assert torch.equal(*outputs)
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_saved_factors_are_those_that_are_loaded(tmp_path: Path) -> None:
+    """Of inputs, and of weights, whose codes mean nothing without them."""
+    model, x = made(timm_vit), photos(2, seed=1)
+    with torch.no_grad():
+        for layer in (each for each in model.modules() if isinstance(each, nn.Linear)):
+            layer.weight *= 2.0 ** torch.arange(len(layer.weight)).remainder(4)[:, None]  # a factor for each row
+    spec = ["scheme=power_of_two_factor", "signed=false", "symmetric=false", "factors=4"]
+    quantized = vitquant.quantize(model, "fq-vit", [photos()], settings=[f"weights.{each}" for each in spec])
+    expected = {name: each.factor for name, each in quantized.quantizers.items() if each.factor is not None}
+    assert any(name.endswith(":weight") for name in expected)
+    assert any(name.endswith(":input") for name in expected)
+    for number, factor in enumerate(expected.values()):  # others than what calibration would choose again
+        if number % 2:
+            factor.copy_(factor.flip(0))
+    quantized.save(tmp_path / "out")
+    loaded = vitquant.load(tmp_path / "out", timm_vit())
+    for name, factor in expected.items():
+        found = loaded.quantizers[name].factor
+        assert found is not None
+        assert torch.equal(found, factor)
+        assert int(found.max()) > int(found.min())
+    assert torch.equal(loaded(x), quantized(x))

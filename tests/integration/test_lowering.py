@@ -88,6 +88,7 @@ def test_every_value_lies_in_its_proved_range(name):
         torch.randint(0, 256, (2, *first.shape[1:])),
     ):
         Interpreter(program)(codes, taps)
+        assert seen
         assert all(ranges[name][0] <= low and high <= ranges[name][1] for name, (low, high) in seen.items())
     assert len(seen) == len(program.instructions)
 
@@ -115,6 +116,7 @@ def test_powers_of_either_base_and_any_first_one_are_computed_in_integers(name, 
     probs = model.quantizers["blocks.0.attn.context:probs"]
     assert (float(probs.scale) == 1) is (observer == "unit")
     flips = {each.value: each for each in flipped_codes(model, program, [images])}
+    assert flips
     assert all(each.kept for each in flips.values())
     assert flips["blocks.0.attn.context:probs"].flipped == 0
     register = program.registers[program.codes["blocks.0.attn.context:probs"]]

@@ -368,6 +368,7 @@ def test_what_is_quantized_last_is_measured_too():
     sites = {each.name: each for each in table.sites}
     assert sites["output"].output_error > 0
     assert sites["output"].correlation < 1
+    assert table.modules
     assert all(each.squared_error > 0 for each in table.modules)
     assert sites["patch_embed"].bits == "8/4"
 

@@ -144,6 +144,7 @@ def test_norms_that_cannot_be_folded_say_why():
     quantized = vitquant.quantize(model, LAYERS, [images], bits="w8a8")
     record = next(record for record in quantized.records if record.method == "reparameterize-scales")
     assert record.summary["reparameterized"] == 0
+    assert record.decisions
     assert all("no linear layer" in decision["one scale, because"] for decision in record.decisions.values())
 
 

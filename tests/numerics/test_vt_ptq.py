@@ -130,6 +130,9 @@ def test_a_sample_of_pairs_has_no_pair_twice_and_depends_on_its_seed_alone(seed:
     assert torch.equal(pairs, column_pairs(columns, most, seed))
     assert pairs.shape[1] == min(most, columns * (columns - 1) // 2)
     assert pairs.unique(dim=1).shape == pairs.shape
+    few = min(most, columns * (columns - 1) // 4)  # of which there is more than one sample
+    drawn = {str(column_pairs(columns, few, seed + i).tolist()) for i in range(8)}
+    assert len(drawn) > 1 or few == 0 or columns < 4
     assert bool((pairs[0] < pairs[1]).all())
 
 
@@ -158,6 +161,19 @@ def test_candidates_of_a_product_are_scored_by_correlation_less_ranking_loss(
     found = product.of_operands([fixed], candidates)
     expected = [score(fixed(left), each(right), factor is not None) for each in candidates]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_seed_of_a_ranking_draws_its_pairs() -> None:
+    query, key = random(2, 3, 12, 8, seed=0), random(2, 3, 8, 12, seed=1)
+    candidates = quantizers(0.5, 5, bits=4)
+
+    def scores(seed: int) -> list[float]:
+        return (
+            ProductOutput(query, key, 0.25, Ranking(1.0, 0.2, 2, seed)).of_operands(candidates, candidates[:1]).tolist()
+        )
+
+    assert scores(0) == scores(0)
+    assert len({tuple(scores(seed)) for seed in range(6)}) > 1
 
 
 def test_a_sample_of_pairs_gives_the_choice_that_all_pairs_give() -> None:
@@ -200,6 +216,7 @@ def test_a_coordinate_is_scored_again_only_when_another_has_changed(seed: int) -
         return table[:, choice["right"]] if name == "left" else table[choice["left"]]
 
     found = alternate(["left", "right"], 0, score, 20)
+    assert len(asked) > 2
     assert all(asked[i] != asked[i + 2] for i in range(len(asked) - 2))
     assert found == alternate(["left", "right"], 0, score, 20, lambda choice: None)
 

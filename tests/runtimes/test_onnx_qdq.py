@@ -344,6 +344,7 @@ def test_the_model_is_left_as_it_is():
     onnx_qdq_model(quantized)
     after = quantized.state_dict()
     assert before.keys() == after.keys()
+    assert before
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert (quantized.graph_module.code, list(quantized.quantizers)) == (code, names)
     assert torch.equal(simulated(quantized, images), expected)

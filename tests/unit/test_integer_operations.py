@@ -187,7 +187,7 @@ def test_a_table_is_the_float_activation_and_its_quantizer_bit_for_bit(
     quantizer = covering(x, source)
     x = quantizer(x)
     operation = TableActivation(quantizer, covering(function(x), result), function)
-    assert_close(operation, x, operation.result.encode(function(x)), 0, 1)
+    assert_close(operation, x, operation.result.encode(function(x.double())), 0, 1)
 
 
 # Gradients
@@ -435,6 +435,7 @@ def test_computing_in_integers_once_more_is_refused_and_changes_nothing(vit: Qua
 def test_operations_hold_no_tensors(vit: QuantizedModel) -> None:
     state = vit.graph_module.state_dict()
     assert not [name for name in state if name.startswith("operations.")]
+    assert vit.integer_operations
     assert all(not list(operation.parameters()) for operation in vit.integer_operations.values())
 
 

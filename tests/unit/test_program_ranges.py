@@ -172,6 +172,7 @@ def test_long_rows_whose_exponentials_were_rounded_down_sum_to_more(steps, zero,
         made = rows_of_powers(form, length, table)
         found.append(int(Interpreter(made)(scores)) / int(table.max()))
         bounds.append(prove_ranges(made)["y"][1] / int(table.max()))
+    assert found
     assert all(low <= high for low, high in zip(found, bounds, strict=True))
     register = found.index(max(found))
     assert found[register] > rounded_up * 2 ** (register / 2)
@@ -184,6 +185,7 @@ def test_the_bound_of_a_row_follows_the_first_power(offset):
     tables = numerators_of(form)
     found = [int(Interpreter(rows_of_powers(form, 256, t))(torch.zeros(1, 1, 256).long())) for t, _ in tables]
     bounds = [prove_ranges(rows_of_powers(form, 256, t))["y"][1] for t, _ in tables]
+    assert found
     assert all(low <= high for low, high in zip(found, bounds, strict=True))
     assert max(high / max(low, 1) for low, high in zip(found, bounds, strict=True) if low) <= 2**0.5 * 1.01
 

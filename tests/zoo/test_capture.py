@@ -32,6 +32,7 @@ def difference(captured, model, images):
     if len(left) != len(right) or any(type(one) is not type(other) for one, other in zip(left, right, strict=True)):
         return float("inf")
     tensors = [(one, other) for one, other in zip(left, right, strict=True) if isinstance(other, torch.Tensor)]
+    assert tensors
     assert all(one.shape == other.shape and one.dtype == other.dtype for one, other in tensors)
     return max(((one - other).abs().max() / other.abs().max()).item() for one, other in tensors)
 
@@ -95,7 +96,9 @@ def test_is_in_evaluation_mode_and_plain(zoo):
     expected = pytree.tree_leaves(captured(images))
     twin = copy.deepcopy(captured).train()  # nothing in the graph asks for the mode
     found = pytree.tree_leaves(twin(images))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if isinstance(a, torch.Tensor))
+    tensors = [(a, b) for a, b in zip(found, expected, strict=True) if isinstance(a, torch.Tensor)]
+    assert tensors
+    assert all(torch.equal(a, b) for a, b in tensors)
 
 
 def test_is_differentiable(zoo):

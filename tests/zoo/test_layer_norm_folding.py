@@ -104,6 +104,7 @@ def test_what_else_reads_a_norm_or_its_weights_is_named():
             with pytest.raises(NotFoldableError) as refused:
                 foldable_norm(captured, nodes[site.node])
             reasons.append(str(refused.value))
+    assert len(reasons) == 4
     assert all("reads it too, which is no linear layer" in reason for reason in reasons)  # the residual, the pooling
     tied = EncoderNet(norm_first=True)
     tied.encoder.layers[1].linear1.weight = tied.encoder.layers[0].linear1.weight
@@ -139,6 +140,7 @@ class Rearranged(nn.Module):
         lambda x: torch.cat([x[..., 8:], x[..., :8]], -1),
         lambda x: x.reshape(len(x), 4, 4, 16).flatten(1)[:, :16],
         lambda x: nn.functional.pad(x[..., 1:], (1, 0)),
+        lambda x: nn.functional.pad(x, (1, -1)),
     ],
 )
 def test_channels_that_move_are_noticed(how):
@@ -148,3 +150,40 @@ def test_channels_that_move_are_noticed(how):
         if site.kind == "layer_norm":
             with pytest.raises(NotFoldableError, match=r"moves its channels|no linear layer"):
                 foldable_norm(captured, nodes[site.node])
+
+
+class BesidePadding(nn.Module):
+    """A LayerNorm that a linear layer reads as it is, and something else behind zeros."""
+
+    def __init__(self, behind):
+        super().__init__()
+        self.patches, self.norm, self.mixer = Patches(16), nn.LayerNorm(16), nn.Linear(16, 16)
+        self.behind, self.net = behind, AttentionNet(batch_first=True)
+
+    def forward(self, images):
+        normalized = self.norm(self.patches(images))
+        padded = nn.functional.pad(normalized, (0, 0, 0, 1))
+        return self.net(images)["logits"], self.mixer(normalized), self.behind(padded)
+
+
+@pytest.mark.parametrize(
+    "behind", [nn.Identity(), nn.ReLU(), nn.Conv1d(17, 4, 1), lambda x: x.mean(1), lambda x: x + 1]
+)
+def test_who_reads_a_norm_behind_padding_is_looked_at_too(behind):
+    captured = capture(BesidePadding(behind).eval(), torch.randn(2, 3, 32, 32))
+    (site,) = [site for site in find_sites(captured) if site.kind == "layer_norm"]
+    (node,) = [node for node in captured.graph.nodes if node.name == site.node]
+    with pytest.raises(NotFoldableError, match="reads it too, which is no linear layer"):
+        foldable_norm(captured, node)
+
+
+def test_a_norm_is_folded_into_the_layer_behind_padding_beside_another():
+    torch.manual_seed(0)
+    model = BesidePadding(nn.Linear(16, 5)).eval().double()
+    vary(model)
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    captured = capture(model, images)
+    assert folded(captured) == (1, {})
+    with torch.no_grad():
+        for found, expected in zip(captured(images), model(images), strict=True):
+            assert torch.allclose(found, expected, rtol=0, atol=1e-12)

@@ -90,7 +90,7 @@ class QuantizeDequantize(LinearOperators):
         super().__init__(name, scale, zero, None, spec.signed, width)
         self._factored = quantizer.factor is not None
         if quantizer.factor is not None:
-            factors = torch.ldexp(torch.ones(quantizer.factor.shape), quantizer.factor)
+            factors = (2**quantizer.factor).float()
             self.register_buffer("factors", along_axis(factors, spec.granularity, rank).clone())
         self._ends = None
         if spec.bits < width:

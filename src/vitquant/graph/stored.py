@@ -23,6 +23,13 @@ def stored(module: GraphModule, node: object) -> Tensor | None:
     return operator.attrgetter(str(unquantized(node).target))(module)
 
 
+def constants(module: GraphModule) -> dict[str, Tensor]:
+    """The tensors that a graph reads and its state dict lacks, by their name: what the model's code computes anew."""
+    saved = module.state_dict().keys()
+    names = [str(node.target) for node in module.graph.nodes if node.op == "get_attr" and node.target not in saved]
+    return {name: operator.attrgetter(name)(module) for name in names}
+
+
 def times_read(module: GraphModule) -> Counter[int]:
     """How often operations read each stored tensor, under whatever names, by the tensor's identity."""
     counts: Counter[int] = Counter()

@@ -6,6 +6,7 @@ Tensors are int64. What turns real ratios into integers (`rescaling`) runs once,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import frexp
 
 import torch
 from torch import Tensor
@@ -64,6 +65,11 @@ def shift_right(x: Tensor, digits: int) -> Tensor:
     return (x + (1 << (digits - 1))) >> digits
 
 
+def shift_left(x: Tensor, digits: int) -> Tensor:
+    """The float64 x * 2**digits, exact for 0 <= digits < 64; `torch.ldexp` raises to a power, which need not be."""
+    return x * float(1 << digits)
+
+
 @dataclass(frozen=True)
 class Rescaling:
     """Integers that stand for `ratio * x + offset`, rounded: `(x * multiplier + addend) >> shift`.
@@ -94,9 +100,9 @@ def rescaling(ratio: Tensor, offset: Tensor) -> Rescaling:
         ratio: float64, finite, () or (channels,), of either sign.
         offset: float64 of the same shape, in units of the result.
     """
-    exponent = int(torch.frexp(ratio.abs().amax()).exponent)  # ratio < 2**exponent
-    room = _OFFSET_BITS - int(torch.frexp(offset.abs().amax() + 1).exponent)
+    _, exponent = frexp(ratio.abs().amax().item())  # ratio < 2**exponent
+    room = _OFFSET_BITS - frexp(offset.abs().amax().item() + 1)[1]
     shift = max(1, min(MULTIPLIER_BITS - exponent, room, _LARGEST_SHIFT))
-    multiplier = torch.round(torch.ldexp(ratio, torch.tensor(shift))).clamp(max=2.0**MULTIPLIER_BITS - 1)
-    addend = torch.round(torch.ldexp(offset, torch.tensor(shift)))
+    multiplier = torch.round(shift_left(ratio, shift)).clamp(max=2.0**MULTIPLIER_BITS - 1)
+    addend = torch.round(shift_left(offset, shift))
     return Rescaling(multiplier.to(torch.int64), addend.to(torch.int64) + (1 << (shift - 1)), shift)

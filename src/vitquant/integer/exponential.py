@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
+from decimal import Decimal
+from math import floor
 
 import torch
 from torch import Tensor
+
+from vitquant.integer.elementary import digits, exp, log, log2
 
 VALUE_BITS = 15  # a value of 2**15 is exp(0) = 1
 OCTAVE_BITS = 12  # an octave, a factor of 2, is 2**12
@@ -42,7 +45,13 @@ def exact_exponential(scale: float, levels: int = 256) -> Exponential:
         scale: of the scores, positive.
         levels: how many codes a score has.
     """
-    return _tables(-scale * torch.arange(levels, dtype=torch.float64) / log(2))
+    with digits():
+        step, octave, value = exp(-Decimal(scale)), Decimal(scale) / log(Decimal(2)), Decimal(1)
+        values: list[tuple[Decimal, Decimal]] = []
+        for distance in range(levels):
+            values.append((value, distance * octave))
+            value *= step
+        return _tables(values)
 
 
 def polynomial_exponential(scale: float, levels: int = 256) -> Exponential:
@@ -53,20 +62,20 @@ def polynomial_exponential(scale: float, levels: int = 256) -> Exponential:
 
     Pitfall: for scales above 0.1 its constants are small integers, and it is off by up to 0.15.
     """
-    distance = -torch.arange(levels, dtype=torch.float64)
-    log_2 = torch.floor(torch.tensor(-_LOG_2 / scale, dtype=torch.float64))
-    b = torch.floor(torch.tensor(_B / _A / scale, dtype=torch.float64))
-    c = torch.floor(torch.tensor(_C / _A / scale**2, dtype=torch.float64)).clamp(min=1.0)  # 0 for scales above 1.67
-    distance = torch.maximum(distance, 30 * log_2)
-    halvings = torch.floor(distance / log_2)
-    rest = distance - halvings * log_2
-    value = (rest * (rest + b) + c).clamp(min=0.0)
-    return _tables(torch.log2(value / value[0]) - halvings)
+    log_2, b, c = floor(-_LOG_2 / scale), floor(_B / _A / scale), max(1, floor(_C / _A / (scale * scale)))
+    values: list[tuple[Decimal, Decimal]] = []
+    with digits():
+        for distance in range(levels):
+            halvings, rest = divmod(max(-distance, 30 * log_2), log_2)
+            value = Decimal(max(0, rest * (rest + b) + c)) / c / 2**halvings
+            values.append((value, -log2(value)))
+        return _tables(values)
 
 
-def _tables(logarithm: Tensor) -> Exponential:
-    """From the logarithm to base 2 of every value."""
-    values = torch.round(torch.exp2(logarithm + VALUE_BITS)).to(torch.int64)
-    octaves = torch.round(-logarithm * 2**OCTAVE_BITS).clamp(0, MOST_OCTAVES).to(torch.int64)
-    hidden = torch.tensor([0]), torch.tensor([MOST_OCTAVES])
-    return Exponential(torch.cat([values, hidden[0]]), torch.cat([octaves, hidden[1]]))
+def _tables(values: list[tuple[Decimal, Decimal]]) -> Exponential:
+    """From every value and minus its logarithm to base 2, which is infinite for 0."""
+    least = [min(octaves * 2**OCTAVE_BITS, Decimal(MOST_OCTAVES)) for _, octaves in values]
+    return Exponential(
+        torch.tensor([*(round(value * 2**VALUE_BITS) for value, _ in values), 0]),
+        torch.tensor([*(max(0, round(octaves)) for octaves in least), MOST_OCTAVES]),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def integer_epsilon(epsilon: float, scale: float, channels: int) -> int:
         scale: what an input of 1 stands for.
         channels: how many are normalized.
     """
-    return max(1, min(round(epsilon * channels**2 / scale**2), 2**60))
+    return max(1, min(round(Fraction(epsilon) * channels**2 / Fraction(scale) ** 2), 2**60))
 
 
 def guard_bits(channels: int, largest: int, epsilon: int) -> int:

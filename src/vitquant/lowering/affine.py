@@ -6,6 +6,7 @@ import torch
 from torch.fx import Node
 
 from vitquant.graph.operators import arguments, aten, packet
+from vitquant.integer.correct_rounding import CorrectRounding
 from vitquant.lowering.context import Context, Value, operator_name
 from vitquant.lowering.rearrangement import together
 from vitquant.lowering.scaled import Joined, Scaled, Static
@@ -59,7 +60,9 @@ def batch_norm(context: Context, node: Node) -> Scaled:
     if mean is None or variance is None:
         raise context.refuse("it has no running statistics", "track them")
     epsilon = float(arguments(node)[7])
-    factor = (1.0 if gain is None else gain.double()) / torch.sqrt(variance.double() + epsilon)
+    with CorrectRounding():
+        deviation = torch.sqrt(variance.double() + epsilon)
+    factor = (1.0 if gain is None else gain.double()) / deviation
     constant = (0.0 if bias is None else bias.double()) - mean.double() * factor
     shape = (-1, *[1] * (len(node.meta["shape"]) - 2))
     return value.times(factor.view(shape)).plus(constant.view(shape))

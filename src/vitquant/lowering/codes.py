@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from vitquant.graph.operators import is_rearrangement, is_selection
 from vitquant.graph.walk import path_between
-from vitquant.integer.arithmetic import MULTIPLIER_BITS, rescaling
+from vitquant.integer.arithmetic import MULTIPLIER_BITS, rescaling, shift_left
 from vitquant.lowering.context import Context, Value, growing_shape, nothing
 from vitquant.lowering.rearrangement import follow, shape_of
 from vitquant.lowering.scaled import Joined, Scaled, Static, Term, compact, size_along
@@ -187,8 +187,8 @@ def _integers(value: Scaled, target: Term) -> tuple[list[Tensor], Tensor, int]:
     largest = torch.stack([ratio.abs().amax() for ratio in ratios])
     shift = rescaling(largest, offset.abs().amax().expand_as(largest)).shift
     most = 2.0**MULTIPLIER_BITS - 1
-    multipliers = [torch.round(torch.ldexp(r, torch.tensor(shift))).clamp(-most, most).to(torch.int64) for r in ratios]
-    addend = torch.round(torch.ldexp(exact.expand(offset.shape), torch.tensor(shift))).to(torch.int64)
+    multipliers = [torch.round(shift_left(r, shift)).clamp(-most, most).to(torch.int64) for r in ratios]
+    addend = torch.round(shift_left(exact.expand(offset.shape), shift)).to(torch.int64)
     addend = addend + (1 << (shift - 1))
     for term, multiplier in zip(value.terms, multipliers, strict=True):
         addend = addend - multiplier * term.zero

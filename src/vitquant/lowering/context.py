@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
+from torch.utils._pytree import tree_map_only
 
 from vitquant.errors import LoweringError
 from vitquant.graph.operators import arguments, packet
 from vitquant.graph.walk import depends_on_input
+from vitquant.integer.correct_rounding import CorrectRounding
 from vitquant.lowering.scaled import Hidden, Joined, Powers, Scaled, Static, Term, numerators
 from vitquant.model import QuantizedModel
 from vitquant.program.instructions import TYPES, Instruction, Lookup, Register, smallest_type
@@ -207,16 +209,29 @@ def options(node: Node, *names: str) -> dict[str, Any]:
 
 
 class _Shapes(Interpreter):
-    """Runs a graph, keeping the shape of every tensor, and the value of every static one."""
+    """Runs a graph, keeping the shape of every tensor, and the value of every static one.
+
+    What no image changes ends in constants of the program, so it is computed on the CPU and rounded correctly.
+    """
 
     def __init__(self, model: QuantizedModel) -> None:
         super().__init__(model.graph_module)
         self.extra_traceback = False
         self._dynamic = depends_on_input(model.graph_module.graph)
+        self._device = next(model.parameters()).device
         self.shapes: dict[Node, tuple[int, ...]] = {}
         self.static: dict[Node, Tensor] = {}
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self._node in self._dynamic:
+            return super().call_function(target, args, kwargs)
+        args, kwargs = tree_map_only(Tensor, Tensor.cpu, (args, kwargs))
+        with CorrectRounding():
+            result = super().call_function(target, args, kwargs)
+        return tree_map_only(Tensor, lambda x: x.to(self._device), result)
+
     def run_node(self, n: Node) -> Any:
+        self._node = n
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ def numerators(powers: Powers) -> list[tuple[Tensor, Tensor]]:
     tables = []
     for step in range(steps):
         table = torch.where((codes < zero) & (codes % steps == step), 1 << (lowest - octaves).clamp(min=0), 0)
-        tables.append((table, powers.scale * 2.0 ** (-step % steps / steps - lowest)))
+        tables.append((table, powers.scale * (sqrt(2.0) if step else 1.0) / float(1 << lowest)))
     return tables
 
 

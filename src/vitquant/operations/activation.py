@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitquant.integer.activation import look_up
+from vitquant.integer.correct_rounding import CorrectRounding
 from vitquant.operations.operation import IntegerOperation, NotIntegerError
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.quantizer import channel_axis
@@ -64,7 +65,9 @@ class TableActivation(IntegerOperation):
         return look_up(self.source.encode(x).to(torch.int64), self.entries, self.source.spec.qmin)
 
     def table(self) -> Tensor:
-        """The result's code for each of the input's, from the lowest: int64 (2**bits,); computed in float64."""
+        """The result's code for each of the input's, from the lowest: int64 (2**bits,); of the real function."""
         spec = self.source.spec
         every = torch.arange(spec.qmin, spec.qmax + 1, device=self.source.scale.device)
-        return self.result.encode(self._function(self.source.decode(every, torch.float64))).to(torch.int64)
+        with torch.no_grad(), CorrectRounding():
+            values = self._function(self.source.decode(every, torch.float64))
+        return self.result.encode(values).to(torch.int64)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import log2
+from decimal import Decimal
 
 import torch
 from torch import Tensor
 
 from vitquant.integer.arithmetic import rescaling
+from vitquant.integer.elementary import digits, log2
 from vitquant.integer.exponential import (
     OCTAVE_BITS,
     VALUE_BITS,
@@ -100,7 +101,8 @@ class LogIntSoftmax(_Softmax):
         if result.scale.numel() != 1:
             raise NotIntegerError("its result has more than one scale")
         scale, scheme, most = result.scale.item(), result.spec.scheme, VALUE_BITS * result.steps + 1
-        if not abs(log2(max(scale, 2.0**-200))) <= LARGEST_OFFSET >> OCTAVE_BITS:
+        most_octaves = LARGEST_OFFSET >> OCTAVE_BITS
+        if not 2.0**-most_octaves <= scale <= 2.0**most_octaves:
             raise NotIntegerError(f"the scale of its result, {scale:.3g}, is not between 2**-32 and 2**32")
         if result.zero_code > most:
             fit = (most + 1 - (isinstance(scheme, Logarithmic) and scheme.separate_zero)).bit_length() - 1
@@ -116,7 +118,8 @@ class LogIntSoftmax(_Softmax):
     @property
     def offset(self) -> int:
         """The logarithm of the result's scale, in units of the table's octaves."""
-        return round(log2(self.powers.scale.item()) * 2**OCTAVE_BITS)
+        with digits():
+            return round(log2(Decimal(self.powers.scale.item())) * 2**OCTAVE_BITS)
 
     def probabilities(self, distance: Tensor, exponential: Exponential) -> Tensor:
         return log_int_softmax(distance, exponential, self.powers.zero_code, self.powers.steps, self.power_offset)

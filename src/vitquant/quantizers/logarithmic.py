@@ -63,7 +63,7 @@ class LogarithmicQuantizer(Quantizer):
 
     def _level(self, code: Tensor) -> Tensor:
         octaves = torch.floor(code / self.steps)
-        level = torch.ldexp(_fractions(code - self.steps * octaves, self.steps), -octaves)
+        level = _fractions(code - self.steps * octaves, self.steps) * _powers_of_two(octaves)
         return torch.where(code == self.zero_code, 0.0, level)
 
 
@@ -122,6 +122,12 @@ def _below(mantissa: Tensor, steps: int) -> Tensor:
     for code in range(steps):
         found += mantissa < threshold(code, steps, mantissa.dtype)
     return found
+
+
+def _powers_of_two(octaves: Tensor) -> Tensor:
+    """2**-octaves for octaves 0..255, exact where `torch.ldexp` and others raise to a power."""
+    powers = torch.tensor([2.0**-octave for octave in range(256)], dtype=octaves.dtype, device=octaves.device)
+    return powers.take(octaves.to(torch.int64))
 
 
 def _fractions(code: Tensor, steps: int) -> Tensor:
