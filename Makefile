@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 test: $(VENV)/.installed
 	$(BIN)/python -c "import torch; print('torch', torch.__version__)"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow --timeout 7200

@@ -29,7 +29,8 @@ DIGESTS = json.loads(saved_models.DIGESTS.read_text())
 # What torch need not round correctly, and what it sums in an order of its own.
 ROUNDED_APART = {
     "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "tanh", "erf",
-    "erfc", "sigmoid", "silu", "gelu", "mish", "softplus", "elu", "log_sigmoid_forward", "hardswish", "hardsigmoid", "pow",
+    "erfc", "sigmoid", "silu", "gelu", "mish", "softplus", "elu", "log_sigmoid_forward", "hardswish", "hardsigmoid",
+    "pow",
     "mm", "addmm", "bmm", "baddbmm", "sum", "mean", "var", "std", "prod", "cumsum", "linalg_vector_norm", "_softmax",
     "native_layer_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", "convolution",
     "upsample_bilinear2d", "upsample_bicubic2d", "_adaptive_avg_pool2d",

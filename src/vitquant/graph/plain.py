@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
 
@@ -46,7 +46,8 @@ def plain(module: GraphModule) -> dict[str, Any]:
         _Plain(
             node.op,
             _Operator(str(node.target)) if isinstance(node.target, OpOverload) else node.target,
-            *(map_arg(given, lambda argument: _Result(argument.name)) for given in (node.args, node.kwargs)),
+            map_arg(node.args, _result),
+            map_arg(node.kwargs, _result),
             node.name,
             dict(node.meta),
         )
@@ -64,6 +65,10 @@ def rebuilt(described: dict[str, Any]) -> GraphModule:
     graph.set_codegen(described["codegen"])
     module.graph = graph  # compiles it
     return module
+
+
+def _result(node: Node) -> Any:
+    return _Result(node.name)
 
 
 def _graph(nodes: Iterable[_Plain]) -> Graph:

@@ -79,7 +79,7 @@ class LayerNorm:
         return self.affine.apply(normalize(x, self.epsilon, self.largest), self.low, self.high)
 
 
-def published_layer_norm(x: Tensor, gain: Tensor, bias: Tensor, scale: float, output_scale: Tensor) -> Tensor:
+def published_layer_norm(x: Tensor, gain: Tensor, bias: Tensor, scale: Tensor | float, output_scale: Tensor) -> Tensor:
     """LayerNorm as FQ-ViT's code computes it: integer input, float statistics, 8-bit multipliers, no epsilon.
 
     For each element, gain / (deviation * output_scale) becomes M / 2**N with 128 <= M <= 255 rounded down, and the
@@ -88,7 +88,7 @@ def published_layer_norm(x: Tensor, gain: Tensor, bias: Tensor, scale: float, ou
     Arguments:
         x: int64 (..., channels) on one scale.
         gain, bias: float64 (channels,).
-        scale: what an x of 1 stands for.
+        scale: what an x of 1 stands for, float64 () or a number.
         output_scale: of the output, float64 () or (channels,).
 
     Returns:

@@ -101,8 +101,8 @@ def _stored(module: GraphModule, node: Any) -> Any:
     if node.op == "get_attr":
         return attrgetter(str(node.target))(module)
     given, keywords = (map_arg(found, partial(_stored, module)) for found in (node.args, node.kwargs))
-    called = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-    return called(*given, **keywords)
+    called: Any = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+    return called(*given, **keywords)  # type: ignore[arg-type]
 
 
 def operation_at(module: GraphModule, node: Node) -> IntegerOperation | None:

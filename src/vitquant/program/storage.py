@@ -201,5 +201,8 @@ def _instruction(number: int, value: Mapping[str, Any]) -> p.Instruction:
     place = f"instructions[{number}]"
     kind = take(value, "kind", Text(among=tuple(_KINDS)), CheckpointError, place)
     check(value, _INSTRUCTIONS[kind], CheckpointError, place)
-    given = {field: tuple(each) if isinstance(each, list) else each for field, each in value.items() if field != "kind"}
+    fields_of = {field: each for field, each in value.items() if field != "kind"}
+    given: dict[str, Any] = {
+        field: tuple(each) if isinstance(each, list) else each for field, each in fields_of.items()
+    }
     return _KINDS[kind](**given)
