@@ -1,6 +1,6 @@
 """vitquant: quantize unmodified Vision Transformers by published recipes.
 
-model = vitquant.quantize(float_model, "minmax", calibration_batches)
+model = vitquant.quantize(float_model, "default", calibration_batches)
 model.save("out")
 model = vitquant.load("out")
 program = vitquant.lower(model)
