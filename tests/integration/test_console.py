@@ -142,8 +142,10 @@ def test_one_line_is_one_line_of_what_can_be_printed():
 # Signals
 
 
-def started(code, *words):
-    return subprocess.run(command(words, code), capture_output=True, text=True, timeout=60)
+def started(code):
+    """Run Python in a process that listens to Ctrl-C, which one that a script starts in the background does not."""
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    return subprocess.run(command([], listening + code), capture_output=True, text=True, timeout=300)
 
 
 DURING = """
