@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from vitquant.errors import CaptureError, ModelError
 from vitquant.graph.canonical import canonicalize
-from vitquant.graph.fused import fused_attention
+from vitquant.graph.fused import blamed_operator, fused_attention, named_attention
 from vitquant.graph.operators import arguments, aten, calls, packet
 from vitquant.plain_forward import plain_forward, takes_nested_tensors
 from vitquant.unwrapping import unwrapped
@@ -91,7 +91,9 @@ def _call(model: nn.Module, example: torch.Tensor) -> object:
         reason = _first_line(error)
         if own != example.dtype:
             reason = f"it is of {own} and the input of {example.dtype}; give model.float(), or images of its precision"
-        raise CaptureError(f"the model refuses an input of shape {shape}: {reason}") from error
+        raise CaptureError(
+            blamed_operator(error) or f"the model refuses an input of shape {shape}: {reason}"
+        ) from error
 
 
 def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
@@ -104,7 +106,8 @@ def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
             if "data-dependent" in str(error):
                 raise CaptureError(f"the model's forward depends on the values of its input{_place(error)}") from error
             if "Constraints violated" not in str(error) and "specialized" not in str(error):
-                raise CaptureError(f"torch.export cannot capture the model: {_first_line(error)}") from error
+                reason = f"torch.export cannot capture the model: {_first_line(error)}"
+                raise CaptureError(blamed_operator(error) or reason) from error
             # `len(x)` and its like fix the batch in non-strict mode only.
             try:
                 program = torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=True)
@@ -190,7 +193,9 @@ def _copy(program: ExportedProgram, input_name: str) -> tuple[Graph, dict[str, t
                 copied[node] = graph.node_copy(node, argument)
                 copied[node].meta = _metadata(node)
         else:
-            raise CaptureError(f"the captured model holds a {node.op} node, {node.name}: control flow is not supported")
+            fused = named_attention(program.graph)  # flex attention has a graph of its own within
+            reason = f"the captured model holds a {node.op} node, {node.name}: control flow is not supported"
+            raise CaptureError(fused or reason)
     graph.set_codegen(
         _PyTreeCodeGen(_PyTreeInfo([input_name], _in_spec(), program.call_spec.out_spec)),
     )

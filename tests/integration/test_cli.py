@@ -147,6 +147,27 @@ def test_fewer_images_than_the_recipe_asks_for_are_all_used_and_that_is_said(run
     assert "patch_embed (input 8 bits, weight 8 bits); head (input 8 bits, weight 8 bits)" in out
 
 
+def test_the_weights_that_were_taken_are_said_and_others_taken_by_their_key(run, workshop, tmp_path):
+    averaged = {name: tensor * 1.5 for name, tensor in state_dict().items()}
+    torch.save({"model": state_dict(), "model_ema": averaged, "epoch": 3}, tmp_path / "checkpoint.pth.tar")
+    given = {"weights": tmp_path / "checkpoint.pth.tar"}
+    code, _, said = run(*quantize_words(workshop / "images", tmp_path / "averaged", **given))
+    assert code == 0
+    assert "weights are 'model_ema'; 'model' beside it: --weights-key takes another" in said
+    code, _, said = run(*quantize_words(workshop / "images", tmp_path / "plain", "--weights-key", "model", **given))
+    assert code == 0
+    assert "model_ema" in said
+    # the same weights as those of a file of their own, and `evaluate` compares with them again
+    tensors = "model.safetensors"
+    assert (tmp_path / "plain" / tensors).read_bytes() == (workshop / "out" / tensors).read_bytes()
+    assert (tmp_path / "averaged" / tensors).read_bytes() != (workshop / "out" / tensors).read_bytes()
+    found = [
+        json.loads(run("evaluate", out, "--data", workshop / "images", "--json")[1])["float_top1"]
+        for out in (tmp_path / "plain", workshop / "out")
+    ]
+    assert found[0] == found[1]
+
+
 def test_the_seed_decides_every_byte(run, workshop, tmp_path):
     written = {}
     for name, seed in (("first", 3), ("again", 3), ("other", 4)):

@@ -12,6 +12,7 @@ from torch import nn
 
 from vitquant.errors import ModelError
 from vitquant.zoo import ModelSource, architecture, create, parse_model_arguments, pinned
+from vitquant.zoo.failures import import_library
 
 TIMM = "timm:vit_tiny_patch16_224"
 ONE_BLOCK = {"depth": 1, "num_classes": 4, "img_size": 32}
@@ -165,6 +166,19 @@ def test_an_absent_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ModelError, match=r"timm is not installed: pip install vitquant\[timm\]"):
         create(ModelSource(TIMM, weights="random"))
+
+
+def test_what_a_library_lacks_is_named_and_not_the_library(tmp_path, monkeypatch):
+    for name, code in {"needy": "import absent_package.part", "broken": "import json\njson.no_such_name"}.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelError, match="^needy needs absent_package, which is not installed: pip install absent_p"):
+        import_library("needy")
+    with pytest.raises(ModelError, match="^broken is installed but cannot be imported: AttributeError"):
+        import_library("broken")
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ModelError, match=r"^torchvision is not installed: pip install vitquant\[timm\]"):
+        import_library("torchvision")
 
 
 def test_importing_the_zoo_costs_torch_only():

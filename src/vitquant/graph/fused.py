@@ -6,7 +6,7 @@ import re
 
 from torch.fx import Graph, Node
 
-from vitquant.graph.operators import PRODUCTS, calls
+from vitquant.graph.operators import PRODUCTS, aten, calls
 from vitquant.graph.walk import depends_on_input
 
 _ATTENTION = re.compile(r"attention|attn|flash|sdpa|sdp_|mha|multi_?head|transformer_(en|de)coder", re.IGNORECASE)
@@ -27,20 +27,35 @@ def fused_attention(graph: Graph) -> str | None:
     Arguments:
         graph: in canonical form, where `scaled_dot_product_attention` is its parts.
     """
+    if named := named_attention(graph):
+        return named
     dynamic = depends_on_input(graph)
     foreign = []
     for node in graph.nodes:
-        if node.op != "call_function" or node not in dynamic:
-            continue
-        if _ATTENTION.search(_name(node)):
-            return f"{_where(node)}attention is one fused operator, {_name(node)}: {_ADVICE}"
-        if _is_foreign(node):
+        if node in dynamic and _is_foreign(node):
             foreign.append(node)
             if len(dynamic.intersection(node.all_input_nodes)) >= 3:
                 return f"{_where(node)}{_name(node)} may be attention in one fused operator: {_ADVICE}"
     if foreign and not any(calls(node, PRODUCTS) for node in graph.nodes):
         node = foreign[0]
         return f"{_where(node)}the model's attention must be within {_name(node)}, one fused operator: {_ADVICE}"
+    return None
+
+
+def named_attention(graph: Graph) -> str | None:
+    """The same by the names of operators only, of a graph in any form."""
+    for node in graph.nodes:
+        called = node.op == "call_function" and not calls(node, {aten.scaled_dot_product_attention})
+        if called and _ATTENTION.search(_name(node)):
+            return f"{_where(node)}attention is one fused operator, {_name(node)}: {_ADVICE}"
+    return None
+
+
+def blamed_operator(error: Exception) -> str | None:
+    """The same where PyTorch cannot run or export an operator that its error names."""
+    for namespace, name in re.findall(r"(\w+)::(\w+)", str(error)):
+        if _ATTENTION.search(name) or (namespace not in _OF_TORCH and "fake impl" in str(error)):
+            return f"the operator {namespace}.{name} cannot be captured; if it is attention, {_ADVICE}"
     return None
 
 
@@ -52,7 +67,7 @@ def _name(node: Node) -> str:
 
 
 def _is_foreign(node: Node) -> bool:
-    namespace = getattr(node.target, "namespace", None)
+    namespace = getattr(node.target, "namespace", None) if node.op == "call_function" else None
     return namespace is not None and namespace not in _OF_TORCH
 
 
