@@ -340,7 +340,8 @@ class QuantizedModel(nn.Module):
         self.require_calibrated()
         quantizers = self.quantizers
         tensors = {name: tensor.clone() for name, tensor in self.graph_module.state_dict().items()}
-        tensors |= {name: tensor for name, tensor in constants(self.graph_module).items() if _is_rounded(tensor)}
+        computed = constants(self.graph_module)
+        tensors |= {name: tensor.clone() for name, tensor in computed.items() if _is_rounded(tensor)}
         packed = {}
         for value in self._packable():
             quantizer, weight = quantizers[value.name], self.parameter(value).detach()
