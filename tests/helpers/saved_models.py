@@ -27,7 +27,7 @@ STAGES = {
     "depths": [2, 1], "embed_dim": 8, "num_heads": [1, 2], "img_size": 32, "patch_size": 4, "window_size": 4,
     "num_classes": 5,
 }  # fmt: skip
-LEVIT = {"embed_dim": [16, 32], "depth": [1, 1], "num_heads": [2, 2], "key_dim": 8, "img_size": 32, "num_classes": 5}
+LEVIT = {"embed_dim": [8, 16], "depth": [1, 1], "num_heads": [1, 2], "key_dim": 8, "img_size": 32, "num_classes": 5}
 MODELS = {  # name: source, arguments, recipe
     "vit fq-vit": ("timm:vit_tiny_patch16_224", PLAIN, "fq-vit"),
     "vit repq-vit": ("timm:vit_tiny_patch16_224", PLAIN, "repq-vit+fully-integer"),

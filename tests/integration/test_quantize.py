@@ -416,3 +416,19 @@ def test_the_record_tells_what_calibration_saw(saved):
     assert decision == {"low": photos().min().item(), "high": photos().max().item()}
     assert config["calibration"]["images"] == 6
     assert config["quantization_config"]["quant_method"] == "vitquant"
+
+
+def test_what_a_model_s_code_computes_anew_is_saved_with_it(tmp_path):
+    """Sines of positions, which another processor rounds apart; here by far."""
+    import timm
+
+    sizes = {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 28, "num_classes": 5}
+    model, other = (timm.create_model("eva02_tiny_patch14_224", **sizes).eval() for _ in range(2))
+    x = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    quantized = vitquant.quantize(model, "minmax", [x])
+    assert "rope.pos_embed" not in model.state_dict()
+    quantized.save(tmp_path / "out")
+    other.rope.pos_embed += 0.1
+    loaded = vitquant.load(tmp_path / "out", other)
+    assert torch.equal(loaded(x), quantized(x))
+    assert loaded.digest == quantized.digest
