@@ -132,7 +132,8 @@ class Integer:
     high: int = 2**63 - 1
 
     def __str__(self) -> str:
-        return f"an integer from {self.low} to {self.high}"
+        bounded = (self.low, self.high) != (Integer.low, Integer.high)
+        return f"an integer from {self.low} to {self.high}" if bounded else "an integer of 64 bits"
 
     def check(self, value: Any, place: str) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
@@ -224,6 +225,22 @@ class ListOf:
             _refuse(value, place, self)
         for number, each in enumerate(value):
             self.each.check(each, f"{place}[{number}]")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A list of certain values, each of its own kind."""
+
+    items: tuple[Schema, ...]
+
+    def __str__(self) -> str:
+        return f"a list of {len(self.items)}: {', then '.join(map(str, self.items))}"
+
+    def check(self, value: Any, place: str) -> None:
+        if not isinstance(value, list | tuple) or len(value) != len(self.items):
+            _refuse(value, place, self)
+        for number, (item, each) in enumerate(zip(self.items, value, strict=True)):
+            item.check(each, f"{place}[{number}]")
 
 
 @dataclass(frozen=True)
@@ -320,7 +337,7 @@ def of_type(hint: Any) -> Schema:
 
 
 _OF_TYPE: dict[Any, Schema] = {str: Text(), int: Integer(), float: Number(), bool: Flag()}
-_CONTAINERS = ListOf | TableOf | Table | Plain
+_CONTAINERS = ListOf | Row | TableOf | Table | Plain
 
 
 def _below(place: str, key: str) -> str:

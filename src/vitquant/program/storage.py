@@ -18,10 +18,10 @@ from vitquant.packing import pack, packed_size, unpack
 from vitquant.program import instructions as p
 from vitquant.program.checking import check_program, check_register
 from vitquant.schema import (
-    Either,
     Integer,
     ListOf,
     Plain,
+    Row,
     Table,
     TableOf,
     Text,
@@ -154,7 +154,7 @@ _SCHEMA = Table(
         "format": Integer(FORMAT, FORMAT),
         "input": _NAME,
         "output": _NAME,
-        "registers": TableOf(ListOf(Either((_NAME, ListOf(Integer(), most=64))), 2, 2), _NAME),
+        "registers": TableOf(Row((_NAME, ListOf(Integer(), most=64))), _NAME),
         "instructions": ListOf(TableOf(Plain())),
         "codes": TableOf(_NAME, _NAME),
         "facts": TableOf(Plain()),
@@ -164,7 +164,9 @@ _SCHEMA = Table(
 
 def _program(values: Mapping[str, Any], packed: Mapping[str, Tensor]) -> p.IntegerProgram:
     check(values, _SCHEMA, CheckpointError)
-    registers = {name: _register(name, each) for name, each in values["registers"].items()}
+    registers = {name: p.Register(kind, tuple(shape)) for name, (kind, shape) in values["registers"].items()}
+    for name, register in registers.items():
+        check_register(name, register)
     return p.IntegerProgram(
         input=values["input"],
         output=values["output"],
@@ -174,16 +176,6 @@ def _program(values: Mapping[str, Any], packed: Mapping[str, Tensor]) -> p.Integ
         codes=values["codes"],
         facts=values["facts"],
     )
-
-
-def _register(name: str, value: Any) -> p.Register:
-    match value:
-        case [str(kind), [*shape]]:
-            register = p.Register(kind, tuple(shape))
-            check_register(name, register)
-            return register
-        case _:
-            raise CheckpointError(f"register {shown(name)} has no type and shape")
 
 
 def _constant(name: str, registers: Mapping[str, p.Register], packed: Tensor) -> Tensor:
