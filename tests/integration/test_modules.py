@@ -11,7 +11,7 @@ import threading
 import pytest
 import timm
 import torch
-from helpers.architectures import TRANSFORMERS, from_transformers, vary
+from architectures import TRANSFORMERS, from_transformers, vary
 from torch import nn
 from torch._ops import OpOverload
 from torch.nn.utils import parametrize
@@ -62,7 +62,10 @@ def model() -> QuantizedModel:
 
 def exported(model: nn.Module, *, grad: bool = False) -> nn.Module:
     with torch.set_grad_enabled(grad):
-        return torch.export.export(model, (images(2),), dynamic_shapes=({0: BATCH},)).module()
+        program = torch.export.export(model, (images(2),), dynamic_shapes=({0: BATCH},))
+    operators = {node.target.namespace for node in program.graph.nodes if isinstance(node.target, OpOverload)}
+    assert operators == {"aten"}  # nothing of vitquant is needed to run it
+    return program.module()
 
 
 def saved_and_loaded(model: nn.Module) -> nn.Module:
@@ -90,8 +93,14 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize(("family", "recipe"), [("vit", "fq-vit"), ("transformers", "minmax")])
+@pytest.mark.parametrize(
+    ("family", "recipe", "how"),
+    [
+        *(("vit", "fq-vit", how) for how in COPIES),
+        ("transformers", "minmax", "pickle"),
+        ("transformers", "minmax", "export"),
+    ],
+)
 def test_the_same_bits_come_out(family: str, recipe: str, how: str) -> None:
     model, x = shared(family, recipe), images(5, seed=1)
     with torch.no_grad():
@@ -130,13 +139,6 @@ def test_a_pickled_model_is_the_whole_model() -> None:
     assert vitquant.lower(loaded).instructions == vitquant.lower(model).instructions
     quantizer = next(iter(loaded.integer_operations.values())).source
     assert any(quantizer is each for each in loaded.quantizers.values())  # the graph's own, and no copy
-
-
-def test_an_export_is_plain_torch() -> None:
-    """Nothing of vitquant is needed to run it."""
-    program = torch.export.export(shared("vit", "fq-vit"), (images(2),), dynamic_shapes=({0: BATCH},))
-    operators = {node.target.namespace for node in program.graph.nodes if isinstance(node.target, OpOverload)}
-    assert operators == {"aten"}
 
 
 def test_exports_of_a_loaded_state_have_its_constants(model: QuantizedModel) -> None:

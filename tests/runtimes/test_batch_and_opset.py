@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from helpers.exported_models import exported, photos, timm_swin, timm_vit
+from exported_models import exported, photos, timm_swin, timm_vit
 
 import vitquant
 from vitquant.engines import on_images
