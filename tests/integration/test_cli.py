@@ -69,7 +69,8 @@ def state_dict(**arguments):
 def quantize_words(images, out, *words, weights="random", model=MODEL):
     given = ["--weights", str(weights), "--calibration", str(images), "--output", str(out)]
     sizes = [] if "--batch" in words else ["--batch", "10"]
-    return ["quantize", *model, *given, *sizes, *map(str, words)]
+    recipe = [] if "--recipe" in words else ["--recipe", "minmax"]
+    return ["quantize", *model, *given, *sizes, *recipe, *map(str, words)]
 
 
 @pytest.fixture
@@ -144,7 +145,19 @@ def test_fewer_images_than_the_recipe_asks_for_are_all_used_and_that_is_said(run
     assert code == 0
     assert err == f"note: all 20 images of {workshop / 'images'} were used; minmax asks for 1000\n"
     assert "20 images of" in out
-    assert "patch_embed (input 8 bits, weight 8 bits); head (input 8 bits, weight 8 bits)" in out
+    assert "patch_embed (input 8 bits, weight 8 bits); head (input 8 bits, weight 8 bits)" in " ".join(out.split())
+
+
+def test_without_a_recipe_the_model_runs_in_integers(run, workshop, tmp_path):
+    words = [
+        word for word in quantize_words(workshop / "images", tmp_path / "out") if word not in ("--recipe", "minmax")
+    ]
+    code, out, _ = run(*words, "--bits", "w6a6", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert (facts["recipe"], facts["bits"]) == ("repq-vit+fully-integer+wide-residual", "w6a6s5")
+    _, out, _ = run("evaluate", tmp_path / "out", "--data", workshop / "images", "--json")
+    assert json.loads(out)["engine"] == "integer"
 
 
 def test_the_weights_that_were_taken_are_said_and_others_taken_by_their_key(run, workshop, tmp_path):
@@ -349,7 +362,7 @@ def test_a_factory_is_imported_again_only_when_its_name_is_repeated(run, refused
     code, printed, _ = run("inspect", out, "--model", name, "--all")
     assert code == 0
     assert "permute" in printed  # moves data
-    assert "repeat it: --model" in refused("inspect", out, "--model", "python:my_factories:broken")
+    assert f"was made from {name}, not from" in refused("inspect", out, "--model", "python:my_factories:broken")
 
 
 def test_preprocessing_of_a_file_replaces_keys_and_is_saved(run, workshop, tmp_path):

@@ -278,7 +278,7 @@ def test_candidates_without_meaning_are_refused(candidates):
 
 def test_settings_of_the_search_are_checked():
     model, images = made("timm deit")
-    with pytest.raises(RecipeError, match="candidates = many: it is a whole number"):
+    with pytest.raises(RecipeError, match="candidates = 'many' should be an integer"):
         vitquant.sensitivity(model, "vt-ptq", [images], settings=["search-scales.candidates=many"])
 
 

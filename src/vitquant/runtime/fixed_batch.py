@@ -14,7 +14,11 @@ def in_batches(run: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Te
     Arguments:
         run: from (size, ...) to (size, ...).
         images: (images, ...), at least one.
+
+    Pitfall: results are joined and cut along their first axis, unless there are as many images as `size`.
     """
+    if len(images) == size:
+        return run(images)
     missing = -len(images) % size
     filled = torch.cat([images, images.new_zeros((missing, *images.shape[1:]))]) if missing else images
     return torch.cat([run(part) for part in filled.split(size)])[: len(images)]

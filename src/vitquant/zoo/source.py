@@ -14,10 +14,10 @@ from vitquant.schema import PATH, Integer, Plain, Table, TableOf, Text, check, m
 
 LIBRARIES = ("timm", "transformers", "torchvision", "python")
 _SCHEMA = Table(
-    {"name": Text(4096, PATH)},
+    {"name": Text(4096, PATH, least=1)},
     {
         "arguments": TableOf(Plain(), Text(100, r"[A-Za-z_]\w*")),
-        "weights": Text(4096, PATH),
+        "weights": Text(4096, PATH, least=1),
         "seed": Integer(),
         "weights_sha256": maybe(Text(64, "[0-9a-f]{64}")),
         "weights_key": maybe(Text(200)),
