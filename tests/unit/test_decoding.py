@@ -197,5 +197,5 @@ def test_the_preprocessing_says_whether_orientation_is_honoured(tmp_path):
         steps = Preprocessing.from_dict({**plain.to_dict(), "exif_orientation": turned})
         [(images, _)] = batches([Item(tmp_path / "x.png")], steps, 1)
         assert images[0, 0, 0, 0] == (0 if turned else 1)
-    with pytest.raises(DataError, match="exif_orientation must be true or false, not 1"):
+    with pytest.raises(DataError, match="exif_orientation .*1"):
         Preprocessing(exif_orientation=1)  # type: ignore[arg-type]
