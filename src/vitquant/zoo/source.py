@@ -40,7 +40,7 @@ class ModelSource:
         weights_key: which of several state dicts in the file, such as `model` or `state_dict_ema`.
 
     Raises:
-        ModelError: an unknown library, or an argument that JSON cannot hold.
+        ModelError: an unknown library, or a field that a saved model cannot hold.
     """
 
     name: str
@@ -57,8 +57,9 @@ class ModelSource:
             raise ModelError(f"model {self.name!r}: write LIBRARY:NAME, LIBRARY one of {', '.join(LIBRARIES)}{hint}")
         try:
             object.__setattr__(self, "arguments", json.loads(json.dumps(dict(self.arguments), allow_nan=False)))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ModelError(f"{self.name}: model arguments must be plain JSON values: {error}") from error
+        check(self.to_dict(), _SCHEMA, ModelError, "model source")  # so that what is saved is read again
 
     @property
     def library(self) -> str:
