@@ -226,7 +226,14 @@ def test_an_earlier_demo_is_replaced_by_force_only(small, run, tmp_path):
     assert run("--output", tmp_path / "out", "--quiet") == (0, "", "")
     code, _, err = run("--output", tmp_path / "out")
     assert (code, "--force" in err) == (2, True)
+    (tmp_path / "out" / "minmax" / "integer.onnx").write_text("exported")
     assert run("--output", tmp_path / "out", "--quiet", "--force") == (0, "", "")
+    assert sorted(path.name for path in (tmp_path / "out" / "minmax").iterdir()) == ["config.json", "model.safetensors"]
+    for name in ("mine", "minmax/mine", "test-images/mine"):
+        (tmp_path / "out" / name).write_text("years of work")
+        code, _, err = run("--output", tmp_path / "out", "--force")
+        assert (code, f"holds {name}, which is not of a demo" in err) == (2, True)
+        (tmp_path / "out" / name).unlink()
 
 
 # The estimate
