@@ -401,6 +401,9 @@ def test_torchvision_resamples_its_positions(loads, monkeypatch):
     state = create(ModelSource(TV, {"image_size": 32}, "random")).state_dict()
     found, notes = loads(state, TV, {"image_size": 64})
     assert found["encoder.pos_embedding"].shape == (1, 65, 16)
+    old = {key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): state[key] for key in state}
+    assert old.keys() != state.keys()  # as torchvision's files on the web have them
+    assert equal(loads(old, TV, {"image_size": 32})[0], state)
     assert "resampled by torchvision: encoder.pos_embedding" in notes[0]
 
 
@@ -413,6 +416,26 @@ def test_positions_without_a_function_of_the_library_are_refused_by_their_sizes(
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None, **arguments: build(**arguments))
     state = create(ModelSource("torchvision:swin_t", {"window_size": 4}, "random")).state_dict()
     refused(loads, state, "torchvision:swin_t", {"window_size": 8}, said=r"another shape.*relative_position.*\[49, 2\]")
+
+
+OF_VERSION_4 = {
+    "vit.layers.": "vit.encoder.layer.", "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key", "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+}  # fmt: skip
+
+
+def test_files_of_transformers_4_are_read_by_transformers_5(loads):
+    state = create(ModelSource("transformers:vit", TINY_VIT, "random", seed=9)).state_dict()
+    old = state
+    for new, before in OF_VERSION_4.items():
+        old = {key.replace(new, before): tensor for key, tensor in old.items()}
+    found, _ = loads(under("module.", old), "transformers:vit", TINY_VIT)
+    assert equal(found, state)
+    key = "vit.embeddings.position_embeddings"
+    found, notes = loads(old, "transformers:vit", {**TINY_VIT, "image_size": 64})
+    assert all(torch.equal(found[other], state[other]) for other in state if other != key)
+    assert f"resampled by transformers: {key}" in notes[0]
 
 
 def test_other_names_are_converted_by_the_library(loads, trained):

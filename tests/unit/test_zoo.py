@@ -172,9 +172,9 @@ def test_what_a_library_lacks_is_named_and_not_the_library(tmp_path, monkeypatch
     for name, code in {"needy": "import absent_package.part", "broken": "import json\njson.no_such_name"}.items():
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModelError, match="^needy needs absent_package, which is not installed: pip install absent_p"):
+    with pytest.raises(ModelError, match=r"^needy needs absent_package, which is not installed: pip install absent_p"):
         import_library("needy")
-    with pytest.raises(ModelError, match="^broken is installed but cannot be imported: AttributeError"):
+    with pytest.raises(ModelError, match=r"^broken is installed but cannot be imported: AttributeError"):
         import_library("broken")
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ModelError, match=r"^torchvision is not installed: pip install vitquant\[timm\]"):
