@@ -124,6 +124,12 @@ def test_the_key_is_saved_with_the_source(tmp_path, trained):
     assert equal(create(again, print).state_dict(), other)
 
 
+def test_a_key_without_a_file_is_refused():
+    for weights in ("random", "pretrained"):
+        with pytest.raises(ModelError, match="weights_key 'model' chooses within a file"):
+            create(ModelSource(TIMM, ONE_BLOCK, weights, weights_key="model"))
+
+
 def test_a_note_is_a_warning_where_nobody_listens(tmp_path, trained):
     torch.save({"model": trained, "model_ema": {key: value + 1 for key, value in trained.items()}}, tmp_path / "w.pth")
     with pytest.warns(UserWarning, match="model_ema"):
