@@ -105,11 +105,12 @@ def test_a_container_is_looked_into(loads, trained, key):
 @pytest.mark.parametrize("plain", ["model", "state_dict", "student"])
 def test_averaged_weights_are_taken_with_a_note_and_the_others_by_key(loads, trained, averaged, plain):
     other = {key: value + 1 for key, value in trained.items()}
-    saved = {plain: other, averaged: {**under("module.", trained), "n_averaged": torch.tensor(5)}}
+    inner = "" if averaged == "ema" else "module."
+    saved = {plain: other, averaged: {**under(inner, trained), "n_averaged": torch.tensor(5)}}
     found, notes = loads(saved)
     assert equal(found, trained)
     assert len(notes) == 1
-    assert f"'{averaged}.module'" in notes[0]
+    assert repr(f"{averaged}.{inner}".rstrip(".")) in notes[0]
     assert f"'{plain}'" in notes[0]
     assert "--weights-key" in notes[0]
     assert equal(loads(saved, key=plain)[0], other)
@@ -185,6 +186,25 @@ def test_a_file_is_known_by_what_it_holds(loads, trained, tmp_path, file, kind):
     else:
         torch.save(trained, tmp_path / file, _use_new_zipfile_serialization=kind == "zip")
     assert equal(loads(None, file=file)[0], trained)
+
+
+def test_a_length_that_reads_as_a_brace_is_a_length(loads, trained, tmp_path):
+    for size in (ord("{"), 0x7B20, 0x7B0A):  # "{", " {", and a line before it
+        header = dict(sorted(header_of(trained).items()))
+        text = json.dumps(header)
+        text += " " * ((size - len(text)) % 2**8 if size < 2**8 else size - len(text))
+        content = b"".join(trained[key].contiguous().numpy().tobytes() for key in header)
+        (tmp_path / "w").write_bytes(len(text).to_bytes(8, "little") + text.encode() + content)
+        assert equal(loads(None, file="w")[0], trained)
+
+
+def header_of(state):
+    """What safetensors writes before the tensors."""
+    found, end = {}, 0
+    for key, tensor in sorted(state.items()):
+        begin, end = end, end + tensor.nbytes
+        found[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    return found
 
 
 @pytest.mark.parametrize("given_as", ["index", "directory"])
@@ -277,6 +297,7 @@ def archive(path):
         (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(99)), "gzip"),
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.write_text('{"a": 1}'), "no index of weights"),
+        (lambda path: path.write_text('{"meta":{"a": 1}}'), "no index of weights"),
         (lambda path: path.write_text("[" * 10**5), "no format that is known"),
         (lambda path: path.write_text('{"a":' * 10**5), "no index of weights"),
         (lambda path: np.savez(path.open("wb"), a=np.zeros(2)), "numpy archive"),
