@@ -105,11 +105,12 @@ def test_a_container_is_looked_into(loads, trained, key):
 @pytest.mark.parametrize("plain", ["model", "state_dict", "student"])
 def test_averaged_weights_are_taken_with_a_note_and_the_others_by_key(loads, trained, averaged, plain):
     other = {key: value + 1 for key, value in trained.items()}
-    saved = {plain: other, averaged: {**under("module.", trained), "n_averaged": torch.tensor(5)}}
+    inner = "" if averaged == "ema" else "module."
+    saved = {plain: other, averaged: {**under(inner, trained), "n_averaged": torch.tensor(5)}}
     found, notes = loads(saved)
     assert equal(found, trained)
     assert len(notes) == 1
-    assert f"'{averaged}.module'" in notes[0]
+    assert repr(f"{averaged}.{inner}".rstrip(".")) in notes[0]
     assert f"'{plain}'" in notes[0]
     assert "--weights-key" in notes[0]
     assert equal(loads(saved, key=plain)[0], other)
@@ -122,6 +123,12 @@ def test_the_key_is_saved_with_the_source(tmp_path, trained):
     source = pinned(ModelSource(TIMM, ONE_BLOCK, str(tmp_path / "w.pth"), weights_key="model"))
     again = ModelSource.from_dict(json.loads(json.dumps(source.to_dict())))
     assert equal(create(again, print).state_dict(), other)
+
+
+def test_a_key_without_a_file_is_refused():
+    for weights in ("random", "pretrained"):
+        with pytest.raises(ModelError, match="weights_key 'model' chooses within a file"):
+            create(ModelSource(TIMM, ONE_BLOCK, weights, weights_key="model"))
 
 
 def test_a_note_is_a_warning_where_nobody_listens(tmp_path, trained):
@@ -179,6 +186,25 @@ def test_a_file_is_known_by_what_it_holds(loads, trained, tmp_path, file, kind):
     else:
         torch.save(trained, tmp_path / file, _use_new_zipfile_serialization=kind == "zip")
     assert equal(loads(None, file=file)[0], trained)
+
+
+def test_a_length_that_reads_as_a_brace_is_a_length(loads, trained, tmp_path):
+    for size in (ord("{"), 0x7B20, 0x7B0A):  # "{", " {", and a line before it
+        header = dict(sorted(header_of(trained).items()))
+        text = json.dumps(header)
+        text += " " * ((size - len(text)) % 2**8 if size < 2**8 else size - len(text))
+        content = b"".join(trained[key].contiguous().numpy().tobytes() for key in header)
+        (tmp_path / "w").write_bytes(len(text).to_bytes(8, "little") + text.encode() + content)
+        assert equal(loads(None, file="w")[0], trained)
+
+
+def header_of(state):
+    """What safetensors writes before the tensors."""
+    found, end = {}, 0
+    for key, tensor in sorted(state.items()):
+        begin, end = end, end + tensor.nbytes
+        found[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    return found
 
 
 @pytest.mark.parametrize("given_as", ["index", "directory"])
@@ -271,6 +297,7 @@ def archive(path):
         (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(99)), "gzip"),
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.write_text('{"a": 1}'), "no index of weights"),
+        (lambda path: path.write_text('{"meta":{"a": 1}}'), "no index of weights"),
         (lambda path: path.write_text("[" * 10**5), "no format that is known"),
         (lambda path: path.write_text('{"a":' * 10**5), "no index of weights"),
         (lambda path: np.savez(path.open("wb"), a=np.zeros(2)), "numpy archive"),
@@ -401,6 +428,9 @@ def test_torchvision_resamples_its_positions(loads, monkeypatch):
     state = create(ModelSource(TV, {"image_size": 32}, "random")).state_dict()
     found, notes = loads(state, TV, {"image_size": 64})
     assert found["encoder.pos_embedding"].shape == (1, 65, 16)
+    old = {key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): state[key] for key in state}
+    assert old.keys() != state.keys()  # as torchvision's files on the web have them
+    assert equal(loads(old, TV, {"image_size": 32})[0], state)
     assert "resampled by torchvision: encoder.pos_embedding" in notes[0]
 
 
@@ -413,6 +443,26 @@ def test_positions_without_a_function_of_the_library_are_refused_by_their_sizes(
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None, **arguments: build(**arguments))
     state = create(ModelSource("torchvision:swin_t", {"window_size": 4}, "random")).state_dict()
     refused(loads, state, "torchvision:swin_t", {"window_size": 8}, said=r"another shape.*relative_position.*\[49, 2\]")
+
+
+OF_VERSION_4 = {
+    "vit.layers.": "vit.encoder.layer.", "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key", "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+}  # fmt: skip
+
+
+def test_files_of_transformers_4_are_read_by_transformers_5(loads):
+    state = create(ModelSource("transformers:vit", TINY_VIT, "random", seed=9)).state_dict()
+    old = state
+    for new, before in OF_VERSION_4.items():
+        old = {key.replace(new, before): tensor for key, tensor in old.items()}
+    found, _ = loads(under("module.", old), "transformers:vit", TINY_VIT)
+    assert equal(found, state)
+    key = "vit.embeddings.position_embeddings"
+    found, notes = loads(old, "transformers:vit", {**TINY_VIT, "image_size": 64})
+    assert all(torch.equal(found[other], state[other]) for other in state if other != key)
+    assert f"resampled by transformers: {key}" in notes[0]
 
 
 def test_other_names_are_converted_by_the_library(loads, trained):

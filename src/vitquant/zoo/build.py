@@ -32,6 +32,8 @@ def create(source: ModelSource, note: Note = warn) -> nn.Module:
 
     Pitfall: without a network, the hub's client tries for about a minute before it gives up.
     """
+    if source.weights_key is not None and source.weights in ("pretrained", "random"):
+        raise ModelError(f"weights_key {source.weights_key!r} chooses within a file; {source.weights} weights are none")
     if source.weights == "pretrained" and source.library != "python":
         model = _pretrained(source)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import sys
 from collections.abc import Mapping
@@ -16,39 +17,49 @@ def converted_by_library(model: nn.Module, given: Mapping[str, Tensor]) -> tuple
     """What the model's library makes of a checkpoint that does not fit: its names, and positions of another size.
 
     timm: `checkpoint_filter_fn` of the model's module. torchvision: `interpolate_embeddings`. transformers: the
-    conversion of `from_pretrained`, and the `interpolate_pos_encoding` of the model's embeddings.
+    conversion of `from_pretrained`, and the `interpolate_pos_encoding` of the model's embeddings. Then, of any model,
+    what its modules do with names of their earlier versions.
 
     Arguments:
         model: where the weights will be; it is left as it is.
         given: by the names of the checkpoint.
 
     Returns:
-        The library's name and the tensors, which may not fit either; None where it has no such function, or refuses.
+        Who converted and the tensors, which may not fit either; None where nobody could.
     """
     library = type(model).__module__.partition(".")[0]
-    convert = {"timm": _by_timm, "torchvision": _by_torchvision, "transformers": _by_transformers}.get(library)
-    if convert is None:
-        return None
-    try:
-        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            converted = convert(model, dict(given))
-    except Exception:  # a library may choke on what is not its own in any way; then the refusal names what does not fit
-        return None
-    if converted is None or not all(isinstance(tensor, Tensor) for tensor in converted.values()):
-        return None
-    return library, converted
+    library = library if library in _CONVERT else "the model's own load_state_dict"
+    found: dict[str, Tensor] | None = None
+    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        for convert in (_CONVERT.get(library, _as_it_is), _by_its_own_hooks):
+            # A library may choke on what is not its own in any way; then the refusal names what does not fit.
+            with contextlib.suppress(Exception):
+                converted = convert(model, dict(given if found is None else found))
+                if all(isinstance(tensor, Tensor) for tensor in converted.values()):
+                    found = converted
+    return None if found is None else (library, found)
 
 
-def _by_timm(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    return None if convert is None else dict(convert(given, model))
+def _as_it_is(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return given
 
 
-def _by_torchvision(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor] | None:
+def _by_its_own_hooks(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What modules make of names of their earlier versions (torchvision's MLP) when they load them."""
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(given)
+    return {key: tensor for key, tensor in twin.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+def _by_timm(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(sys.modules[type(model).__module__].checkpoint_filter_fn(given, model))
+
+
+def _by_torchvision(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
     if not isinstance(model, VisionTransformer):
-        return None
+        return given
     return dict(interpolate_embeddings(model.image_size, model.patch_size, given))  # type: ignore[arg-type]
 
 
@@ -83,3 +94,6 @@ def _resampled_positions(model: Any, given: dict[str, Tensor]) -> dict[str, Tens
             finally:
                 part.position_embeddings = own
     return resampled
+
+
+_CONVERT = {"timm": _by_timm, "torchvision": _by_torchvision, "transformers": _by_transformers}

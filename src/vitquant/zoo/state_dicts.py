@@ -123,7 +123,8 @@ def _without_prefix(name: str, tensors: dict[str, Tensor], wanted: Mapping[str, 
     weights = [key for key, tensor in tensors.items() if tensor.numel() > 1]  # not counters, such as n_averaged
     found = []
     for prefix in _prefixes(tensors, wanted):
-        inside = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        under = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        inside = {key: tensor for key, tensor in under.items() if tensor.ndim or key in wanted}  # no counters
         outside = [key for key in weights if not key.startswith(prefix)]
         if not outside or inside.keys() >= wanted.keys():
             found.append(StateDict(".".join(filter(None, (name, prefix.rstrip(".")))), inside, outside))

@@ -51,7 +51,8 @@ def weight_files(path: Path) -> list[Path]:
         path = inside
     if not path.is_file():
         raise ModelError(f"{path}: no such weights file (or write pretrained or random)")
-    if not _head(path).lstrip().startswith(b"{"):
+    head = _head(path)
+    if _is_safetensors(head) or not head.lstrip().startswith(b"{"):
         return [path]
     try:
         shards = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
@@ -94,7 +95,7 @@ def read_weights(path: Path) -> Any:
 def _read(path: Path) -> Any:
     head = _head(path)
     try:
-        if head[8:9] == b"{":  # behind the length of the header
+        if _is_safetensors(head):
             return import_library("safetensors.torch").load_file(path)
         if head[:4] == b"PK\x03\x04":
             if said := _foreign_archive(path):
@@ -169,6 +170,11 @@ def _foreign_file(path: Path, head: bytes) -> str:
     if head[257:262] == b"ustar":
         return "is a tar archive; unpack it first (weights of PyTorch before 0.4: load and save them by torch < 2)"
     return "is in no format that is known here; give safetensors, or what torch.save wrote"
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Whether a length stands before an opening brace; that of a text would be out of all bounds."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32
 
 
 def _head(path: Path) -> bytes:

@@ -100,15 +100,15 @@ def _is_comparable(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
 
 def _refuse_no_weights(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Refuse tensors whose numbers cannot be a model's weights as they are, by name."""
-    for key in given.keys() & wanted.keys():
-        tensor, kind = given[key], str(given[key].dtype).removeprefix("torch.")
+    for key, tensor in given.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
         if tensor.is_quantized or tensor.layout is not torch.strided or tensor.is_meta:
             what = "is quantized" if tensor.is_quantized else "holds no values" if tensor.is_meta else "is sparse"
             raise ModelError(f"does not hold plain weights: {key} {what}; give the float weights")
-        if wanted[key].is_floating_point():
+        if wanted[key].is_floating_point() if key in wanted else key.endswith((".weight", ".bias")):
             if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
                 raise ModelError(f"does not hold float weights: {key} is of {kind}; give those before quantization")
-        elif tensor.is_floating_point() or tensor.is_complex():
+        elif key in wanted and (tensor.is_floating_point() or tensor.is_complex()):
             raise ModelError(f"does not fit: {key} is of {kind} where the model counts")
 
 
