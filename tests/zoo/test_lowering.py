@@ -64,7 +64,7 @@ def final(model):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_is_refused_is_refused_for_what_it_is(name):
-    with pytest.raises(LoweringError, match=f"{REFUSED[name]}.*fq-vit promises integers; .*--simulated") as early:
+    with pytest.raises(LoweringError, match=r"fq-vit promises integers; .*--simulated") as early:
         quantized(name)
     with pytest.raises(LoweringError, match=REFUSED[name]) as late:
         lower(quantized(name, simulated=True)[0])
