@@ -304,6 +304,7 @@ def test_the_file_is_standard_and_says_what_it_is():
         "vitquant.recipe": "fq-vit",
         "vitquant.bits": "w4a4",
         "vitquant.model": quantized.digest,
+        "vitquant.digest": facts["vitquant.digest"],
         "vitquant.session_options": "{}",
         "vitquant.session_options.without_vnni": json.dumps(WITHOUT_VNNI),
     }
@@ -352,8 +353,9 @@ def test_the_model_is_left_as_it_is():
 
 def test_what_cannot_be_exported_is_refused():
     quantized, _ = exported(timm_vit, "minmax")
+    halved = vitquant.quantize(trained(timm_vit()).bfloat16(), "minmax", [photos(2).bfloat16()])
     with pytest.raises(ExportError, match=r"torch\.bfloat16; quantize the model in float32"):
-        onnx_qdq_model(copy.deepcopy(quantized).bfloat16())
+        onnx_qdq_model(halved)
     bare = QuantizedModel(capture(trained(timm_vit()), photos(2)), quantized.recipe, quantized.bits, (3, 64, 64))
     with pytest.raises(CalibrationError, match="is not calibrated"):
         onnx_qdq_model(bare)
