@@ -74,6 +74,7 @@ def refused(load, *args, said, **kwargs):
 NAMES = st.lists(st.sampled_from(["model", "module", "a", "backbone", "_orig_mod", "net"]), max_size=3)
 
 
+@settings(deadline=None)
 @given(NAMES, NAMES, st.booleans())
 def test_a_state_dict_is_found_under_any_container_and_prefix(containers, prefix, counted):
     wanted = {"blocks.0.weight": torch.rand(2), "norm.weight": torch.rand(2), "head.bias": torch.rand(1)}
@@ -326,7 +327,7 @@ def test_a_dictionary_that_holds_itself_is_no_trouble(loads, trained):
     assert equal(loads(held)[0], trained)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_damaged_files_are_refused_in_a_line(data):
     import io
