@@ -82,6 +82,9 @@ def test_the_float_model_is_the_judge():
     right = torch.nn.functional.one_hot(labels, 10) * 9.0
     assert ORDER in compare(right, right.roll(1, 1), labels).doubt
     assert compare(right.roll(1, 1), right, labels).doubt is None
+    sure = torch.nn.functional.one_hot(torch.arange(200), 1000) * 9.0  # one image a label
+    assert SURE in compare(sure / 1000, sure, torch.arange(200) + 1).doubt
+    assert CHANCE in compare(sure, sure / 1000, torch.arange(200) + 1).doubt
 
 
 @pytest.mark.parametrize("kind", ["right", "text", "shifted", "sorted subset"])
