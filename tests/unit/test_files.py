@@ -345,12 +345,14 @@ def named(tmp_path, kind):
             return tmp_path / "a\0b"
         case "process":
             return Path("/proc/self/out")
+        case "standard output":  # a link to whatever that goes to, be it a file
+            return Path("/dev/stdout")
     return path
 
 
 KINDS = [
     "dangling link", "link to itself", "below a dangling link", "pipe", "socket", "device", "root", "name too long",
-    "path too long", "below a file", "null", "process",
+    "path too long", "below a file", "null", "process", "standard output",
 ]  # fmt: skip
 
 
