@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from killing import at_every_line, contents
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from vitquant import load
+from vitquant.allocation.table import SensitivityTable
 from vitquant.checkpoint import write_checkpoint
 from vitquant.cli import main
 from vitquant.errors import CheckpointError
@@ -691,7 +694,7 @@ def test_a_run_that_is_ended_while_it_writes_leaves_what_was_there(run, workshop
             time.sleep(0.05)
         assert marker.exists()
         process.send_signal(end)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
     finally:
         process.kill()
     if replaces:
@@ -723,26 +726,32 @@ def test_an_interrupt_after_the_result_is_in_place_does_not_say_that_nothing_was
 def test_at_no_moment_is_a_result_neither_old_nor_new(run, workshop, sensitivities, tmp_path, monkeypatch):
     """The files as a kill before any line of what writes them would leave them."""
     monkeypatch.setattr("os.fsync", lambda _: None)
-    words = {
-        "model": quantize_words(workshop / "images", tmp_path / "model", "--images", 10, "--force"),
-        "measured": sensitivity_words(workshop, "--candidates", "4,8", "--output", tmp_path / "measured", "--force"),
-    }
+    assert run(*quantize_words(workshop / "images", tmp_path / "other", "--images", 10))[0] == 0
+    other, measured = load(tmp_path / "other"), replace(SensitivityTable.from_json(sensitivities), bits="w7a7")
+    monkeypatch.setattr("vitquant.pipeline.quantize", lambda *_, **__: other)  # what is traced takes long
+    monkeypatch.setattr("vitquant.precision.sensitivity", lambda *_, **__: measured)
+    monkeypatch.setattr("vitquant.report.figures.sensitivity_figure", lambda *_: b"drawn")
     shutil.copytree(workshop / "out", tmp_path / "model")
     shutil.copytree(sensitivities.parent, tmp_path / "measured")
+    words = {
+        "model": quantize_words(workshop / "images", tmp_path / "model", "--force"),
+        "measured": sensitivity_words(workshop, "--output", tmp_path / "measured", "--force"),
+    }
     for name, command in words.items():
-        seen = []
+        ended, seen = [], []
 
         def look(_, path=tmp_path / name, seen=seen):
             found = contents(path)
             if not seen or found != seen[-1]:
                 seen.append(found)
 
-        at_every_line(lambda command=command: run(*command), look)
+        at_every_line(lambda command=command, ended=ended: ended.append(run(*command)), look)
         look(0)
+        assert ended.pop()[0] == 0
         assert len(seen) == 2
-        assert seen[0] != seen[1]
         assert seen[0].keys() == seen[1].keys()
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["measured", "model"]
+        assert all(seen[0][file] != seen[1][file] for file in seen[0])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["measured", "model", "other"]
 
 
 def test_a_figure_is_never_beside_a_recipe_that_it_is_not_of(run, sensitivities, tmp_path):

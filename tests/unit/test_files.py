@@ -102,13 +102,16 @@ def test_a_worker_that_outlives_a_killed_run_does_not_hold_its_place(out):
     told, tell = os.pipe()
     run = os.fork()
     if run == 0:
-        with replacing(out):
-            worker = os.fork()
-            if worker:
-                os.write(tell, worker.to_bytes(4, "little"))
-            time.sleep(60)
-        os._exit(0)
+        try:
+            with replacing(out):
+                if worker := os.fork():
+                    os.write(tell, worker.to_bytes(4, "little"))
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(tell)
     worker = int.from_bytes(os.read(told, 4), "little")
+    assert worker
     try:
         with pytest.raises(ExportError, match="another run is writing"):
             write_file(out, b"second")
@@ -120,16 +123,18 @@ def test_a_worker_that_outlives_a_killed_run_does_not_hold_its_place(out):
     assert (out.read_bytes(), beside(out)) == (b"third", ["out"])
 
 
-def test_a_forked_child_that_ends_like_a_program_leaves_its_parent_s_work(out):
-    with replacing(out) as new:
-        child = os.fork()
-        if child == 0:
-            try:
-                raise SystemExit  # leaves the block
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
-        new.write_text("whole")
+def test_a_forked_child_that_leaves_the_block_leaves_its_parent_s_work(out):
+    test = os.getpid()
+    try:
+        with replacing(out) as new:
+            child = os.fork()
+            if child == 0:
+                raise SystemExit
+            os.waitpid(child, 0)
+            new.write_text("whole")
+    finally:
+        if os.getpid() != test:
+            os._exit(0)
     assert out.read_text() == "whole"
 
 
@@ -192,7 +197,7 @@ def write_beside_another(out):
 
 
 def test_what_another_program_writes_meanwhile_is_kept(out):
-    with pytest.raises(ExportError, match="exists"):
+    with pytest.raises(ExportError, match="out exists; give another path"):
         write_beside_another(out)
     assert (out.read_text(), beside(out)) == ("theirs", ["out"])
 
@@ -340,12 +345,14 @@ def named(tmp_path, kind):
             return tmp_path / "a\0b"
         case "process":
             return Path("/proc/self/out")
+        case "standard output":  # a link to whatever that goes to, be it a file
+            return Path("/dev/stdout")
     return path
 
 
 KINDS = [
     "dangling link", "link to itself", "below a dangling link", "pipe", "socket", "device", "root", "name too long",
-    "path too long", "below a file", "null", "process",
+    "path too long", "below a file", "null", "process", "standard output",
 ]  # fmt: skip
 
 

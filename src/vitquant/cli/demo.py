@@ -77,7 +77,6 @@ def demo(
                 with terminal.progress(recipe.name, used) as update:
                     tried.append(_try(recipe, network, data, test, seed, update))
             with terminal.progress("writing"):
-                new.mkdir()
                 for trial in tried:
                     trial.quantized.save(new / trial.quantized.recipe.name)
                 write_folder(new / _IMAGES)

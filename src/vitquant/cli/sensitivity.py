@@ -76,7 +76,6 @@ def sensitivity(
                 about = {"model": prepared.source.name, "directory": str(calibration.absolute()), "seed": seed}
                 table = replace(table, about=table.about | about)
             if new is not None:
-                new.mkdir()
                 write_file(new / TABLE, table.to_json().encode())
                 write_file(new / FIGURE, sensitivity_figure(table.modules, table.sites))
         calibrating.say_what_was_used(terminal, prepared, request, chosen)

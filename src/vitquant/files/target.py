@@ -15,6 +15,7 @@ from vitquant.files.refusal import RefusedError
 Layout = Mapping[str, "Layout | None"]  # the names in a directory: of files with None, of directories with a layout
 
 _SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave wherever they look
+_NO_FILES = ("/dev", "/proc", "/sys")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ def follow(path: Path) -> Path:
         RefusedError: it cannot be the place of an output.
         OSError, ValueError: the operating system does not take the path.
     """
+    named = Path(os.path.abspath(path))  # noqa: PTH100  without following links: /dev/stdout is one, to a user's file
+    if any(named.is_relative_to(folder) for folder in _NO_FILES) and not named.is_relative_to("/dev/shm"):
+        raise RefusedError(f"{path} is no place for files; give another path")
     for each in (path, *path.parents):
         if each.is_symlink() and not each.exists():
             raise RefusedError(f"{each} is a link to what is not there; make that, or give another path")
