@@ -19,7 +19,7 @@ class Choice:
     """The recipe with the highest agreement at some bits, among those whose every operation lowers to integers.
 
     Arguments:
-        least: activations have as many bits at least.
+        weights, activations: as many bits as that at least.
         recipe: with its overlays.
         probs: bits of the attention probabilities where the caller gives none.
         least_probs: where the caller gives them, they are as many at least.
@@ -28,7 +28,8 @@ class Choice:
     Source: measured on held-out calibration photographs, docs/default-recipe.md.
     """
 
-    least: int
+    weights: int
+    activations: int
     recipe: str
     probs: int
     least_probs: int = 2
@@ -38,13 +39,14 @@ class Choice:
 CHOICES = (
     Choice(
         7,
+        7,
         "repq-vit+fully-integer+wide-residual+uniform-probs",
         probs=8,
         least_probs=7,
         settings=("activations.observer=omse", "weights.observer=omse", "uniform-probs.observer=best-percentile"),
     ),
-    Choice(6, "repq-vit+fully-integer+wide-residual", probs=5),
-    Choice(2, "repq-vit+searched-scales+fully-integer+wide-residual", probs=4),
+    Choice(2, 6, "repq-vit+fully-integer+wide-residual", probs=5),
+    Choice(2, 2, "repq-vit+searched-scales+fully-integer+wide-residual", probs=4),
 )
 _MOST_BITS = 8  # of weights and activations in an integer product
 
@@ -71,7 +73,11 @@ def requested(recipe: str | Recipe, bits: str | None, settings: Sequence[str] = 
         )
     probs = widths.probs if "s" in (bits or "").lower() else None
     choice = next(
-        each for each in CHOICES if each.least <= widths.activations and each.least_probs <= (probs or each.probs)
+        each
+        for each in CHOICES
+        if each.weights <= widths.weights
+        and each.activations <= widths.activations
+        and each.least_probs <= (probs or each.probs)
     )
     widths = replace(widths, probs=probs or choice.probs)
     chosen = load_recipe("+".join([choice.recipe, *recipe.split("+")[1:]]))

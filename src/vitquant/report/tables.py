@@ -192,6 +192,6 @@ def choices_table(choices: Iterable[Choice]) -> Table:
     table.add_column("recipe", overflow="fold")
     table.add_column("bits of probabilities", overflow="fold")
     for choice in choices:
-        bits = f"activations of {choice.least} bits and more"
+        bits = f"from w{choice.weights}a{choice.activations}"
         table.add_row(bits, " ".join((choice.recipe, *choice.settings)), f"{choice.probs}, unless given")
     return table
