@@ -32,7 +32,7 @@ class OnnxModel:
 
     def __init__(self, model: str | Path | bytes, optimize: bool = True, threads: int | None = None) -> None:
         try:
-            import onnx  # noqa: F401
+            import onnx
             import onnxruntime
         except ImportError as error:
             raise ExportError("running ONNX needs onnx and onnxruntime: pip install 'vitquant[onnx]'") from error
@@ -47,8 +47,11 @@ class OnnxModel:
             self.metadata: dict[str, str] = {each.key: each.value for each in proto.metadata_props}
             if len(proto.graph.input) != 1 or not proto.graph.output:
                 raise ExportError("it has not one input and one output; export it again")
-            for end in ("input", "output"):
-                values_of(self.metadata, end)
+            for end in (*proto.graph.input, *proto.graph.output):
+                if end.type.tensor_type.elem_type not in onnx.TensorProto.DataType.values()[1:]:
+                    raise ExportError(f"{end.name[:80]!r} has no type of elements; export it again")
+            for name in ("input", "output"):
+                values_of(self.metadata, name)
             for name, value in (values_of(self.metadata, "session_options") or {}).items():
                 options.add_session_config_entry(name, value)
         except ExportError as error:
@@ -58,9 +61,10 @@ class OnnxModel:
         except Exception as error:  # its errors have no common base
             raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {_first_line(error)}") from error
         self._input = self._session.get_inputs()[0]
-        scales, result = (values_of(self.metadata, "output") or {}).get("scale", [1.0]), self._session.get_outputs()[0]
-        if len(scales) not in (1, *result.shape[-1:]):
-            raise ExportError(f"{self._name} says {len(scales)} scales of logits of {result.shape}; export it again")
+        scales = (values_of(self.metadata, "output") or {}).get("scale", [1.0])
+        classes = [size.dim_value for size in proto.graph.output[0].type.tensor_type.shape.dim][-1:]
+        if len(scales) not in (1, *classes):
+            raise ExportError(f"{self._name} says {len(scales)} scales of logits of {classes}; export it again")
         if self._input.type not in _DTYPES:
             raise ExportError(f"{self._name} takes {self._input.type}, which images are not")
         self._dtype = np.dtype(_DTYPES[self._input.type])
