@@ -41,7 +41,10 @@ def quantized(model: torch.nn.Module, variant: str, calibration: Sequence[Item])
     """The model by a variant: a recipe, then bits, then settings as `vitquant quantize --set` takes them."""
     recipe, bits = _requested(variant)
     size = min(recipe.calibration.batch, len(calibration))
-    return vitquant.quantize(model, recipe, batches(calibration, PREPROCESSING, size), bits=str(bits))
+    data = batches(calibration, PREPROCESSING, size)
+    return vitquant.quantize(
+        model, recipe, data, bits=str(bits), simulated=True
+    )  # what lowers runs in integers all the same
 
 
 def asked(variant: str) -> Calibration:
