@@ -42,9 +42,8 @@ def quantized(model: torch.nn.Module, variant: str, calibration: Sequence[Item])
     recipe, bits = _requested(variant)
     size = min(recipe.calibration.batch, len(calibration))
     data = batches(calibration, PREPROCESSING, size)
-    return vitquant.quantize(
-        model, recipe, data, bits=str(bits), simulated=True
-    )  # what lowers runs in integers all the same
+    # What lowers runs in integers all the same.
+    return vitquant.quantize(model, recipe, data, bits=str(bits), simulated=True)
 
 
 def asked(variant: str) -> Calibration:
