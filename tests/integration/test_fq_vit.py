@@ -270,5 +270,5 @@ def test_saved_factors_are_those_that_are_loaded(tmp_path: Path) -> None:
         found = loaded.quantizers[name].factor
         assert found is not None
         assert torch.equal(found, factor)
-        assert int(found.max()) > int(found.min())
+    assert any(int(factor.max()) > int(factor.min()) for factor in expected.values())
     assert torch.equal(loaded(x), quantized(x))

@@ -25,7 +25,7 @@ symbols = st.sampled_from(BIT_SYMBOLS) | st.integers(2, 8)
 settings = st.dictionaries(
     names.filter(lambda name: name != "name"),
     st.recursive(
-        texts | st.integers(-(2**31), 2**31) | st.booleans() | st.floats(allow_nan=False),
+        texts | st.integers(-(2**31), 2**31) | st.booleans() | st.floats(allow_nan=False, allow_infinity=False),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
         max_leaves=4,
     ),
