@@ -255,21 +255,21 @@ def test_an_export_of_another_model_is_refused(run, workshop, out):
         remove(out / PATHS[format])
 
 
-def silent(saved):
-    """The program of a saved model that does not say which model it is of."""
+def lying(saved, other):
+    """The program of a saved model that says that it is of another."""
     program = lower(load(saved))
-    return replace(program, facts={key: fact for key, fact in program.facts.items() if key != "model"})
+    return replace(program, facts={**program.facts, "model": load(other).digest})
 
 
-def test_parity_ends_with_1_when_an_export_that_does_not_say_so_is_of_another_model(run, workshop, out):
-    save_program(silent(workshop / "others"), out / "integer.program")
+def test_parity_ends_with_1_when_an_export_is_of_another_model_than_it_says(run, workshop, out):
+    save_program(lying(workshop / "others", out), out / "integer.program")
     code, found, _ = run("parity", out, "--images", 4, "--json")
     assert code == 1
     assert "stored program beside integer program: bit for bit" in found["broken"][0]
 
 
 def test_a_broken_promise_is_named_on_stderr_where_no_table_names_it(run, workshop, out, monkeypatch):
-    save_program(silent(workshop / "others"), out / "integer.program")
+    save_program(lying(workshop / "others", out), out / "integer.program")
     code, text, err = run("parity", out, "--images", 4, "--quiet")
     assert (code, text, err.count("\n")) == (1, "", 1)
     assert err.startswith("broken: interpreter, stored program beside integer program: bit for bit")
@@ -306,7 +306,7 @@ def test_programs_of_a_model_that_does_not_lower_are_not_passed_over(run, worksh
     code, _, err = run("parity", model, "--images", 4)
     assert code == 2
     assert "was exported from another model" in err
-    save_program(silent(workshop / "others"), model / "integer.program", force=True)
+    save_program(lying(workshop / "others", model), model / "integer.program", force=True)
     code, found, _ = run("parity", model, "--images", 4, "--json")
     assert code == 1
     assert "no integer program" in found["broken"][0]
