@@ -16,7 +16,8 @@ import torch
 
 from vitquant.errors import CheckpointError
 from vitquant.files import Directory, Layout, replacing, sha256
-from vitquant.schema import Integer, Table, Text, check, parse_json, read_file
+from vitquant.parsing import parse_json, read_file
+from vitquant.schema import Integer, Table, Text, check
 
 FORMAT = 1
 TENSORS = "model.safetensors"

@@ -6,15 +6,11 @@ lies within its bounds. Errors say which key it is, what it holds and what it sh
 
 from __future__ import annotations
 
-import json
 import re
-import stat
 import sys
-import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, Protocol, Union, get_args, get_origin
 
@@ -24,8 +20,7 @@ LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*"  # what a terminal sho
 LINES = r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]*"
 PATH = r"[^\x00]+"  # names that are no UTF-8 hold lone surrogates
 DEEPEST = 32  # lists and tables in each other
-_LONGEST_INTEGER = 20  # digits; those of 64 bits
-_KEY_PARTS = re.compile(r"""(?:(?<![\w-])[\w-]++|"[^"\n]*+"|'[^'\n]*+')(?:[ \t]*+\.[ \t]*+[\w"'-]++){32}""")
+LONGEST_INTEGER = 20  # digits; those of 64 bits
 
 
 class Schema(Protocol):
@@ -79,7 +74,7 @@ def shown(value: Any) -> str:
             return "a table"
         case list() | tuple() if len(value) > 8 or any(isinstance(each, list | tuple | Mapping) for each in value):
             return f"a list of {len(value)}"
-        case int() if not -(10**_LONGEST_INTEGER) < value < 10**_LONGEST_INTEGER:
+        case int() if not -(10**LONGEST_INTEGER) < value < 10**LONGEST_INTEGER:
             return f"an integer of {value.bit_length()} bits"
         case _:
             text = repr(value[:80] if isinstance(value, str) else value)
@@ -297,7 +292,7 @@ class Plain:
         return "a string, a finite number, true, false, null, a list or a table"
 
     def check(self, value: Any, place: str) -> None:
-        _refuse_depth(value, place)
+        refuse_depth(value, place)
         self._check(value, place)
 
     def _check(self, value: Any, place: str) -> None:
@@ -346,8 +341,8 @@ def _below(place: str, key: str) -> str:
     return f"{place}.{key}" if place else key
 
 
-def _refuse_depth(value: Any, place: str = "") -> None:
-    """Refuse what is nested deeper than any file is, without following it down."""
+def refuse_depth(value: Any, place: str = "") -> None:
+    """Raise `Mismatch` for what is nested deeper than any file is, without following it down."""
     level = [value]
     for _ in range(DEEPEST + 1):
         level = [
@@ -359,94 +354,3 @@ def _refuse_depth(value: Any, place: str = "") -> None:
         if not level:
             return
     raise Mismatch(f"{place + ': ' if place else ''}lists and tables are nested more than {DEEPEST} deep")
-
-
-def read_file(path: Path, most: int, error: type[VitquantError]) -> bytes:
-    """What a file holds.
-
-    Arguments:
-        path: of a regular file; pipes and devices are refused, they may never end.
-        most: bytes that a file of its kind has at most.
-        error: what is raised.
-
-    Raises:
-        VitquantError: `error`, without the path: it is no file, cannot be read, or is larger.
-    """
-    try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise error("cannot be read: it is no file")
-        if about.st_size > most:
-            raise error(f"cannot be read: it has {about.st_size} bytes, and no such file has more than {most}")
-        return path.read_bytes()
-    except (OSError, ValueError) as reason:  # a path that holds a null character
-        raise error(f"cannot be read: {getattr(reason, 'strerror', None) or reason}") from None
-
-
-def parse_json(content: bytes | str, error: type[VitquantError]) -> Any:
-    """The values of a JSON text; keys that come twice, NaN, infinity and integers of more than 64 bits are refused.
-
-    Raises:
-        VitquantError: `error`; the message has line and column where the text is no JSON.
-    """
-    return _parsed("JSON", content, error, lambda text: json.loads(text, **_STRICT))
-
-
-def parse_toml(content: bytes | str, error: type[VitquantError]) -> dict[str, Any]:
-    """The table of a TOML text.
-
-    Raises:
-        VitquantError: `error`; the message has line and column where the text is no TOML.
-    """
-
-    def parse(text: str) -> dict[str, Any]:
-        if _KEY_PARTS.search(text):  # tomllib takes the square of their number
-            raise ValueError(f"a key has more than {DEEPEST} parts")
-        return tomllib.loads(text)
-
-    return _parsed("TOML", content, error, parse)
-
-
-def _parsed(form: str, content: bytes | str, error: type[VitquantError], parse: Callable[[str], Any]) -> Any:
-    try:
-        value = parse(content if isinstance(content, str) else content.decode())
-        _refuse_depth(value)
-    except RecursionError:
-        raise error(f"not valid {form}: lists and tables are nested more than {DEEPEST} deep") from None
-    except (ValueError, Mismatch) as reason:  # no UTF-8, no JSON, or more digits than Python converts
-        raise error(f"not valid {form}: {str(reason)[:300]}") from None
-    return value
-
-
-def _integer(text: str) -> int:
-    if len(text) > _LONGEST_INTEGER:
-        raise ValueError(f"an integer of {len(text)} digits")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if abs(number) > sys.float_info.max:
-        raise ValueError(f"{text[:40]} is larger than any number")
-    return number
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number")
-
-
-def _table(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in table:
-            raise ValueError(f"key {shown(key)} comes twice")
-        table[key] = value
-    return table
-
-
-_STRICT: dict[str, Any] = {
-    "parse_int": _integer,
-    "parse_float": _finite,
-    "parse_constant": _no_number,
-    "object_pairs_hook": _table,
-}

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vitquant.errors import DataError
+from vitquant.parsing import parse_json, parse_toml, read_file
 from vitquant.schema import (
     DEEPEST,
     PATH,
@@ -28,9 +29,6 @@ from vitquant.schema import (
     check,
     maybe,
     of_type,
-    parse_json,
-    parse_toml,
-    read_file,
     shown,
     take,
 )

@@ -12,8 +12,9 @@ from vitquant.allocation.front import Allocation, Choice, Costs, best_within, pa
 from vitquant.allocation.mixed_recipe import mixed_recipe
 from vitquant.allocation.sensitivity import SENSITIVITY, Sensitivity
 from vitquant.errors import AllocationError, VitquantError
+from vitquant.parsing import parse_json, read_file
 from vitquant.recipe import Bits, Recipe
-from vitquant.schema import Integer, ListOf, Plain, Table, TableOf, Text, check, parse_json, read_file
+from vitquant.schema import Integer, ListOf, Plain, Table, TableOf, Text, check
 from vitquant.spec import MAX_BITS, MIN_BITS
 
 FORMAT = 1

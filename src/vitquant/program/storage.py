@@ -15,23 +15,10 @@ from torch import Tensor
 from vitquant.errors import CheckpointError, LoweringError
 from vitquant.files import write_file
 from vitquant.packing import pack, packed_size, unpack
+from vitquant.parsing import parse_json, read_file
 from vitquant.program import instructions as p
 from vitquant.program.checking import check_program, check_register
-from vitquant.schema import (
-    Integer,
-    ListOf,
-    Plain,
-    Row,
-    Table,
-    TableOf,
-    Text,
-    check,
-    of_type,
-    parse_json,
-    read_file,
-    shown,
-    take,
-)
+from vitquant.schema import Integer, ListOf, Plain, Row, Table, TableOf, Text, check, of_type, shown, take
 
 FORMAT = 2
 _KEY = "vitquant_program"  # one key, as several would be written in any order

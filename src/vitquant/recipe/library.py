@@ -7,9 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from vitquant.errors import RecipeError
+from vitquant.parsing import parse_toml, read_file
 from vitquant.recipe.recipe import LONGEST, Overlay, Recipe
 from vitquant.recipe.tables import within
-from vitquant.schema import nearest, parse_toml, read_file
+from vitquant.schema import nearest
 
 _SHIPPED = files("vitquant") / "recipes"
 

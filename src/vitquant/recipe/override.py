@@ -7,10 +7,11 @@ from copy import deepcopy
 from typing import Any
 
 from vitquant.errors import RecipeError
+from vitquant.parsing import parse_toml
 from vitquant.recipe.recipe import Recipe
 from vitquant.recipe.rule import RULE_KEYS, SCHEMES, SPEC_KEYS, scheme_keys
 from vitquant.recipe.tables import within
-from vitquant.schema import nearest, parse_toml
+from vitquant.schema import nearest
 
 _SPEC_KEYS = SPEC_KEYS + tuple(key for name in SCHEMES for key in scheme_keys(name))
 _RULE_KEYS = tuple(key for key in RULE_KEYS if key not in ("name", "overlay"))

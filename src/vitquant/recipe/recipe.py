@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vitquant.errors import RecipeError
+from vitquant.parsing import parse_toml
 from vitquant.recipe.bits import Bits
 from vitquant.recipe.rule import Rule
 from vitquant.recipe.tables import within
-from vitquant.schema import LINES, Flag, Integer, ListOf, Plain, Table, TableOf, Text, check, parse_toml, take
+from vitquant.schema import LINES, Flag, Integer, ListOf, Plain, Table, TableOf, Text, check, take
 
 FORMAT = 1
 LONGEST = 2**22  # bytes of a file; a recipe that names every value of a large model has 2**18

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitquant.errors import ExportError
-from vitquant.schema import Integer, ListOf, Number, Schema, Table, Text, check, parse_json
+from vitquant.parsing import parse_json
+from vitquant.schema import Integer, ListOf, Number, Schema, Table, Text, check
 
 _PREFIX = "vitquant."
 _SCALE = Number(2.0**-140, 2.0**100)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitquant.errors import ExportError
+from vitquant.parsing import read_file
 from vitquant.runtime.metadata import name_of
-from vitquant.schema import read_file
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, TensorProto

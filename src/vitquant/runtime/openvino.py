@@ -13,9 +13,10 @@ from torch import Tensor
 
 from vitquant.errors import ExportError
 from vitquant.files import sha256
+from vitquant.parsing import parse_json, read_file
 from vitquant.runtime.fixed_batch import in_batches
 from vitquant.runtime.onnx_files import read_onnx
-from vitquant.schema import Table, Text, check, parse_json, read_file
+from vitquant.schema import Table, Text, check
 
 _FILES = ("model.xml", "model.bin")
 _DIGEST = "digest.json"

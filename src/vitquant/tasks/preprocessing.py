@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitquant.errors import DataError
-from vitquant.schema import Flag, Integer, ListOf, Number, Table, Text, check, parse_toml, read_file
+from vitquant.parsing import parse_toml, read_file
+from vitquant.schema import Flag, Integer, ListOf, Number, Table, Text, check
 
 if TYPE_CHECKING:
     from PIL.Image import Image

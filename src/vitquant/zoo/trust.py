@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vitquant.errors import ModelError
-from vitquant.schema import Either, Flag, Integer, ListOf, Nothing, Number, Schema, Text, check, parse_json, read_file
+from vitquant.parsing import parse_json, read_file
+from vitquant.schema import Either, Flag, Integer, ListOf, Nothing, Number, Schema, Text, check
 from vitquant.zoo.failures import import_library
 from vitquant.zoo.source import ModelSource
 

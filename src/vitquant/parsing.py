@@ -1,0 +1,111 @@
+"""Files as plain values: the bytes of JSON and TOML, read within bounds and parsed strictly.
+
+What the values may be is a schema's to say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vitquant.errors import VitquantError
+from vitquant.schema import DEEPEST, LONGEST_INTEGER, Mismatch, refuse_depth, shown
+
+_KEY_PARTS = re.compile(r"""(?:(?<![\w-])[\w-]++|"[^"\n]*+"|'[^'\n]*+')(?:[ \t]*+\.[ \t]*+[\w"'-]++){32}""")
+
+
+def read_file(path: Path, most: int, error: type[VitquantError]) -> bytes:
+    """What a file holds.
+
+    Arguments:
+        path: of a regular file; pipes and devices are refused, they may never end.
+        most: bytes that a file of its kind has at most.
+        error: what is raised.
+
+    Raises:
+        VitquantError: `error`, without the path: it is no file, cannot be read, or is larger.
+    """
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise error("cannot be read: it is no file")
+        if about.st_size > most:
+            raise error(f"cannot be read: it has {about.st_size} bytes, and no such file has more than {most}")
+        return path.read_bytes()
+    except (OSError, ValueError) as reason:  # a path that holds a null character
+        raise error(f"cannot be read: {getattr(reason, 'strerror', None) or reason}") from None
+
+
+def parse_json(content: bytes | str, error: type[VitquantError]) -> Any:
+    """The values of a JSON text; keys that come twice, NaN, infinity and integers of more than 64 bits are refused.
+
+    Raises:
+        VitquantError: `error`; the message has line and column where the text is no JSON.
+    """
+    return _parsed("JSON", content, error, lambda text: json.loads(text, **_STRICT))
+
+
+def parse_toml(content: bytes | str, error: type[VitquantError]) -> dict[str, Any]:
+    """The table of a TOML text.
+
+    Raises:
+        VitquantError: `error`; the message has line and column where the text is no TOML.
+    """
+
+    def parse(text: str) -> dict[str, Any]:
+        if _KEY_PARTS.search(text):  # tomllib takes the square of their number
+            raise ValueError(f"a key has more than {DEEPEST} parts")
+        return tomllib.loads(text)
+
+    return _parsed("TOML", content, error, parse)
+
+
+def _parsed(form: str, content: bytes | str, error: type[VitquantError], parse: Callable[[str], Any]) -> Any:
+    try:
+        value = parse(content if isinstance(content, str) else content.decode())
+        refuse_depth(value)
+    except RecursionError:
+        raise error(f"not valid {form}: lists and tables are nested more than {DEEPEST} deep") from None
+    except (ValueError, Mismatch) as reason:  # no UTF-8, no JSON, or more digits than Python converts
+        raise error(f"not valid {form}: {str(reason)[:300]}") from None
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > LONGEST_INTEGER:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if abs(number) > sys.float_info.max:
+        raise ValueError(f"{text[:40]} is larger than any number")
+    return number
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _table(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"key {shown(key)} comes twice")
+        table[key] = value
+    return table
+
+
+_STRICT: dict[str, Any] = {
+    "parse_int": _integer,
+    "parse_float": _finite,
+    "parse_constant": _no_number,
+    "object_pairs_hook": _table,
+}
