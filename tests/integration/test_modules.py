@@ -257,6 +257,15 @@ def test_functional_calls_and_parametrizations(model: QuantizedModel) -> None:
     assert torch.equal(on_images(model, x), expected)
 
 
+@pytest.mark.parametrize("recipe", ["fq-vit", "repq-vit+fully-integer"])  # equally spaced levels, and both logarithms
+def test_functional_gradients_are_those_of_autograd(recipe: str) -> None:
+    model, x = shared("vit", recipe), images(2, seed=1)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(leaf).sum(), leaf)
+    assert expected.any()
+    assert torch.equal(torch.func.grad(lambda given: model(given).sum())(x), expected)
+
+
 def test_threads_and_inference_mode_give_the_same_bits(model: QuantizedModel) -> None:
     x = images(3, seed=1)
     expected, found = on_images(model, x), []

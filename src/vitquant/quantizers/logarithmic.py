@@ -142,14 +142,17 @@ class _NearestPower(torch.autograd.Function):
     """1, 2**(-1 / steps) .. 2**(-last / steps) or 0, whichever is nearest to the argument by its logarithm."""
 
     @staticmethod
-    def forward(ctx: Any, ratio: Tensor, steps: int, last: int) -> Tensor:
+    def forward(ratio: Tensor, steps: int, last: int) -> Tensor:
         clamped = ratio.clamp(0.0, 1.0)
         mantissa, exponent = torch.frexp(clamped)  # mantissa in [1/2, 1)
         below = _below(mantissa, steps)
         octave = clamped / mantissa  # exact: the power of two that frexp splits off
         is_zero = ((below - steps * exponent > last) | (clamped == 0)) & ~clamped.isnan()
-        ctx.save_for_backward(~is_zero & (ratio <= 1))
         return (octave * _fractions(below, steps)).masked_fill(is_zero, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward((output != 0) & (inputs[0] <= 1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]

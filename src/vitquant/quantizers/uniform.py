@@ -63,13 +63,16 @@ class _NearestInteger(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, ratio: Tensor, low: Tensor, high: Tensor, clamp_first: bool) -> Tensor:
-        ctx.save_for_backward(ratio, low, high)
-        ctx.clamp_first = clamp_first
+    def forward(ratio: Tensor, low: Tensor, high: Tensor, clamp_first: bool) -> Tensor:
         levels = torch.round(ratio).add_(0.0)  # + 0 turns -0 into 0, as codes know no -0
         into = None if torch.compiler.is_compiling() else levels  # compilers take care of memory themselves
         levels = torch.maximum(levels, low, out=into)  # the same as clamp_, which takes ten times as long with tensors
         return torch.minimum(levels, high, out=into)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ratio, low, high, ctx.clamp_first = inputs
+        ctx.save_for_backward(ratio, low, high)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
