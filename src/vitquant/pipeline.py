@@ -17,7 +17,7 @@ from vitquant.autocast import in_own_precision
 from vitquant.capture import capture
 from vitquant.checkpoint import read_config, read_shapes
 from vitquant.config import check_config
-from vitquant.errors import CalibrationError, CheckpointError, RecipeError, VitquantError
+from vitquant.errors import CalibrationError, CheckpointError, ModelError, RecipeError, VitquantError
 from vitquant.files import recover
 from vitquant.lowering import check_possible, check_promise
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
@@ -27,17 +27,20 @@ from vitquant.methods.scale_reparameterization import ReparameterizeScalesSettin
 from vitquant.methods.scale_search import SearchScalesSettings, search_scales
 from vitquant.model import QuantizedModel, Record
 from vitquant.operations import Arithmetic
+from vitquant.plain_forward import plain_forward
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Method, Recipe, requested
 from vitquant.schema import Table, check, of_type
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.unwrapping import unwrapped
 from vitquant.zoo import ModelSource, architecture, create
-from vitquant.zoo.budget import Budget
+from vitquant.zoo.budget import Budget, ForwardBudget
 from vitquant.zoo.trust import as_repeated
 
 # The order in which methods run, whatever order a recipe and its overlays name them in.
 _ORDER = ("calibrate", "reparameterize-scales", "search-scales", "choose-factors", "integer-operations")
+
+_LIFTED = "; where that is meant, repeat its source: --model NAME"
 
 Settings = TypeVar("Settings")
 T = TypeVar("T")
@@ -141,6 +144,8 @@ def load(
         with Budget(shapes):
             model = architecture(found)
         _refuse_other_tensors(directory, model, shapes)
+        if source is None:
+            _named(directory, partial(_refuse_large_passes, model, config["input_shape"], shapes))
     model = unwrapped(model)
     channels, height, width = config["input_shape"]
     parameter = next(model.parameters())
@@ -163,12 +168,20 @@ def float_model(
         source, arguments: see `load`.
 
     Raises:
-        CheckpointError: it was saved without a source, or with one that has to be repeated.
+        CheckpointError: it was saved without a source, or with one that has to be repeated, or with weights that would
+            be fetched.
         ModelError: the weights are gone, or are others.
     """
     directory = Path(directory)
     config = check_config(read_config(directory), directory)
     found = _source(directory, config, source, arguments)
+    if weights is None and found.weights == "pretrained" and found.library != "python":
+        raise CheckpointError(
+            f"{directory}: the weights of its float model are those that {found.library} publishes, which are fetched "
+            "only where that is repeated: --weights pretrained"
+        )
+    if weights is None and found.weights not in ("pretrained", "random") and found.weights_sha256 is None:
+        raise CheckpointError(f"{directory} names a file of float weights, and not what is in it; repeat it: --weights")
     if weights is not None:
         found = ModelSource.from_dict({**found.to_dict(), "weights": weights})
     with Budget(_shapes(directory, config)):
@@ -208,6 +221,24 @@ def _refuse_other_tensors(directory: Path, model: nn.Module, shapes: Mapping[str
     for key, tensor in model.state_dict().items():
         if list(tensor.shape) != list(shapes.get(key, [-1])):
             raise CheckpointError(f"{directory}: its source builds another model: {key} is not the one that was saved")
+
+
+def _refuse_large_passes(model: nn.Module, shape: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a model, and an image size, that take far more memory than models of its size do.
+
+    Raises:
+        ModelError: an operator of one forward pass would make a tensor that is too large.
+    """
+    budget = ForwardBudget(shapes)
+    if 2 * math.prod(shape) > budget.largest:
+        raise ModelError(f"an image of {list(shape)} is far too large for a model of its size{_LIFTED}")
+    try:
+        with plain_forward(model), budget:
+            model(torch.zeros(2, *shape))
+    except ModelError as error:
+        raise ModelError(f"{error}{_LIFTED}") from None
+    except Exception:
+        pass
 
 
 def _place(method: Method) -> int:

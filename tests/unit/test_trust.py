@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from vitquant.capture import capture
 from vitquant.errors import CheckpointError, ModelError, VitquantError
 from vitquant.model import QuantizedModel
 from vitquant.zoo import ModelSource, architecture, preprocessing_of
-from vitquant.zoo.budget import Budget
+from vitquant.zoo.budget import Budget, ForwardBudget
 from vitquant.zoo.trust import as_repeated
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -134,7 +134,9 @@ def test_an_argument_that_loads_or_is_huge_is_repeated_or_refused(saved, trap, a
     [
         "timm:hf-hub:org/model", "timm:local-dir:{trap}", "timm:hf_hub:org/model", "timm:../vit", "timm:vit_tiny.a/b",
         "transformers:org/model", "transformers:{trap}", "transformers:{trap}/config.json", "python:os:system",
-        "torchvision:../vit", "transformers:/dev/zero", "transformers:timm/vit_tiny_patch16_224",
+        "torchvision:../vit", "torchvision:fcn_resnet50", "torchvision:fasterrcnn_resnet50_fpn",
+        "transformers:timm_wrapper",
+        "transformers:/dev/zero", "transformers:timm/vit_tiny_patch16_224",
     ],
 )  # fmt: skip
 def test_a_name_that_no_library_lists_is_repeated_or_refused(saved, trap, name):
@@ -142,6 +144,38 @@ def test_a_name_that_no_library_lists_is_repeated_or_refused(saved, trap, name):
     refused(named(saved, name, TINY), "repeat it")
     assert as_repeated(ModelSource(name), name, {}).name == name
     assert not (trap.parent / "ran").exists()
+
+
+def test_a_directory_is_not_taken_for_a_model_type_of_its_name(saved, trap, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trap.rename(tmp_path / "vit")
+    refused(named(saved, "transformers:vit", TINY), "repeat it")
+
+
+@pytest.mark.parametrize(("weights", "said"), [("pretrained", "--weights pretrained"), ("/etc/passwd", "repeat it")])
+def test_float_weights_that_a_file_names_are_not_fetched_and_not_read(saved, monkeypatch, weights, said):
+    monkeypatch.setattr("vitquant.pipeline.create", lambda *_: pytest.fail("it was made"))
+    named(saved, "timm:vit_tiny_patch16_224", TINY, weights)
+    with pytest.raises(CheckpointError, match=said):
+        vitquant.float_model(saved)
+
+
+@pytest.mark.parametrize(("size", "outcome"), [(32, "runs"), (256, "refused")])
+def test_a_small_model_cannot_ask_for_attention_among_thousands_of_tokens(size, outcome):
+    sizes = {**TINY, "img_size": size, "patch_size": 2, "embed_dim": 8}
+    model = architecture(ModelSource("timm:vit_tiny_patch16_224", sizes, "random"))
+    budget = ForwardBudget({key: tensor.shape for key, tensor in model.state_dict().items()})
+    expected = nullcontext() if outcome == "runs" else pytest.raises(ModelError, match="far too many")
+    with torch.no_grad(), expected, budget:
+        model(torch.zeros(2, 3, size, size))
+
+
+def test_a_saved_model_of_far_too_large_images_is_refused_until_its_source_is_repeated(saved, monkeypatch):
+    monkeypatch.setattr("vitquant.zoo.budget._SPARE_ELEMENTS", 0)
+    monkeypatch.setattr("vitquant.zoo.budget._LARGEST", 0.01)
+    with pytest.raises(CheckpointError, match=r"far too .*--model NAME"):
+        vitquant.load(saved)
+    vitquant.load(saved, source="timm:vit_tiny_patch16_224")
 
 
 def test_a_factory_gets_from_a_file_numbers_only(saved):

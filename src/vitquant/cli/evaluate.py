@@ -32,7 +32,11 @@ Classes = Annotated[
     ),
 ]
 Weights = Annotated[
-    str | None, typer.Option(metavar="PATH", help="Where the float weights are now, if they moved; else as saved.")
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="The float weights: where they are now, if they moved, or pretrained, to fetch them; else as saved.",
+    ),
 ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitquant.cli.terminal import Terminal
-from vitquant.errors import DataError, VitquantError
+from vitquant.errors import DataError, ModelError, VitquantError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +41,8 @@ def float_model(out: Path, weights: str | None, repeated: dict[str, Any], termin
     except VitquantError as error:
         if weights is not None:
             raise
-        terminal.note(f"not compared with the float model: {error}; --weights PATH says where they are")
+        where = "; --weights PATH says where they are" if isinstance(error, ModelError) else ""
+        terminal.note(f"not compared with the float model: {error}{where}")
         return None
 
 

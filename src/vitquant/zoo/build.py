@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -100,8 +102,7 @@ def _transformers(source: ModelSource) -> ModuleType:
 
 
 def _is_local(source: ModelSource) -> bool:
-    path = Path(source.model)
-    return path.is_file() or (path / "config.json").is_file()
+    return os.path.isfile(source.model) or os.path.isfile(Path(source.model) / "config.json")
 
 
 _LIBRARIES = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}
@@ -112,7 +113,11 @@ def _build_timm(source: ModelSource, pretrained: bool = False) -> nn.Module:
 
 
 def _build_torchvision(source: ModelSource, pretrained: bool = False) -> nn.Module:
-    return _torchvision(source).get_model(source.model, weights="DEFAULT" if pretrained else None, **source.arguments)
+    models = _torchvision(source)
+    arguments: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
+    if "weights_backbone" in inspect.signature(models.get_model_builder(source.model)).parameters:
+        arguments["weights_backbone"] = None  # it is fetched otherwise
+    return models.get_model(source.model, **{**arguments, **source.arguments})
 
 
 def _build_transformers(source: ModelSource, pretrained: bool = False) -> nn.Module:
@@ -122,7 +127,7 @@ def _build_transformers(source: ModelSource, pretrained: bool = False) -> nn.Mod
     trusted = _trusted(source)
     if not pretrained:
         return auto.from_config(config, dtype=torch.float32, **trusted)
-    folder = Path(source.model).parent if Path(source.model).is_file() else source.model
+    folder = Path(source.model).parent if os.path.isfile(source.model) else source.model
     model, info = auto.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True, **trusted)
     # transformers gives random weights for these, with no more than a warning
     if absent := sorted(info["missing_keys"]) + [str(key[0]) for key in info["mismatched_keys"]]:

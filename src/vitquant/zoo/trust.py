@@ -7,6 +7,7 @@ words of an architecture, within bounds.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ _LIST = ListOf(Either((*_SCALAR, ListOf(Either(_SCALAR), most=64))), most=64)
 _ARGUMENT = Either((*_SCALAR, _LIST))
 _PIXELS = Either((Integer(1, 1024), ListOf(Integer(1, 1024), 1, 3)))  # some libraries loop over all pairs of tokens
 _BOUNDED: Mapping[str, Schema] = {"img_size": _PIXELS, "image_size": _PIXELS}
+_OF_ANOTHER_LIBRARY = ("timm_wrapper", "timm_backbone")  # their configs name models and files of timm
 _LONGEST_CONFIG = 2**20  # bytes; the names of 21,843 classes take 2**19
 _NUMBERS = Either((*_SCALAR[:-1], ListOf(Either(_SCALAR[:-1]), most=64)))  # what a user's function gets from a file
 
@@ -100,21 +102,23 @@ def _is_listed(source: ModelSource) -> bool:
             plain = _fits(source.model, Text(200, r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?"))
             return plain and import_library("timm").is_model(source.model.split(".")[0])
         case "torchvision":
-            return source.model in import_library("torchvision").models.list_models()
+            models = import_library("torchvision").models
+            return source.model in models.list_models(module=models)  # those of images; others fetch a backbone
         case "transformers":
-            return _is_plain_config(Path(source.model)) or _is_type(source.model)
+            path = Path(source.model)
+            return _is_plain_config(path) if os.path.lexists(path) else _is_type(source.model)
         case _:
             return False
 
 
 def _is_type(name: str) -> bool:
-    return name in import_library("transformers").CONFIG_MAPPING
+    return name in import_library("transformers").CONFIG_MAPPING and name not in _OF_ANOTHER_LIBRARY
 
 
 def _is_plain_config(path: Path) -> bool:
     """Whether a path is that of a config.json, or of its directory, that holds numbers and words of an architecture."""
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
+    file = path / "config.json" if os.path.isdir(path) else path
+    if not os.path.isfile(file):
         return False
     try:
         values = parse_json(read_file(file, _LONGEST_CONFIG, ModelError), ModelError)
