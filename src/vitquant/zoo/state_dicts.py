@@ -14,6 +14,7 @@ from vitquant.errors import ModelError
 from vitquant.zoo.failures import first_five
 
 _AVERAGED = re.compile(r"(^|[._])(ema|teacher|swa|averaged?|shadow)([._]|$)", re.IGNORECASE)
+_HEADS = ("head", "classifier", "fc", "cls_classifier", "distillation_classifier")
 _DEPTH = 4  # of dictionaries in dictionaries
 
 
@@ -126,9 +127,14 @@ def _without_prefix(name: str, tensors: dict[str, Tensor], wanted: Mapping[str, 
         under = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         inside = {key: tensor for key, tensor in under.items() if tensor.ndim or key in wanted}  # no counters
         outside = [key for key in weights if not key.startswith(prefix)]
-        if not outside or inside.keys() >= wanted.keys():
+        if not outside or all(is_head(key) for key in wanted.keys() - inside.keys()):
             found.append(StateDict(".".join(filter(None, (name, prefix.rstrip(".")))), inside, outside))
     return [each for each in found if each.tensors.keys() & wanted.keys()] or [StateDict(name, tensors)]
+
+
+def is_head(key: str) -> bool:
+    """Whether a tensor's name is that of a classifier."""
+    return any(part.startswith(_HEADS) for part in key.split(".")[:2])
 
 
 def _prefixes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:

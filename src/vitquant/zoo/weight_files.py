@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import collections
 import datetime
 import hashlib
 import json
+import mmap
+import os
 import pathlib
+import pickle
 import re
 import types
 import warnings
@@ -44,12 +46,12 @@ def weight_files(path: Path) -> list[Path]:
     Raises:
         ModelError: there is none, or an index names what is no file beside it.
     """
-    if path.is_dir():
-        inside = next((path / name for name in _IN_A_DIRECTORY if (path / name).is_file()), None)
+    if os.path.isdir(path):
+        inside = next((path / name for name in _IN_A_DIRECTORY if os.path.isfile(path / name)), None)
         if inside is None:
             raise ModelError(f"{path} is a directory without {_IN_A_DIRECTORY[0]} or {_IN_A_DIRECTORY[2]}; give a file")
         path = inside
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(f"{path}: no such weights file (or write pretrained or random)")
     head = _head(path)
     if _is_safetensors(head) or not head.lstrip().startswith(b"{"):
@@ -59,7 +61,7 @@ def weight_files(path: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} {_FOREIGN[b'{']}") from error
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or not (path.parent / shard).is_file():
+        if not isinstance(shard, str) or Path(shard).name != shard or not os.path.isfile(path.parent / shard):
             raise ModelError(f"{path} names the file {shard!r}, which is not beside it")
     return [path, *(path.parent / shard for shard in shards)]
 
@@ -112,6 +114,9 @@ def _read(path: Path) -> Any:
 
 def _load(path: Path) -> Any:
     """What `torch.save` wrote, without running what pickle would."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"\nbytearray\n") >= 0:  # torch.load makes one of any size that a file names
+            raise ModelError(f"{path} holds a bytearray, which may be of any size; {_ALONE}")
     with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -119,16 +124,21 @@ def _load(path: Path) -> Any:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             named = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"[Uu]nsupported class ([\w.]+)", str(error))
-            if named is None:
+            if named is not None:
+                what = f"holds more than tensors, and reading it could run code, by {named[1]}"
+            elif isinstance(error, pickle.UnpicklingError) and "nsupported operand" in str(error):
+                what = "was pickled by another protocol than torch.save's own, or not by torch.save"
+            elif isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error):
+                reason = " ".join(str(error).partition("WeightsUnpickler error: ")[2].split())
+                what = f"holds more than tensors: {reason[:150] or 'what torch.load does not take'}"
+            else:
                 raise
-            raise ModelError(
-                f"{path} holds more than tensors, and reading it could run code, by {named[1]}; {_ALONE}"
-            ) from error
+            raise ModelError(f"{path} {what}; {_ALONE}") from error
 
 
 def _harmless() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Classes of plain values that training scripts save beside weights; to make one of them runs no code of a file."""
-    allowed: list[Any] = [argparse.Namespace, types.SimpleNamespace, collections.deque]
+    allowed: list[Any] = [argparse.Namespace, types.SimpleNamespace, frozenset, range, slice]
     allowed += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
     for module in ("pathlib", "pathlib._local"):  # its name since Python 3.13
         allowed += [(pathlib.PurePosixPath, f"{module}.{name}") for name in ("PosixPath", "PurePosixPath")]
@@ -146,10 +156,14 @@ def _harmless() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
 def _foreign_archive(path: Path) -> str | None:
     """What a zip archive is that is not from `torch.save`."""
     with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+        names, parts = archive.namelist(), archive.infolist()
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         return f"is a TorchScript archive; {_ALONE}, of the module it was made from or of torch.jit.load(FILE)"
     if any(name.endswith(("data.pkl", "data.pkl/")) for name in names):
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            return "is a compressed archive, which torch.save does not write; unpack it, or save the weights again"
+        if sum(part.file_size for part in parts) > path.stat().st_size:
+            return "is damaged: its parts are larger than the file"
         return None
     if any("models/" in name or name.endswith("serialized_exported_program.json") for name in names):
         return f"is an exported program; {_ALONE}, of the module it was made from or of torch.export.load(FILE)"

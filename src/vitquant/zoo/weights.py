@@ -14,12 +14,10 @@ from vitquant.errors import ModelError
 from vitquant.zoo.conversion import converted_by_library
 from vitquant.zoo.failures import first_five
 from vitquant.zoo.source import ModelSource
-from vitquant.zoo.state_dicts import choose
+from vitquant.zoo.state_dicts import choose, is_head
 from vitquant.zoo.weight_files import digest_of_weights, read_weights
 
 Note = Callable[[str], None]
-
-_HEADS = ("head", "classifier", "fc", "cls_classifier", "distillation_classifier")
 
 
 def warn(text: str) -> None:
@@ -139,15 +137,14 @@ def _advice(
     differing = [key for key in wanted if key in given and given[key].shape != wanted[key].shape]
     classes = {(given[key].shape[:1], wanted[key].shape[:1]) for key in differing}
     same_inside = all(given[key].shape[1:] == wanted[key].shape[1:] for key in differing)
-    if differing and len(classes) == 1 and same_inside and all(_is_head(key) for key in differing):
+    if differing and len(classes) == 1 and same_inside and all(is_head(key) for key in differing):
         name = "num_labels" if source.library == "transformers" else "num_classes"
         return f"; give --model-arg {name}={given[differing[0]].shape[0]} (arguments={{{name!r}: ...}})"
     if any("dist_token" in key or "head_dist" in key for key in found["unexpected"]):
         return "; the weights are of a distilled model, which has two heads; give its name"
-    if found["missing"] and not differing and all(_is_head(key) for key in found["missing"]):
+    if found["missing"] and not differing and all(is_head(key) for key in found["missing"]):
+        if others := [key for key in found["unexpected"] if is_head(key)]:
+            theirs, ours = (key.split(".")[0] for key in (others[0], found["missing"][0]))
+            return f"; the classifier is called {theirs} in the file, and {ours} in the model: rename it"
         return "; the file has no classifier: it was trained without, or for another task"
     return ""
-
-
-def _is_head(key: str) -> bool:
-    return any(part.startswith(_HEADS) for part in key.split(".")[:2])
