@@ -404,6 +404,7 @@ def _sensitivity(folder: Path, canary: Canary) -> Kind:
 def _labels(folder: Path, canary: Canary) -> Kind:
     from PIL import Image
 
+    from vitquant.tasks.classes import ClassNames
     from vitquant.tasks.images import check_labels, load_listing
 
     data = folder / "data"
@@ -437,7 +438,39 @@ def _labels(folder: Path, canary: Canary) -> Kind:
         )
 
     def read() -> None:
-        check_labels(load_listing(data), 3)
+        check_labels(load_listing(data, ClassNames(3)), 3)
+
+    return Kind(write, read)
+
+
+def _classes(folder: Path, canary: Canary) -> Kind:
+    from vitquant.tasks.classes_file import read_classes
+
+    path = folder / "classes.txt"
+    whole = (
+        "folder,class_index\ncat,0\ndog,1\ncow,2\n", "n01440764 tench, Tinca tinca\nn01443537 goldfish\ncow\n",
+        '{"cat": 0, "dog": 1, "cow": 2}', '{"0": ["n02121620", "cat"], "1": "dog", "2": "cow"}',
+        "['cat', 'dog', 'cow']",
+        '{"model_type": "vit", "id2label": {"0": "cat", "1": "dog", "2": "cow"}}',
+    )  # fmt: skip
+    parts = (
+        "", ",", ";", "\t", "\n", "\r", "\x00", '"', "'", "{", "}", "[", "]", ":", "-1",
+        "9" * 5000, "0x" + "f" * 5000, "1.5", "nan", "true", "null", "None", "[" * 5000, "{'a':" * 5000, "\u202e", "é",
+        "x" * 100_000, "cat", "0", "(", "#", "\\",
+        f"__import__('pathlib').Path({str(folder / 'ran')!r}).touch()",
+    )  # fmt: skip
+
+    def write(chance: random.Random) -> None:
+        text = chance.choice(whole)
+        for _ in range(chance.choice((1, 1, 2, 3))):
+            start = chance.randrange(len(text) + 1)
+            text = text[:start] + chance.choice(parts) + text[min(len(text), start + chance.choice((0, 0, 1, 3))) :]
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+
+    def read() -> None:
+        names = read_classes(path, 3)
+        assert names.names.keys() <= {0, 1, 2}
+        assert not (folder / "ran").exists()
 
     return Kind(write, read)
 
@@ -620,6 +653,7 @@ KINDS: dict[str, Callable[[Path, Canary], Kind]] = {
     "sensitivity": _sensitivity,
     "preprocessing": _preprocessing,
     "labels": _labels,
+    "classes": _classes,
     "program": _program,
     "onnx-integer": lambda folder, canary: _onnx(folder, canary, True),
     "onnx-qdq": lambda folder, canary: _onnx(folder, canary, False),

@@ -64,7 +64,7 @@ def test_numbers_are_indices_whichever_are_there(tmp_path_factory, indices, digi
         (["-1", "2"], "nothing says which"),
         (["٣", "2"], "nothing says which"),
         (["9" * 200], "nothing says which"),
-        (["cat", "dog"], "2 class folders, but the model has 10 classes.*--classes FILE"),
+        (["cat", "dog"], r"2 class folders \(cat, dog\), but the model has 10 classes.*--classes FILE"),
     ],
 )
 def test_numbers_that_are_no_indices_and_names_that_nobody_knows_ask_for_a_mapping(tmp_path, names, said):
@@ -164,12 +164,39 @@ def test_what_systems_leave_behind_is_neither_class_nor_image(tmp_path):
         (["train/0.png"], "train"),
         (["train/cat/0.png", "cat/0.png"], "train"),
         (["train2017/0.png", "val2017/0.png", "annotations/x.json"], "train2017 and val2017"),
+        (["ILSVRC2012_img_train/0.png", "ILSVRC2012_img_val/0.png"], "ILSVRC2012_img_train and ILSVRC2012_img_val"),
+        (["train1/0.png", "test1/0.png"], "test1 and train1"),
+        (["set_trn_256/0.png", "set_tst_256/0.png"], "set_trn_256 and set_tst_256"),
     ],
 )
 @pytest.mark.parametrize("classes", [None, ClassNames(2), ANIMALS])
 def test_parts_of_a_data_set_are_no_classes(tmp_path, files, parts, classes):
     make(tmp_path, *files)
     is_refused(tmp_path, classes, f"holds {parts}, .*: give .*/{parts.split()[-1]}")
+
+
+def test_valid_beside_invalid_is_enough_to_calibrate_on(tmp_path):
+    make(tmp_path, "valid/0.png", "invalid/0.png")
+    assert len(load_listing(tmp_path)) == 2
+    is_refused(tmp_path, ClassNames(2), "holds valid, .*--classes FILE")
+    assert labels(tmp_path, read_classes(written(tmp_path.parent, "valid,0\ninvalid,1"), 2)) == {
+        "invalid": 1,
+        "valid": 0,
+    }
+
+
+def test_a_bullet_train_is_a_class(tmp_path):
+    make(tmp_path, "bullet_train/0.png", "car/0.png")
+    assert labels(tmp_path, ClassNames(2)) == {"bullet_train": 0, "car": 1}
+
+
+def test_labels_that_nobody_needs_are_noted_and_the_images_found(tmp_path):
+    make(tmp_path, "a.png", "b.png")
+    (tmp_path / "labels.csv").write_text("id,label\na,cat\n")
+    listing = load_listing(tmp_path)
+    assert [item.path.name for item in listing] == ["a.png", "b.png"]
+    assert any("no column class_index" in note for note in listing.notes)
+    is_refused(tmp_path, ClassNames(2), "no column class_index or file")
 
 
 def test_a_class_of_trains_is_a_class(tmp_path):
@@ -270,11 +297,19 @@ def written(tmp_path, text):
         '{"0": ["n02121620", "cat"], "1": ["n02084071", "dog"]}',
         '{"model_type": "vit", "id2label": {"0": "cat", "1": "dog"}, "label2id": {"cat": 0, "dog": 1}}',
         '{"num_classes": 2, "label_names": ["cat", "dog"]}',
+        "cat,0,\ndog,1,\n",
+        "folder,class_index,,\ndog,1,,\ncat,0,,\n",
     ],
 )
 def test_a_file_of_classes_has_many_forms(tmp_path, text):
     folder(folder(tmp_path / "data", "dog"), "cat")
     assert labels(tmp_path / "data", read_classes(written(tmp_path, text), 2)) == {"cat": 0, "dog": 1}
+
+
+def test_names_may_hold_numbers_that_are_no_indices(tmp_path):
+    assert read_classes(written(tmp_path, "boeing 747\ncessna 172"), 2).index("cessna 172") == 1
+    assert read_classes(written(tmp_path, "3\n1"), 2).index("1") == 1
+    assert read_classes(written(tmp_path, "class 0\nclass 1"), 2).index("class 1") == 1
 
 
 def test_a_file_names_some_classes_of_many_and_several_folders_of_one(tmp_path):
@@ -300,7 +335,7 @@ def test_a_file_names_some_classes_of_many_and_several_folders_of_one(tmp_path):
         ('{"cat": 1.5}', "indices"),
         ('{"cat": true}', "class index True"),
         ('{"cat": null}', "indices"),
-        ("cat," + "9" * 5000, r"class index '9{29}\.\.\."),
+        ("cat," + "9" * 5000, r"class index '9+\.\.\."),
         ('{"cat": ' + "9" * 5000 + "}", "neither JSON"),
         ('{"0": 5, "1": [6]}', "name of a class must be text"),
         ('["cat", 5, "dog"]', "name of a class must be text"),
@@ -309,6 +344,16 @@ def test_a_file_names_some_classes_of_many_and_several_folders_of_one(tmp_path):
         ("{'a': __import__('os').system('true')}", "neither JSON"),
         ('"cat,0\ndog,1', "cannot be read as lines"),
         ('{"id2label": {"a": {}}}', "indices"),
+        ("cat,1,Felis\ndog,0,Canis\ncow,2,Bos", "line 1, .*neither a name nor folder,class_index"),
+        ("0,n02121808,cat\n1,n02084071,dog\n2,n1,cow", "line 1, .*neither"),
+        ("cat,1.0\ndog,0.0\ncow,2.0", "line 1, .*whole numbers"),
+        ("cat,0\ndog,x\ncow,2", "line 1, .*neither"),
+        ("cat,-1\ndog,0\ncow,1", "line 1, .*neither"),
+        ("n02119789 1\nn02100735 0\nn02110185 2", "line 1, .*neither"),
+        ("n02119789 1 kit_fox\nn02100735 2 setter\nn02110185 3 husky", "line 1, .*neither"),
+        ("kit fox 2\nsetter 0\nhusky 1", "numbers 2, 0, .*not those of lines"),
+        ("1 cat\n2 dog\n3 cow", "numbers 1, 2, .*not those of lines"),
+        ('{"a": 0x' + "f" * 5000 + ', "b": 1}', "class index an integer of 20000 bits"),
     ],
 )
 def test_a_bad_file_of_classes_is_refused_in_one_line(tmp_path, text, said):

@@ -78,6 +78,12 @@ def test_a_bad_labels_file_is_refused_by_line(tmp_path, text, said):
         load_listing(tmp_path)
 
 
+def test_an_image_has_one_label_whichever_way_it_is_named(tmp_path):
+    (tmp_path / "labels.csv").write_text(f"file,class_index\na.jpg,1\n{tmp_path}/a.jpg,0\n")
+    with pytest.raises(DataError, match="in line 2 as well"):
+        read_labels(tmp_path / "labels.csv")
+
+
 def test_another_encoding_is_refused(tmp_path):
     (tmp_path / "labels.csv").write_text("file,class_index\na.jpg,1\n", encoding="utf-16")
     with pytest.raises(DataError, match="not UTF-8 text"):

@@ -5,16 +5,21 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vitquant.errors import DataError
+from vitquant.schema import shown
 from vitquant.tasks.classes import SYNSET, ClassNames
 
 _MOST_BYTES = 2**22  # 21,843 classes of ImageNet with their names take 1 MB
 _MOST_LITERAL_BYTES = 2**20
 _DELIMITERS = (",", ";", "\t")
+_PAIRS = "write lines of folder,class_index, with whole numbers from 0"
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?")
 Entry = tuple[str, Any]  # an index, or what should be one, behind a name
 
 
@@ -52,7 +57,7 @@ def read_classes(path: str | Path, count: int) -> ClassNames:
 
 def _text(path: Path) -> str:
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DataError(f"{path}: no such file of classes")
         if (size := path.stat().st_size) > _MOST_BYTES:
             raise DataError(f"{path}: {size:,} bytes are too many for a file of classes ({_MOST_BYTES:,} at most)")
@@ -74,6 +79,9 @@ def _entries(text: str) -> tuple[list[Entry], bool]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise DataError(f"line {number} is empty, and the number of a line is a class index")
+        if _holds_a_number(line):
+            raise DataError(f"line {number}, {shown(line)}, is neither a name nor folder,class_index; {_PAIRS}")
+    _refuse_other_numbers(lines)
     return [(line.strip(), index) for index, line in enumerate(lines)], True
 
 
@@ -85,13 +93,32 @@ def _pairs(lines: Sequence[str]) -> list[Entry]:
         except csv.Error as error:
             raise DataError(f"cannot be read as lines of folder,class_index: {error}") from error
         rows = [[cell.strip() for cell in row] for row in cells if row]
+        while rows and all(len(row) > 1 and not row[-1] for row in rows):  # as spreadsheets write empty columns
+            rows = [row[:-1] for row in rows]
         if any(len(row) != 2 for row in rows):
             continue
         for column in (1, 0):
-            body = rows if _is_number(rows[0][column]) else rows[1:]  # without the headers
+            body = rows if _NUMBER.fullmatch(rows[0][column]) else rows[1:]  # without the headers
             if body and all(_is_number(row[column]) for row in body):
                 return [(row[1 - column], row[column]) for row in body]
     return []
+
+
+def _holds_a_number(line: str) -> bool:
+    """Whether a line that is no pair of a name and an index has a number all the same, so that it is no name alone."""
+    cells = [cell.strip() for cell in re.split("[,;\t]", line)]
+    synset = SYNSET.match(line.lstrip())
+    behind = line.lstrip()[synset.end() :].split()[:1] if synset else []
+    return any(_NUMBER.fullmatch(text) for text in [*(cells if len(cells) > 1 else []), *behind])
+
+
+def _refuse_other_numbers(lines: Sequence[str]) -> None:
+    """Refuse names that are all numbered by class, and not from 0 in the order of their lines."""
+    for place in (0, -1):
+        words = [line.split()[place] for line in lines if len(line.split()) > 1]
+        numbers = [int(word) for word in words if _is_number(word) and len(word) < 10 and int(word) <= len(lines)]
+        if len({*numbers}) == len(lines) > 1 and numbers != [*range(len(lines))]:
+            raise DataError(f"its names have the numbers {numbers[0]}, {numbers[1]}, ..., not those of lines; {_PAIRS}")
 
 
 def _value(text: str) -> Any:
@@ -138,16 +165,16 @@ def _is_number(value: object) -> bool:
 
 
 def _index(value: Any, count: int) -> int:
-    if isinstance(value, bool) or len(str(value)) > 9 or not str(value).isdigit() or int(value) >= count:
-        shown = repr(value) if len(repr(value)) < 30 else f"{repr(value)[:30]}..."
-        raise DataError(f"class index {shown}: the model's are 0 to {count - 1}")
-    return int(value)
+    number = int(value) if isinstance(value, str) and _is_number(value) and len(value) <= 9 else value
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < count:
+        raise DataError(f"class index {shown(value)}: the model's are 0 to {count - 1}")
+    return number
 
 
 def _names(name: Any) -> tuple[str, ...]:
     """What a class is called: a line may hold its synset and its names."""
     if not isinstance(name, str) or not name.strip():
-        raise DataError(f"a name of a class must be text, not {str(name)[:30]!r}")
+        raise DataError(f"a name of a class must be text, not {shown(name)}")
     synset = SYNSET.match(name)
     rest = name[synset.end() :] if synset else ""
     return (name, synset.group(), rest.strip()) if synset and rest[:1].isspace() else (name,)

@@ -22,7 +22,9 @@ _SYSTEM_FOLDERS = frozenset(
 )
 _SYSTEM_FILES = frozenset(["thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"])
 _SPLIT = re.compile(
-    r"(train|trainval|val|valid|validation|test|eval|evaluation)(ing)?([-_ ]?(set|data|images|\d{4}))?", re.IGNORECASE
+    r"(?P<of>.*[-_ ])?(?P<part>train|trn|trainval|val|valid|validation|test|tst|eval|evaluation)(ing)?"
+    r"([-_ ]?(set|data|images?|imgs?|\d+))*",
+    re.IGNORECASE,
 )
 _MAP = "give --classes FILE, with lines of folder,class_index"
 
@@ -84,7 +86,7 @@ def classes_of_folders(tree: Tree, classes: ClassNames | None) -> tuple[dict[str
         DataError: folders are parts of a data set (train, val), or which classes they are cannot be told for certain.
     """
     known = classes if classes is not None and classes.names else None
-    _refuse_splits(tree, known)
+    _refuse_splits(tree, known, classes is None)
     full = [name for name, images in tree.folders.items() if images]
     empty = [name for name, images in tree.folders.items() if not images]
     try:
@@ -140,8 +142,10 @@ def _looked_up(names: list[str], classes: ClassNames) -> dict[str, int | None]:
 def _sorted_names(full: list[str], empty: list[str], count: int) -> tuple[dict[str, int | None], list[str]]:
     names = sorted([*full, *empty])
     if len(names) != count:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise DataError(
-            f"{len(names)} class folders, but the model has {count} classes, and nothing says which these are; {_MAP}"
+            f"{len(names)} class folders ({shown}), but the model has {count} classes, "
+            f"and nothing says which these are; {_MAP}"
         )
     if empty:
         raise DataError(f"no image in folder {empty[0]!r}, and nothing says whether it is a class; {_MAP}")
@@ -159,18 +163,28 @@ def _without_image(empty: list[str]) -> list[str]:
     return [f"no image in {len(empty)} of the folders: {shown}"] if empty else []
 
 
-def _refuse_splits(tree: Tree, known: ClassNames | None) -> None:
-    """Refuse `train` and `val` for classes, unless they are the names of some: CIFAR-100 has trains."""
-    splits = [
-        name
+def _refuse_splits(tree: Tree, known: ClassNames | None, unlabelled: bool) -> None:
+    """Refuse `train` and `val` for classes, unless they are the names of some: CIFAR-100 has trains.
+
+    Arguments:
+        unlabelled: one of two folders may be called `valid` or `test`: it does not matter which class it is.
+    """
+    found = {
+        name: match
         for name, images in tree.folders.items()
-        if images and _SPLIT.fullmatch(name) and (known is None or known.index(name) is None)
-    ]
+        if images and (match := _SPLIT.fullmatch(name)) and (known is None or known.index(name) is None)
+    }
+    parts = {match["part"].lower() for match in found.values()}
+    # `bullet_train` by itself is a class; `set1_train` beside `set1_val` is none
+    splits = [name for name, match in found.items() if not match["of"] or len(parts) > 1]
     alone = len(splits) == 1 and len(tree.folders) > 1 and splits[0] not in tree.nested
-    if not splits or (alone and splits[0].lower() == "train"):
+    if not splits or (alone and (splits[0].lower() == "train" or (unlabelled and len(tree.folders) == 2))):
         return
     where = " or ".join(str(tree.root / name) for name in splits)
-    raise DataError(f"{tree.root} holds {' and '.join(splits)}, parts of a data set rather than classes: give {where}")
+    classes = "" if unlabelled else "; where they are classes, --classes FILE says so"
+    raise DataError(
+        f"{tree.root} holds {' and '.join(splits)}, parts of a data set rather than classes: give {where}{classes}"
+    )
 
 
 def _is_number(name: str) -> bool:

@@ -65,20 +65,31 @@ def load_listing(directory: str | Path, classes: ClassNames | None = None) -> Li
             told for certain, or a bad row.
     """
     root = Path(directory)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"{root}: no such directory")
+    notes: list[str] = []
+    unread: DataError | None = None
     if os.path.lexists(root / "labels.csv"):
         if classes is not None and classes.by_file:
             raise DataError(f"{root} has a labels.csv, with class indices; --classes is for class folders")
-        return Listing(Item(path, label) for path, label in read_labels(root / "labels.csv"))
+        try:
+            return Listing(Item(path, label) for path, label in read_labels(root / "labels.csv"))
+        except DataError as error:
+            if classes is not None:
+                raise
+            unread = error
+            notes.append(f"{error}; labels are not needed here, and the images were looked for")
     endings = readable_endings()
     tree = scan(root, endings)
-    labels, notes = classes_of_folders(tree, classes)
+    labels, of_folders = classes_of_folders(tree, classes)
+    notes += of_folders
     labelled = [Item(path, label) for name, label in labels.items() for path in tree.folders[name]]
     left_out = left_out_text(tree.left_out)
     if tree.here and labelled:
         raise DataError(f"{root}: images both here and in folders ({labelled[0].path.parent.name}); move one kind away")
     if not tree.here and not labelled:
+        if unread is not None:
+            raise unread
         there = f"; what is there: {left_out}" if left_out else ""
         raise DataError(f"{root}: no images ({' '.join(sorted(endings))}) and no labels.csv{there}")
     if left_out:

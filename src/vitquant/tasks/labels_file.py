@@ -26,7 +26,7 @@ def read_labels(path: Path) -> list[tuple[Path, int]]:
             of another form, or a file has two rows; the line is named.
     """
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DataError(f"{path}: not a regular file")
         if (size := path.stat().st_size) > _MOST_BYTES:
             raise DataError(f"{path}: {size:,} bytes are too many ({_MOST_BYTES:,} at most)")
@@ -65,7 +65,7 @@ def _rows(path: Path, rows: Iterator[list[str]]) -> Iterator[tuple[Path, int]]:
             raise DataError(f"{path}, line {number}: needs a file and a class_index of 0 or more, not {said}")
         if any(unicodedata.category(letter) == "Cc" for letter in file):
             raise DataError(f"{path}, line {number}: a control character in the name of the file")
-        first = lines.setdefault(os.path.normpath(file), number)
+        first = lines.setdefault(os.path.normpath(path.parent.absolute() / file), number)
         if first != number:
             raise DataError(f"{path}, line {number}: {file} is in line {first} as well")
         yield path.parent / file, int(label)
