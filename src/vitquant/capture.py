@@ -97,7 +97,8 @@ def _call(model: nn.Module, example: torch.Tensor) -> object:
 
 
 def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
-    dynamic = ({0: Dim("batch")},)
+    batch = {0: Dim("batch")}
+    dynamic = (batch,) if _first_parameter(model) else ((batch,),)  # a forward of *args takes them as one tuple
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         try:
@@ -142,7 +143,13 @@ def _place(error: Exception) -> str:
 
 
 def _input_name(model: nn.Module) -> str:
-    return next(iter(inspect.signature(model.forward).parameters), "x")
+    return _first_parameter(model) or "x"
+
+
+def _first_parameter(model: nn.Module) -> str | None:
+    """The name of the first parameter of a model's forward; None where that is `*args`."""
+    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    return None if first is None or first.kind is inspect.Parameter.VAR_POSITIONAL else first.name
 
 
 def _copy(program: ExportedProgram, input_name: str) -> tuple[Graph, dict[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from vitquant.errors import ModelError
+from vitquant.quantizers import Quantizer
 
 _MERGE = "give model.merge_and_unload()"
 _GATHER = "gather a full state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict) into the plain model"
@@ -22,7 +23,8 @@ _GATHER = "gather a full state dict (torch.distributed.checkpoint.state_dict.get
 def unwrapped(model: Any) -> nn.Module:
     """The module that computes, whose state-dict keys the user knows.
 
-    `torch.compile`, DataParallel, DistributedDataParallel and AveragedModel are taken off, however many there are.
+    `torch.compile`, DataParallel, DistributedDataParallel, AveragedModel and timm's ModelEma are taken off, however
+    many there are.
 
     Arguments:
         model: a module, wrapped or not; it is left as it is.
@@ -33,7 +35,9 @@ def unwrapped(model: Any) -> nn.Module:
             one.
     """
     while True:
-        if isinstance(model, OptimizedModule):
+        if type(model).__module__ == "timm.utils.model_ema":
+            model = getattr(model, "module", getattr(model, "ema", None))
+        elif isinstance(model, OptimizedModule):
             model = model._orig_mod
         elif isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
             model = model.module
@@ -70,9 +74,15 @@ def _why_not(model: Any) -> str | None:
         type(part).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic")) for part in model.modules()
     ):
         return "the model is quantized by torch.ao already; give the float model"
-    if hasattr(model, "graph_module") and hasattr(model, "quantizers"):
+    if any(isinstance(part, Quantizer) for part in model.modules()):
         return "the model is quantized already; give the float model"
+    if scripted := [name for name, part in model.named_modules() if _is_scripted(part)]:
+        return f"{scripted[0]} is compiled by torch.jit; give a model of the modules it was made from"
     return None
+
+
+def _is_scripted(part: nn.Module) -> bool:
+    return isinstance(part, torch.jit.ScriptModule) and not isinstance(part, torch.jit.TracedModule)
 
 
 def _refuse_tensors(model: nn.Module) -> None:
@@ -84,6 +94,12 @@ def _refuse_tensors(model: nn.Module) -> None:
             raise ModelError(f"{name} has no shape yet (a lazy module); run the model on one batch first")
         if tensor.is_meta:
             raise ModelError(f"{name} is on the meta device and holds no values; load the weights before, all of them")
+        if tensor.layout is not torch.strided:
+            raise ModelError(f"{name} is sparse; give model.{name}.to_dense() in its place")
+        if tensor.is_inference():
+            raise ModelError(
+                f"{name} was made under torch.inference_mode, and cannot be exported; make it outside of it"
+            )
         if type(tensor).__name__ == "DTensor":
             raise ModelError(f"{name} is a part of a distributed tensor; {_GATHER}")
         if id(tensor) in parameters and not tensor.is_floating_point():

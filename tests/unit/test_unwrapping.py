@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm.utils
 import torch
 import torch.distributed
 from architectures import Handwritten
@@ -42,6 +43,9 @@ def compiled(model):
         compiled,
         nn.DataParallel,
         AveragedModel,
+        timm.utils.ModelEma,
+        timm.utils.ModelEmaV2,
+        lambda model: nn.DataParallel(timm.utils.ModelEmaV3(model)),
         lambda model: nn.DataParallel(compiled(model)),
         lambda model: compiled(AveragedModel(nn.DataParallel(model))),
     ],
@@ -106,6 +110,31 @@ def test_modules_that_are_more_than_plain_are_captured_as_they_compute(model, ch
         assert torch.equal(vitquant.load(tmp_path / "out", model=model)(IMAGES), quantized(IMAGES))
 
 
+class OfAnyArguments(nn.Module):
+    """Forwards what it is given, as wrappers do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+def replaced(model):
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [OfAnyArguments, replaced])
+def test_a_forward_of_any_arguments_is_captured(model, wrap):
+    expected = model(IMAGES)
+    captured = capture(wrap(model), IMAGES)
+    assert torch.equal(captured(IMAGES), expected)
+    assert captured(IMAGES[:1]).shape == expected[:1].shape
+
+
 def partly(model, kind):
     model.head.to(kind)
     return model
@@ -131,6 +160,25 @@ class Sharded(Handwritten):
         """As FSDP has it."""
 
 
+def scripted_within(model):
+    model.head = torch.jit.freeze(torch.jit.script(model.head))
+    return model
+
+
+def sparse(model):
+    model.head.weight = nn.Parameter(model.head.weight.detach().to_sparse())
+    return model
+
+
+def made_in_inference_mode(model):
+    with torch.inference_mode():
+        return Handwritten().eval()
+
+
+def quantized(model):
+    return vitquant.quantize(model, "minmax", [IMAGES])
+
+
 def exported(model):
     return torch.export.export(model, (IMAGES,))
 
@@ -149,7 +197,12 @@ def exported(model):
         (lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}), "quantized by torch.ao"),
         (lambda model: WithAdapters(), "merge_and_unload"),
         (lambda model: Sharded(), "FSDP.*state dict"),
-        (lambda model: vitquant.quantize(model, "minmax", [IMAGES]), "quantized already"),
+        (quantized, "quantized already"),
+        (lambda model: nn.Sequential(quantized(model)), "quantized already"),
+        (lambda model: quantized(model).graph_module, "quantized already"),
+        (scripted_within, "head is compiled by torch.jit"),
+        (sparse, "head.weight is sparse"),
+        (made_in_inference_mode, "made under torch.inference_mode"),
         (lambda model: "timm:deit_tiny_patch16_224", "the text 'timm:deit.*create"),
         (lambda model: model.state_dict(), "OrderedDict, perhaps a state dict"),
         (lambda model: Handwritten, r"the class Handwritten; give an instance of it, Handwritten\(\.\.\.\)"),

@@ -184,6 +184,18 @@ for operator in (flash, mix, block, bent):
     operator.register_fake(lambda first, *_: torch.empty_like(first))
 
 
+# As a C++ extension registers one: without a fake implementation.
+KERNELS = torch.library.Library("vitquant_tests_kernel", "DEF")
+KERNELS.define("kernel(Tensor query, Tensor key, Tensor value) -> Tensor")
+KERNELS.impl("kernel", lambda query, key, value: (query @ key.mT).softmax(-1) @ value, "CPU")
+
+
+def causal(query, key, value):
+    from torch.nn.attention.bias import causal_lower_right
+
+    return functional.scaled_dot_product_attention(query, key, value, causal_lower_right(query.shape[2], key.shape[2]))
+
+
 class Attending(nn.Module):
     def __init__(self, attend, beside=False):
         super().__init__()
@@ -223,9 +235,16 @@ def test_attention_in_one_operator_is_refused_by_its_name_with_other_attention_b
     assert "\n" not in str(refused.value)
 
 
+def test_a_mask_of_its_own_class_is_told_from_a_tensor():
+    with pytest.raises(CaptureError, match="is_causal=True, or a tensor"):
+        capture(Attending(causal).eval(), IMAGES)
+
+
 def test_an_operator_of_ones_own_is_refused_only_where_attention_must_be_in_it():
     with pytest.raises(CaptureError, match=r"must be within vitquant_tests\.block"):
         capture(Attending(lambda q, k, v: block(q)).eval(), IMAGES)
     with pytest.raises(CaptureError, match=r"vitquant_tests\.no_fake cannot be captured"):
         capture(Attending(lambda q, k, v: no_fake(q)).eval(), IMAGES)
+    with pytest.raises(CaptureError, match=r"vitquant_tests_kernel\.kernel cannot be captured; .*plain products"):
+        capture(Attending(torch.ops.vitquant_tests_kernel.kernel).eval(), IMAGES)
     assert_captured(Attending(lambda q, k, v: bent(functional.scaled_dot_product_attention(q, k, v))))

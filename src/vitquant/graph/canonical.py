@@ -15,7 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from vitquant.errors import CaptureError
 from vitquant.graph.einsum import einsum_to_matmul
-from vitquant.graph.operators import PRODUCTS, arguments, aten, calls, is_rearrangement, is_selection, packet
+from vitquant.graph.masks import is_mask
+from vitquant.graph.operators import PRODUCTS, arguments, aten, calls, is_rearrangement, packet
 from vitquant.graph.walk import depends_on_input, root
 
 _LAST = 2**62  # `slice` writes "to the end" as the largest 64-bit integer
@@ -54,7 +55,11 @@ def canonicalize(module: GraphModule) -> None:
         elif calls(node, {aten.add}) and not node.kwargs and isinstance(arguments(node)[1], Node):
             left, right = arguments(node)
             if left not in dynamic and right in dynamic:
-                node.args = (right, left)  # what is added to the data stands behind it
+                left, right = node.args = (right, left)  # what is added to the data stands behind it
+            bias, *mask = _summands(module, right)
+            if left in dynamic and mask and is_mask(module, mask[0]):
+                with graph.inserting_before(node):
+                    node.args = (_emit(graph, node, aten.add.Tensor, (left, bias)), mask[0])
     for node in list(graph.nodes):
         if calls(node, {aten.view, aten._unsafe_view}):
             # A view of a tensor that is no longer contiguous, now that copies are gone, needs reshape.
@@ -76,7 +81,8 @@ def _decompose_attention(module: GraphModule, node: Node) -> None:
     given: dict[str, Any] = {**dict(zip(names, arguments(node), strict=False)), **node.kwargs}
     query, key, value = given["query"], given["key"], given["value"]
     if given.get("enable_gqa") and query.meta["shape"][-3] != key.meta["shape"][-3]:
-        raise CaptureError(f"{node.meta['module']}: grouped-query attention is not supported; repeat the key heads")
+        where = f"{node.meta['module']}: " if node.meta["module"] else ""
+        raise CaptureError(f"{where}grouped-query attention is not supported; repeat the key heads")
     graph, width = module.graph, query.meta["shape"][-1]
     scale = given.get("scale")
     scale = 1 / math.sqrt(width) if scale is None else scale
@@ -91,23 +97,24 @@ def _decompose_attention(module: GraphModule, node: Node) -> None:
         if given.get("is_causal"):
             mask = _causal_mask(module, node, scores_shape)
         if mask is not None and not _masks_nothing(module, mask):
-            scores = _add_mask(graph, node, scores, mask, scores_shape)
+            scores = _add_mask(module, node, scores, mask, scores_shape)
         probs = _emit(graph, node, aten.softmax.int, (scores, -1), scores_shape)
         context = _emit(graph, node, aten.matmul.default, (probs, value))
     node.replace_all_uses_with(context)
     graph.erase_node(node)
 
 
-def _add_mask(graph: Graph, like: Node, scores: Node, mask: Node, shape: tuple[int, ...]) -> Node:
+def _add_mask(module: GraphModule, like: Node, scores: Node, mask: Node, shape: tuple[int, ...]) -> Node:
+    graph = module.graph
     if mask.meta["dtype"] is not torch.bool:
-        for part in _summands(mask):
+        for part in _summands(module, mask):
             scores = _emit(graph, like, aten.add.Tensor, (scores, part), shape)
         return scores
     hidden = _emit(graph, mask, aten.logical_not.default, (mask,))
     return _emit(graph, like, aten.masked_fill.Scalar, (scores, hidden, -math.inf), shape)
 
 
-def _summands(mask: Node) -> list[Node]:
+def _summands(module: GraphModule, mask: Node) -> list[Node]:
     """A position bias and a mask that a library added up before it gave them to attention: the bias, then the mask.
 
     Apart they are what they mean: the bias belongs to the scores, the mask to no range of values.
@@ -115,14 +122,7 @@ def _summands(mask: Node) -> list[Node]:
     if not calls(mask, {aten.add}) or mask.kwargs or not all(isinstance(part, Node) for part in arguments(mask)):
         return [mask]
     left, right = arguments(mask)
-    return [right, left] if _is_stored(left) else [left, right]
-
-
-def _is_stored(node: Node) -> bool:
-    """Whether the node is a constant or a buffer, rearranged or repeated (a parameter is looked up or computed on)."""
-    while is_rearrangement(node) or is_selection(node):
-        node = node.all_input_nodes[0]
-    return node.op == "get_attr"
+    return [right, left] if is_mask(module, left) else [left, right]
 
 
 def _causal_mask(module: GraphModule, node: Node, shape: tuple[int, ...]) -> Node:

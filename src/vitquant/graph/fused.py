@@ -53,8 +53,14 @@ def named_attention(graph: Graph) -> str | None:
 
 def blamed_operator(error: Exception) -> str | None:
     """The same where PyTorch cannot run or export an operator that its error names."""
-    for namespace, name in re.findall(r"(\w+)::(\w+)", str(error)):
-        if _ATTENTION.search(name) or (namespace not in _OF_TORCH and "fake impl" in str(error)):
+    said = str(error)
+    if "CausalBias" in said:
+        return "attn_mask is a torch.nn.attention.bias, which cannot be captured; give is_causal=True, or a tensor"
+    alone = re.fullmatch(r"(\w+)\.(\w+)(\.\w+)?", said.strip().split("\n")[0])  # it has no fake kernel
+    if alone and alone[1] not in _OF_TORCH:
+        return f"the operator {alone[1]}.{alone[2]} cannot be captured; if it is attention, {_ADVICE}"
+    for namespace, name in re.findall(r"(\w+)::(\w+)", said):
+        if _ATTENTION.search(name) or (namespace not in _OF_TORCH and "fake impl" in said):
             return f"the operator {namespace}.{name} cannot be captured; if it is attention, {_ADVICE}"
     return None
 

@@ -47,9 +47,14 @@ def hides(module: GraphModule, node: Node) -> bool:
         value = arguments(node)[2]
         return isinstance(value, int | float) and value <= _HIDING
     if calls(node, {aten.add}) and not node.kwargs:
-        mask = _constant(module, arguments(node)[1])
-        return mask is not None and bool(((mask == 0) | (mask <= _HIDING)).all()) and bool((mask != 0).any())
+        return is_mask(module, arguments(node)[1])
     return False
+
+
+def is_mask(module: GraphModule, node: object) -> bool:
+    """Whether a node is a constant that, added to scores, hides some of them and leaves the others as they are."""
+    mask = _constant(module, node)
+    return mask is not None and bool(((mask == 0) | (mask <= _HIDING)).all()) and bool((mask != 0).any())
 
 
 def hide_exactly(module: GraphModule, node: Node) -> None:
