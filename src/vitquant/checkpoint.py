@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def read_checkpoint(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str,
     config = read_config(directory)
     path = directory / TENSORS
     written = config["files"][TENSORS]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} is missing; the saved model is incomplete, save it again")
     if path.stat().st_size != written["bytes"]:
         found = path.stat().st_size
@@ -110,7 +111,7 @@ def read_shapes(directory: Path) -> dict[str, list[int]]:
         CheckpointError: the file is missing or none.
     """
     path = directory / TENSORS
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} is missing; the saved model is incomplete, save it again")
     _safetensors()
     import safetensors
@@ -129,9 +130,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         CheckpointError: see `read_checkpoint`.
     """
     path = directory / CONFIG
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise CheckpointError(f"{directory} is no directory; give the one that `vitquant quantize` wrote")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} is missing: {directory} holds no saved model")
     try:
         config = parse_json(read_file(path, _LONGEST_CONFIG, CheckpointError), CheckpointError)

@@ -16,8 +16,10 @@ from typing import Any, NoReturn, Protocol, Union, get_args, get_origin
 
 from vitquant.errors import VitquantError
 
-LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*"  # what a terminal shows on one line, and no file hides in
-LINES = r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]*"
+_TURNING = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # characters that change the direction of what is shown
+# What a terminal shows on one line, and no file hides in.
+LINE = rf"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_TURNING}]*"
+LINES = rf"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff{_TURNING}]*"
 PATH = r"[^\x00]+"  # names that are no UTF-8 hold lone surrogates
 DEEPEST = 32  # lists and tables in each other
 LONGEST_INTEGER = 20  # digits; those of 64 bits

@@ -1,16 +1,19 @@
 """The command line among streams, signals, shells and terminals as users have them."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from vitquant.cli import main
 from vitquant.cli.completing import measures, recipe_names
-from vitquant.cli.main import one_line
 from vitquant.cli.streams import Stream
+from vitquant.printable import one_line
+from vitquant.report.tables import facts
 
 INTERRUPTED = "interrupted; nothing was written\n"
 LIGHT = [["recipes"], ["recipes", "--json"], ["--version"], ["--help"], ["quantize", "-h"]]
@@ -132,6 +135,23 @@ def test_names_that_a_terminal_lacks_are_escaped(name, terminal):
     assert ended.stderr.startswith(b"error: ")
     assert ended.stderr.count(b"\n") == 1
     assert b"\x1b" not in ended.stderr
+
+
+def test_a_table_with_a_name_that_a_terminal_lacks_is_printed():
+    code = "from vitquant.cli.streams import Streams\nwith Streams(): print('m\\xfcnchen')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, **ASCII})
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"m\\xfcnchen\n", b"")
+
+
+def test_a_name_that_is_too_long_is_one_line_and_no_fault_of_ours(refused):
+    for words in (["inspect", "x" * 300], ["evaluate", "x" * 300, "--data", "."], ["parity", "a" * 5000]):
+        refused(*words)
+
+
+def test_tables_show_no_control_characters():
+    shown = io.StringIO()
+    Console(file=shown).print(facts({"saved": "a\x1b[32mb\nc\u202e"}))
+    assert shown.getvalue().strip() == "saved  a\\x1b[32mb c\\u202e"
 
 
 def test_one_line_is_one_line_of_what_can_be_printed():

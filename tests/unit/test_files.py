@@ -160,6 +160,19 @@ def test_what_has_the_hidden_name_and_is_not_ours_is_refused(out, tmp_path, kind
     assert not out.exists()
 
 
+@pytest.mark.parametrize("kind", ["new is a link", "new is a file", "lock is a directory", "lock is a link"])
+def test_what_lies_in_the_hidden_directory_and_is_no_run_s_is_named(out, tmp_path, kind):
+    (hidden := out.with_name(".out.vitquant")).mkdir()
+    (tmp_path / "mine").mkdir()
+    name, _, what = kind.partition(" is a ")
+    inside = hidden / name
+    {"link": lambda: inside.symlink_to(tmp_path / "mine"), "file": inside.touch, "directory": inside.mkdir}[what]()
+    with pytest.raises(ExportError, match=r"remove .*/\.out\.vitquant$"):
+        write_file(out, b"new")
+    assert (tmp_path / "mine").is_dir()
+    assert not out.exists()
+
+
 # At one time
 
 

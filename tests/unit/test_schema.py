@@ -124,6 +124,12 @@ def test_texts_hold_no_control_characters_and_paths_no_null():
     assert not fits("a\x00", Text(pattern=PATH))
 
 
+def test_no_text_turns_the_direction_of_what_a_terminal_shows():
+    for letter in "\u061c\u200f\u202e\u2066":
+        with pytest.raises(DataError):
+            check(f"a{letter}b", Text(), DataError)
+
+
 def test_types_of_fields_are_schemas():
     assert fits((1, 2), of_type(tuple[int, ...]))
     assert not fits([1.0], of_type(tuple[int, ...]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,6 +82,6 @@ def end(terminal: Terminal, report: ParityReport) -> None:
 
 def _calibrated_on(quantized: QuantizedModel, out: Path) -> Path:
     directory = (quantized.provenance.get("calibration") or {}).get("directory")
-    if directory is None or not Path(directory).is_dir():
+    if directory is None or not os.path.isdir(directory):
         raise DataError(f"{out}: the images that it was calibrated on are not there; give --data DIR")
     return Path(directory)

@@ -5,6 +5,7 @@ It is light: whatever takes long to import is imported inside of its `try`.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -12,6 +13,7 @@ from typing import NoReturn
 from vitquant.cli.interrupts import INTERRUPTED, InterruptedAfterWritingError, Interrupts
 from vitquant.cli.streams import Streams
 from vitquant.errors import VitquantError
+from vitquant.printable import one_line
 
 OK, INTERNAL, WRONG = 0, 1, 2  # exit codes, beside INTERRUPTED
 
@@ -43,12 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def one_line(text: str) -> str:
-    """A text as one line of printable characters; others are escaped, since they may come from a file's name."""
-    line = " ".join(text.split())
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
-
-
 def _explain(error: BaseException, interrupted: bool) -> tuple[int, str]:
     """The exit code for an error, and the one line that says it."""
     text = one_line(str(error))
@@ -58,6 +54,8 @@ def _explain(error: BaseException, interrupted: bool) -> tuple[int, str]:
         return INTERRUPTED, "interrupted; nothing was written"
     if isinstance(error, VitquantError):
         return WRONG, f"error: {text}"
+    if isinstance(error, OSError) and error.filename is not None:  # a name too long, a directory that is not ours
+        return WRONG, one_line(f"error: {os.fsdecode(error.filename)}: {error.strerror}")
     return INTERNAL, f"internal error: {type(error).__name__}: {text[:200]}; run with --debug"
 
 

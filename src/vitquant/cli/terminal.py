@@ -16,8 +16,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.text import Text
 
 from vitquant.cli.interrupts import InterruptedAfterWritingError
-from vitquant.cli.main import one_line
 from vitquant.files import Directory, identity, replacing
+from vitquant.printable import one_line
 
 _FILE_WIDTH = 140  # columns of a table that goes to a file or a pipe
 

@@ -62,7 +62,7 @@ def claimed(target: Path) -> Iterator[Path]:
     finally:
         if lock in _held:  # not in a forked child, where the parent goes on
             try:
-                with suppress(OSError):  # what cannot be removed now is left to the next run
+                with suppress(OSError, RefusedError):  # what cannot be removed now is left to the next run
                     _settle(hidden, target)
             finally:
                 _unlock(hidden, lock)
@@ -103,6 +103,9 @@ def sync(path: Path) -> None:
 def _settle(hidden: Path, target: Path) -> None:
     """Put the old content back where the end came before the new one was there, and remove the rest."""
     old = old_in(hidden, target)
+    for name in ("new", "old"):
+        if os.path.lexists(hidden / name) and not stat.S_ISDIR((hidden / name).lstat().st_mode):
+            raise RefusedError(f"{hidden / name} is in the way and no run made it; remove {hidden}")
     if os.path.lexists(old) and (not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir()))):
         old.rename(target)
         sync(target.parent)
@@ -129,6 +132,9 @@ def _lock(hidden: Path, target: Path) -> int:
                 return lock
         except FileNotFoundError:
             pass  # the run that had it ended just now
+        except OSError as error:
+            _close(lock)
+            raise RefusedError(f"{hidden / LOCK} cannot be opened ({error.strerror}); remove {hidden}") from error
         except BaseException:
             _close(lock)
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -55,7 +56,7 @@ def load_program(path: str | Path) -> p.IntegerProgram:
             file.
     """
     safetensors, path = _safetensors(), Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} is missing; give the file that a program was saved to")
     try:
         values, packed = _read(path, safetensors)

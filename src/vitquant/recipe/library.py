@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import reduce
 from importlib.resources import files
 from pathlib import Path
@@ -33,7 +34,7 @@ def load_recipe(text: str) -> Recipe:
     Raises:
         RecipeError: it is not found or not valid.
     """
-    base, *overlays = [text] if Path(text).is_file() else text.split("+")
+    base, *overlays = [text] if os.path.isfile(text) else text.split("+")
     recipe = Recipe.from_toml(_read(base), base)
     return reduce(lambda below, part: Overlay.from_toml(_read(part), part).over(below), overlays, recipe)
 
@@ -47,5 +48,5 @@ def _read(part: str) -> bytes | str:
         with within(part):
             return read_file(Path(part), LONGEST, RecipeError)
     if part not in _names():
-        raise RecipeError(f"no recipe {part!r}; {nearest(part, _names())} A file's name ends in .toml")
+        raise RecipeError(f"no recipe {part!r} (a file's name ends in .toml); {nearest(part, _names())}")
     return (_SHIPPED / f"{part}.toml").read_text(encoding="utf-8")

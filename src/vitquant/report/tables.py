@@ -10,6 +10,7 @@ from rich.text import Text
 
 from vitquant.allocation.sensitivity import Sensitivity
 from vitquant.model import QuantizedModel
+from vitquant.printable import one_line
 from vitquant.recipe import Choice, Recipe
 from vitquant.report.operations import CONSTANT, DATA, FLOAT, FUSED, INTEGER, Operand, Operation
 from vitquant.tasks.classification import ClassificationResult
@@ -23,7 +24,7 @@ def facts(rows: Mapping[str, str]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows.items():
-        table.add_row(name, Text(text))
+        table.add_row(name, Text(one_line(text)))
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,14 @@ class OpenVinoModel:
 
     def __init__(self, path: str | Path, precision: str = "f32", threads: int | None = None) -> None:
         path = Path(path)
-        file = path / "model.xml" if path.is_dir() else path
-        if not file.is_file():
+        file = path / "model.xml" if os.path.isdir(path) else path
+        if not os.path.isfile(file):
             raise ExportError(f"{file} is missing; give a directory, an .xml or an .onnx file that was exported")
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
         core = openvino_core()
-        if path.is_dir():
+        if os.path.isdir(path):
             _check_seal(path)
         try:
             model = core.read_model(_without_other_files(file))
@@ -96,7 +97,7 @@ def seal(directory: Path) -> None:
 
 def _check_seal(directory: Path) -> None:
     file = directory / _DIGEST
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ExportError(
             f"{directory} does not say what was in it when it was exported; export it again, with --force"
         )
@@ -106,7 +107,7 @@ def _check_seal(directory: Path) -> None:
     except ExportError as error:
         raise ExportError(f"{file}: {error}") from None
     for name in _FILES:
-        if not (directory / name).is_file() or sha256(directory / name) != said[name]:
+        if not os.path.isfile(directory / name) or sha256(directory / name) != said[name]:
             raise ExportError(
                 f"{directory / name} was altered since it was exported: its digest differs; export it again"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,10 @@ def _transformers_preprocessing(model: nn.Module, source: ModelSource) -> Prepro
 def _image_processor(model: nn.Module, source: ModelSource) -> tuple[Any, bool]:
     """The checkpoint's own image processor and True, or the model type's default and False."""
     transformers, path = import_library("transformers"), Path(source.model)
-    folder = path.parent if path.is_file() else path
-    if (folder / "preprocessor_config.json").is_file() or (source.weights == "pretrained" and not path.exists()):
+    folder = path.parent if os.path.isfile(path) else path
+    if os.path.isfile(folder / "preprocessor_config.json") or (
+        source.weights == "pretrained" and not os.path.exists(path)
+    ):
         try:
             return transformers.AutoImageProcessor.from_pretrained(folder.as_posix(), trust_remote_code=False), True
         except (OSError, ValueError):
