@@ -31,7 +31,8 @@ def read_onnx(source: bytes | Path) -> tuple[ModelProto, bytes]:
 
     Raises:
         ExportError: it cannot be read, was altered since it was exported, keeps tensors in other files, or has
-            operators that no standard has, functions, or graphs within its graph.
+            operators that no standard has, functions, or graphs within its graph, or leaves out inputs in front of
+            others: what vitquant exports has none of it.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -49,6 +50,8 @@ def read_onnx(source: bytes | Path) -> tuple[ModelProto, bytes]:
         raise ExportError("it has functions or operators that are not ONNX's own; export it again")
     if any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute):
         raise ExportError("it has graphs within its graph, which may run without end; export it again")
+    if any(not name for node in model.graph.node for name in node.input):  # its fusions read beyond the inputs then
+        raise ExportError("it leaves out inputs of operators, which ONNX Runtime may not survive; export it again")
     said = [entry.value for entry in model.metadata_props if entry.key == DIGEST]
     if said and said != [_digest(model)]:
         raise ExportError("it was altered since it was exported: its digest differs; export it again")
