@@ -30,7 +30,7 @@ def test_it_has_the_bits_asked_for_and_probabilities_that_integers_hold(weights,
 
 def test_narrower_bits_take_another_recipe():
     names = {bits: requested("default", bits)[0].name for bits in ("w8a8", "w6a6", "w4a8", "w4a4")}
-    assert names["w4a8"] == names["w6a6"]
+    assert names["w4a4"] == names["w6a6"]
     assert set(names.values()) == {choice.recipe for choice in CHOICES}
     assert requested("default", None)[0].name == names["w8a8"]
 

@@ -45,7 +45,8 @@ CHOICES = (
         least_probs=7,
         settings=("activations.observer=omse", "weights.observer=omse", "uniform-probs.observer=best-percentile"),
     ),
-    Choice(2, 6, "repq-vit+fully-integer+wide-residual", probs=5),
+    Choice(2, 7, "repq-vit+fully-integer+wide-residual", probs=5),
+    Choice(2, 6, "repq-vit+searched-scales+fully-integer+wide-residual", probs=5),
     Choice(2, 2, "repq-vit+searched-scales+fully-integer+wide-residual", probs=4),
 )
 _MOST_BITS = 8  # of weights and activations in an integer product
@@ -63,6 +64,8 @@ def requested(recipe: str | Recipe, bits: str | None, settings: Sequence[str] = 
     Raises:
         RecipeError: see `load_recipe`, `Bits.parse` and `override`; or `default` with more bits than integers have.
     """
+    if not isinstance(recipe, Recipe | str) or not isinstance(bits, str | None):
+        raise RecipeError(f"recipe {recipe!r}, bits {bits!r}: give a name or a Recipe, and bits such as 'w8a8'")
     if isinstance(recipe, Recipe) or recipe.split("+")[0] != DEFAULT:
         chosen = override(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), settings)
         return chosen, chosen.bits if bits is None else Bits.parse(bits)
