@@ -24,7 +24,11 @@ def photographs(shared, name, count):
 
 @pytest.mark.parametrize(
     ("recipe", "bits", "agreement", "top1_loss"),
-    [("minmax", "w8a8", 87, 6), ("omse", "w8a8", 87, 6), ("fq-vit", "w8a8s4", 87, 6)],
+    [
+        ("fq-vit", "w8a8s4", 87, 6),
+        pytest.param("minmax", "w8a8", 87, 6, marks=pytest.mark.slow),
+        pytest.param("omse", "w8a8", 87, 6, marks=pytest.mark.slow),
+    ],
 )
 def test_8_bits_stay_close_to_float(deit, shared, recipe, bits, agreement, top1_loss):
     quantized = vitquant.quantize(deit, recipe, photographs(shared, "photos_calibration", 100), bits=bits)

@@ -21,10 +21,11 @@ from vitquant.runtime.on_images import interpreted
 from vitquant.simulation import ExactSimulation
 
 QUICK = ("search-scales.candidates=6", "search-scales.pairs=8")
+SLOW = ("timm swinv2", "timm levit", "timm pvt_v2", "timm mvitv2", "torchvision swin")
 LIBRARIES = (
-    "timm deit", "timm swin", "timm swinv2", "timm levit", "timm pvt_v2", "timm mvitv2", "transformers vit",
-    "torchvision swin", "encoder post-norm relu", "einsum",
-)  # fmt: skip
+    *("timm deit", "timm swin", "transformers vit", "encoder post-norm relu", "einsum"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+)
 
 
 def made(name, count=5):

@@ -212,7 +212,7 @@ PAIRS = [
     (timm_vit, "fq-vit", "w4a4s4"),
     (timm_swin, "fq-vit", "w4a8s4"),
     (transformers_vit, "percentile", None),
-    (torchvision_swin, "fq-vit+uniform-probs", "w8a8"),
+    pytest.param(torchvision_swin, "fq-vit+uniform-probs", "w8a8", marks=pytest.mark.slow),
 ]
 EVERY_MODEL = [
     timm_vit, timm_swin, transformers_vit, transformers_deit, transformers_swin, torchvision_vit, torchvision_swin
@@ -265,7 +265,7 @@ def test_onnx_runtime_computes_the_simulation_of_every_model_and_recipe(make, re
     assert_agrees(make, recipe, bits)
 
 
-@pytest.mark.parametrize(("make", "recipe", "bits"), [PAIRS[0], PAIRS[2], PAIRS[3]])
+@pytest.mark.parametrize(("make", "recipe", "bits"), [PAIRS[0], PAIRS[3]])
 def test_weights_are_integers_that_decode_to_the_simulations(make, recipe, bits):
     quantized, proto = exported(make, recipe, bits)
     stored, found = initializers(proto), 0

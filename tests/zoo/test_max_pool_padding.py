@@ -47,7 +47,7 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("recipe", ["minmax", "repq-vit"])
+@pytest.mark.parametrize("recipe", ["minmax", pytest.param("repq-vit", marks=pytest.mark.slow)])
 def test_padding_of_every_kind_gives_the_same_model(recipe):
     found = {}
     for name, pool in POOLS.items():
