@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import operator
 
+import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 
 def structural_fingerprint(module: GraphModule) -> str:
     """The sha256 of every operation, its arguments, and the shapes of the tensors it reads.
 
-    Names of nodes do not count, nor do the values of parameters.
+    Names of nodes do not count, nor do the values of parameters, nor what versions of torch write or leave out:
+    arguments that are the operator's defaults, and whether cuDNN may compute it.
 
     Arguments:
         module: a captured graph without quantizers.
@@ -20,9 +23,26 @@ def structural_fingerprint(module: GraphModule) -> str:
     number: dict[Node, int] = {}
     for node in module.graph.nodes:
         number[node] = len(number)
-        parts = [node.op, _target(module, node), _text(node.args, number), _text(node.kwargs, number)]
+        parts = [node.op, _target(module, node), _text(_arguments(node), number), _text(node.kwargs, number)]
         digest.update(("|".join(parts) + "\n").encode())
     return digest.hexdigest()
+
+
+def _arguments(node: Node) -> tuple[object, ...]:
+    """The positional arguments of a node, without those at their end that change nothing."""
+    found = list(node.args)
+    if isinstance(node.target, OpOverload):
+        declared = node.target._schema.arguments
+        while found and _changes_nothing(declared[len(found) - 1], found[-1]):
+            found.pop()
+    return tuple(found)
+
+
+def _changes_nothing(declared: torch.Argument, value: object) -> bool:
+    return declared.has_default_value() and (
+        declared.name.startswith("cudnn_enable")
+        or (type(value) is type(declared.default_value) and value == declared.default_value)
+    )
 
 
 def _target(module: GraphModule, node: Node) -> str:
