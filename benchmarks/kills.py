@@ -75,7 +75,8 @@ def main() -> None:
         for name in arguments.commands:
             found = kill(name, commands[name], Path(folder, name), arguments.kills, random.Random(arguments.seed))
             lost += found["neither"] + found["after"]
-            print(row((name, f"{found['seconds']:.1f}", arguments.kills, *(found[key] for key in list(found)[1:]))))
+            cells = [str(found[key]) for key in list(found)[1:]]
+            print(row((name, f"{found['seconds']:.1f}", str(arguments.kills), *cells)))
             sys.stdout.flush()
     sys.exit(1 if lost else 0)
 
