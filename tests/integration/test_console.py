@@ -163,8 +163,11 @@ def test_one_line_is_one_line_of_what_can_be_printed():
 
 
 def started(code):
-    """Run Python in a process that listens to Ctrl-C, which one that a script starts in the background does not."""
-    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    """Run Python in a process that listens to signals, which one in a script's background, or under nohup, does not."""
+    listening = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL); signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    )
     return subprocess.run(command([], listening + code), capture_output=True, text=True, timeout=300)
 
 
