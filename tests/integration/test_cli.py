@@ -426,6 +426,11 @@ def test_folders_are_the_classes_that_a_file_says(run, refused, workshop, tmp_pa
     assert (code, err) == (0, "")
     assert {**json.loads(out), "seconds": 0} == {**expected, "seconds": 0}
     assert "folders are classes 0 to 9 by their sorted names, bob to two" in run(*words)[2]
+    (tmp_path / "images" / "eve").rename(tmp_path / "images" / "test")  # no part of a data set where the file names it
+    (tmp_path / "classes.csv").write_text((tmp_path / "classes.csv").read_text().replace("eve", "test"))
+    assert json.loads(run(*words, "--classes", tmp_path / "classes.csv")[1])["top1"] == expected["top1"]
+    assert "holds test, parts of a data set" in refused(*words)
+    (tmp_path / "images" / "test").rename(tmp_path / "images" / "eve")
     shutil.rmtree(tmp_path / "images" / "egg")
     assert "but the model has 10 classes" in (err := refused(*words))
     assert "give --classes FILE" in err

@@ -11,7 +11,7 @@ from torch import nn
 from vitquant.errors import DataError, ModelError
 from vitquant.tasks.classes import ClassNames, refuse_features
 from vitquant.tasks.classes_file import read_classes
-from vitquant.tasks.images import load_listing
+from vitquant.tasks.images import load_listing, load_unlabelled
 from vitquant.zoo import ModelSource, architecture, class_names
 
 FEW = settings(max_examples=30, deadline=None)
@@ -71,7 +71,7 @@ def test_numbers_that_are_no_indices_and_names_that_nobody_knows_ask_for_a_mappi
     for name in names:
         folder(tmp_path, name)
     is_refused(tmp_path, ClassNames(10), said)
-    assert len(load_listing(tmp_path)) == len(names)  # to calibrate on
+    assert len(load_unlabelled(tmp_path)) == len(names)  # to calibrate on
 
 
 def test_a_number_that_is_the_name_of_another_class_asks_for_a_mapping(tmp_path):
@@ -176,13 +176,24 @@ def test_parts_of_a_data_set_are_no_classes(tmp_path, files, parts, classes):
 
 
 def test_valid_beside_invalid_is_enough_to_calibrate_on(tmp_path):
-    make(tmp_path, "valid/0.png", "invalid/0.png")
-    assert len(load_listing(tmp_path)) == 2
-    is_refused(tmp_path, ClassNames(2), "holds valid, .*--classes FILE")
-    assert labels(tmp_path, read_classes(written(tmp_path.parent, "valid,0\ninvalid,1"), 2)) == {
-        "invalid": 1,
-        "valid": 0,
-    }
+    make(tmp_path / "data", "valid/0.png", "invalid/0.png")
+    assert len(load_unlabelled(tmp_path / "data")) == 2
+    is_refused(tmp_path / "data", ClassNames(2), "holds valid, .*--classes FILE")
+    said = read_classes(written(tmp_path, "valid,0\ninvalid,1"), 2)
+    assert labels(tmp_path / "data", said) == {"invalid": 1, "valid": 0}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["train/0.png", "val/0.png"], ["cat/0.png", "dog/0.png", "test/0.png"], ["val/cat/0.png", "other/0.png"],
+        ["val/0.png"],
+    ],
+)  # fmt: skip
+def test_parts_of_a_data_set_are_not_calibrated_on_together(tmp_path, files):
+    make(tmp_path, *files)
+    with pytest.raises(DataError, match="parts of a data set"):
+        load_unlabelled(tmp_path)
 
 
 def test_a_bullet_train_is_a_class(tmp_path):
@@ -193,9 +204,11 @@ def test_a_bullet_train_is_a_class(tmp_path):
 def test_labels_that_nobody_needs_are_noted_and_the_images_found(tmp_path):
     make(tmp_path, "a.png", "b.png")
     (tmp_path / "labels.csv").write_text("id,label\na,cat\n")
-    listing = load_listing(tmp_path)
+    listing = load_unlabelled(tmp_path)
     assert [item.path.name for item in listing] == ["a.png", "b.png"]
     assert any("no column class_index" in note for note in listing.notes)
+    with pytest.raises(DataError, match="no column class_index"):
+        load_listing(tmp_path)
     is_refused(tmp_path, ClassNames(2), "no column class_index or file")
 
 

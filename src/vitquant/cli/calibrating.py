@@ -111,7 +111,7 @@ def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
     """
     import torch
 
-    from vitquant.tasks.images import batches, load_listing
+    from vitquant.tasks.images import batches, load_unlabelled
     from vitquant.zoo import ModelSource, check_name, create, parse_model_arguments, pinned
 
     torch.manual_seed(request.seed)
@@ -121,7 +121,7 @@ def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
     arguments = parse_model_arguments(request.model_arguments or ())
     named = ModelSource(request.model, arguments, weights, request.seed, weights_key=request.weights_key)
     check_name(named)
-    listing = load_listing(request.calibration)
+    listing = load_unlabelled(request.calibration)
     items = _choose(listing, request.calibration, request.images, recipe.calibration.images, request.seed)
     size = request.batch or min(recipe.calibration.batch, len(items))
     _refuse_less_than_a_batch(len(items), request.batch, request.calibration)

@@ -49,10 +49,10 @@ def compare_forms(
 ) -> ParityReport:
     """Run all forms of a model on the same images; the float model is among them where its weights are."""
     from vitquant.parity import ALONE, examine
-    from vitquant.tasks.images import batches, load_listing, subset
+    from vitquant.tasks.images import batches, load_unlabelled, subset
 
     directory = data or _calibrated_on(quantized, out)
-    items = load_listing(directory)
+    items = load_unlabelled(directory)
     chosen = subset(items, min(images, len(items)), seed=0)
     steps = preprocessing_of(quantized, preprocessing)
     tensors = [each for each, _ in batches(chosen, steps, _BATCH)]

@@ -86,7 +86,8 @@ def classes_of_folders(tree: Tree, classes: ClassNames | None) -> tuple[dict[str
         DataError: folders are parts of a data set (train, val), or which classes they are cannot be told for certain.
     """
     known = classes if classes is not None and classes.names else None
-    _refuse_splits(tree, known, classes is None)
+    if parts := _parts(tree, known):
+        raise DataError(f"{_not_classes(tree, parts)}; where they are classes, --classes FILE says so")
     full = [name for name, images in tree.folders.items() if images]
     empty = [name for name, images in tree.folders.items() if not images]
     try:
@@ -101,6 +102,17 @@ def classes_of_folders(tree: Tree, classes: ClassNames | None) -> tuple[dict[str
         return _sorted_names(full, empty, classes.count)
     except DataError as error:
         raise DataError(f"{tree.root}: {error}") from error
+
+
+def refuse_parts(tree: Tree) -> None:
+    """Refuse folders of which only one is meant; which class the others are does not matter.
+
+    Raises:
+        DataError: folders are parts of a data set (train, val). One of two may be called so: `valid` beside `invalid`.
+    """
+    parts = _parts(tree, None)
+    if parts and (len(parts) > 1 or len(tree.folders) != 2 or parts[0] in tree.nested):
+        raise DataError(_not_classes(tree, parts))
 
 
 def left_out_text(left_out: Counter[str]) -> str:
@@ -163,28 +175,23 @@ def _without_image(empty: list[str]) -> list[str]:
     return [f"no image in {len(empty)} of the folders: {shown}"] if empty else []
 
 
-def _refuse_splits(tree: Tree, known: ClassNames | None, unlabelled: bool) -> None:
-    """Refuse `train` and `val` for classes, unless they are the names of some: CIFAR-100 has trains.
-
-    Arguments:
-        unlabelled: one of two folders may be called `valid` or `test`: it does not matter which class it is.
-    """
+def _parts(tree: Tree, known: ClassNames | None) -> list[str]:
+    """Folders such as `train` and `val`, unless they are the names of classes: CIFAR-100 has trains."""
     found = {
         name: match
         for name, images in tree.folders.items()
         if images and (match := _SPLIT.fullmatch(name)) and (known is None or known.index(name) is None)
     }
-    parts = {match["part"].lower() for match in found.values()}
+    kinds = {match["part"].lower() for match in found.values()}
     # `bullet_train` by itself is a class; `set1_train` beside `set1_val` is none
-    splits = [name for name, match in found.items() if not match["of"] or len(parts) > 1]
-    alone = len(splits) == 1 and len(tree.folders) > 1 and splits[0] not in tree.nested
-    if not splits or (alone and (splits[0].lower() == "train" or (unlabelled and len(tree.folders) == 2))):
-        return
-    where = " or ".join(str(tree.root / name) for name in splits)
-    classes = "" if unlabelled else "; where they are classes, --classes FILE says so"
-    raise DataError(
-        f"{tree.root} holds {' and '.join(splits)}, parts of a data set rather than classes: give {where}{classes}"
-    )
+    parts = [name for name, match in found.items() if not match["of"] or len(kinds) > 1]
+    alone = len(parts) == 1 and len(tree.folders) > 1 and parts[0] not in tree.nested
+    return [] if alone and parts[0].lower() == "train" else parts
+
+
+def _not_classes(tree: Tree, parts: list[str]) -> str:
+    where = " or ".join(str(tree.root / name) for name in parts)
+    return f"{tree.root} holds {' and '.join(parts)}, parts of a data set rather than classes: give {where}"
 
 
 def _is_number(name: str) -> bool:

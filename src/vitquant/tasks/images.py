@@ -6,7 +6,7 @@ import hashlib
 import os
 import random
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from vitquant.errors import DataError
 from vitquant.tasks.classes import ClassNames
 from vitquant.tasks.decoding import decode, readable_endings
-from vitquant.tasks.folders import classes_of_folders, left_out_text, scan
+from vitquant.tasks.folders import Tree, classes_of_folders, left_out_text, refuse_parts, scan
 from vitquant.tasks.labels_file import read_labels
 from vitquant.tasks.preprocessing import Preprocessing
 
@@ -51,50 +51,82 @@ class Listing(list[Item]):
 
 
 def load_listing(directory: str | Path, classes: ClassNames | None = None) -> Listing:
-    """List the images of a directory, without opening any.
+    """List the images of a directory and their labels, without opening any.
 
     Three layouts: a `labels.csv` with the columns `file` and `class_index` (others are ignored); one folder per class,
     see `classes_of_folders`; or images alone, sorted by name, without labels.
 
     Arguments:
         classes: the model's. Without them a class folder is one when its name is a class index; images in other
-            folders have no label, which is enough to calibrate on.
+            folders have no label.
 
     Raises:
         DataError: no such directory, no images, images both beside and inside folders, folders whose classes cannot be
             told for certain, or a bad row.
     """
-    root = Path(directory)
-    if not os.path.isdir(root):
-        raise DataError(f"{root}: no such directory")
-    notes: list[str] = []
-    unread: DataError | None = None
+    root = _existing(directory)
     if os.path.lexists(root / "labels.csv"):
         if classes is not None and classes.by_file:
             raise DataError(f"{root} has a labels.csv, with class indices; --classes is for class folders")
+        return _of_labels_file(root)
+    tree = scan(root, readable_endings())
+    labels, notes = classes_of_folders(tree, classes)
+    return _of_tree(tree, labels, notes)
+
+
+def load_unlabelled(directory: str | Path) -> Listing:
+    """List the images of a directory whose labels do not matter, as to calibrate on them.
+
+    The layouts are those of `load_listing`. A `labels.csv` that is none of ours is passed over with a note, and folders
+    need not be classes.
+
+    Raises:
+        DataError: no such directory, no images, images both beside and inside folders, or folders that are parts of a
+            data set (train, val).
+    """
+    root = _existing(directory)
+    if not os.path.lexists(root / "labels.csv"):
+        return _of_any_folders(root)
+    try:
+        return _of_labels_file(root)
+    except DataError as problem:
         try:
-            return Listing(Item(path, label) for path, label in read_labels(root / "labels.csv"))
-        except DataError as error:
-            if classes is not None:
-                raise
-            unread = error
-            notes.append(f"{error}; labels are not needed here, and the images were looked for")
-    endings = readable_endings()
-    tree = scan(root, endings)
-    labels, of_folders = classes_of_folders(tree, classes)
-    notes += of_folders
+            listing = _of_any_folders(root)
+        except DataError:
+            raise problem from None
+        return Listing(listing, (f"{problem}; its images were looked for in the directory", *listing.notes))
+
+
+def _existing(directory: str | Path) -> Path:
+    root = Path(directory)
+    if not os.path.isdir(root):
+        raise DataError(f"{root}: no such directory")
+    return root
+
+
+def _of_labels_file(root: Path) -> Listing:
+    return Listing(Item(path, label) for path, label in read_labels(root / "labels.csv"))
+
+
+def _of_any_folders(root: Path) -> Listing:
+    tree = scan(root, readable_endings())
+    refuse_parts(tree)
+    return _of_tree(tree, dict.fromkeys(tree.folders), ())
+
+
+def _of_tree(tree: Tree, labels: Mapping[str, int | None], notes: Iterable[str]) -> Listing:
+    """The images of folders with their labels, or those beside them."""
     labelled = [Item(path, label) for name, label in labels.items() for path in tree.folders[name]]
     left_out = left_out_text(tree.left_out)
     if tree.here and labelled:
-        raise DataError(f"{root}: images both here and in folders ({labelled[0].path.parent.name}); move one kind away")
+        inside = labelled[0].path.parent.name
+        raise DataError(f"{tree.root}: images both here and in folders ({inside}); move one kind away")
     if not tree.here and not labelled:
-        if unread is not None:
-            raise unread
         there = f"; what is there: {left_out}" if left_out else ""
-        raise DataError(f"{root}: no images ({' '.join(sorted(endings))}) and no labels.csv{there}")
-    if left_out:
-        notes.append(f"{tree.left_out.total()} files of {root} are not read as images: {left_out}")
-    return Listing([Item(path) for path in tree.here] or labelled, notes)
+        endings = " ".join(sorted(readable_endings()))
+        raise DataError(f"{tree.root}: no images ({endings}) and no labels.csv{there}")
+    left = [f"{tree.left_out.total()} files of {tree.root} are not read as images: {left_out}"] if left_out else []
+    return Listing([Item(path) for path in tree.here] or labelled, (*notes, *left))
 
 
 def subset(items: Sequence[Item], count: int, seed: int) -> list[Item]:
