@@ -242,7 +242,7 @@ def test_plain_values_of_training_scripts_are_read(loads, trained):
         "best": np.float64(81.2), "epoch": np.int64(3), "history": np.arange(3.0), "seen": np.bool_(True),
         "windows": pathlib.PureWindowsPath("C:/x"), "took": datetime.timedelta(1), "size": torch.Size([1]),
         "optimizer": torch.optim.AdamW([nn.Parameter(torch.rand(3))]).state_dict(), "keys": {1, 2},
-        "kinds": frozenset({1}), "epochs": range(3), "part": slice(1, 2),
+        "kinds": frozenset({1}), "part": slice(1, 2),
     }  # fmt: skip
     for legacy in (False, True):
         if legacy:
@@ -292,6 +292,13 @@ class Bytes:
         return bytearray, (2**29,)
 
 
+class Numbers:
+    """Takes all memory when it is unpickled."""
+
+    def __reduce__(self):
+        return frozenset, (range(10**10),)
+
+
 def bomb(path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("w/data.pkl", b"\x80\x02}.")
@@ -328,6 +335,7 @@ def archive(path):
         (lambda path: path.write_bytes(pickle.dumps({"w": np.zeros(3)})), r"another protocol.*torch\.save\(model"),
         (lambda path: torch.save({"w": torch.rand(2), "x": np.array([{}])}, path), "holds more than tensors: .*Object"),
         (lambda path: torch.save(Bytes(), path), "bytearray"),
+        (lambda path: torch.save(Numbers(), path), "could run code, by x?range"),
         (lambda path: torch.save([1, 2], path), "no state dict.*list"),
         (lambda path: torch.save({}, path), "no state dict.*empty"),
         (lambda path: torch.save({0: torch.rand(2), 1: torch.rand(2)}, path), "key '0' is no name"),

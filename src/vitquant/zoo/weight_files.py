@@ -138,7 +138,8 @@ def _load(path: Path) -> Any:
 
 def _harmless() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Classes of plain values that training scripts save beside weights; to make one of them runs no code of a file."""
-    allowed: list[Any] = [argparse.Namespace, types.SimpleNamespace, frozenset, range, slice]
+    # No range: a set of one fills the memory.
+    allowed: list[Any] = [argparse.Namespace, types.SimpleNamespace, frozenset, slice]
     allowed += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
     for module in ("pathlib", "pathlib._local"):  # its name since Python 3.13
         allowed += [(pathlib.PurePosixPath, f"{module}.{name}") for name in ("PosixPath", "PurePosixPath")]
