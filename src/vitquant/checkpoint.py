@@ -20,7 +20,7 @@ from vitquant.files import Directory, Layout, replacing, sha256
 from vitquant.parsing import parse_json, read_file
 from vitquant.schema import Integer, Table, Text, check
 
-FORMAT = 1
+FORMAT = 2
 TENSORS = "model.safetensors"
 CONFIG = "config.json"
 DIGEST = Text(64, "[0-9a-f]{64}")
@@ -143,7 +143,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if config["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {config['format']}, newer than {FORMAT}: update vitquant")
     if config["format"] < FORMAT:
-        raise CheckpointError(f"{path} has format {config['format']}, which does not exist; quantize the model again")
+        raise CheckpointError(f"{path} has format {config['format']}, older than {FORMAT}: quantize the model again")
     digest = config.pop("digest", None)
     if digest != _digest(config):
         raise CheckpointError(f"{path} was altered since it was saved: its digest differs; save the model again")
