@@ -98,7 +98,7 @@ def _refuse_tensors(model: nn.Module) -> None:
             raise ModelError(f"{name} is sparse; give model.{name}.to_dense() in its place")
         if tensor.is_inference():
             raise ModelError(
-                f"{name} was made under torch.inference_mode, and cannot be exported; make it outside of it"
+                f"{name} was made under torch.inference_mode, and cannot be exported; create the model outside"
             )
         if type(tensor).__name__ == "DTensor":
             raise ModelError(f"{name} is a part of a distributed tensor; {_GATHER}")

@@ -265,7 +265,9 @@ def test_onnx_runtime_computes_the_simulation_of_every_model_and_recipe(make, re
     assert_agrees(make, recipe, bits)
 
 
-@pytest.mark.parametrize(("make", "recipe", "bits"), [PAIRS[0], PAIRS[3]])
+@pytest.mark.parametrize(
+    ("make", "recipe", "bits"), [PAIRS[0], PAIRS[3], pytest.param(*PAIRS[2], marks=pytest.mark.slow)]
+)
 def test_weights_are_integers_that_decode_to_the_simulations(make, recipe, bits):
     quantized, proto = exported(make, recipe, bits)
     stored, found = initializers(proto), 0

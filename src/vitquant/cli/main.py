@@ -54,7 +54,7 @@ def _explain(error: BaseException, interrupted: bool) -> tuple[int, str]:
         return INTERRUPTED, "interrupted; nothing was written"
     if isinstance(error, VitquantError):
         return WRONG, f"error: {text}"
-    if isinstance(error, OSError) and error.filename is not None:  # a name too long, a directory that is not ours
+    if isinstance(error, OSError) and isinstance(error.filename, str | bytes):  # a directory that is not the user's
         return WRONG, one_line(f"error: {os.fsdecode(error.filename)}: {error.strerror}")
     return INTERNAL, f"internal error: {type(error).__name__}: {text[:200]}; run with --debug"
 

@@ -57,7 +57,8 @@ def canonicalize(module: GraphModule) -> None:
             if left not in dynamic and right in dynamic:
                 left, right = node.args = (right, left)  # what is added to the data stands behind it
             bias, *mask = _summands(module, right)
-            if left in dynamic and mask and is_mask(module, mask[0]):
+            same = isinstance(left, Node) and left.meta["shape"] == node.meta["shape"]  # what is added widens nothing
+            if left in dynamic and same and mask and is_mask(module, mask[0]):
                 with graph.inserting_before(node):
                     node.args = (_emit(graph, node, aten.add.Tensor, (left, bias)), mask[0])
     for node in list(graph.nodes):

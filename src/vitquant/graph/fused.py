@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.fx import Graph, Node
 
 from vitquant.graph.operators import PRODUCTS, aten, calls
@@ -56,9 +57,9 @@ def blamed_operator(error: Exception) -> str | None:
     said = str(error)
     if "CausalBias" in said:
         return "attn_mask is a torch.nn.attention.bias, which cannot be captured; give is_causal=True, or a tensor"
-    alone = re.fullmatch(r"(\w+)\.(\w+)(\.\w+)?", said.strip().split("\n")[0])  # it has no fake kernel
-    if alone and alone[1] not in _OF_TORCH:
-        return f"the operator {alone[1]}.{alone[2]} cannot be captured; if it is attention, {_ADVICE}"
+    if isinstance(error, UnsupportedOperatorException):  # it has no fake kernel
+        namespace, name, *_ = said.split("\n")[0].split(".")
+        return f"the operator {namespace}.{name} cannot be captured; if it is attention, {_ADVICE}"
     for namespace, name in re.findall(r"(\w+)::(\w+)", said):
         if _ATTENTION.search(name) or (namespace not in _OF_TORCH and "fake impl" in said):
             return f"the operator {namespace}.{name} cannot be captured; if it is attention, {_ADVICE}"
