@@ -89,11 +89,11 @@ def evaluate(
             from vitquant.engines import file_of
             from vitquant.report.tables import ends_text, facts, result_rows
             from vitquant.tasks import classification
-            from vitquant.tasks.images import batches, check_labels, load_listing, load_unlabelled
+            from vitquant.tasks.images import batches, check_labels, load_listing
 
             where = options.choose_device(device, threads)
-            # What is wrong with it is said before the model is made; --classes may name any folder.
-            load_listing(data) if classes is None else load_unlabelled(data)
+            if classes is None:  # which may name any folder, and counts the model's classes
+                load_listing(data)  # what is wrong with it is said before the model is made
             repeated = options.repeated(model, model_arguments)
             quantized = pipeline.load(out, **repeated).to(where)
             with torch.inference_mode():
