@@ -89,14 +89,8 @@ def read_checkpoint(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str,
         CheckpointError: missing, truncated, altered, or of a newer format; the message names the file.
     """
     config = read_config(directory)
-    path = directory / TENSORS
-    written = config["files"][TENSORS]
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path} is missing; the saved model is incomplete, save it again")
-    if path.stat().st_size != written["bytes"]:
-        found = path.stat().st_size
-        raise CheckpointError(f"{path} holds {found} bytes of {written['bytes']}: it was truncated; copy it again")
-    if sha256(path) != written["sha256"]:
+    path = _tensors_file(directory, config)
+    if sha256(path) != config["files"][TENSORS]["sha256"]:
         raise CheckpointError(f"{path} was altered since it was saved: its sha256 differs; copy it again")
     try:
         return _safetensors().load_file(path), config
@@ -104,15 +98,16 @@ def read_checkpoint(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str,
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def read_shapes(directory: Path) -> dict[str, list[int]]:
+def read_shapes(directory: Path, config: Mapping[str, Any]) -> dict[str, list[int]]:
     """The shapes of a checkpoint's tensors by their names, without reading them.
 
+    Arguments:
+        config: from `read_config`.
+
     Raises:
-        CheckpointError: the file is missing or none.
+        CheckpointError: the file is missing, truncated or none.
     """
-    path = directory / TENSORS
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path} is missing; the saved model is incomplete, save it again")
+    path = _tensors_file(directory, config)
     _safetensors()
     import safetensors
 
@@ -121,6 +116,16 @@ def read_shapes(directory: Path) -> dict[str, list[int]]:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _tensors_file(directory: Path, config: Mapping[str, Any]) -> Path:
+    """The file of tensors, when it is there and as long as it was."""
+    path, written = directory / TENSORS, config["files"][TENSORS]["bytes"]
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path} is missing; the saved model is incomplete, save it again")
+    if (found := path.stat().st_size) != written:
+        raise CheckpointError(f"{path} holds {found} bytes of {written}: it was truncated; copy it again")
+    return path
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def _named(directory: Path, read: Callable[[], T]) -> T:
 
 def _shapes(directory: Path, config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     """The shapes of a saved model's tensors, those of packed ones as they are in the model."""
-    stored = read_shapes(directory)
+    stored = read_shapes(directory, config)
     packed = config["quantization_config"]["packed"]
     fits = {
         key: entry["shape"]

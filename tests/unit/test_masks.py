@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 import vitquant
 from vitquant.capture import capture
@@ -168,6 +168,38 @@ def test_what_is_learned_or_has_other_values_is_no_mask(captured: GraphModule, h
     read = arguments(softmax_of(captured, how))[0]
     assert unmasked(captured, read) is read
     assert masks_between(captured, read, read) == []
+
+
+class Widened(nn.Module):
+    """Scores of one head, to which a bias and a mask for each head are added as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, WIDTH, 8, 8), nn.Linear(WIDTH, 5)
+        self.bias = nn.Parameter(torch.randn(TOKENS, TOKENS))
+        self.register_buffer("mask", mask_of(-100.0).repeat(HEADS, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT
+        scores = (x @ x.mT)[:, None] + (self.bias + self.mask)
+        return self.head((scores.softmax(-1) @ x[:, None]).mean((1, 2)))
+
+
+class Shapes(Interpreter):
+    """Runs a graph and compares what its nodes say of their shape."""
+
+    def run_node(self, n: Node) -> object:
+        found = super().run_node(n)
+        if isinstance(found, Tensor) and n.op == "call_function":
+            said = n.meta["shape"]
+            assert all(each in (-1, size) for each, size in zip(said, found.shape, strict=True)), n.name
+        return found
+
+
+def test_what_widens_the_scores_keeps_its_shapes() -> None:
+    torch.manual_seed(0)
+    module = capture(Widened().eval(), photos(2))
+    Shapes(module).run(photos(2))
 
 
 @pytest.fixture(scope="module")

@@ -243,6 +243,12 @@ def test_a_source_that_builds_another_model_is_refused_before_it_runs(saved, mon
         vitquant.load(saved)
 
 
+def test_a_truncated_file_is_told_from_a_wrong_one_before_a_model_is_made(saved):
+    tensors = saved / "model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+    refused(saved, r"holds 1000 bytes of \d+: it was truncated; copy it again")
+
+
 def test_a_budget_does_not_change_what_is_built():
     def draw() -> torch.Tensor:
         torch.manual_seed(3)
