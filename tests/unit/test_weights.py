@@ -35,6 +35,13 @@ def make_norm():
     return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
 
 
+def make_masked():
+    """A user's factory, with a causal mask among what it saves."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.full((2, 2), -float("inf")).triu(1))
+    return model
+
+
 @pytest.fixture(scope="module")
 def trained():
     return create(ModelSource(TIMM, ONE_BLOCK, "random", seed=9)).state_dict()
@@ -396,6 +403,13 @@ def test_damaged_files_are_refused_in_a_line(data):
 )
 def test_numbers_that_are_no_weights_are_refused_by_name(loads, trained, change, said):
     refused(loads, {**trained, "head.weight": change(trained["head.weight"].clone())}, said=said)
+
+
+def test_a_mask_that_is_saved_with_the_weights_may_be_infinite_but_not_nan(loads):
+    name = f"python:{__name__}:make_masked"
+    state = make_masked().state_dict()
+    assert equal(loads(state, name, {})[0], state)
+    refused(loads, {**state, "mask": torch.full((2, 2), float("nan"))}, name, {}, said="NaN or infinity: mask, 4 of 4")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
