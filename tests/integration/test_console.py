@@ -110,6 +110,12 @@ def test_a_stream_that_fails_once_is_left_alone(number):
     assert (stream.lost == "") is (number == errno.EPIPE)
 
 
+def test_streams_are_given_back_as_they_were(run):
+    before = sys.stdout, sys.stderr, sys.stdout.errors, sys.stderr.errors
+    assert run("--version")[0] == 0
+    assert (sys.stdout, sys.stderr, sys.stdout.errors, sys.stderr.errors) == before
+
+
 def test_a_broken_promise_is_said_although_nobody_reads_the_table(monkeypatch, capsys):
     def fails(words):
         print("a table")

@@ -412,6 +412,13 @@ def test_a_mask_that_is_saved_with_the_weights_may_be_infinite_but_not_nan(loads
     refused(loads, {**state, "mask": torch.full((2, 2), float("nan"))}, name, {}, said="NaN or infinity: mask, 4 of 4")
 
 
+def test_what_a_model_counts_are_whole_numbers(loads):
+    name = f"python:{__name__}:make_norm"
+    state = create(ModelSource(name, {}, "random")).state_dict()
+    counted = {**state, "1.num_batches_tracked": torch.tensor(3.5)}
+    refused(loads, counted, name, {}, said="1.num_batches_tracked is of float32 where the model counts")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_float_precisions_become_float32(loads, trained, dtype):
     found, _ = loads({key: value.to(dtype) for key, value in trained.items()})
@@ -468,6 +475,13 @@ def test_positions_of_another_size_are_resampled_by_the_library_and_said(loads, 
     # a table of equal rows stays one, whatever the interpolation
     flat = {**state, key: torch.ones_like(state[key])}
     assert torch.allclose(loads(under(prefix, flat), name, large)[0][key], torch.tensor(1.0), atol=1e-5)
+
+
+def test_positions_of_another_order_of_size_are_refused_without_resampling(loads, trained, monkeypatch):
+    never = "vitquant.zoo.weights.converted_by_library"
+    monkeypatch.setattr(never, lambda *_: pytest.fail("it was resampled"))
+    huge = torch.zeros(1).expand(1, 1001**2 + 1, 32)  # one number in the file
+    refused(loads, {**trained, "pos_embed": huge}, said="of another shape: pos_embed")
 
 
 def test_torchvision_resamples_its_positions(loads, monkeypatch):
