@@ -125,6 +125,20 @@ def test_averaged_weights_are_taken_with_a_note_and_the_others_by_key(loads, tra
     assert equal(loads(saved, key=averaged)[0], trained)
 
 
+def test_a_key_is_looked_for_from_the_front_before_it_is_a_part(loads, trained):
+    other = {key: value + 1 for key, value in trained.items()}
+    saved = {"ema": {"model": other}, "model": trained}
+    assert equal(loads(saved, key="model")[0], trained)
+    assert equal(loads(saved, key="ema")[0], other)
+    assert equal(loads({"run": {"model": trained, "ema": other}}, key="model")[0], trained)
+
+
+def test_dictionaries_that_hold_each_other_are_looked_into_once(loads, trained):
+    around: dict[str, object] = {"weights": trained}
+    around |= {f"{number}": around for number in range(300)}
+    assert equal(loads(around)[0], trained)
+
+
 def test_the_key_is_saved_with_the_source(tmp_path, trained):
     other = {key: value + 1 for key, value in trained.items()}
     torch.save({"model": other, "model_ema": trained}, tmp_path / "w.pth")
