@@ -125,6 +125,15 @@ def test_averaged_weights_are_taken_with_a_note_and_the_others_by_key(loads, tra
     assert equal(loads(saved, key=averaged)[0], trained)
 
 
+def test_averaged_weights_without_names_are_left_out_with_a_note(loads, trained):
+    averages = {"decay": 0.99, "num_updates": 3, "shadow_params": list(trained.values()), "collected_params": None}
+    found, notes = loads({"model": trained, "ema": averages})  # torch_ema's state
+    assert equal(found, trained)
+    assert len(notes) == 1
+    assert "ema.shadow_params holds averaged weights without names, which are left out" in notes[0]
+    assert loads({"model": trained, "ema": {**averages, "shadow_params": []}})[1] == []
+
+
 def test_a_key_is_looked_for_from_the_front_before_it_is_a_part(loads, trained):
     other = {key: value + 1 for key, value in trained.items()}
     saved = {"ema": {"model": other}, "model": trained}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,9 @@ def choose(loaded: Any, wanted: Mapping[str, Tensor], key: str | None) -> Chosen
     taken, notes = preferred[0], []
     if others := [each for each in found if each is not taken and _fit(each, wanted) >= best]:
         notes.append(f"weights are {_names([taken])}; {_names(others)} beside it: --weights-key takes another")
+    if unnamed := _averages_without_names(loaded):
+        what = f"{first_five(unnamed)} holds averaged weights without names, which are left out"
+        notes.append(f"{what}: save the model's state_dict after ema.copy_to(model.parameters()) to have them")
     if taken.left_out:
         count = len(taken.left_out)
         notes.append(f"weights are {taken.name}; {count} other tensors were left out: {first_five(taken.left_out)}")
@@ -84,7 +87,29 @@ def choose(loaded: Any, wanted: Mapping[str, Tensor], key: str | None) -> Chosen
 
 def _held(loaded: Any) -> list[tuple[str, dict[str, Tensor]]]:
     """Every dictionary that holds tensors by name, and where it lies."""
-    found, seen = [], set()
+    found = []
+    for place, held in _dictionaries(loaded):
+        values = {key: _as_tensor(value) for key, value in held.items()}
+        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        if tensors:
+            found.append((".".join(place), tensors))
+    return found
+
+
+def _averages_without_names(loaded: Any) -> list[str]:
+    """Where lists of tensors lie that are averaged weights, as torch_ema saves them."""
+    return [
+        ".".join((*place, key))
+        for place, held in _dictionaries(loaded)
+        for key, value in held.items()
+        if isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value)
+        if _AVERAGED.search(".".join((*place, key)))
+    ]
+
+
+def _dictionaries(loaded: Any) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """Every dictionary of names, each once, and the keys that lead to it."""
+    seen = set()
     pending: list[tuple[tuple[str, ...], Any]] = [((), loaded)]
     while pending:
         place, held = pending.pop(0)
@@ -93,12 +118,8 @@ def _held(loaded: Any) -> list[tuple[str, dict[str, Tensor]]]:
         seen.add(id(held))
         if not all(isinstance(key, str) for key in held):
             continue  # an optimizer's state
-        values = {key: _as_tensor(value) for key, value in held.items()}
-        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
-        if tensors:
-            found.append((".".join(place), tensors))
+        yield place, held
         pending += [((*place, key), value) for key, value in held.items() if isinstance(value, Mapping)]
-    return found
 
 
 def _as_tensor(value: Any) -> Any:
