@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 from vitquant.errors import CaptureError, ModelError
 from vitquant.graph.canonical import canonicalize
 from vitquant.graph.fused import blamed_operator, fused_attention, named_attention
-from vitquant.graph.operators import arguments, aten, calls, packet
+from vitquant.graph.made_masks import fold_made_masks
+from vitquant.graph.operators import FILLS, arguments, aten, calls, packet
 from vitquant.plain_forward import plain_forward, takes_nested_tensors
 from vitquant.unwrapping import unwrapped
 
@@ -32,9 +33,6 @@ _CHECKS = {
     aten._assert_tensor_metadata, aten._assert_scalar, aten._assert_async, aten.sym_constrain_range,
     aten.sym_constrain_range_for_size,
 }  # fmt: skip
-
-# These read no values of their argument, only its dtype and device; the number that they fill with.
-_FILLS = {aten.new_zeros: 0, aten.zeros_like: 0, aten.new_ones: 1, aten.ones_like: 1, aten.new_full: None}
 
 
 def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
@@ -65,10 +63,13 @@ def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
         program = _export(model, example)
         graph, constants = _copy(program, _input_name(model))
         captured = _assemble(model, graph, constants)
+        longer = torch.cat([example.flip(0), example[:1]])
+        fold_made_masks(captured, example, longer)
         canonicalize(captured)
         if fused := fused_attention(captured.graph):
             raise CaptureError(fused)
-        _check(model, captured, example, expected)
+        _compare(captured(example), expected)
+        _compare(captured(longer), model(longer))  # a batch of another size
         if takes_nested_tensors(model):
             _check_nested(model, captured, example)
     return captured
@@ -194,7 +195,7 @@ def _copy(program: ExportedProgram, input_name: str) -> tuple[Graph, dict[str, t
                 continue
             if _is_constant(node, known):
                 known[node] = node.target(*_values(node.args, known), **_values(node.kwargs, known))
-            elif calls(node, _FILLS) and -1 not in _shape(node.meta["val"]):
+            elif calls(node, FILLS) and -1 not in _shape(node.meta["val"]):
                 known[node] = _filled(node)
             else:
                 copied[node] = graph.node_copy(node, argument)
@@ -229,7 +230,7 @@ def _filled(node: Node) -> torch.Tensor:
     """What a node makes that takes from a tensor no values, but its dtype and device (torchvision's window masks)."""
     value = node.meta["val"]
     like = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    number: Any = _FILLS[packet(node)]
+    number: Any = FILLS[packet(node)]
     return torch.full_like(like, arguments(node)[2] if number is None else number)
 
 
@@ -293,13 +294,6 @@ def _register(module: nn.Module, name: str, value: torch.Tensor, persistent: boo
         if hasattr(module, last):
             delattr(module, last)
         module.register_buffer(last, value, persistent=persistent)
-
-
-def _check(model: nn.Module, captured: GraphModule, example: torch.Tensor, expected: object) -> None:
-    """The captured graph is the model: on the example, and on a batch of another size."""
-    _compare(captured(example), expected)
-    longer = torch.cat([example.flip(0), example[:1]])
-    _compare(captured(longer), model(longer))
 
 
 def _check_nested(model: nn.Module, captured: GraphModule, example: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from architectures import CLASSES, Patches
 from torch import nn
 from torch.nn import functional
 
+import vitquant
 from vitquant.capture import capture
 from vitquant.errors import CaptureError
 from vitquant.graph.attention import find_attention
@@ -130,6 +131,44 @@ def test_decoders_are_captured(mask, batch_first):
             return self.head(tokens.mean(1 if batch_first else 0))
 
     assert_captured(Net(), attentions=3)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_of_encoders_are_no_range_of_the_scores(mask):
+    torch.manual_seed(0)
+    model = Encoder(mask, norm_first=True, batch_first=True, nested=False).eval()
+    assert_quantized(model)
+
+
+@pytest.mark.parametrize("needs_weights", [False, True])
+@pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask"])
+def test_masks_of_the_batch_are_no_range_of_the_scores(name, needs_weights):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.head = Patches(), nn.Linear(32, CLASSES)
+            self.norm, self.attention = nn.LayerNorm(32), nn.MultiheadAttention(32, 2, batch_first=True)
+
+        def forward(self, images):
+            tokens = self.norm(self.patches(images))
+            shape = (len(images), TOKENS) if name == "key_padding_mask" else (2 * len(images), TOKENS, TOKENS)
+            hidden = torch.zeros(shape, dtype=torch.bool)
+            hidden[..., -4:] = True
+            given = {name: hidden, "need_weights": needs_weights}
+            return self.head((tokens + self.attention(tokens, tokens, tokens, **given)[0]).mean(1))
+
+    torch.manual_seed(0)
+    assert_quantized(Net().eval())
+
+
+def assert_quantized(model):
+    """Quantized in the range that its scores have without what hides some of them."""
+    quantized = vitquant.quantize(model, "minmax", [IMAGES])
+    ((low, high),) = [each.range() for name, each in quantized.quantizers.items() if name.endswith("softmax:input")]
+    assert -20 < low <= high < 20
+    with torch.no_grad():
+        expected, found = model(IMAGES), quantized(IMAGES)
+    assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 def test_the_switch_is_given_back_however_many_capture_at_once():

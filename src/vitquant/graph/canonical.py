@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from vitquant.errors import CaptureError
 from vitquant.graph.einsum import einsum_to_matmul
-from vitquant.graph.masks import is_mask
+from vitquant.graph.masks import hidden_by_infinity, is_mask
 from vitquant.graph.operators import PRODUCTS, arguments, aten, calls, is_rearrangement, packet
 from vitquant.graph.walk import depends_on_input, root
 
@@ -61,6 +61,8 @@ def canonicalize(module: GraphModule) -> None:
             if left in dynamic and same and mask and is_mask(module, mask[0]):
                 with graph.inserting_before(node):
                     node.args = (_emit(graph, node, aten.add.Tensor, (left, bias)), mask[0])
+            else:
+                _fill_with_infinity(module, node)
     for node in list(graph.nodes):
         if calls(node, {aten.view, aten._unsafe_view}):
             # A view of a tensor that is no longer contiguous, now that copies are gone, needs reshape.
@@ -68,6 +70,17 @@ def canonicalize(module: GraphModule) -> None:
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
+
+
+def _fill_with_infinity(module: GraphModule, node: Node) -> None:
+    """Write scores plus a mask of zeros and minus infinity as scores that are filled where the mask hides."""
+    left, right = arguments(node)
+    for scores, mask in ((left, right), (right, left)):
+        if isinstance(scores, Node) and isinstance(mask, Node) and scores.meta["shape"] == node.meta["shape"]:
+            hidden = hidden_by_infinity(module, mask)
+            if hidden is not None:
+                node.target, node.args = aten.masked_fill.Scalar, (scores, hidden, -math.inf)
+                return
 
 
 def _emit(graph: Graph, like: Node, target: Callable, args: tuple, shape: tuple[int, ...] | None = None) -> Node:

@@ -8,7 +8,7 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, is_selection
+from vitquant.graph.operators import FILLS, arguments, aten, calls, is_rearrangement, is_selection, packet
 
 # A score this far below its row's largest has no probability that any code holds. Libraries write -100, the smallest
 # float or minus infinity.
@@ -53,8 +53,66 @@ def hides(module: GraphModule, node: Node) -> bool:
 
 def is_mask(module: GraphModule, node: object) -> bool:
     """Whether a node is a constant that, added to scores, hides some of them and leaves the others as they are."""
-    mask = _constant(module, node)
-    return mask is not None and bool(((mask == 0) | (mask <= _HIDING)).all()) and bool((mask != 0).any())
+    mask = stored_constant(module, node)
+    return mask is not None and hides_some(mask)
+
+
+def hides_some(mask: torch.Tensor) -> bool:
+    """Whether a tensor that is added to scores hides some of them and leaves the others as they are."""
+    if not mask.is_floating_point():
+        return False
+    return bool(((mask == 0) | (mask <= _HIDING)).all()) and bool((mask != 0).any())
+
+
+def hidden_by_infinity(module: GraphModule, node: Node) -> Node | None:
+    """Which entries a mask of zeros and minus infinity hides, where it is made of a boolean one; else None.
+
+    So libraries turn boolean masks, of padding that the image decides, into what is added to scores.
+
+    Returns:
+        A boolean node of the mask's shape, which is new in the graph.
+    """
+    moves, made = [], node
+    while is_rearrangement(made) or calls(made, {aten.expand}):
+        moves.append(made)
+        made = made.all_input_nodes[0]
+    if calls(made, {aten.masked_fill}):
+        shown, condition, hidden = arguments(made)
+    elif calls(made, {aten.where}) and len(arguments(made)) == 3:
+        condition, hidden, shown = arguments(made)
+    else:
+        return None
+    numbers = _number(module, shown), _number(module, hidden)
+    if condition.meta["shape"] != made.meta["shape"] or set(numbers) != {0.0, -math.inf}:
+        return None
+    graph, found = module.graph, condition
+    if numbers[0] != 0.0:
+        with graph.inserting_before(made):
+            found = graph.call_function(aten.logical_not.default, (condition,))
+        found.meta = {**made.meta, "dtype": torch.bool}
+    for move in reversed(moves):
+        source, moved = move.all_input_nodes[0], found
+        with graph.inserting_before(move):
+            found = graph.node_copy(move, lambda each, source=source, moved=moved: moved if each is source else each)
+        found.meta = {**move.meta, "dtype": torch.bool}
+    return found
+
+
+def _number(module: GraphModule, value: object) -> float | None:
+    """The one number that a node, or an argument, is made of; None where it is not one number."""
+    if isinstance(value, Node) and calls(value, FILLS):
+        number = FILLS[packet(value)]
+        value = arguments(value)[2] if number is None else number
+    elif isinstance(value, Node) and calls(value, {aten.full, aten.full_like}):
+        value = arguments(value)[1]
+    elif calls(value, {aten.zeros}):
+        value = 0
+    if isinstance(value, int | float):
+        return float(value)
+    constant = stored_constant(module, value)
+    if constant is None or not constant.numel() or not bool((constant == constant.flatten()[0]).all()):
+        return None
+    return float(constant.flatten()[0])
 
 
 def hide_exactly(module: GraphModule, node: Node) -> None:
@@ -70,7 +128,7 @@ def hide_exactly(module: GraphModule, node: Node) -> None:
     node.target, node.args = aten.masked_fill.Scalar, (arguments(node)[0], hidden, -math.inf)
 
 
-def _constant(module: GraphModule, node: object) -> torch.Tensor | None:
+def stored_constant(module: GraphModule, node: object) -> torch.Tensor | None:
     """The stored floating tensor, no parameter, that a node rearranges or selects from; else None."""
     while isinstance(node, Node) and (is_rearrangement(node) or is_selection(node)):
         node = node.all_input_nodes[0]

@@ -27,6 +27,9 @@ SELECTIONS = {
 }  # fmt: skip
 JOINS = {aten.cat, aten.stack}
 
+# These read no values of their argument, only its shape, dtype and device; the number that they fill with.
+FILLS = {aten.new_zeros: 0, aten.zeros_like: 0, aten.new_ones: 1, aten.ones_like: 1, aten.new_full: None}
+
 LINEAR = {aten.linear}
 CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.convolution}
 PRODUCTS = {aten.matmul, aten.bmm}
