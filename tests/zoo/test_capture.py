@@ -230,6 +230,37 @@ class FixedBatch(Handwritten):
         return super().forward(x.reshape(2, 3, 32, 32))
 
 
+class PartsAcrossTheBatch(nn.Module):
+    """Parts of tokens with the batch moved behind them: the strides of a batch of 2 are those of a smaller whole."""
+
+    def __init__(self, take):
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 16, 8, 8), nn.LayerNorm(16)
+        self.part, self.head, self.take = nn.Linear(8, 16), nn.Linear(16, CLASSES), take
+
+    def forward(self, x):
+        x = self.norm(self.patches(x).flatten(2).transpose(1, 2))
+        return self.head(self.part(self.take(x)).mean(0))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda x: x[..., :8].transpose(0, 1),
+        lambda x: x[..., ::2].transpose(0, 1),
+        lambda x: x.split(8, -1)[1].permute(1, 0, 2),
+    ],
+)
+def test_no_size_is_taken_for_the_batch(take, batch):
+    torch.manual_seed(0)
+    model = PartsAcrossTheBatch(take).eval()
+    captured = capture(model, torch.randn(batch, 3, 32, 32))
+    for count in (1, 2, 5):
+        images = torch.randn(count, 3, 32, 32)
+        assert torch.allclose(captured(images), model(images), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("build", "said"),
     [
