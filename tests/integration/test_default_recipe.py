@@ -5,6 +5,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import vitquant
 from vitquant.errors import RecipeError
@@ -43,8 +44,48 @@ def test_overlays_and_settings_go_over_it():
 
 @pytest.mark.parametrize("bits", ["w9a8", "w8a16"])
 def test_more_bits_than_integers_have_are_refused(bits):
-    with pytest.raises(RecipeError, match="8 bits at most"):
+    with pytest.raises(RecipeError, match=r"8 bits at most"):
         requested("default", bits)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits"), [("default", "w8a8r2"), ("default", "w6a6r12"), ("fq-vit+wide-residual", "w8a8r6")]
+)
+def test_bits_of_a_stream_that_has_others_are_refused(recipe, bits):
+    with pytest.raises(
+        RecipeError, match=r"'wide-stream' gives it 16 bits: leave r out, or give --set wide-stream.bits="
+    ):
+        requested(recipe, bits)
+    assert str(requested("fq-vit", bits)[1]) == bits
+    assert requested(recipe, bits, ["wide-stream.bits=r"])[1].residual == requested("fq-vit", bits)[1].residual
+
+
+class PostNorm(nn.Module):
+    """Blocks whose stream is the norms' output, which the layers read as it is."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 5)
+        kind = nn.TransformerDecoderLayer if decoder else nn.TransformerEncoderLayer
+        self.layer = kind(16, 2, 32, batch_first=True)
+        self.decoder = decoder
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT
+        return self.head((self.layer(x, x) if self.decoder else self.layer(x)).mean(1))
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_post_norm_transformers_run_in_integers(decoder):
+    torch.manual_seed(0)
+    images = torch.randn(6, 3, 32, 32)
+    model = PostNorm(decoder).eval()
+    found = vitquant.quantize(model, "default", [images])
+    widths = {quantizer.spec.bits for quantizer in found.quantizers.values()}
+    with torch.inference_mode():
+        assert torch.equal(interpreted(vitquant.lower(found))(images), ExactSimulation(found)(images).float())
+        assert (found(images) - model(images)).norm() < 0.1 * model(images).norm()
+    assert widths == {8, 16}
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w6a6", "w4a8", "w4a4"])

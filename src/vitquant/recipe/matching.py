@@ -46,7 +46,7 @@ def assign(recipe: Recipe, bits: Bits, values: Sequence[Value]) -> dict[str, Ass
             the same value and the later does not say `override = true`; these bits do not fit a rule's scheme; or a
             scale for each head of what has no axis of heads.
     """
-    matches = {rule.name: [any(rule.reads(r) for r in value.readers) for value in values] for rule in recipe.rules}
+    matches = {rule.name: [rule.matches(value) for value in values] for rule in recipe.rules}
     known = {str(reader) for value in values for reader in value.readers}
     for rule in recipe.rules:
         if missing := [name for name in rule.value if name not in known]:

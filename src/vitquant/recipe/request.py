@@ -62,13 +62,16 @@ def requested(recipe: str | Recipe, bits: str | None, settings: Sequence[str] = 
         settings: see `override`.
 
     Raises:
-        RecipeError: see `load_recipe`, `Bits.parse` and `override`; or `default` with more bits than integers have.
+        RecipeError: see `load_recipe`, `Bits.parse` and `override`; `default` with more bits than integers have;
+            or bits `r` of a residual stream that has others by a rule.
     """
     if not isinstance(recipe, Recipe | str) or not isinstance(bits, str | None):
         raise RecipeError(f"recipe {recipe!r}, bits {bits!r}: give a name or a Recipe, and bits such as 'w8a8'")
     if isinstance(recipe, Recipe) or recipe.split("+")[0] != DEFAULT:
         chosen = override(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), settings)
-        return chosen, chosen.bits if bits is None else Bits.parse(bits)
+        widths = chosen.bits if bits is None else Bits.parse(bits)
+        _refuse_other_stream(chosen, widths)
+        return chosen, widths
     widths = Bits.parse("w8a8" if bits is None else bits)
     if max(widths.weights, widths.activations) > _MOST_BITS:
         raise RecipeError(
@@ -84,4 +87,20 @@ def requested(recipe: str | Recipe, bits: str | None, settings: Sequence[str] = 
     )
     widths = replace(widths, probs=probs or choice.probs)
     chosen = load_recipe("+".join([choice.recipe, *recipe.split("+")[1:]]))
-    return override(chosen, [*choice.settings, *settings]), widths
+    chosen = override(chosen, [*choice.settings, *settings])
+    _refuse_other_stream(chosen, widths)
+    return chosen, widths
+
+
+def _refuse_other_stream(recipe: Recipe, bits: Bits) -> None:
+    """Refuse bits of the residual stream where a rule gives it others: `r` would change all but the stream then."""
+    streams = [rule for rule in recipe.rules if "residual" in rule.kind and rule.spec is not None]
+    if bits.residual == Bits().residual or not streams:
+        return
+    rule, spec = streams[-1].name, streams[-1].spec
+    if spec is not None and spec.bits != "r":
+        of = f"{spec.bits} bits" if isinstance(spec.bits, int) else f"the bits of {spec.bits!r}"
+        raise RecipeError(
+            f"{bits}: r is the bits of the residual stream, and rule {rule!r} gives it {of}: leave r out, "
+            f"or give --set {rule}.bits=NUMBER"
+        )

@@ -12,7 +12,7 @@ from vitquant.observers import OBSERVERS
 from vitquant.recipe.bits import BIT_SYMBOLS, Bits
 from vitquant.recipe.tables import within
 from vitquant.schema import Either, Flag, Integer, ListOf, Plain, Table, TableOf, Text, check, nearest, take
-from vitquant.sites import KINDS, OPERANDS, Reader
+from vitquant.sites import KINDS, OPERANDS, Reader, Value
 from vitquant.spec import (
     MAX_BITS,
     MIN_BITS,
@@ -38,12 +38,16 @@ SCHEMES: dict[str, type[Scheme]] = {
 }
 GRANULARITIES = ("tensor", "axis", "head")
 SPEC_KEYS = ("scheme", "bits", "signed", "symmetric", "per")
-RULE_KEYS = ("name", "site", "kind", "operand", "value", "float", "spec", "observer", "optional", "override", "overlay")
+RULE_KEYS = (
+    *("name", "site", "kind", "operand", "value", "unless_read_by", "float", "spec", "observer"),
+    *("optional", "override", "overlay"),
+)
+_NAMES = ("site", "kind", "operand", "value", "unless_read_by")  # one word, or a list of them
 _WORDS = Either((Text(), ListOf(Text(), least=1)))
 _RULE = Table(
     {"name": Text(100)},
     {
-        **dict.fromkeys(("site", "kind", "operand", "value"), _WORDS),
+        **dict.fromkeys(_NAMES, _WORDS),
         **dict.fromkeys(("float", "optional", "override"), Flag()),
         "spec": TableOf(Plain()),
         "observer": Text(100),
@@ -145,6 +149,7 @@ class Rule:
         kind: any of these `sites.KINDS`; empty for all.
         operand: any of these `sites.OPERANDS`; empty for all.
         value: values by any of their readers, `site:operand`, written out; empty for all.
+        unless_read_by: kinds; a value that a site of one of these reads too is left to other rules.
         spec: how to quantize; None leaves the operand in float.
         observer: one of `observers.OBSERVERS`; None when `spec` is.
         optional: it may match nothing.
@@ -160,6 +165,7 @@ class Rule:
     kind: tuple[str, ...] = ()
     operand: tuple[str, ...] = ()
     value: tuple[str, ...] = ()
+    unless_read_by: tuple[str, ...] = ()
     spec: SpecTemplate | None = None
     observer: str | None = None
     optional: bool = False
@@ -167,7 +173,8 @@ class Rule:
     overlay: str = ""
 
     def __post_init__(self) -> None:
-        given = (("kind", self.kind, KINDS), ("operand", self.operand, OPERANDS))
+        kinds = (("kind", self.kind, KINDS), ("unless_read_by", self.unless_read_by, KINDS))
+        given = (*kinds, ("operand", self.operand, OPERANDS))
         observer = () if self.observer is None else (self.observer,)
         for key, words, valid in (*given, ("observer", observer, OBSERVERS)):
             for word in words:
@@ -175,6 +182,11 @@ class Rule:
                     raise RecipeError(f"rule {self.name!r}: unknown {key} {word!r}; {nearest(word, valid)}")
         if (self.spec is None) != (self.observer is None):
             raise RecipeError(f"rule {self.name!r}: a spec needs an observer, and float takes none")
+
+    def matches(self, value: Value) -> bool:
+        """Whether it reads the value, and nobody does whom it leaves the value to."""
+        left = any(reader.kind in self.unless_read_by for reader in value.readers)
+        return not left and any(self.reads(reader) for reader in value.readers)
 
     def reads(self, reader: Reader) -> bool:
         """Whether site, kind, operand and name of one reader all match."""
@@ -190,8 +202,8 @@ class Rule:
     def to_dict(self) -> dict[str, Any]:
         """The table that `from_dict` reads back as the same rule; defaults are left out."""
         table: dict[str, Any] = {"name": self.name}
-        named = (("site", self.site), ("kind", self.kind), ("operand", self.operand), ("value", self.value))
-        for key, words in named:
+        for key in _NAMES:
+            words = getattr(self, key)
             if words not in ((), ("*",)):
                 table[key] = words[0] if len(words) == 1 else list(words)
         if self.spec is None:
@@ -219,7 +231,7 @@ class Rule:
                 raise RecipeError("a float rule observes nothing; remove observer")
             spec = None if is_float else SpecTemplate.from_dict(table["spec"])
             observer = None if is_float else table.get("observer", "minmax")
-        words = {key: table[key] for key in ("site", "kind", "operand", "value") if key in table}
+        words = {key: table[key] for key in _NAMES if key in table}
         return cls(
             name,
             spec=spec,
