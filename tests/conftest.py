@@ -16,3 +16,18 @@ def shared() -> Path:
     if not (folder / "weights" / "deit_tiny_patch16_224.safetensors").is_file():
         pytest.skip(f"no weights and photographs in {folder}")
     return folder
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what `slow.txt` names."""
+    lines = (Path(__file__).parent / "slow.txt").read_text().splitlines()
+    named = {line for line in lines if line and not line.startswith("#")}
+    for item in items:
+        if item.nodeid in named:
+            item.add_marker(pytest.mark.slow)
+    whole = not any("::" in each for each in config.args)
+    collected = {item.nodeid for item in items}
+    files = {each.partition("::")[0] for each in collected}
+    if gone := [each for each in sorted(named - collected) if whole and each.partition("::")[0] in files]:
+        raise pytest.UsageError(f"tests/slow.txt names what is not there: {gone[0]} and {len(gone) - 1} more")
