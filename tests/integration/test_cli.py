@@ -792,7 +792,10 @@ def commands_that_write(workshop, sensitivities, path):
             yield ["allocate", sensitivities, "--mean-bits", 6, "--output", path, "--figure", figure, "--force"]
 
 
-@pytest.mark.parametrize("kind", ["dangling link", "pipe", "current directory", "name too long", "another run"])
+@pytest.mark.parametrize(
+    "kind",
+    ["dangling link", "pipe", "current directory", "name too long", "above what is missing", "another run"],
+)
 def test_what_cannot_be_an_output_is_refused_by_every_command_before_its_work(
     run, workshop, sensitivities, tmp_path, monkeypatch, kind
 ):
@@ -815,6 +818,8 @@ def test_what_cannot_be_an_output_is_refused_by_every_command_before_its_work(
                 path = Path()
             case "name too long":
                 path = tmp_path / f"{'x' * 300}.toml"
+            case "above what is missing":
+                path = tmp_path / "missing" / ".." / "out.toml"
             case "another run":
                 stack.enter_context(replacing(path))
         before = sorted(tmp_path.iterdir())

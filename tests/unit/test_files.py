@@ -354,6 +354,11 @@ def named(tmp_path, kind):
         case "below a file":
             path.write_text("")
             return path / "out"
+        case "above what is missing":
+            return tmp_path / "missing" / ".." / "out"
+        case "above a file":
+            (tmp_path / "file").touch()
+            return tmp_path / "file" / ".." / "out" / "deeper"
         case "null":
             return tmp_path / "a\0b"
         case "process":
@@ -365,7 +370,7 @@ def named(tmp_path, kind):
 
 KINDS = [
     "dangling link", "link to itself", "below a dangling link", "pipe", "socket", "device", "root", "name too long",
-    "path too long", "below a file", "null", "process", "standard output",
+    "path too long", "below a file", "above what is missing", "above a file", "null", "process", "standard output",
 ]  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def quantize(
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
             from vitquant import pipeline
-            from vitquant.checkpoint import SAVED_MODEL
+            from vitquant.checkpoint import SAVED_MODEL, TENSORS
             from vitquant.recipe import override, requested
             from vitquant.report.tables import ends_text, facts
 
@@ -106,8 +106,9 @@ def quantize(
                 quantized.provenance["calibration"] |= origin
                 update(description="writing")
                 quantized.save(new)
+                size = (new / TENSORS).stat().st_size
         calibrating.say_what_was_used(terminal, prepared, request, chosen)
-        values = _facts(quantized, network, source, output)
+        values = _facts(quantized, network, source, output, size)
         seconds = time.perf_counter() - started
         rows = {
             "model": source.name,
@@ -121,10 +122,10 @@ def quantize(
         terminal.result({**values, "skipped_images": len(data.skipped), "seconds": seconds}, facts(rows))
 
 
-def _facts(quantized: QuantizedModel, network: nn.Module, source: ModelSource, output: Path) -> dict[str, Any]:
+def _facts(
+    quantized: QuantizedModel, network: nn.Module, source: ModelSource, output: Path, size: int
+) -> dict[str, Any]:
     """What was made of what, as plain values."""
-    from vitquant.checkpoint import TENSORS
-
     return {
         "output": str(output.absolute()),
         "model": source.name,
@@ -133,7 +134,7 @@ def _facts(quantized: QuantizedModel, network: nn.Module, source: ModelSource, o
         "calibration": quantized.provenance["calibration"],
         "values": len(quantized.values),
         "quantized_values": len(quantized.quantized_names),
-        "bytes": (output / TENSORS).stat().st_size,
+        "bytes": size,
         "float_bytes": sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()),
     }
 

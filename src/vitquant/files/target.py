@@ -48,6 +48,8 @@ def follow(path: Path) -> Path:
     for each in (path, *path.parents):
         if each.is_symlink() and not each.exists():
             raise RefusedError(f"{each} is a link to what is not there; make that, or give another path")
+        if each.name == ".." and not each.parent.is_dir():  # realpath passes over it, and nothing else finds the output
+            raise RefusedError(f"{each.parent} is no directory, so that {path} names nothing; give another path")
     target = Path(os.path.realpath(path))
     if target == target.parent:
         raise RefusedError(f"{path} is the root of the file system; give another path")
