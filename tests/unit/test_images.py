@@ -1,6 +1,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -172,6 +173,22 @@ def test_images_that_do_not_decode_are_counted_up_to_their_batch(five):
     next(stream)
     with pytest.raises(DataError, match=r"2 of the first 4 images .*first: .*2\.png: .+\); --skip-bad-images"):
         next(stream)
+
+
+@pytest.mark.parametrize(
+    ("crop_mode", "said"), [("border", "0 x 8, nothing is left"), ("center", "takes more than 100000 pixels")]
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_images_too_narrow_to_resize_are_bad_images(five, crop_mode, said, turned, monkeypatch):
+    monkeypatch.setattr("vitquant.tasks.preprocessing.LARGEST_RESIZED", 100_000)
+    steps = replace(SMALL, crop_mode=crop_mode)
+    size, said = ((30_000, 1), said.replace("0 x 8", "8 x 0")) if turned else ((1, 30_000), said)
+    Image.new("RGB", size).save(five[1].path)
+    with pytest.raises(DataError, match=rf"1 of .* images cannot be read .*1\.png: {size[0]} x {size[1]} .*{said}"):
+        list(batches(five, steps, batch_size=5))
+    data = batches(five, steps, batch_size=5, skip_bad_images=True)
+    assert [labels.tolist() for _, labels in data] == [[0, 2, 3, 4]]
+    assert [bad.path.name for bad in data.skipped] == ["1.png"]
 
 
 def test_images_left_out_are_named_once_and_the_others_keep_their_labels(five):

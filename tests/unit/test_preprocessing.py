@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from vitquant.errors import DataError
-from vitquant.tasks.preprocessing import Preprocessing
+from vitquant.tasks.preprocessing import CROP_MODES, Preprocessing
 from vitquant.zoo import ModelSource, architecture, preprocessing_of
 from vitquant.zoo.preprocessing import _crop_pct
 
@@ -67,6 +67,45 @@ def test_the_transform_normalizes_and_sizes():
     result = Preprocessing((3, 96, 128), mean=(0.1, 0.2, 0.3), std=(0.1, 0.2, 0.5)).transform()(grey)
     assert result.shape == (3, 96, 128)
     torch.testing.assert_close(result[:, 40, 40], torch.tensor([1.0, 0.0, -0.2]), atol=1e-6, rtol=0)
+
+
+def is_refused(steps, width, height):
+    try:
+        steps.check_size(width, height)
+    except DataError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("size", [(3, 8, 8), (3, 8, 20)])
+@pytest.mark.parametrize("crop_mode", CROP_MODES)
+def test_a_size_is_refused_where_the_transform_fails_or_gives_too_many_pixels(crop_mode, size, monkeypatch):
+    steps, resized = Preprocessing(size, crop_pct=0.7, crop_mode=crop_mode), []
+    resize = Image.Image.resize
+
+    def watched(image, size, *arguments, **options):
+        resized.append(size[0] * max(size[1], image.height))
+        return resize(image, size, *arguments, **options)
+
+    monkeypatch.setattr("vitquant.tasks.preprocessing.LARGEST_RESIZED", 5000)
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    transform, seen = steps.transform(), set()
+    for long in range(1, 200, 3):
+        for width, height in ((1, long), (long, 1), (2, 5 * long)):
+            resized.clear()
+            try:
+                transform(Image.new("RGB", (width, height)))
+                expected = max(resized, default=0) > 5000
+            except ValueError:
+                expected = True
+            assert is_refused(steps, width, height) is expected, (width, height)
+            seen.add(expected)
+    assert seen == {False, True}
+
+
+@pytest.mark.parametrize("size", [(20_000, 2_000), (2_000, 20_000), (1, 1), (40_000, 400), (1, 1000)])
+def test_panoramas_are_no_enormous_images(size):
+    Preprocessing().check_size(*size)
 
 
 def test_the_crop_share_gives_back_every_resize():

@@ -178,8 +178,8 @@ class ImageDataset(Dataset):
 
     def __init__(self, items: Sequence[Item], preprocessing: Preprocessing) -> None:
         self.items = list(items)
+        self.preprocessing = preprocessing
         self.transform = preprocessing.transform()
-        self.exif_orientation = preprocessing.exif_orientation
 
     def __len__(self) -> int:
         return len(self.items)
@@ -187,7 +187,8 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | BadImage:
         item = self.items[index]
         try:
-            image = decode(item.path, self.exif_orientation)
+            image = decode(item.path, self.preprocessing.exif_orientation)
+            self.preprocessing.check_size(*image.size)
         except MemoryError:
             raise
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 LARGEST_RESIZE = 8192  # pixels of a side, before the crop
+LARGEST_RESIZED = 2**28  # pixels of an image while it is resized; Pillow holds them in 1 GiB
 _LONGEST = 2**16  # bytes of a file
 _SCHEMA = Table(
     {},
@@ -106,7 +108,8 @@ class Preprocessing:
         Raises:
             DataError: timm is not installed.
 
-        Pitfall: it neither turns an image nor converts it to RGB; `tasks.decoding` does.
+        Pitfall: it neither turns an image nor converts it to RGB; `tasks.decoding` does. Where `check_size` refuses an
+            image, it fails or takes gigabytes.
         """
         try:
             from timm.data import create_transform
@@ -114,3 +117,26 @@ class Preprocessing:
             raise DataError("preprocessing images needs timm: pip install vitquant[timm]") from error
         steps = {key: value for key, value in asdict(self).items() if key != "exif_orientation"}
         return create_transform(**steps, is_training=False)  # pyright: ignore[reportReturnType]
+
+    def check_size(self, width: int, height: int) -> None:
+        """Refuse an image that is so narrow that resizing leaves nothing of it, or makes it enormous.
+
+        Arguments:
+            width, height: of the image, in pixels.
+
+        Raises:
+            DataError: it says the size, before and after.
+        """
+        sizes = [math.floor(size / self.crop_pct) for size in self.input_size[1:]]
+        high, wide = sizes
+        if self.crop_mode != "squash":
+            choose = max if self.crop_mode == "border" else min
+            ratio = choose(side / size for side, size in zip((height, width), sizes, strict=True))
+            high, wide = round(height / ratio), round(width / ratio)
+        if not min(wide, high):
+            raise DataError(f"{width} x {height} pixels are too narrow: resized to {wide} x {high}, nothing is left")
+        if wide * max(high, height) > LARGEST_RESIZED:  # Pillow resizes all rows first, and the columns of that
+            raise DataError(
+                f"{width} x {height} pixels are too narrow: resizing them to {wide} x {high} takes more than "
+                f"{LARGEST_RESIZED} pixels"
+            )
