@@ -282,6 +282,7 @@ def test_a_value_may_end_in_an_equals_sign(refused):
         (["evaluate", "x", "--dta", "y"], "--data"),
         (["evaluate", "x"], "--data"),
         (["evaluate", "x", "--data", "x", "--batch", str(10**30)], "--batch"),
+        (["export", "x", "--format", "onnx-integer", "--batch", str(2**63)], "--batch"),
         (["evaluate", "x", "--data", "x", "--threads", "1000000000"], "--threads"),
         (["evaluate", "x", "--data", "x", "--workers", "-1"], "--workers"),
         (["evaluate", "x", "--data", "x", "--workers", "100000"], "--workers"),

@@ -15,7 +15,7 @@ from vitquant.engines import on_images
 from vitquant.errors import ExportError
 from vitquant.export.formats import write
 from vitquant.export.onnx_integer import onnx_integer_model
-from vitquant.export.onnx_qdq import onnx_qdq_model
+from vitquant.export.onnx_qdq import _export, onnx_qdq_model
 from vitquant.export.openvino import write_openvino
 from vitquant.export.sizes import OPSETS
 from vitquant.model import QuantizedModel
@@ -103,6 +103,17 @@ def test_any_number_of_images_in_batches_of_one_size(count: int, size: int) -> N
     assert set(seen) == {size}
 
 
+def test_a_batch_that_the_memory_does_not_hold_is_an_error_of_ours() -> None:
+    def run(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer")
+
+    for images in (torch.zeros(3, 2), torch.zeros(1, 1).expand(1, 2**30)):
+        with pytest.raises(ExportError, match=r"^the memory does not hold a batch of 1000000 images"):
+            in_batches(run, images, 1_000_000)
+    with pytest.raises(ExportError, match=r"^the memory does not hold a batch of 1000000 images"):
+        _export(torch.nn.Identity(), (3, 2**15, 2**15), 1_000_000, 20)
+
+
 @pytest.mark.parametrize("opset", [OPSETS["onnx-integer"][0], 20, OPSETS["onnx-integer"][-1]])
 def test_integers_of_every_opset_are_the_same(swin: QuantizedModel, opset: int) -> None:
     """The weights have 4 bits, which take a byte each before opset 21."""
@@ -135,6 +146,9 @@ def test_qdq_of_every_opset_is_as_close(vit: QuantizedModel, opset: int) -> None
         ("onnx-integer", {"opset": 17}, "^opset 17: onnx-integer can have 18 to 25$"),
         ("onnx-qdq", {"opset": 26}, "^opset 26: onnx-qdq can have 18 to 25$"),
         ("onnx-qdq", {"batch": 0}, "^batch = 0: a file takes at least 1 image$"),
+        ("onnx-qdq", {"batch": 10**6 + 1}, "^batch = 1000001: a file takes at most 1000000 images at once$"),
+        ("onnx-integer", {"batch": 2**63}, "at most 1000000 images at once$"),
+        ("openvino", {"batch": 2**63 - 1}, "at most 1000000 images at once$"),
     ],
 )
 def test_what_a_format_cannot_have_is_refused(

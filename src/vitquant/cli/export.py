@@ -40,7 +40,10 @@ FloatEnds = Annotated[
 FixedBatch = Annotated[
     int | None,
     typer.Option(
-        "--batch", min=1, help="Images that the file takes at once, every size in it a number; any when not given."
+        "--batch",
+        min=1,
+        max=options.LARGEST_BATCH,
+        help="Images that the file takes at once, every size in it a number; any when not given.",
     ),
 ]
 Opset = Annotated[

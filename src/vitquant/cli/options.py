@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitquant.errors import VitquantError
+from vitquant.export.sizes import LARGEST_BATCH
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,6 @@ class Device(StrEnum):
 
 
 LARGEST_SEED = 2**64 - 1  # that torch takes
-LARGEST_BATCH = 1_000_000
 
 
 def finite(value: float | None) -> float | None:

@@ -34,6 +34,7 @@ from vitquant.model import QuantizedModel
 from vitquant.operations import IntegerOperation
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.uniform import UniformQuantizer
+from vitquant.runtime.fixed_batch import held_at_once
 from vitquant.runtime.metadata import to_metadata
 from vitquant.runtime.onnx_files import seal
 from vitquant.tasks.classification import logits_of
@@ -164,7 +165,8 @@ def _opset(operators: Iterable[LinearOperators], asked: int | None) -> int:
 
 
 def _export(module: nn.Module, shape: Sequence[int], batch: int | None, opset: int) -> torch.onnx.ONNXProgram:
-    example = torch.zeros(batch or 2, *shape)
+    with held_at_once(batch or 2):
+        example = torch.zeros(batch or 2, *shape)
     sizes = ({0: torch.export.Dim("batch")},) if batch is None else None
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")

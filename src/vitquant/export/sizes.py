@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vitquant.errors import ExportError
 
+LARGEST_BATCH = 1_000_000  # images that may be asked for at once; the memory for them is another matter
 OPSETS = {  # that a format can have; what is tested is that ONNX Runtime computes the same with each
     "onnx-integer": range(18, 26),
     "onnx-qdq": range(18, 26),
@@ -25,6 +26,8 @@ def check_batch_and_opset(format: str, batch: int | None = None, opset: int | No
         raise ExportError("--batch (batch=...) belongs to ONNX and OpenVINO files; a program runs any batch")
     if batch is not None and batch < 1:
         raise ExportError(f"batch = {batch}: a file takes at least 1 image")
+    if batch is not None and batch > LARGEST_BATCH:
+        raise ExportError(f"batch = {batch}: a file takes at most {LARGEST_BATCH} images at once")
     if opset is None:
         return
     if format not in OPSETS:

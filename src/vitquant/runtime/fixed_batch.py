@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from vitquant.errors import ExportError
+
+
+@contextmanager
+def held_at_once(size: int) -> Iterator[None]:
+    """What the memory does not hold becomes an error of ours, whichever library asked for it.
+
+    Arguments:
+        size: images in a batch.
+
+    Raises:
+        ExportError: there is not enough memory.
+    """
+    try:
+        yield
+    except Exception as error:  # torch and ONNX Runtime have no type for it
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ExportError(
+            f"the memory does not hold a batch of {size} images; give fewer at once, or export with a smaller --batch "
+            "(batch=...)"
+        ) from error
 
 
 def in_batches(run: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
@@ -15,10 +39,14 @@ def in_batches(run: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Te
         run: from (size, ...) to (size, ...).
         images: (images, ...), at least one.
 
+    Raises:
+        ExportError: the memory does not hold as many at once.
+
     Pitfall: results are joined and cut along their first axis, unless there are as many images as `size`.
     """
-    if len(images) == size:
-        return run(images)
-    missing = -len(images) % size
-    filled = torch.cat([images, images.new_zeros((missing, *images.shape[1:]))]) if missing else images
-    return torch.cat([run(part) for part in filled.split(size)])[: len(images)]
+    with held_at_once(size):
+        if len(images) == size:
+            return run(images)
+        missing = -len(images) % size
+        filled = torch.cat([images, images.new_zeros((missing, *images.shape[1:]))]) if missing else images
+        return torch.cat([run(part) for part in filled.split(size)])[: len(images)]

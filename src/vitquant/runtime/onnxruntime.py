@@ -98,6 +98,8 @@ class OnnxModel:
             )
         try:
             result = in_batches(self._run, torch.from_numpy(given), self.batch or len(images))
+        except ExportError as error:
+            raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {error}") from error
         except Exception as error:
             raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {_first_line(error)}") from error
         return result if result.is_floating_point() else result.to(torch.int64)
