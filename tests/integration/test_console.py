@@ -3,8 +3,10 @@
 import errno
 import io
 import os
+import pty
 import subprocess
 import sys
+import termios
 
 import pytest
 from rich.console import Console
@@ -12,6 +14,7 @@ from rich.console import Console
 from vitquant.cli import main
 from vitquant.cli.completing import measures, recipe_names
 from vitquant.cli.streams import Stream
+from vitquant.cli.widths import forget_senseless_widths
 from vitquant.printable import one_line
 from vitquant.report.tables import facts
 
@@ -158,6 +161,39 @@ def test_tables_show_no_control_characters():
     shown = io.StringIO()
     Console(file=shown).print(facts({"saved": "a\x1b[32mb\nc\u202e"}))
     assert shown.getvalue().strip() == "saved  a\\x1b[32mb c\\u202e"
+
+
+@pytest.mark.parametrize("variable", ["COLUMNS", "TERMINAL_WIDTH"])
+def test_a_width_in_which_nothing_can_be_read_is_forgotten(variable, monkeypatch):
+    for columns in ("0", "", "1", "39", "00", "-1", "wide", "²", "1000000000", "1" * 5000):
+        monkeypatch.setenv(variable, columns)
+        forget_senseless_widths()
+        assert variable not in os.environ, columns
+    for columns in ("40", "9999"):
+        monkeypatch.setenv(variable, columns)
+        forget_senseless_widths()
+        assert os.environ[variable] == columns
+
+
+@pytest.mark.parametrize(("words", "variable"), [(["recipes"], "COLUMNS"), (["-h"], "TERMINAL_WIDTH")])
+def test_no_width_prints_what_is_printed_when_none_is_given(words, variable):
+    def printed(**widths):
+        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "TERMINAL_WIDTH")}
+        ended = subprocess.run(command(words), capture_output=True, text=True, env={**environment, **widths})
+        assert (ended.returncode, ended.stderr) == (0, "")
+        return ended.stdout
+
+    assert printed(**{variable: "0"}) == printed() != printed(**{variable: "50"})
+
+
+def test_a_terminal_that_is_too_narrow_gets_a_table_all_the_same():
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 1))
+    code = "from vitquant.cli.terminal import Terminal\nwith Terminal(False, False) as t: t.result({}, 'a few words')"
+    ended = subprocess.run([sys.executable, "-c", code], stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    assert (ended.returncode, os.read(leader, 1000)) == (0, b"a few words\r\n")
+    os.close(leader)
 
 
 def test_one_line_is_one_line_of_what_can_be_printed():

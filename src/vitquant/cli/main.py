@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from vitquant.cli.interrupts import INTERRUPTED, InterruptedAfterWritingError, Interrupts
 from vitquant.cli.streams import Streams
+from vitquant.cli.widths import forget_senseless_widths
 from vitquant.errors import VitquantError
 from vitquant.printable import one_line
 
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments: the words after `vitquant`; those of this process when None.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    forget_senseless_widths()
     with Streams() as streams, Interrupts(last=arguments is None) as interrupts:
         try:
             try:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.text import Text
 
 from vitquant.cli.interrupts import InterruptedAfterWritingError
+from vitquant.cli.widths import LEAST
 from vitquant.files import Directory, identity, replacing
 from vitquant.printable import one_line
 
@@ -60,6 +61,7 @@ class Terminal:
             print(json.dumps(values, indent=2, allow_nan=False), file=self._stdout)
         elif not self._quiet:
             console = Console(file=self._stdout, width=_width(self._stdout), markup=False, highlight=False)
+            console.width = max(console.width, LEAST)
             for table in tables:
                 console.print(table)
 
