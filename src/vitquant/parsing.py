@@ -42,17 +42,20 @@ def read_file(path: Path, most: int, error: type[VitquantError]) -> bytes:
         raise error(f"cannot be read: {getattr(reason, 'strerror', None) or reason}") from None
 
 
-def parse_json(content: bytes | str, error: type[VitquantError]) -> Any:
+def parse_json(content: bytes | str, error: type[VitquantError], edited: bool = False) -> Any:
     """The values of a JSON text; keys that come twice, NaN, infinity and integers of more than 64 bits are refused.
+
+    Arguments:
+        edited: people may have saved it, and editors put a byte order mark before it or take another encoding.
 
     Raises:
         VitquantError: `error`; the message has line and column where the text is no JSON.
     """
-    return _parsed("JSON", content, error, lambda text: json.loads(text, **_STRICT))
+    return _parsed("JSON", content, error, lambda text: json.loads(text, **_STRICT), edited)
 
 
 def parse_toml(content: bytes | str, error: type[VitquantError]) -> dict[str, Any]:
-    """The table of a TOML text.
+    """The table of a TOML text, with or without a byte order mark.
 
     Raises:
         VitquantError: `error`; the message has line and column where the text is no TOML.
@@ -63,18 +66,33 @@ def parse_toml(content: bytes | str, error: type[VitquantError]) -> dict[str, An
             raise ValueError(f"a key has more than {DEEPEST} parts")
         return tomllib.loads(text)
 
-    return _parsed("TOML", content, error, parse)
+    return _parsed("TOML", content, error, parse, edited=True)
 
 
-def _parsed(form: str, content: bytes | str, error: type[VitquantError], parse: Callable[[str], Any]) -> Any:
+def _parsed(
+    form: str, content: bytes | str, error: type[VitquantError], parse: Callable[[str], Any], edited: bool
+) -> Any:
     try:
-        value = parse(content if isinstance(content, str) else content.decode())
+        text = content if isinstance(content, str) else _decoded(content, edited)
+        value = parse(text.removeprefix("\ufeff") if edited else text)
         refuse_depth(value)
     except RecursionError:
         raise error(f"not valid {form}: lists and tables are nested more than {DEEPEST} deep") from None
     except (ValueError, Mismatch) as reason:  # no UTF-8, no JSON, or more digits than Python converts
         raise error(f"not valid {form}: {str(reason)[:300]}") from None
     return value
+
+
+def _decoded(content: bytes, edited: bool) -> str:
+    if not edited:
+        return content.decode()
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # UTF-16 without its mark is UTF-8 with a null in every other place
+        raise ValueError("it is not text in UTF-8; save it as UTF-8")
+    return text
 
 
 def _integer(text: str) -> int:

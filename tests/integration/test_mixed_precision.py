@@ -311,9 +311,10 @@ def test_dead_channels_and_constant_images_are_measured():
     vitquant.quantize(model, recipe, [torch.ones(2, 3, 32, 32)])
 
 
-def test_a_table_is_read_back_as_it_was_written(deit, tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_table_is_read_back_as_it_was_written(deit, tmp_path, encoding):
     path = tmp_path / "sensitivity.json"
-    path.write_text(deit[0].to_json())
+    path.write_text(deit[0].to_json(), encoding=encoding)
     assert SensitivityTable.from_json(path) == deit[0]
 
 

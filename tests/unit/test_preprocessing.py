@@ -57,6 +57,16 @@ def test_a_bad_file_is_refused_by_name_and_key(tmp_path, text, said):
         Preprocessing.from_toml(tmp_path / "bad.toml")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_that_an_editor_of_windows_saved_is_read_or_refused_by_name(tmp_path, encoding):
+    (tmp_path / "p.toml").write_text("crop_pct = 0.9\n", encoding=encoding)
+    if encoding == "utf-8-sig":
+        assert Preprocessing.from_toml(tmp_path / "p.toml") == Preprocessing(crop_pct=0.9)
+    else:
+        with pytest.raises(DataError, match=r"p\.toml: not valid TOML: .* save it as UTF-8"):
+            Preprocessing.from_toml(tmp_path / "p.toml")
+
+
 def test_an_absent_file_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"absent\.toml"):
         Preprocessing.from_toml(tmp_path / "absent.toml")

@@ -359,6 +359,11 @@ class TestLibrary:
         assert [(rule.name, rule.overlay) for rule in recipe.rules[-2:]] == [("two", "two"), ("one", "one")]
         assert recipe.rules[:-2] == load_recipe("minmax").rules
 
+    def test_a_byte_order_mark_is_no_part_of_a_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.toml"
+        path.write_text(HEAD, encoding="utf-8-sig")
+        assert load_recipe(str(path)).name == "mine"
+
     def test_a_path_with_a_plus_works_alone(self, tmp_path: Path) -> None:
         path = tmp_path / "a+b.toml"
         path.write_text(HEAD)

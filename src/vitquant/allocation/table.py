@@ -192,7 +192,7 @@ class SensitivityTable:
             AllocationError: it cannot be read, is no such file, or of a newer format.
         """
         try:
-            table = parse_json(read_file(path, _LONGEST, AllocationError), AllocationError)
+            table = parse_json(read_file(path, _LONGEST, AllocationError), AllocationError, edited=True)
             if isinstance(table, dict) and table.get("format", FORMAT) != FORMAT:
                 raise AllocationError(f"it has format {table['format']}, and this vitquant reads format {FORMAT}")
             check(table, _SCHEMA, AllocationError)
