@@ -164,9 +164,9 @@ def test_what_people_save_may_begin_with_a_mark_and_is_utf_8():
         with pytest.raises(DataError, match="not valid JSON"):
             parse_json(text, DataError)
     for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"):
-        with pytest.raises(DataError, match="^not valid TOML: it is not text in UTF-8; save it as UTF-8$"):
+        with pytest.raises(DataError, match=r"^not valid TOML: it is not text in UTF-8; save it as UTF-8$"):
             parse_toml("# ä\na = 1\n".encode(encoding), DataError)
-        with pytest.raises(DataError, match="^not valid JSON: it is not text in UTF-8; save it as UTF-8$"):
+        with pytest.raises(DataError, match=r"^not valid JSON: it is not text in UTF-8; save it as UTF-8$"):
             parse_json('{"a": "ä"}'.encode(encoding), DataError, edited=True)
     with pytest.raises(DataError, match="save it as UTF-8"):
         parse_toml("a = 1".encode("utf-16-le"), DataError)
