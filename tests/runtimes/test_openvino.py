@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -240,13 +241,26 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
 
     def fail(model, path, **options):
         path.write_text("half")
-        raise RuntimeError("no space left")
+        raise RuntimeError("no words")
 
     monkeypatch.setattr(openvino, "save_model", fail)
-    with pytest.raises(ExportError, match="could not be written: no space left"):
+    with pytest.raises(ExportError, match="could not be written: OpenVINO says: no words"):
         write_openvino(proto, target, force=True)
     assert (target / "model.xml").read_bytes() == before
     assert [folder.name for folder in tmp_path.iterdir()] == ["ir"]
+
+
+@pytest.mark.parametrize("most", [1000, 150_000])
+def test_a_disk_that_is_full_is_said_in_the_system_s_words_and_leaves_nothing(tmp_path, most):
+    _, proto = exported(timm_vit, "minmax")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        with pytest.raises(ExportError, match=r"ir could not be written: File too large$"):
+            write_openvino(proto, tmp_path / "ir")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_cannot_be_run_is_refused(tmp_path):

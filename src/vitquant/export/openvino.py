@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import onnx
 
 _IR = "model.xml"
+_BLOCK = 2**20  # bytes
 OPENVINO_MODEL = Directory(
     "OpenVINO model", {_IR: None, "model.bin": None, "digest.json": None}, lambda directory: (directory / _IR).is_file()
 )
@@ -48,6 +50,22 @@ def write_openvino(
             new.mkdir()
             openvino.save_model(converted, new / _IR, compress_to_fp16=False)  # halved scales would be other scales
             seal(new)
-        except (OSError, RuntimeError) as error:  # OpenVINO's word for a full disk is RuntimeError
-            reason = getattr(error, "strerror", None) or error
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or _refusal(new, proto.ByteSize()) or f"OpenVINO says: {error}"
             raise ExportError(f"{directory} could not be written: {reason}") from error
+
+
+def _refusal(directory: Path, size: int) -> str:
+    """Why the operating system takes no more bytes in a directory, which OpenVINO does not hand on; empty when it does.
+
+    Arguments:
+        size: bytes to try.
+    """
+    try:
+        with (directory / "probe").open("wb") as file:
+            for _ in range(0, size, _BLOCK):
+                file.write(bytes(_BLOCK))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
