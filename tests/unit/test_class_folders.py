@@ -166,6 +166,8 @@ def test_what_systems_leave_behind_is_neither_class_nor_image(tmp_path):
         (["train2017/0.png", "val2017/0.png", "annotations/x.json"], "train2017 and val2017"),
         (["ILSVRC2012_img_train/0.png", "ILSVRC2012_img_val/0.png"], "ILSVRC2012_img_train and ILSVRC2012_img_val"),
         (["train1/0.png", "test1/0.png"], "test1 and train1"),
+        (["dev/cat/0.png", "holdout/cat/0.png"], "dev and holdout"),
+        (["cat/0.png", "dev/0.png"], "dev"),
         (["set_trn_256/0.png", "set_tst_256/0.png"], "set_trn_256 and set_tst_256"),
     ],
 )
@@ -173,6 +175,41 @@ def test_what_systems_leave_behind_is_neither_class_nor_image(tmp_path):
 def test_parts_of_a_data_set_are_no_classes(tmp_path, files, parts, classes):
     make(tmp_path, *files)
     is_refused(tmp_path, classes, f"holds {parts}, .*: give .*/{parts.split()[-1]}")
+
+
+@pytest.mark.parametrize("names", [["0", "1", "train"], ["00", "01", "Train"], ["0", "cat", "train"]])
+def test_a_train_beside_numbers_is_no_class_unless_its_name_is_known(tmp_path, names):
+    for name in names:
+        folder(tmp_path / "data", name)
+    for classes in (None, ClassNames(3), ClassNames(3, {0: ("tench",)}, "x")):
+        is_refused(tmp_path / "data", classes, "holds [tT]rain, .*: give .*/[tT]rain; .* --classes FILE says so")
+    with pytest.raises(DataError, match="holds"):
+        load_unlabelled(tmp_path / "data")
+    known = ClassNames(3, {i: (name,) for i, name in enumerate(names)}, "x")
+    assert labels(tmp_path / "data", known)[names[2]] == 2
+    said = read_classes(written(tmp_path, "".join(f"{name},{i}\n" for i, name in enumerate(names))), 3)
+    assert labels(tmp_path / "data", said)[names[2]] == 2
+
+
+@pytest.mark.parametrize("names", [["fold1", "fold2"], ["fold_0", "fold_1"], ["base", "novel"]])
+@pytest.mark.parametrize("classes", [ClassNames(2), ClassNames(10), ANIMALS])
+def test_folders_that_hold_folders_of_images_are_no_classes_by_their_order(tmp_path, names, classes):
+    for name in names:
+        make(tmp_path / "data", f"{name}/cat/0.png", f"{name}/dog/0.png")
+    is_refused(
+        tmp_path / "data", classes,
+        f"{names[0]} and {names[1]} hold folders of images: .*, give .*/{names[0]}; .*, give --classes FILE",
+    )  # fmt: skip
+    said = read_classes(written(tmp_path, f"{names[0]},1\n{names[1]},0"), 2)
+    assert labels(tmp_path / "data", said) == {names[0]: 1, names[1]: 0}
+    assert labels(tmp_path / "data", ClassNames(2, {0: (names[0],), 1: (names[1],)}, "x"))[names[1]] == 1
+
+
+def test_images_may_lie_deeper_in_a_class_folder(tmp_path):
+    make(tmp_path, "a/images/0.png", "a/images/1.png", "b/images/0.png", "c/0.png", "c/more/1.png")
+    assert set(labels(tmp_path, ClassNames(3)).values()) == {0, 1, 2}
+    make(tmp_path / "numbers", "0/left/0.png", "0/right/0.png")
+    assert labels(tmp_path / "numbers", ClassNames(3)) == {"0": 0}
 
 
 def test_valid_beside_invalid_is_enough_to_calibrate_on(tmp_path):

@@ -52,6 +52,13 @@ class ClassNames:
                 return next(iter(found))
         return None
 
+    def has(self, name: str) -> bool:
+        """Whether a class, or several, go by a name."""
+        try:
+            return self.index(name) is not None
+        except DataError:
+            return True
+
     @cached_property
     def _tables(self) -> tuple[dict[str, set[int]], ...]:
         texts = [(index, text) for index, names in self.names.items() for text in names]

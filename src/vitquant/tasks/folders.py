@@ -22,7 +22,8 @@ _SYSTEM_FOLDERS = frozenset(
 )
 _SYSTEM_FILES = frozenset(["thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"])
 _SPLIT = re.compile(
-    r"(?P<of>.*[-_ ])?(?P<part>train|trn|trainval|val|valid|validation|test|tst|eval|evaluation)(ing)?"
+    r"(?P<of>.*[-_ ])?"
+    r"(?P<part>train|trn|trainval|val|valid|validation|test|tst|eval|evaluation|dev|holdout)(ing)?"
     r"([-_ ]?(set|data|images?|imgs?|\d+))*",
     re.IGNORECASE,
 )
@@ -77,7 +78,8 @@ def classes_of_folders(tree: Tree, classes: ClassNames | None) -> tuple[dict[str
     """The class of every folder that has images, and what a user should know of it.
 
     Names that are numbers are class indices. Others are looked up where names of the model's classes are known. Without
-    such names, as many folders as classes are numbered by their sorted names, as torchvision's ImageFolder does.
+    such names, as many folders as classes are numbered by their sorted names, as torchvision's ImageFolder does, unless
+    they may be parts of a data set, which hold the class folders.
 
     Arguments:
         classes: the model's; None where it is not known, and then folders without numbers have no class.
@@ -97,6 +99,7 @@ def classes_of_folders(tree: Tree, classes: ClassNames | None) -> tuple[dict[str
             return _numbered(full, classes), _without_image(empty)
         if classes is None:
             return dict.fromkeys(full), []
+        _refuse_holders(tree, known)
         if known is not None:
             return _looked_up(full, known), _without_image(empty)
         return _sorted_names(full, empty, classes.count)
@@ -180,13 +183,27 @@ def _parts(tree: Tree, known: ClassNames | None) -> list[str]:
     found = {
         name: match
         for name, images in tree.folders.items()
-        if images and (match := _SPLIT.fullmatch(name)) and (known is None or known.index(name) is None)
+        if images and (match := _SPLIT.fullmatch(name)) and (known is None or not known.has(name))
     }
     kinds = {match["part"].lower() for match in found.values()}
     # `bullet_train` by itself is a class; `set1_train` beside `set1_val` is none
     parts = [name for name, match in found.items() if not match["of"] or len(kinds) > 1]
-    alone = len(parts) == 1 and len(tree.folders) > 1 and parts[0] not in tree.nested
-    return [] if alone and parts[0].lower() == "train" else parts
+    others = [name for name, images in tree.folders.items() if images and name not in parts]
+    # the name of a vehicle where the others have names too
+    named = known is None and bool(others) and not any(map(_is_number, others))
+    alone = len(parts) == 1 and parts[0].lower() == "train" and parts[0] not in tree.nested
+    return [] if alone and named else parts
+
+
+def _refuse_holders(tree: Tree, known: ClassNames | None) -> None:
+    """Refuse folders that may hold the class folders, such as fold1 and fold2; a class may have one `images` in it."""
+    several = [name for name in sorted(tree.nested) if len({path.parent for path in tree.folders[name]}) > 1]
+    if holders := [name for name in several if known is None or not known.has(name)]:
+        shown = " and ".join(holders[:5]) + (", ..." if len(holders) > 5 else "")
+        raise DataError(
+            f"{shown} hold folders of images: where those are the classes, give {tree.root / holders[0]}; "
+            f"where these are, {_MAP}"
+        )
 
 
 def _not_classes(tree: Tree, parts: list[str]) -> str:
