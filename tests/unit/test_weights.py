@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from vitquant.errors import ModelError
 from vitquant.zoo import ModelSource, create, pinned
@@ -476,6 +477,50 @@ def test_a_distilled_model_and_a_model_without_head_are_told_apart(loads, traine
     distilled = create(ModelSource("timm:deit_tiny_distilled_patch16_224", ONE_BLOCK, "random")).state_dict()
     refused(loads, distilled, said="distilled model, which has two heads")
     refused(loads, {k: v for k, v in trained.items() if not k.startswith("head")}, said="no classifier")
+
+
+def make_two():
+    """A user's factory, of layers in a module."""
+    return nn.Sequential(OrderedDict(body=nn.Linear(4, 4), head=nn.Linear(4, 2)))
+
+
+@pytest.mark.parametrize("layer", ["body", "head"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (nn.utils.weight_norm, r"weight-normalized: torch.nn.utils.remove_weight_norm\(module, 'weight'\)"),
+        (nn.utils.spectral_norm, r"spectral-normalized: torch.nn.utils.remove_spectral_norm\(module, 'weight'\)"),
+        (parametrizations.weight_norm, r"parametrized, .*parametrize.remove_parametrizations\(module, 'weight'\)"),
+        (parametrizations.spectral_norm, r"parametrized, .*parametrize.remove_parametrizations\(module, 'weight'\)"),
+        (lambda part: prune.random_unstructured(part, "weight", 1), r"pruned: torch.nn.utils.prune.remove\(module, 'w"),
+        (lambda part: prune.random_unstructured(part, "bias", 1), r"pruned: torch.nn.utils.prune.remove\(module, 'b"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_a_weight_in_parts_is_told_how_to_become_one(loads, layer, change, said):
+    model = make_two()
+    change(getattr(model, layer))
+    refused(loads, model.state_dict(), f"python:{__name__}:make_two", {}, said=f"; {layer}.(weight|bias) is {said}")
+
+
+@pytest.mark.parametrize("name", ["base_layer.weight", "lora_A.default.weight", "lora_A", "lora_embedding_B.default"])
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_adapters_are_told_to_be_merged(loads, name, prefix):
+    state = {"body.weight": torch.rand(4, 4), "body.bias": torch.rand(4), "head.bias": torch.rand(2)}
+    state = under(prefix, {**state, f"head.{name}": torch.rand(2, 4)})
+    said = rf"head.{name} is of an adapter .*merge_and_unload\(\)"
+    refused(loads, state, f"python:{__name__}:make_two", {}, said=said)
+
+
+@pytest.mark.parametrize("lacking", ["bias", "weight"])
+def test_a_head_that_lacks_a_part_is_a_classifier(loads, trained, lacking):
+    there = "weight" if lacking == "bias" else "bias"
+    state = {key: tensor for key, tensor in trained.items() if key != f"head.{lacking}"}
+    refused(loads, state, said=f"1 missing: head.{lacking}; the classifier is there in part, head.{there}: save")
+    pooled = {**ONE_BLOCK, "global_pool": "avg"}
+    state = create(ModelSource(TIMM, pooled, "random")).state_dict()
+    state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+    refused(loads, state, TIMM, pooled, said="has no classifier")  # fc_norm is none
 
 
 @pytest.mark.parametrize(

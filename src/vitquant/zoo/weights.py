@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +131,29 @@ def _what_was_converted(library: str, before: Mapping[str, Tensor], after: Mappi
     return "; ".join(filter(None, (renamed, f"resampled by {library}: {first_five(resized)}" if resized else "")))
 
 
+def _in_parts(unexpected: Sequence[str], missing: Sequence[str]) -> str:
+    """What to do with tensors from which a weight is yet to be made; empty where there are none."""
+    names = frozenset(unexpected)
+    for key in unexpected:
+        if re.search(r"\.(lora_\w+|base_layer)\.", f".{key}."):
+            return f"; {key} is of an adapter (LoRA, PEFT): save the state_dict of model.merge_and_unload()"
+    for key in missing:
+        module, _, name = key.rpartition(".")
+        parametrized = ".".join(filter(None, (module, "parametrizations", name, "original")))
+        if parametrized in names or f"{parametrized}0" in names:
+            kind, undo = "parametrized, as by weight or spectral norm", "parametrize.remove_parametrizations"
+        elif {f"{key}_orig", f"{key}_mask"} <= names:
+            kind, undo = "pruned", "prune.remove"
+        elif {f"{key}_g", f"{key}_v"} <= names:
+            kind, undo = "weight-normalized", "remove_weight_norm"
+        elif f"{key}_orig" in names:
+            kind, undo = "spectral-normalized", "remove_spectral_norm"
+        else:
+            continue
+        return f"; {key} is {kind}: torch.nn.utils.{undo}(module, {name!r}) for every such module, then save again"
+    return ""
+
+
 def _advice(
     source: ModelSource, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], found: Mapping[str, list[str]]
 ) -> str:
@@ -140,9 +164,14 @@ def _advice(
     if differing and len(classes) == 1 and same_inside and all(is_head(key) for key in differing):
         name = "num_labels" if source.library == "transformers" else "num_classes"
         return f"; give --model-arg {name}={given[differing[0]].shape[0]} (arguments={{{name!r}: ...}})"
+    if parts := _in_parts(found["unexpected"], found["missing"]):
+        return parts
     if any("dist_token" in key or "head_dist" in key for key in found["unexpected"]):
         return "; the weights are of a distilled model, which has two heads; give its name"
     if found["missing"] and not differing and all(is_head(key) for key in found["missing"]):
+        if there := [key for key in wanted if key in given and is_head(key) and "norm" not in key]:
+            what = f"the classifier is there in part, {first_five(there)}"
+            return f"; {what}: save the whole state_dict, or give the model that it is of"
         if others := [key for key in found["unexpected"] if is_head(key)]:
             theirs, ours = (key.split(".")[0] for key in (others[0], found["missing"][0]))
             return f"; the classifier is called {theirs} in the file, and {ours} in the model: rename it"
