@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -185,3 +186,39 @@ class Logits(torch.nn.Module):
 
     def forward(self, images):
         return logits(self.model(images))
+
+
+class ReluAttention(torch.nn.Module):
+    """Attention without softmax, residual and blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = torch.nn.Linear(16, 16), torch.nn.LayerNorm(16)
+        self.qkv, self.head = torch.nn.Linear(16, 48), torch.nn.Linear(16, 5)
+
+    def forward(self, images):
+        query, key, value = self.qkv(self.norm(self.embed(images.flatten(1, 2)))).chunk(3, -1)
+        return self.head((torch.relu(query @ key.transpose(-1, -2)) @ value).mean(1))
+
+
+def test_the_settings_that_a_refusal_gives_serve_a_model_without_softmax_residual_and_blocks():
+    images, settings = [torch.randn(8, 3, 4, 16)], []
+
+    def quantized(recipe):
+        return vitquant.quantize(ReluAttention(), recipe, images, settings=settings)
+
+    with pytest.raises(RecipeError, match=r"'attention-probs' matches nothing .* no attention is found") as error:
+        quantized("repq-vit+fully-integer")
+    settings = re.findall(r"--set (\S+)", str(error.value))
+    with pytest.raises(RecipeError, match=r"called blocks\.\* or merge\.\* \(there: \S+\); .* --set") as error:
+        quantized("repq-vit+fully-integer")
+    settings += re.findall("--set '(.+)'", str(error.value))
+    record = next(
+        record for record in quantized("repq-vit+fully-integer").records if record.method.startswith("repara")
+    )
+    assert record.summary == {"reparameterized": 1, "of": 1}
+    settings = []
+    with pytest.raises(RecipeError, match=r"nor does 'residual'") as error:
+        quantized("minmax")
+    settings = re.findall(r"--set (\S+)", str(error.value))
+    quantized("minmax")

@@ -277,15 +277,30 @@ class TestAssign:
         ("rule", "parts"),
         [
             (Rule("x", site=("blocks.0.mlp.atc",)), ["blocks.0.mlp.atc", "near:", "blocks.0.mlp.act"]),
-            (Rule("x", kind=("product",)), ["no product", "kinds there", "layer_norm", "softmax"]),
-            (Rule("x", kind=("scores",), operand=("value",)), ["no operand value of scores", "key, query"]),
-            (Rule("x", site=("blocks.*",), kind=("conv",)), ["no conv at blocks.*", "kinds there"]),
+            (Rule("x", kind=("product",)), ["no product (there: 1 activation, 1 context, 1 conv, 1 layer_norm"]),
+            (
+                Rule("x", kind=("scores",), operand=("value",)),
+                ["no operand value of scores (there: operands key, query; sites"],
+            ),
+            (Rule("x", site=("blocks.*",), kind=("conv",)), ["no conv at blocks.* (there:", "1 layer_norm"]),
         ],
     )
     def test_a_rule_that_matches_nothing_is_refused_unless_optional(self, rule: Rule, parts: list[str]) -> None:
-        with refused("rule 'x' matches nothing", "optional = true", *parts):
-            assign(Recipe("r", "R", (rule,)), Bits(), BLOCK)
-        assign(Recipe("r", "R", (replace(rule, optional=True),)), Bits(), BLOCK)
+        recipe = Recipe("r", "R", (rule, replace(rule, name="y_z", overlay="o")))
+        settings = ["x.optional=true", "y_z.optional=true"]
+        told = f"--set x.optional=true --set y_z.optional=true (settings={settings})"
+        with refused("rule 'x' matches nothing", "(nor does 'y_z')", told, *parts):
+            assign(recipe, Bits(), BLOCK)
+        assign(override(recipe, settings), Bits(), BLOCK)
+
+    @pytest.mark.parametrize("rule", [Rule("x", operand=("probs",)), Rule("x", kind=("scores", "context"))])
+    def test_where_no_attention_is_found_that_is_said(self, rule: Rule) -> None:
+        sites = "1 conv, 1 layer_norm, 1 linear, 1 residual)"
+        with refused("for no attention is found, a softmax between two products of matrices (there:", sites):
+            assign(Recipe("r", "R", (rule,)), Bits(), BLOCK[:5])
+        other = Rule("x", site=("patch_embed",), kind=rule.kind, operand=rule.operand)
+        with refused("at patch_embed (there:"):
+            assign(Recipe("r", "R", (other,)), Bits(), BLOCK)
 
     def test_bits_that_do_not_fit_the_scheme_are_refused_with_the_place(self) -> None:
         rule = Rule("probs", operand=("probs",), spec=SpecTemplate(Log2(), "s"), observer="unit")

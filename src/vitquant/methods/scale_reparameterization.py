@@ -89,7 +89,11 @@ def reparameterize_scales(
     norms = [site for site in model.sites if site.kind == "layer_norm"]
     chosen = [site for site in norms if any(fnmatchcase(site.name, glob) for glob in settings.sites)]
     if norms and not chosen:
-        raise RecipeError(f"no LayerNorm is called {' or '.join(settings.sites)}")
+        there = ", ".join(site.name for site in norms[:5]) + (", ..." if len(norms) > 5 else "")
+        raise RecipeError(
+            f"no LayerNorm is called {' or '.join(settings.sites)} (there: {there}); "
+            """give their names, or all of them: --set 'reparameterize-scales.sites=["*"]'"""
+        )
     decisions: dict[str, dict[str, Any]] = {}
     found: dict[str, tuple[FoldableNorm, Value]] = {}
     for site in chosen:

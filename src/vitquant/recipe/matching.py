@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -51,9 +52,13 @@ def assign(recipe: Recipe, bits: Bits, values: Sequence[Value]) -> dict[str, Ass
     for rule in recipe.rules:
         if missing := [name for name in rule.value if name not in known]:
             raise RecipeError(f"rule {rule.name!r} names {missing[0]}, which this model does not have")
-        if not rule.optional and not any(matches[rule.name]):
-            readers = [reader for value in values for reader in value.readers]
-            raise RecipeError(f"rule {rule.name!r} matches nothing in this model: {_why(rule, readers)}")
+    if idle := [rule for rule in recipe.rules if not rule.optional and not any(matches[rule.name])]:
+        readers = [reader for value in values for reader in value.readers]
+        others = f" (nor does {_any_of(repr(rule.name) for rule in idle[1:])})" if len(idle) > 1 else ""
+        raise RecipeError(
+            f"rule {idle[0].name!r} matches nothing in this model{others}: {_why(idle[0], readers)}; "
+            f"if the model is to do without, {_made_optional(idle)}"
+        )
     return {
         value.name: _assignment([rule for rule in recipe.rules if matches[rule.name][i]], bits, value)
         for i, value in enumerate(values)
@@ -102,21 +107,33 @@ def _why(rule: Rule, readers: Sequence[Reader]) -> str:
         names = {r.site for r in readers} | {r.module for r in readers}
         near = sorted({n for glob in rule.site for n in get_close_matches(glob, names, n=3, cutoff=0.4)})
         hint = f"near: {', '.join(near)}" if near else f"such as {', '.join(sorted(names)[:3])}"
-        return f"no site or module is called {_any_of(rule.site)} ({hint}); {_REMEDY}"
+        return f"no site or module is called {_any_of(rule.site)} ({hint})"
     of_kind = [r for r in named if not rule.kind or r.kind in rule.kind]
     where = "" if rule.site == ("*",) else f" at {_any_of(rule.site)}"
+    kinds = Counter(kind for _, kind in {(r.site, r.kind) for r in named})
+    there = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     if not of_kind:
-        return f"no {_any_of(rule.kind)}{where} (kinds there: {_listed(r.kind for r in named)}); {_REMEDY}"
-    where = f"{f' of {_any_of(rule.kind)}' if rule.kind else ''}{where}"
-    return f"no operand {_any_of(rule.operand)}{where} (there: {_listed(r.operand for r in of_kind)}); {_REMEDY}"
+        what = _any_of(rule.kind)
+    else:
+        what = f"operand {_any_of(rule.operand)}{f' of {_any_of(rule.kind)}' if rule.kind else ''}"
+        there = f"operands {', '.join(sorted({r.operand for r in of_kind}))}; sites {there}"
+    asked = rule.kind if not of_kind else rule.operand
+    if set(asked) <= _OF_ATTENTION and not any(r.kind in _OF_ATTENTION for r in readers):
+        what += f"{where}, for no attention is found, a softmax between two products of matrices"
+    else:
+        what += where
+    return f"no {what} (there: {there})"
 
 
-_REMEDY = "say optional = true if it need not match"
+# Kinds and operands that only attention has.
+_OF_ATTENTION = frozenset(("scores", "context", "query", "key", "probs", "value"))
+
+
+def _made_optional(rules: Sequence[Rule]) -> str:
+    """What makes rules optional, in a recipe that is the user's or not."""
+    settings = [f"{rule.name}.optional=true" for rule in rules]
+    return f"give {' '.join(f'--set {each}' for each in settings)} (settings={settings})"
 
 
 def _any_of(words: Iterable[str]) -> str:
     return " or ".join(words)
-
-
-def _listed(words: Iterable[str]) -> str:
-    return ", ".join(sorted(set(words)))
