@@ -86,13 +86,13 @@ def quantize(
     recipe, widths = requested(recipe, bits, settings)
     steps = [_step(method, progress) for method in sorted(recipe.methods, key=_place)]
     model = unwrapped(model)
-    batches = iter(data)
+    batches = iter(given(data))
     first = next(batches, None)
     if first is None:
         raise CalibrationError("no calibration images: give at least one batch")
     example = images_of(first)
     device = next((parameter.device for parameter in model.parameters()), example.device)
-    stream = _Stream(data, first, batches, device)
+    stream = _Stream(data, first, batches, device, example.dtype)
     captured = capture(model, example[:2].to(device))
     shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
     quantized = QuantizedModel(captured, recipe, widths, shape)
@@ -285,22 +285,32 @@ def _with_settings(
 class _Stream:
     """Calibration batches on their way: to the model's device, and the first time counted and hashed for the record."""
 
-    def __init__(self, data: Iterable[Batch], first: Batch, rest: Iterator[Batch], device: torch.device) -> None:
-        self._data, self._begun, self._device = data, chain([first], rest), device
+    def __init__(
+        self, data: Iterable[Batch], first: Batch, rest: Iterator[Batch], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._data, self._begun, self._device, self._dtype = data, chain([first], rest), device, dtype
         self.images = 0
         self.digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         if self._begun is None:
             for batch in self._again():
-                yield images_of(batch).to(self._device)
+                yield self._images(batch).to(self._device)
             return
         batches, self._begun = self._begun, None
         for batch in batches:
-            images = images_of(batch)
+            images = self._images(batch)
             self.images += len(images)
             self.digest.update(images.detach().cpu().contiguous().view(torch.uint8).numpy().data)
             yield images.to(self._device)
+
+    def _images(self, batch: Batch) -> torch.Tensor:
+        images = images_of(batch)
+        if images.dtype != self._dtype:
+            raise CalibrationError(
+                f"a calibration batch is of {images.dtype} and the first of {self._dtype}: give all of one precision"
+            )
+        return images
 
     def _again(self) -> Iterator[Batch]:
         again = iter(self._data)
@@ -312,19 +322,43 @@ class _Stream:
         return again
 
 
+def given(data: Iterable[Batch]) -> Iterable[Batch]:
+    """The data, where it is many batches.
+
+    Raises:
+        CalibrationError: it is one tensor, or one mapping, or nothing that holds batches.
+    """
+    if isinstance(data, torch.Tensor | Mapping):
+        raise CalibrationError(f"the calibration data is one {type(data).__name__}: give a list of batches, [data]")
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise CalibrationError(
+            f"the calibration data is of type {type(data).__name__}: give a list of batches or a DataLoader"
+        )
+    return data
+
+
 def images_of(batch: Batch) -> torch.Tensor:
     """The images of a batch, as `quantize` takes it.
 
     Raises:
         CalibrationError: it is none.
     """
+    images: Any = batch
     if isinstance(batch, Mapping):
-        batch = batch.get("pixel_values", next(iter(batch.values()), ()))
+        images = batch.get("pixel_values", next(iter(batch.values()), ()))
     elif isinstance(batch, Sequence) and batch:
-        batch = batch[0]
-    if not isinstance(batch, torch.Tensor) or batch.ndim != 4 or not batch.is_floating_point() or not len(batch):
-        raise CalibrationError(
-            "a calibration batch is a float tensor (batch, channels, height, width), a tuple that begins with one, "
-            f"or a mapping with pixel_values; got {type(batch).__name__}"
-        )
-    return batch
+        images = batch[0]
+    if not isinstance(images, torch.Tensor):
+        got = type(batch).__name__ if images is batch else f"{type(batch).__name__} of {type(images).__name__}"
+    elif images.ndim != 4:
+        got = f"a tensor of {images.ndim} dimensions, {list(images.shape)}"
+    elif not images.is_floating_point():
+        got = f"a tensor of {images.dtype}"
+    elif not images.numel():
+        got = f"an empty one, {list(images.shape)}"
+    else:
+        return images
+    raise CalibrationError(
+        "a calibration batch is a float tensor (batch, channels, height, width), a tuple that begins with one, "
+        f"or a mapping with pixel_values; got {got}"
+    )

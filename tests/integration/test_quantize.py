@@ -188,6 +188,27 @@ def test_batches_may_be_tuples_or_mappings():
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (photos(), r"the calibration data is one Tensor: give a list of batches, \[data\]"),
+        ({"pixel_values": photos()}, r"the calibration data is one dict: give a list of batches"),
+        (3, "the calibration data is of type int: give a list of batches"),
+        ([photos()[:0]], r"got an empty one, \[0, 3, 64, 64\]"),
+        ([photos()[0]], r"got a tensor of 3 dimensions, \[3, 64, 64\]"),
+        ([photos().int()], "got a tensor of torch.int32"),
+        ([(3, photos())], "got tuple of int"),
+        (["photos"], "got str"),
+        ([photos(), photos().double()], "batch is of torch.float64 and the first of torch.float32: give all of one"),
+    ],
+)
+def test_what_is_no_list_of_like_batches_is_refused_with_the_reason(data, said):
+    with pytest.raises(CalibrationError, match=said):
+        vitquant.quantize(timm_vit(), "minmax", data)
+    with pytest.raises(CalibrationError, match=said):
+        vitquant.sensitivity(timm_vit(), "minmax", data)
+
+
 def test_a_source_is_enough_to_reload(tmp_path):
     arguments = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 7}
     source = vitquant.ModelSource("timm:vit_tiny_patch16_224", arguments, weights="random", seed=3)
