@@ -34,6 +34,10 @@ _CHECKS = {
     aten.sym_constrain_range_for_size,
 }  # fmt: skip
 
+_NO_TENSOR = (
+    "the model's forward uses an object that is no tensor, such as a torch.Generator: leave out what is random, and "
+    "give the rest as buffers"
+)
 _CANNOT = "torch.export cannot capture the model"
 _SIZE = re.compile(r"input of size .*\bs\d+\b")  # the batch's, in what torch says of a reshape
 _TRACED_BATCH = 31  # a prime that few sizes of a model are multiples of
@@ -132,8 +136,9 @@ def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
             try:
                 program = torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=True)
             except Exception as strict_error:
-                reason = _first_line(strict_error)
-                raise CaptureError(f"the model's forward fixes the batch size: {reason}") from strict_error
+                reason = f"the model's forward fixes the batch size: {_first_line(strict_error)}"
+                no_tensor = re.search(r"opaque object|\(Generator\)", str(strict_error))
+                raise CaptureError(_NO_TENSOR if no_tensor else reason) from strict_error
         return program.run_decompositions({})  # functional form; nothing is decomposed
 
 
@@ -202,7 +207,7 @@ def _copy(program: ExportedProgram, input_name: str) -> tuple[Graph, dict[str, t
                 case InputKind.PARAMETER | InputKind.BUFFER:
                     copied[node] = graph.get_attr(str(spec.target))
                 case _:
-                    raise CaptureError(f"the captured model takes an input of kind {spec.kind.name}: {node.name}")
+                    raise CaptureError(_NO_TENSOR)
             copied[node].meta = _metadata(node)
         elif node.op == "output":
             outputs = node.args[0][len(program.graph_signature.output_specs) - _user_outputs(program) :]

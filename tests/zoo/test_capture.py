@@ -220,6 +220,20 @@ class NoisyTable(Handwritten):
         return super().forward(x) + torch.rand(CLASSES)
 
 
+class Generated(Handwritten):
+    def forward(self, x):
+        return super().forward(x) + torch.rand(1, generator=torch.Generator())
+
+
+class Keeping(Handwritten):
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def forward(self, x):
+        return super().forward(x) + torch.rand(1, generator=self.generator)
+
+
 class Dropping(Handwritten):
     def forward(self, x):
         return nn.functional.dropout(super().forward(x), 0.5)  # forgets `training=self.training`
@@ -267,6 +281,8 @@ def test_no_size_is_taken_for_the_batch(take, batch):
         (DataDependent, r"depends on the values of its input: return super\(\).forward\(x if x.sum"),
         (Noisy, "randomness"),
         (NoisyTable, "randomness"),
+        (Generated, "no tensor, such as a torch.Generator: leave out what is random"),
+        (Keeping, "no tensor, such as a torch.Generator: leave out what is random"),
         (Dropping, "randomness"),
         (FixedBatch, "fixes the batch"),
     ],
