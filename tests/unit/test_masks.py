@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Interpreter, Node
 
 import vitquant
 from vitquant.capture import capture
-from vitquant.graph.masks import hides, masks_between, unmasked
+from vitquant.errors import LoweringError
+from vitquant.graph.masks import hide_whole_rows, hides, masks_between, unmasked
 from vitquant.graph.operators import SOFTMAX, arguments, aten, calls
 from vitquant.model import QuantizedModel
 
@@ -295,6 +296,29 @@ def test_without_its_quantizers_a_masked_model_is_the_float_one(recipe: str, req
         torch.testing.assert_close(quantized.run(x, {}, quantized=False), expected, rtol=0, atol=1e-5)
     assert torch.isfinite(found).all()
     assert torch.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.97
+
+
+@pytest.mark.parametrize("value", [-100.0, -1e9])
+def test_a_row_that_is_hidden_whole_keeps_its_softmax_in_float(value: float) -> None:
+    model = make("minus_100")
+    with torch.no_grad():
+        model.get_submodule("attentions.minus_100").mask[3] = value
+    with pytest.raises(LoweringError, match="hides every entry of a row: give every row at least one"):
+        vitquant.quantize(model, "fq-vit", [photos()])
+    quantized = vitquant.quantize(model, "fq-vit", [photos()], simulated=True)
+    with torch.no_grad():
+        assert torch.isfinite(quantized(photos())).all()
+
+
+def test_rows_are_hidden_whole_by_one_mask_or_by_several() -> None:
+    causal, padding = torch.ones(4, 4, dtype=torch.bool).triu(1), torch.tensor([-1e9, 0.0, 0.0, 0.0])
+    assert not hide_whole_rows([])
+    assert not hide_whole_rows([causal])
+    assert not hide_whole_rows([padding])
+    assert hide_whole_rows([causal, padding])  # the first row sees the first entry only
+    assert hide_whole_rows([padding, causal, torch.zeros(7, 3, 5)])
+    assert not hide_whole_rows([causal, padding.flip(0)])
+    assert hide_whole_rows([torch.full((2, 1), -100.0)])
 
 
 def timm_swin() -> nn.Module:

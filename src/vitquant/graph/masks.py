@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch.fx import GraphModule, Node
@@ -113,6 +115,25 @@ def _number(module: GraphModule, value: object) -> float | None:
     if constant is None or not constant.numel() or not bool((constant == constant.flatten()[0]).all()):
         return None
     return float(constant.flatten()[0])
+
+
+def hide_whole_rows(masks: Sequence[torch.Tensor]) -> bool:
+    """Whether masks of one softmax hide, one or several together, every entry of a row.
+
+    Such a row has no probabilities: a softmax of scores that are all minus infinity is NaN.
+
+    Arguments:
+        masks: boolean where they fill, else what is added to scores.
+    """
+    together: list[torch.Tensor] = []
+    for mask in masks:
+        hidden = mask if mask.dtype == torch.bool else mask <= _HIDING
+        both = []
+        for other in together:
+            with suppress(RuntimeError):  # of other axes, such as those of windows
+                both.append(hidden | other)
+        together += [hidden, *both]
+    return any(bool(hidden.all(-1).any()) for hidden in together)
 
 
 def hide_exactly(module: GraphModule, node: Node) -> None:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from vitquant.errors import LoweringError
-from vitquant.graph.masks import hide_exactly, masks_between, unmasked
+from vitquant.graph.masks import hide_exactly, hide_whole_rows, masks_between, unmasked
 from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, is_selection, packet
 from vitquant.graph.walk import depends_on_input, path_between
 from vitquant.integer.softmax import LONGEST_ROW
@@ -120,7 +120,7 @@ def _build(
     source = _source(module, node)
     match kind:
         case "softmax":
-            return _softmax(node, source, result, arithmetic, bool(_masks(module, node))), ()
+            return _softmax(node, source, result, arithmetic, _is_masked(module, node)), ()
         case "layer_norm":
             given = dict(zip(("shape", "weight", "bias", "epsilon"), arguments(node)[1:], strict=False))
             if not calls(node, {aten.layer_norm}) or len(given["shape"]) != 1:
@@ -182,6 +182,15 @@ def _scores(module: GraphModule, node: Node) -> Node:
 def _masks(module: GraphModule, node: Node) -> list[Node]:
     """The nodes that hide scores of a softmax."""
     return masks_between(module, _scores(module, node), arguments(node)[0])
+
+
+def _is_masked(module: GraphModule, node: Node) -> bool:
+    """Whether anything hides scores of a softmax; masks that leave nothing of a row are refused."""
+    masks, of_the_image = _masks(module, node), depends_on_input(module.graph)
+    known = [arguments(mask)[1] for mask in masks if arguments(mask)[1] not in of_the_image]
+    if hide_whole_rows([_stored(module, mask) for mask in known]):
+        raise NotIntegerError("its mask hides every entry of a row: give every row at least one that is not hidden")
+    return bool(masks)
 
 
 def _source(module: GraphModule, node: Node) -> Quantizer:
