@@ -78,6 +78,11 @@ BODIES = {
     "gains of either sign on both branches": lambda s, x: s.norm(x * s.gain - s.fc(x) * s.gain.flip(0)),
     "a gain of zero": lambda s, x: x + s.fc(x) * (s.gain * 0),
     "channels of two sizes joined before a norm": lambda s, x: s.norm(torch.cat([s.narrow(x), s.other(x) * 6], -1)),
+    "a mask that grows with the batch along the second axis": masked(
+        after=lambda probs: probs.transpose(0, 1),
+        first=lambda scores: scores.transpose(0, 1),
+        hide=lambda s, x: s.later.expand(2, len(x), 16, 16),
+    ),
     "a constant joined along the tokens": lambda s, x: s.fc(torch.cat([x, s.token.expand(len(x), -1, -1), s.fc(x)], 1)),
     "a repeated sum joined": lambda s, x: s.fc(torch.cat([s.fc(x).mean(1, keepdim=True) * 2 + s.token, x], 1)),
     "positions moved on": lambda s, x: (
@@ -210,9 +215,9 @@ def check(model, images=None):
         ),
         (
             masked(
-                after=lambda probs: probs.transpose(0, 1),
-                first=lambda scores: scores.transpose(0, 1),
-                hide=lambda s, x: s.later.expand(2, len(x), 16, 16),
+                after=lambda probs: probs[0].unflatten(0, (-1, 2)),
+                first=lambda scores: scores.flatten(0, 1)[None],
+                hide=lambda s, x: torch.stack([s.later, s.later.T]).repeat(len(x), 1, 1)[None],
             ),
             "its mask grows with the batch along another axis than the first",
         ),

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from vitquant.errors import LoweringError
 from vitquant.graph.masks import hide_exactly, hide_whole_rows, masks_between, unmasked
 from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, is_selection, packet
-from vitquant.graph.walk import depends_on_input, path_between
+from vitquant.graph.walk import ancestors, depends_on_input, path_between
 from vitquant.integer.softmax import LONGEST_ROW
 from vitquant.operations.activation import Elementwise, TableActivation
 from vitquant.operations.arithmetic import Arithmetic
@@ -186,8 +186,10 @@ def _masks(module: GraphModule, node: Node) -> list[Node]:
 
 def _is_masked(module: GraphModule, node: Node) -> bool:
     """Whether anything hides scores of a softmax; masks that leave nothing of a row are refused."""
-    masks, of_the_image = _masks(module, node), depends_on_input(module.graph)
-    known = [arguments(mask)[1] for mask in masks if arguments(mask)[1] not in of_the_image]
+    masks = [arguments(mask)[1] for mask in _masks(module, node)]
+    below = ancestors(module.graph)
+    images = sum(below[each] for each in module.graph.nodes if each.op == "placeholder")
+    known = [mask for mask in masks if not below[mask] & images]  # a mask of the batch's size reads that of the images
     if hide_whole_rows([_stored(module, mask) for mask in known]):
         raise NotIntegerError("its mask hides every entry of a row: give every row at least one that is not hidden")
     return bool(masks)
