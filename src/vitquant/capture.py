@@ -72,7 +72,7 @@ def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
         graph, constants = _copy(program, _input_name(model))
         captured = _assemble(model, graph, constants)
         longer = torch.cat([example.flip(0), example[:1]])
-        with _any_batch():
+        with _batches_of(len(example), len(longer)):
             fold_made_masks(captured, example, longer)
             canonicalize(captured)
             if fused := fused_attention(captured.graph):
@@ -85,12 +85,13 @@ def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
 
 
 @contextmanager
-def _any_batch() -> Iterator[None]:
-    """A captured graph that cannot be run on batches of several sizes is refused."""
+def _batches_of(*sizes: int) -> Iterator[None]:
+    """What torch says of a captured graph that cannot be run becomes a refusal."""
     try:
         yield
     except RuntimeError as error:
-        raise CaptureError(f"captured, the model takes no batch of another size: {_first_line(error)}") from error
+        tried = " and ".join(map(str, sizes))
+        raise CaptureError(f"captured, the model does not run on {tried} images: {_first_line(error)}") from error
 
 
 def _refuse_non_finite(model: nn.Module) -> None:
@@ -116,14 +117,14 @@ def _call(model: nn.Module, example: torch.Tensor) -> object:
 
 
 def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
-    # Where the batch happens to be as large as another size, torch takes the one for the other, and a small one is
-    # soon a factor of it. Nothing is computed on this example: memory that is never touched.
-    example = example.new_empty((_TRACED_BATCH, *example.shape[1:]))
     batch = {0: Dim("batch")}
     dynamic = (batch,) if _first_parameter(model) else ((batch,),)  # a forward of *args takes them as one tuple
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         try:
+            # Where the batch happens to be as large as another size, torch takes the one for the other, and a small one
+            # is soon a factor of it. Nothing is computed on this example: memory that is never touched.
+            example = example.new_empty((_TRACED_BATCH, *example.shape[1:]))
             program = torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             if "data-dependent" in str(error):

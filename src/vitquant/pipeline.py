@@ -86,7 +86,7 @@ def quantize(
     recipe, widths = requested(recipe, bits, settings)
     steps = [_step(method, progress) for method in sorted(recipe.methods, key=_place)]
     model = unwrapped(model)
-    batches = iter(given(data))
+    batches = iter(batches_of(data))
     first = next(batches, None)
     if first is None:
         raise CalibrationError("no calibration images: give at least one batch")
@@ -322,7 +322,7 @@ class _Stream:
         return again
 
 
-def given(data: Iterable[Batch]) -> Iterable[Batch]:
+def batches_of(data: Iterable[Batch]) -> Iterable[Batch]:
     """The data, where it is many batches.
 
     Raises:

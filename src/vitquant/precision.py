@@ -13,7 +13,7 @@ from vitquant.allocation.table import SensitivityTable
 from vitquant.autocast import in_own_precision
 from vitquant.errors import AllocationError, CalibrationError, RecipeError
 from vitquant.model import QuantizedModel
-from vitquant.pipeline import Batch, given, images_of, quantize
+from vitquant.pipeline import Batch, batches_of, images_of, quantize
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Bits, Method, Recipe, requested
 from vitquant.spec import MAX_BITS, MIN_BITS
@@ -54,7 +54,7 @@ def sensitivity(
 
     Source: VT-PTQ, Liu et al. 2021, section "Nuclear Norm Based Mixed Precision".
     """
-    if isinstance(given(data), Iterator):
+    if isinstance(batches_of(data), Iterator):
         raise CalibrationError("sensitivity reads the images several times: give a list of batches or a DataLoader")
     whole, base = requested(recipe, bits, settings)
     widths = {width: _at(base, width) for width in check_candidates(candidates)}

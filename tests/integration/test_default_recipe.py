@@ -53,11 +53,26 @@ def test_more_bits_than_integers_have_are_refused(bits):
 )
 def test_bits_of_a_stream_that_has_others_are_refused(recipe, bits):
     with pytest.raises(
-        RecipeError, match=r"'wide-stream' gives it 16 bits: leave r out, or give --set wide-stream.bits="
+        RecipeError, match=r"'wide-stream' gives it others, 16: leave r out, or give --set wide-stream.bits="
     ):
         requested(recipe, bits)
     assert str(requested("fq-vit", bits)[1]) == bits
     assert requested(recipe, bits, ["wide-stream.bits=r"])[1].residual == requested("fq-vit", bits)[1].residual
+
+
+@pytest.mark.parametrize("recipe", ["repq-vit", "vt-ptq"])
+def test_bits_of_a_stream_in_float_are_refused(recipe):
+    with pytest.raises(RecipeError, match=r"no rule of .* gives them: leave r out"):
+        requested(recipe, "w8a8r6")
+    assert requested(f"{recipe}+fully-integer", "w8a8r6")[1].residual == 6
+
+
+def test_a_rule_for_a_part_of_the_stream_leaves_the_rest_its_bits(tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        'format = 1\noverlay = true\nname = "mine"\ntitle = "mine"\n[[rule]]\nname = "one"\nsite = "blocks.0.*"\n'
+        'kind = "residual"\nspec = { scheme = "uniform", bits = 16 }\noverride = true\n'
+    )
+    assert requested(f"fq-vit+{tmp_path / 'mine.toml'}", "w8a8r6")[1].residual == 6
 
 
 class PostNorm(nn.Module):

@@ -46,6 +46,7 @@ MASKS = {
     "made_boolean": 1,
     "infinite_from_the_image": 1,
     "infinite_where": 1,
+    "infinite_and_causal": 2,
 }
 NO_MASKS = [
     "position_bias",
@@ -57,6 +58,7 @@ NO_MASKS = [
     "fill_minus_3",
     "from_the_image",
     "other_for_each_image",
+    "other_for_late_images",
 ]
 
 
@@ -131,6 +133,13 @@ class Attention(nn.Module):
             case "infinite_where":
                 shown = ((x.mean(-1) < 0.1)[:, None] | torch.eye(TOKENS, dtype=torch.bool))[:, None]
                 return scores + torch.where(shown, 0.0, -math.inf)
+            case "infinite_and_causal":  # nn.MultiheadAttention adds up the two that it is given
+                hidden = (x.mean(-1) > 0.1) & (torch.arange(TOKENS) > 0)
+                padding = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, -math.inf)[:, None, None]
+                causal = torch.zeros(TOKENS, TOKENS).masked_fill(torch.ones(TOKENS, TOKENS).triu(1) > 0, -math.inf)
+                return scores + (causal + padding.expand(-1, HEADS, TOKENS, -1))
+            case "other_for_late_images":
+                return scores + torch.where(torch.arange(len(x)) > 7, -100.0, 0.0)[:, None, None, None]
             case "other_for_each_image":
                 return scores - 100.0 * (torch.arange(len(x))[:, None] % TOKENS == torch.arange(TOKENS))[:, None, None]
             case "learned_mask":

@@ -60,7 +60,9 @@ def canonicalize(module: GraphModule) -> None:
             same = isinstance(left, Node) and left.meta["shape"] == node.meta["shape"]  # what is added widens nothing
             if left in dynamic and same and mask and is_mask(module, mask[0]):
                 with graph.inserting_before(node):
-                    node.args = (_emit(graph, node, aten.add.Tensor, (left, bias)), mask[0])
+                    biased = _emit(graph, node, aten.add.Tensor, (left, bias))
+                node.args = (biased, mask[0])
+                _fill_with_infinity(module, biased)  # the bias may be another mask
             else:
                 _fill_with_infinity(module, node)
     for node in list(graph.nodes):

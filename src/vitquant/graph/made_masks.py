@@ -45,8 +45,12 @@ def fold_made_masks(module: GraphModule, example: Tensor, longer: Tensor) -> Non
             user.replace_input_with(node, constant)
 
 
+# They number what they make: along the batch, they tell images apart.
+_NUMBERING = {aten.arange, aten.linspace, aten.eye, aten.tril_indices, aten.triu_indices}
+
+
 def _of_positions(module: GraphModule) -> set[Node]:
-    """Nodes that read of the input no more than its shape, and no parameter."""
+    """Nodes that read of the input no more than its shape, and no parameter, and do not number its images."""
     found: set[Node] = set()
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for node in module.graph.nodes:
@@ -56,6 +60,8 @@ def _of_positions(module: GraphModule) -> set[Node]:
             fits = False
         elif calls(node, {aten.sym_size}):
             fits = True
+        elif calls(node, _NUMBERING):  # of a size that is none of the batch's they are constants already
+            fits = False
         else:  # of the tensor that it is like, a fill reads the shape
             read = node.all_input_nodes[1:] if calls(node, FILLS) else node.all_input_nodes
             fits = all(each in found for each in read)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -67,17 +69,37 @@ def hides_some(mask: torch.Tensor) -> bool:
 
 
 def hidden_by_infinity(module: GraphModule, node: Node) -> Node | None:
-    """Which entries a mask of zeros and minus infinity hides, where it is made of a boolean one; else None.
+    """Which entries a mask of zeros and minus infinity hides, where it is made of boolean ones; else None.
 
     So libraries turn boolean masks, of padding that the image decides, into what is added to scores.
 
     Returns:
         A boolean node of the mask's shape, which is new in the graph.
     """
+
+    def find(made: Node) -> Node | None:
+        return _hidden_in_sum(module, made) if calls(made, {aten.add}) else _hidden_by_fill(module, made)
+
+    return _behind_moves(module, node, find)
+
+
+def _behind_moves(module: GraphModule, node: Node, find: Callable[[Node], Node | None]) -> Node | None:
+    """What is found for the node that a mask is moved from, moved as the mask is; None where nothing is."""
     moves, made = [], node
     while is_rearrangement(made) or calls(made, {aten.expand}):
         moves.append(made)
         made = made.all_input_nodes[0]
+    found = find(made)
+    for move in reversed(moves if found is not None else []):
+        with module.graph.inserting_before(move):
+            copy = module.graph.node_copy(move, {**{each: each for each in move.all_input_nodes}, made: found}.get)
+        copy.meta = {**move.meta, "dtype": torch.bool}
+        made, found = move, copy
+    return found
+
+
+def _hidden_by_fill(module: GraphModule, made: Node) -> Node | None:
+    """The condition by which zeros and minus infinity were put side by side; None where something else was."""
     if calls(made, {aten.masked_fill}):
         shown, condition, hidden = arguments(made)
     elif calls(made, {aten.where}) and len(arguments(made)) == 3:
@@ -87,17 +109,35 @@ def hidden_by_infinity(module: GraphModule, node: Node) -> Node | None:
     numbers = _number(module, shown), _number(module, hidden)
     if condition.meta["shape"] != made.meta["shape"] or set(numbers) != {0.0, -math.inf}:
         return None
-    graph, found = module.graph, condition
-    if numbers[0] != 0.0:
-        with graph.inserting_before(made):
-            found = graph.call_function(aten.logical_not.default, (condition,))
-        found.meta = {**made.meta, "dtype": torch.bool}
-    for move in reversed(moves):
-        source, moved = move.all_input_nodes[0], found
-        with graph.inserting_before(move):
-            found = graph.node_copy(move, lambda each, source=source, moved=moved: moved if each is source else each)
-        found.meta = {**move.meta, "dtype": torch.bool}
-    return found
+    return condition if numbers[0] == 0.0 else _boolean(module, made, aten.logical_not.default, condition)
+
+
+def _hidden_in_sum(module: GraphModule, made: Node) -> Node | None:
+    """What two masks hide that were added up, as nn.MultiheadAttention does; either may be a constant."""
+    if made.kwargs:  # a multiple is added
+        return None
+    found = []
+    for part in arguments(made):
+        hidden = None
+        if isinstance(part, Node):
+            hidden = _behind_moves(module, part, partial(_hidden_by_fill, module))
+        constant = stored_constant(module, part)
+        if constant is not None and bool(((constant == 0) | (constant == -math.inf)).all()):
+            hidden = _boolean(module, made, aten.lt.Scalar, part, 0.0, shape=part.meta["shape"])
+        if hidden is None:
+            return None
+        found.append(hidden)
+    return _boolean(module, made, aten.logical_or.default, *found)
+
+
+def _boolean(
+    module: GraphModule, before: Node, target: Any, *args: object, shape: tuple[int, ...] | None = None
+) -> Node:
+    """A new boolean node, of the shape of the node before which it stands unless another is given."""
+    with module.graph.inserting_before(before):
+        node = module.graph.call_function(target, args)  # type: ignore[arg-type]
+    node.meta = {**before.meta, "dtype": torch.bool, "shape": before.meta["shape"] if shape is None else shape}
+    return node
 
 
 def _number(module: GraphModule, value: object) -> float | None:
@@ -138,14 +178,11 @@ def hide_whole_rows(masks: Sequence[torch.Tensor]) -> bool:
 
 def hide_exactly(module: GraphModule, node: Node) -> None:
     """Rewrite a hiding node in place as `masked_fill(scores, hidden, -inf)`."""
-    graph = module.graph
     if calls(node, {aten.masked_fill}):
         node.target, node.args = aten.masked_fill.Scalar, (*arguments(node)[:2], -math.inf)
         return
     mask = arguments(node)[1]
-    with graph.inserting_before(node):
-        hidden = graph.call_function(aten.lt.Scalar, (mask, 0.0))
-    hidden.meta = {**mask.meta, "dtype": torch.bool}
+    hidden = _boolean(module, node, aten.lt.Scalar, mask, 0.0, shape=mask.meta["shape"])
     node.target, node.args = aten.masked_fill.Scalar, (arguments(node)[0], hidden, -math.inf)
 
 

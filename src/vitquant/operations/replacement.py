@@ -187,9 +187,9 @@ def _masks(module: GraphModule, node: Node) -> list[Node]:
 def _is_masked(module: GraphModule, node: Node) -> bool:
     """Whether anything hides scores of a softmax; masks that leave nothing of a row are refused."""
     masks = [arguments(mask)[1] for mask in _masks(module, node)]
-    below = ancestors(module.graph)
-    images = sum(below[each] for each in module.graph.nodes if each.op == "placeholder")
-    known = [mask for mask in masks if not below[mask] & images]  # a mask of the batch's size reads that of the images
+    read = ancestors(module.graph)
+    images = next(read[each] for each in module.graph.nodes if each.op == "placeholder")
+    known = [mask for mask in masks if not read[mask] & images]  # one of the batch's size reads the shape of the images
     if hide_whole_rows([_stored(module, mask) for mask in known]):
         raise NotIntegerError("its mask hides every entry of a row: give every row at least one that is not hidden")
     return bool(masks)

@@ -93,14 +93,18 @@ def requested(recipe: str | Recipe, bits: str | None, settings: Sequence[str] = 
 
 
 def _refuse_other_stream(recipe: Recipe, bits: Bits) -> None:
-    """Refuse bits of the residual stream where a rule gives it others: `r` would change all but the stream then."""
-    streams = [rule for rule in recipe.rules if "residual" in rule.kind and rule.spec is not None]
-    if bits.residual == Bits().residual or not streams:
+    """Refuse bits of the residual stream that it does not get: by no rule, or another has all of it."""
+    if bits.residual == Bits().residual:
         return
-    rule, spec = streams[-1].name, streams[-1].spec
-    if spec is not None and spec.bits != "r":
-        of = f"{spec.bits} bits" if isinstance(spec.bits, int) else f"the bits of {spec.bits!r}"
+    specs = {rule.name: rule.spec for rule in recipe.rules if rule.spec is not None}
+    if all(spec.bits != "r" for spec in specs.values()):
         raise RecipeError(
-            f"{bits}: r is the bits of the residual stream, and rule {rule!r} gives it {of}: leave r out, "
-            f"or give --set {rule}.bits=NUMBER"
+            f"{bits}: r is the bits of the residual stream, and no rule of {recipe.name} gives them: leave r out"
+        )
+    streams = [rule.name for rule in recipe.rules if "residual" in rule.kind and rule.site == ("*",) and not rule.value]
+    name = streams[-1] if streams else ""
+    if name in specs and specs[name].bits != "r":
+        raise RecipeError(
+            f"{bits}: r is the bits of the residual stream, and rule {name!r} gives it others, {specs[name].bits!r}: "
+            f"leave r out, or give --set {name}.bits=NUMBER"
         )
