@@ -11,10 +11,12 @@ from torch.fx import GraphModule, Interpreter, Node
 
 import vitquant
 from vitquant.capture import capture
-from vitquant.errors import LoweringError
+from vitquant.errors import CalibrationError, LoweringError
 from vitquant.graph.masks import hide_whole_rows, hides, masks_between, unmasked
 from vitquant.graph.operators import SOFTMAX, arguments, aten, calls
 from vitquant.model import QuantizedModel
+from vitquant.runtime.on_images import interpreted
+from vitquant.simulation import ExactSimulation
 
 TOKENS, HEADS, WIDTH = 16, 2, 16
 
@@ -59,6 +61,8 @@ NO_MASKS = [
     "from_the_image",
     "other_for_each_image",
     "other_for_late_images",
+    "other_for_each_head",
+    "learned_for_the_batch",
 ]
 
 
@@ -125,7 +129,9 @@ class Attention(nn.Module):
             case "made_of_a_buffer":
                 return scores + self.hidden.float() * -1e4
             case "made_boolean":
-                return scores.masked_fill(self.hidden.expand(len(x), 1, TOKENS, TOKENS), -math.inf)
+                hidden = torch.zeros(len(x), TOKENS, dtype=torch.bool)
+                hidden[:, -4:] = True
+                return scores.masked_fill(hidden[:, None, None], -math.inf)
             case "infinite_from_the_image":
                 hidden = (x.mean(-1) > 0.1)[:, None, None].expand(-1, HEADS, TOKENS, -1)
                 hidden = hidden & ~torch.eye(TOKENS, dtype=torch.bool)
@@ -139,7 +145,13 @@ class Attention(nn.Module):
                 causal = torch.zeros(TOKENS, TOKENS).masked_fill(torch.ones(TOKENS, TOKENS).triu(1) > 0, -math.inf)
                 return scores + (causal + padding.expand(-1, HEADS, TOKENS, -1))
             case "other_for_late_images":
-                return scores + torch.where(torch.arange(len(x)) > 7, -100.0, 0.0)[:, None, None, None]
+                late, places = torch.arange(len(x))[:, None] > 7, torch.arange(TOKENS)
+                return scores + torch.where((places > 12) | (late & (places > 3)), -100.0, 0.0)[:, None, None]
+            case "other_for_each_head":
+                heads = torch.stack([self.hidden, self.hidden.T]).repeat(len(x), 1, 1)
+                return (scores.flatten(0, 1) + heads.float() * -100.0).view(scores.shape)
+            case "learned_for_the_batch":
+                return scores + self.learned_mask.expand(len(x), 1, -1, -1) * 1.0
             case "other_for_each_image":
                 return scores - 100.0 * (torch.arange(len(x))[:, None] % TOKENS == torch.arange(TOKENS))[:, None, None]
             case "learned_mask":
@@ -328,6 +340,32 @@ def test_rows_are_hidden_whole_by_one_mask_or_by_several() -> None:
     assert hide_whole_rows([padding, causal, torch.zeros(7, 3, 5)])
     assert not hide_whole_rows([causal, padding.flip(0)])
     assert hide_whole_rows([torch.full((2, 1), -100.0)])
+
+
+def test_masks_made_for_a_batch_are_constants_of_the_program() -> None:
+    found = vitquant.quantize(make(*(how for how in MASKS if how.startswith("made"))), "fq-vit", [photos()])
+    with torch.inference_mode():
+        integers = interpreted(vitquant.lower(found))(photos(5, seed=1))
+        assert torch.equal(integers, ExactSimulation(found)(photos(5, seed=1)).float())
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_scores_with_a_mask_that_is_not_known_are_refused(value: float) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.head = nn.Conv2d(3, WIDTH, 8, 8), nn.Linear(WIDTH, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).mT
+            mask = (x.mean(-1) > 0.1)[:, None].float() * value
+            return self.head((x + (x @ x.mT + mask).softmax(-1) @ x).mean(1))
+
+    torch.manual_seed(0)
+    with pytest.raises(
+        CalibrationError, match=r"softmax:input: scores go down to -.*masked_fill\(hidden, -torch.inf\)"
+    ):
+        vitquant.quantize(Model().eval(), "minmax", [photos()])
 
 
 def timm_swin() -> nn.Module:

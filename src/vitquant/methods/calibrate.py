@@ -19,6 +19,8 @@ from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.recipe import Assignment
 from vitquant.recipe.tables import within
 
+_NO_SCORE = -1e4  # of a softmax: no model has scores that low, and libraries hide entries with that and less
+
 
 @dataclass(frozen=True)
 class CalibrateSettings:
@@ -35,16 +37,30 @@ def calibrate(model: QuantizedModel, data: Iterable[torch.Tensor], settings: Cal
         data: batches of images (batch, channels, height, width), on the model's device.
 
     Raises:
-        CalibrationError: no data, or NaN or infinity at an operand, which the message names.
+        CalibrationError: no data; or NaN, infinity, or a mask in the scores, at an operand which the message names.
     """
     observers = {name: observer_of(name, model.assignments[name]) for name in model.quantized_names}
     images, batches = observe(model, data, observers)
+    for name, observer in observers.items():
+        if any(reader.kind == "softmax" for reader in model.value(name).readers):
+            _refuse_masked(name, observer)
     model.insert({name: estimated(name, observer) for name, observer in observers.items()})
     decisions = {}
     for name, observer in observers.items():
         low, high = observer.observed_range()
         decisions[name] = {"low": low.min().item(), "high": high.max().item()}
     return Record("calibrate", {"images": images, "batches": batches}, decisions)
+
+
+def _refuse_masked(name: str, observer: Observer) -> None:
+    """Refuse scores with a mask that is not known as one: a quantizer would spread its levels over it."""
+    low = observer.observed_range()[0].min().item()
+    if low <= _NO_SCORE:
+        raise CalibrationError(
+            f"scores go down to {low:.3g}: a mask of finite numbers is added to them that the image decides, or that "
+            "differs between the images of a batch; write it as masked_fill(hidden, -torch.inf)",
+            name,
+        )
 
 
 def observe(model: QuantizedModel, data: Iterable[torch.Tensor], observers: Mapping[str, Observer]) -> tuple[int, int]:

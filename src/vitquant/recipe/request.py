@@ -105,6 +105,6 @@ def _refuse_other_stream(recipe: Recipe, bits: Bits) -> None:
     name = streams[-1] if streams else ""
     if name in specs and specs[name].bits != "r":
         raise RecipeError(
-            f"{bits}: r is the bits of the residual stream, and rule {name!r} gives it others, {specs[name].bits!r}: "
+            f"{bits}: r is the bits of the residual stream, and rule {name!r} gives it {specs[name].bits!r}: "
             f"leave r out, or give --set {name}.bits=NUMBER"
         )
