@@ -33,7 +33,7 @@ lint: $(VENV)/.installed
 
 # Minutes each, on a quiet machine; every table in docs/ names the one it came from.
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/observers.py
+	$(BIN)/python benchmarks/recipes.py observers --simulated
 	$(BIN)/python benchmarks/calibration_cost.py
 	$(BIN)/python benchmarks/calibration_memory.py
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 import vitquant
 from vitquant.recipe import Bits, Recipe, requested
 from vitquant.recipe.recipe import Calibration
-from vitquant.tasks.classification import logits_of
-from vitquant.tasks.images import Item, batches
+from vitquant.tasks.classification import compare, logits_of
+from vitquant.tasks.images import ImageBatches, Item, batches, load_listing
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.zoo import ModelSource, create
 
@@ -30,6 +31,8 @@ PREPROCESSING = Preprocessing(
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
 )
+EVALUATION = {"photos_eval": PREPROCESSING, "imagenette_eval": replace(PREPROCESSING, crop_pct=1.0)}
+SCORES = ("top-1", "agreement", "cosine", "top-1 - float, 95 %")  # on each of them
 
 
 def float_deit() -> torch.nn.Module:
@@ -87,3 +90,31 @@ def spread(values: list[float], digits: int) -> str:
 def interval(limits: tuple[float, float], digits: int = 1) -> str:
     """An interval in percentage points."""
     return f"{limits[0]:+.{digits}f} to {limits[1]:+.{digits}f}"
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Photographs that nothing is chosen by, and what the float model makes of them."""
+
+    images: ImageBatches
+    labels: torch.Tensor
+    reference: torch.Tensor
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, name: str) -> EvaluationSet:
+        images = batches(load_listing(SHARED / "images" / name), EVALUATION[name], 50)
+        return cls(images, torch.cat([label for _, label in images]), run(model, images))
+
+    @property
+    def top1(self) -> float:
+        return compare(self.reference, None, self.labels).top1
+
+    def cells(self, logits: list[torch.Tensor]) -> list[str]:
+        """`SCORES` of what several draws gave."""
+        results = [compare(each, self.reference, self.labels) for each in logits]
+        return [
+            spread([result.top1 for result in results], 1),
+            spread([result.agreement for result in results], 1),
+            spread([cosine(each, self.reference) for each in logits], 4),
+            interval(results[0].top1_difference_interval),
+        ]

@@ -3,7 +3,7 @@
     python benchmarks/recipes.py VARIANT... [--seeds 3] [--simulated]
 
 A variant is a recipe, then bits, then settings as `vitquant quantize --set` takes them: "repq-vit w4a4",
-"fq-vit choose-factors.batches=last"; or all that one page of docs/ has: `default`, `fq-vit`, `repq-vit`,
+"fq-vit choose-factors.batches=last"; or all that one table of docs/ has: `observers`, `default`, `fq-vit`, `repq-vit`,
 `vt-ptq`, `vt-ptq-ablation` and `w4a4` with nothing behind it stand for the variants in PAGES. Data: ../shared; as many
 calibration photographs as the recipe asks for, the first of the order that a seed gives (seed 0 is the official runs'
 list); 500 photographs of `photos_eval` and 1,000 of `imagenette_eval`, which are cropped already. What lowers is
@@ -18,12 +18,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from real_deit import (
-    PREPROCESSING,
+    EVALUATION,
+    SCORES,
     SHARED,
+    EvaluationSet,
     asked,
     cosine,
     float_deit,
@@ -38,10 +39,7 @@ from rich.console import Console
 
 from vitquant.engines import default_engine
 from vitquant.tasks.classification import compare
-from vitquant.tasks.images import ImageBatches, Item, batches, load_listing, subset
-
-EVALUATION = {"photos_eval": PREPROCESSING, "imagenette_eval": replace(PREPROCESSING, crop_pct=1.0)}
-MEASURES = ("top-1", "agreement", "cosine", "top-1 - float, 95 %")
+from vitquant.tasks.images import Item, load_listing, subset
 
 PAGES = {
     "fq-vit": [
@@ -52,6 +50,7 @@ PAGES = {
         "fq-vit+uniform-probs w8a8",
         "fq-vit+uniform-probs+uniform-norm-inputs w8a8",
     ],
+    "observers": ["minmax", "moving-average", "percentile", "omse"],
     "default": ["default w8a8", "default w6a6", "default w4a8", "default w4a4"],
     "repq-vit": [
         "repq-vit w8a8",
@@ -81,6 +80,10 @@ PAGES = {
     ],
 }
 OFFICIAL = {
+    "minmax": "fqvit_minmax_888",
+    "moving-average": "fqvit_ema_888",
+    "percentile": "fqvit_percentile_888",
+    "omse": "fqvit_omse_888",
     "fq-vit-published w8a8s4": "fqvit_minmax_ptf_lis_884",
     "fq-vit-published+uniform-probs w8a8": "fqvit_minmax_ptf_888",
     "fq-vit-published+uniform-probs+uniform-norm-inputs w8a8": "fqvit_minmax_888",
@@ -107,9 +110,9 @@ def main() -> None:
     parser.add_argument("--simulated", action="store_true", help="evaluate the float32 simulation of what lowers, too")
     arguments = parser.parse_args()
     model = float_deit()
-    sets = [_EvaluationSet.of(model, name) for name in EVALUATION]
+    sets = [EvaluationSet.of(model, name) for name in EVALUATION]
     columns = (
-        "recipe", "runs in", *[f"{measure}, {name}" for name in EVALUATION for measure in MEASURES], "seconds", "MB",
+        "recipe", "runs in", *[f"{measure}, {name}" for name in EVALUATION for measure in SCORES], "seconds", "MB",
         "official top-1", "agreement", "cosine", "top-1 - official, 95 %", "agreement with official",
         "cosine with official",
     )  # fmt: skip
@@ -139,35 +142,7 @@ def main() -> None:
         print(row([*cells, *[""] * (len(columns) - len(cells))]), flush=True)
 
 
-@dataclass(frozen=True)
-class _EvaluationSet:
-    """Photographs that nothing is chosen by, and what the float model makes of them."""
-
-    images: ImageBatches
-    labels: torch.Tensor
-    reference: torch.Tensor
-
-    @classmethod
-    def of(cls, model: torch.nn.Module, name: str) -> _EvaluationSet:
-        images = batches(load_listing(SHARED / "images" / name), EVALUATION[name], 50)
-        return cls(images, torch.cat([label for _, label in images]), run(model, images))
-
-    @property
-    def top1(self) -> float:
-        return compare(self.reference, None, self.labels).top1
-
-    def cells(self, logits: list[torch.Tensor]) -> list[str]:
-        """`MEASURES` of what several draws gave."""
-        results = [compare(each, self.reference, self.labels) for each in logits]
-        return [
-            spread([result.top1 for result in results], 1),
-            spread([result.agreement for result in results], 1),
-            spread([cosine(each, self.reference) for each in logits], 4),
-            interval(results[0].top1_difference_interval),
-        ]
-
-
-def _beside_official(outputs: list[torch.Tensor], evaluation: _EvaluationSet, official: torch.Tensor) -> list[str]:
+def _beside_official(outputs: list[torch.Tensor], evaluation: EvaluationSet, official: torch.Tensor) -> list[str]:
     theirs = compare(official, evaluation.reference, evaluation.labels)
     return [
         f"{theirs.top1:.1f}",
