@@ -13,7 +13,7 @@ import vitquant
 from vitquant.capture import capture
 from vitquant.errors import CalibrationError, LoweringError
 from vitquant.graph.masks import hide_whole_rows, hides, masks_between, unmasked
-from vitquant.graph.operators import SOFTMAX, arguments, aten, calls
+from vitquant.graph.operators import FILLS, SOFTMAX, arguments, aten, calls
 from vitquant.model import QuantizedModel
 from vitquant.runtime.on_images import interpreted
 from vitquant.simulation import ExactSimulation
@@ -347,6 +347,44 @@ def test_masks_made_for_a_batch_are_constants_of_the_program() -> None:
     with torch.inference_mode():
         integers = interpreted(vitquant.lower(found))(photos(5, seed=1))
         assert torch.equal(integers, ExactSimulation(found)(photos(5, seed=1)).float())
+
+
+def boolean_of(x: Tensor) -> Tensor:
+    hidden = torch.zeros(len(x), TOKENS, dtype=torch.bool)
+    hidden[:, -4:] = True
+    return hidden[:, None].expand(-1, TOKENS, -1)
+
+
+def float_of(x: Tensor) -> Tensor:
+    return x.new_zeros(len(x), TOKENS, TOKENS).masked_fill(boolean_of(x), -100.0)
+
+
+READ = {
+    "sum": lambda x: (x @ x.mT + float_of(x)).softmax(-1) @ x,
+    "sum, mask first": lambda x: (float_of(x) + x @ x.mT).softmax(-1) @ x,
+    "filled": lambda x: (x @ x.mT).masked_fill(boolean_of(x), -math.inf).softmax(-1) @ x,
+    "baddbmm": lambda x: torch.baddbmm(float_of(x), x, x.mT).softmax(-1) @ x,
+    "attention, boolean": lambda x: nn.functional.scaled_dot_product_attention(x, x, x, ~boolean_of(x)),
+    "attention, float": lambda x: nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=float_of(x)),
+}
+
+
+@pytest.mark.parametrize("read", READ)
+def test_a_mask_made_for_a_batch_is_a_constant_whatever_reads_it(read: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, WIDTH, 8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return READ[read](self.patches(x).flatten(2).mT)
+
+    model = Model().eval()
+    captured = capture(model, photos(2))
+    fills = {*FILLS, aten.full, aten.zeros, aten.ones}
+    assert not [node for node in captured.graph.nodes if calls(node, fills)]
+    with torch.no_grad():
+        torch.testing.assert_close(captured(photos(5, seed=1)), model(photos(5, seed=1)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [-1e4, -1e9, torch.finfo(torch.float32).min])
