@@ -295,6 +295,26 @@ def test_what_cannot_be_captured_is_refused_in_one_line(build, said, capfd):
     assert capfd.readouterr() == ("", "")  # torch.export has pages to say
 
 
+@torch.library.custom_op("vitquant_capture_tests::even", mutates_args=())
+def even(images: torch.Tensor) -> torch.Tensor:
+    if len(images) % 2:
+        raise RuntimeError("images come in pairs\nhere is a page about it")
+    return images.clone()
+
+
+even.register_fake(lambda images: torch.empty_like(images))
+
+
+def test_a_model_that_does_not_run_at_every_batch_is_refused():
+    class Paired(Handwritten):
+        def forward(self, images):
+            return super().forward(even(images))
+
+    with pytest.raises(CaptureError, match="does not run on 2 and 3 images: images come in pairs") as refused:
+        capture(Paired().eval(), torch.randn(2, 3, 32, 32))
+    assert_one_line(refused.value)
+
+
 def test_a_wrong_number_of_channels_is_refused():
     with pytest.raises(CaptureError, match=re.escape("refuses an input of shape (2, 4, 32, 32)")) as refused:
         capture(Handwritten(), torch.randn(2, 4, 32, 32))
