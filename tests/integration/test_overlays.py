@@ -6,6 +6,7 @@ from itertools import permutations
 import pytest
 import timm
 import torch
+from architectures import Einsum
 
 import vitquant
 from vitquant.capture import capture
@@ -79,3 +80,10 @@ def test_methods_run_in_their_order_whichever_overlay_comes_first(network):
     assert methods.index("search-scales") < methods.index("integer-operations")
     with torch.no_grad():
         assert torch.equal(one(images[0]), other(images[0]))
+
+
+def test_a_wide_stream_needs_no_norm_to_read_it():
+    recipe = load_recipe("minmax+wide-residual")
+    model = QuantizedModel(capture(Einsum().eval(), torch.randn(2, 3, 32, 32)), recipe, recipe.bits, (3, 32, 32))
+    added = [value.name for value in model.values if {reader.kind for reader in value.readers} == {"residual"}]
+    assert [model.assignments[name].spec.bits for name in added] == [16]  # the other operand is attention's input, too
