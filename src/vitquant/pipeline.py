@@ -22,6 +22,7 @@ from vitquant.files import recover
 from vitquant.lowering import check_possible, check_promise
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.methods.integer_operations import integer_operations
+from vitquant.methods.output_reconstruction import ReconstructOutputSettings, reconstruct_output
 from vitquant.methods.power_of_two_factor import ChooseFactorsSettings, choose_factors
 from vitquant.methods.scale_reparameterization import ReparameterizeScalesSettings, reparameterize_scales
 from vitquant.methods.scale_search import SearchScalesSettings, search_scales
@@ -38,7 +39,14 @@ from vitquant.zoo.budget import Budget, ForwardBudget
 from vitquant.zoo.trust import as_repeated
 
 # The order in which methods run, whatever order a recipe and its overlays name them in.
-_ORDER = ("calibrate", "reparameterize-scales", "search-scales", "choose-factors", "integer-operations")
+_ORDER = (
+    "calibrate",
+    "reparameterize-scales",
+    "search-scales",
+    "choose-factors",
+    "reconstruct-output",
+    "integer-operations",
+)
 
 _LIFTED = "; where that is meant, repeat its source: --model NAME"
 
@@ -257,6 +265,8 @@ def _step(method: Method, progress: Progress) -> Callable[[QuantizedModel, Itera
             return _with_settings(reparameterize_scales, ReparameterizeScalesSettings, method)
         case "search-scales":
             return _with_settings(partial(search_scales, progress=progress), SearchScalesSettings, method)
+        case "reconstruct-output":
+            return _with_settings(partial(reconstruct_output, progress=progress), ReconstructOutputSettings, method)
         case "integer-operations":
             return _with_settings(integer_operations, Arithmetic, method)
         case _:

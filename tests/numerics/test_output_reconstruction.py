@@ -1,0 +1,195 @@
+"""Reconstruction of the output: its error against float64, and its steps against gradients written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import ZOO, Handwritten, vary
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vitquant
+from vitquant.errors import CalibrationError, RecipeError
+from vitquant.methods.output_reconstruction import ReconstructOutputSettings, reconstruct_output
+from vitquant.model import QuantizedModel
+from vitquant.objectives.output_error import output_error
+from vitquant.runtime.on_images import interpreted
+from vitquant.simulation import ExactSimulation
+from vitquant.spec import PowerOfTwoScale
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), images=st.integers(1, 5), classes=st.integers(2, 20), common=st.floats(-10, 10))
+def test_the_error_is_a_share_of_the_squares_without_what_classes_have_in_common(
+    seed: int, images: int, classes: int, common: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    expected, found = torch.randn(2, images, classes, generator=generator).unbind()
+    reference = []
+    for y, y_hat in zip(expected.double().tolist(), found.double().tolist(), strict=True):
+        mean, mean_hat = sum(y) / classes, sum(y_hat) / classes
+        change = sum(((a - mean) - (b - mean_hat)) ** 2 for a, b in zip(y, y_hat, strict=True))
+        reference.append(change / sum((a - mean) ** 2 for a in y))
+    error = output_error(found, expected)
+    torch.testing.assert_close(error.double(), torch.tensor(reference, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+    assert bool((output_error(expected + common, expected) < 1e-8).all())
+    torch.testing.assert_close(output_error(found + common, expected), error, rtol=1e-3, atol=1e-4)
+
+
+def test_the_error_of_constant_outputs_is_a_number() -> None:
+    assert output_error(torch.zeros(2, 5), torch.ones(2, 5)).tolist() == [0, 0]
+
+
+def made(name: str, recipe: str = "repq-vit", bits: str = "w4a4") -> tuple[QuantizedModel, torch.Tensor]:
+    build, size = ZOO[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    vary(model)
+    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return vitquant.quantize(model, recipe, [images], bits=bits, simulated=True), images
+
+
+def gradients(model: QuantizedModel, images: torch.Tensor, expected: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the mean error to every stored tensor, and to the logarithm of every activation's scale."""
+    learned = dict(model.graph_module.named_parameters())
+    scales = {}
+    for name, quantizer in model.quantizers.items():
+        if model.value(name).parameter is None:
+            scales[name] = torch.zeros_like(quantizer.scale, requires_grad=True)
+            quantizer.scale = quantizer.scale * scales[name].exp()
+    with torch.enable_grad():
+        for each in learned.values():
+            each.requires_grad_(True)
+        error = output_error(model.graph_module(images), expected).mean()
+        found = torch.autograd.grad(error, [*learned.values(), *scales.values()], allow_unused=True)
+    return dict(zip([*learned, *scales], found, strict=True))
+
+
+@pytest.mark.parametrize("at_once", [3, 8])
+def test_the_first_step_goes_down_the_gradient_of_the_mean_error(at_once: int) -> None:
+    model, images = made("timm deit")
+    other, _ = made("timm deit")
+    with torch.no_grad():
+        expected = other.run(images, {}, quantized=False)
+    slopes = gradients(other, images, expected)
+    before = {name: p.detach().clone() for name, p in model.graph_module.named_parameters()}
+    scales = {name: quantizer.scale.clone() for name, quantizer in model.quantizers.items()}
+    rates = {"weights": 2e-3, "vectors": 3e-3, "scales": 4e-3}
+    reconstruct_output(model, [images], ReconstructOutputSettings(1, **rates, images_at_once=at_once))
+    moved = 0
+    for name, parameter in model.graph_module.named_parameters():
+        rate = rates["weights" if parameter.ndim > 1 else "vectors"]
+        steep = slopes[name].abs() > 1e-5  # Adam's first step has the size of its rate, whatever the slope
+        expected_step = (-rate * slopes[name].sign())[steep]
+        torch.testing.assert_close((parameter.detach() - before[name])[steep], expected_step, rtol=0.02, atol=1e-6)
+        moved += int(steep.sum())
+    assert moved > 1000
+    moved = 0
+    for name, quantizer in model.quantizers.items():
+        if model.value(name).parameter is not None:
+            assert torch.equal(quantizer.scale, scales[name])  # a weight's stays
+        elif slopes[name] is not None and slopes[name].abs() > 1e-5:
+            step = (quantizer.scale / scales[name]).log()
+            torch.testing.assert_close(step, -rates["scales"] * slopes[name].sign(), rtol=0.02, atol=1e-6)
+            moved += 1
+    assert moved > 5
+
+
+@pytest.mark.parametrize(
+    "name", ["timm deit", "timm swin", "transformers vit", "torchvision vit", "encoder post-norm relu"]
+)
+def test_the_error_falls_in_every_library(name: str) -> None:
+    model, images = made(name)
+    quick = ReconstructOutputSettings(passes=30, weights=1e-4, vectors=5e-4, scales=2e-3)
+    record = reconstruct_output(model, [images], quick)
+    first, last = (record.summary[f"output error, {which} pass"] for which in ("first", "last"))
+    assert last < 0.8 * first
+    assert record.summary["steps"] == 30
+
+
+def test_the_result_is_plain_saves_loads_and_lowers(tmp_path) -> None:
+    build, size = ZOO["timm deit"]
+    torch.manual_seed(0)
+    network = build().eval()
+    weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    images = torch.randn(6, 3, size, size, generator=torch.Generator().manual_seed(0))
+    recipe, steps = "repq-vit+reconstructed-output+fully-integer+wide-residual", ["reconstruct-output.passes=3"]
+    model = vitquant.quantize(network, recipe, images.split(3), bits="w6a6s5", settings=steps)
+    again = vitquant.quantize(network, recipe, images.split(3), bits="w6a6s5", settings=steps)
+    assert model.digest == again.digest
+    without = vitquant.quantize(network, recipe.replace("+reconstructed-output", ""), images.split(3), bits="w6a6s5")
+    assert model.digest != without.digest
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in network.state_dict().items())
+    assert not any(tensor.requires_grad for tensor in model.buffers())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.save(tmp_path / "out")
+    assert torch.equal(vitquant.load(tmp_path / "out", model=network)(images), model(images))
+    assert torch.equal(interpreted(vitquant.lower(model))(images), ExactSimulation(model)(images).float())
+
+
+def test_scales_that_are_powers_of_two_stay_so() -> None:
+    model, images = made("timm deit", "repq-vit+power-of-two-factor")
+    reconstruct_output(model, [images], ReconstructOutputSettings(passes=2, scales=0.1))
+    powers = [q.scale for q in model.quantizers.values() if isinstance(q.spec.scheme, PowerOfTwoScale)]
+    for scale in powers:
+        assert torch.equal(scale.log2(), scale.log2().round())
+
+
+def test_what_cannot_be_reconstructed_is_refused() -> None:
+    model, images = made("timm deit")
+    with pytest.raises(CalibrationError, match="no calibration images"):
+        reconstruct_output(model, [], ReconstructOutputSettings())
+    for parameter in model.graph_module.parameters():
+        with torch.no_grad():
+            parameter.mul_(1e30)
+    with pytest.raises(CalibrationError, match=r"step 1 of 2: lower weights, vectors and scales"):
+        reconstruct_output(model, [images], ReconstructOutputSettings(passes=2))
+    assert not any(tensor.requires_grad for tensor in model.buffers())
+    done, images = made("timm deit", "fq-vit", "w8a8s4")
+    with pytest.raises(CalibrationError, match="comes before integer-operations"):
+        reconstruct_output(done, [images], ReconstructOutputSettings())
+
+
+@torch.library.custom_op("vitquant_reconstruction_tests::constant", mutates_args=())
+def without_gradients(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+without_gradients.register_fake(lambda x: torch.empty_like(x))
+
+
+def test_a_model_without_gradients_is_refused_in_one_line() -> None:
+    class Custom(Handwritten):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return without_gradients(super().forward(x))
+
+    torch.manual_seed(0)
+    with pytest.raises(
+        CalibrationError, match="reconstruct-output: torch computes no gradients of this model"
+    ) as refused:
+        vitquant.quantize(Custom().eval(), "minmax+reconstructed-output", [torch.randn(4, 3, 32, 32)])
+    assert "\n" not in str(refused.value)
+
+
+def test_in_inference_mode_images_may_be_but_the_model_may_not() -> None:
+    model, images = made("timm deit")
+    with torch.inference_mode():
+        reconstruct_output(model, [images.clone()], ReconstructOutputSettings(passes=1))
+    build, _ = ZOO["timm deit"]
+    network = build().eval()
+    with torch.inference_mode(), pytest.raises(CalibrationError, match="outside of that"):
+        vitquant.quantize(network, "repq-vit+reconstructed-output", [images])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"passes": 0}, "whole number"),
+        ({"images_at_once": 1.5}, "whole number"),
+        ({"weights": -1.0}, "at least 0"),
+        ({"scales": float("nan")}, "at least 0"),
+    ],
+)
+def test_numbers_without_meaning_are_refused(wrong: dict[str, float], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        ReconstructOutputSettings(**wrong)  # type: ignore[arg-type]
