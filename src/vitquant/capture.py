@@ -21,7 +21,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from vitquant.errors import CaptureError, ModelError
+from vitquant.errors import CaptureError, ModelError, first_line
 from vitquant.graph.canonical import canonicalize
 from vitquant.graph.fused import blamed_operator, fused_attention, named_attention
 from vitquant.graph.made_masks import fold_made_masks
@@ -91,7 +91,7 @@ def _batches_of(*sizes: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         tried = " and ".join(map(str, sizes))
-        raise CaptureError(f"captured, the model does not run on {tried} images: {_first_line(error)}") from error
+        raise CaptureError(f"captured, the model does not run on {tried} images: {first_line(error)}") from error
 
 
 def _refuse_non_finite(model: nn.Module) -> None:
@@ -108,7 +108,7 @@ def _call(model: nn.Module, example: torch.Tensor) -> object:
         return model(example)
     except Exception as error:
         shape, own = tuple(example.shape), next((each.dtype for each in model.parameters()), example.dtype)
-        reason = _first_line(error)
+        reason = first_line(error)
         if own != example.dtype:
             reason = f"it is of {own} and the input of {example.dtype}; give model.float(), or images of its precision"
         raise CaptureError(
@@ -131,13 +131,13 @@ def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
                 raise CaptureError(f"the model's forward depends on the values of its input{_place(error)}") from error
             if "Constraints violated" not in str(error) and "specialized" not in str(error):
                 what = "the model's forward fixes the batch size" if _SIZE.search(str(error)) else _CANNOT
-                reason = f"{what}: {_first_line(error)}"
+                reason = f"{what}: {first_line(error)}"
                 raise CaptureError(blamed_operator(error) or reason) from error
             # `len(x)` and its like fix the batch in non-strict mode only.
             try:
                 program = torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=True)
             except Exception as strict_error:
-                reason = f"the model's forward fixes the batch size: {_first_line(strict_error)}"
+                reason = f"the model's forward fixes the batch size: {first_line(strict_error)}"
                 no_tensor = re.search(r"opaque object|\(Generator\)", str(strict_error))
                 raise CaptureError(_NO_TENSOR if no_tensor else reason) from strict_error
         return program.run_decompositions({})  # functional form; nothing is decomposed
@@ -154,11 +154,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _place(error: Exception) -> str:

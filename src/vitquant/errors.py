@@ -62,3 +62,9 @@ class DataError(VitquantError):
 
 class ModelError(VitquantError):
     """A model, its name, its arguments or its weights do not fit together."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, 300 characters at most; its type where it says nothing."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitquant.errors import CalibrationError, RecipeError
+from vitquant.errors import CalibrationError, RecipeError, first_line
 from vitquant.model import QuantizedModel, Record
 from vitquant.objectives.output_error import output_error
 from vitquant.progress import Progress, silent
@@ -200,10 +200,9 @@ def _accumulate(
         try:
             error.backward()
         except RuntimeError as refused:
-            reason = str(refused).strip().partition("\n")[0]
             raise CalibrationError(
-                f"torch computes no gradients of this model: {reason}; leave reconstruct-output out of the recipe, or, "
-                "where memory is the reason, lower its images_at_once"
+                f"torch computes no gradients of this model: {first_line(refused)}; leave reconstruct-output out of "
+                "the recipe, or, where memory is the reason, lower its images_at_once"
             ) from refused
         total += error.item()
     return total

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitquant.errors import ExportError
+from vitquant.errors import ExportError, first_line
 from vitquant.runtime.fixed_batch import in_batches
 from vitquant.runtime.metadata import values_of
 from vitquant.runtime.onnx_files import read_onnx
@@ -59,7 +59,7 @@ class OnnxModel:
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common base
-            raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {_first_line(error)}") from error
+            raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {first_line(error)}") from error
         self._input = self._session.get_inputs()[0]
         scales = (values_of(self.metadata, "output") or {}).get("scale", [1.0])
         classes = [size.dim_value for size in proto.graph.output[0].type.tensor_type.shape.dim][-1:]
@@ -101,7 +101,7 @@ class OnnxModel:
         except ExportError as error:
             raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {error}") from error
         except Exception as error:
-            raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {_first_line(error)}") from error
+            raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {first_line(error)}") from error
         return result if result.is_floating_point() else result.to(torch.int64)
 
     def _run(self, images: Tensor) -> Tensor:
@@ -112,7 +112,3 @@ _DTYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(uint8)": np.uint8,
     "tensor(int8)": np.int8, "tensor(int32)": np.int32, "tensor(int64)": np.int64,
 }  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n")[0].split())[:300]

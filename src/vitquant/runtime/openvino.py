@@ -62,7 +62,7 @@ class OpenVinoModel:
             said = model.rt_info["framework"] if model.has_rt_info(["framework"]) else {}
             self.metadata: dict[str, str] = {name: text.astype(str) for name, text in said.items()}
         except RuntimeError as error:
-            raise ExportError(f"OpenVINO refuses {file}: {_first_line(error)}") from error
+            raise ExportError(f"OpenVINO refuses {file}: {_said(error)}") from error
 
     def __call__(self, images: Tensor) -> Tensor:
         """Classify images.
@@ -123,7 +123,7 @@ def _without_other_files(file: Path) -> Path:
     return file
 
 
-def _first_line(error: Exception) -> str:
+def _said(error: Exception) -> str:
     """What OpenVINO says, without the places in its own source that it begins with."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in reversed(lines) if not line.startswith("Exception from")), type(error).__name__)
