@@ -23,7 +23,13 @@ _SPEC = Table(
         "symmetric": Flag(),
         "per": Text(among=GRANULARITIES),
     },
-    {"axis": Integer(-16, 16), "clamp_before_round": Flag(), "factors": Integer(1, 8), "separate_zero": Flag()},
+    {
+        "axis": Integer(-16, 16),
+        "clamp_before_round": Flag(),
+        "factors": Integer(1, 8),
+        "shift": Integer(1, 8),
+        "separate_zero": Flag(),
+    },
 )
 _QUANTIZATION = Table(
     {

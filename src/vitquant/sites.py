@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
@@ -21,6 +21,7 @@ KINDS = (
     "scores", "context", "product", "residual", "concat", "pool", "output",
 )  # fmt: skip
 _ON_AXIS_1 = ("conv", "batch_norm", "group_norm")
+IMAGE = "image"  # makes what is read before any site
 OPERANDS = ("input", "weight", "query", "key", "probs", "value", "lhs", "rhs")
 
 
@@ -55,6 +56,8 @@ class Value:
         channel_axis: the axis that `per = "axis"` means: 0 for a weight, 1 around convolutions,
             -1 elsewhere.
         parameter: state-dict key when the tensor is a parameter as stored, else None.
+        made_by: the kind of the site that it comes from, rearranged, in part, or scaled and shifted; `image`; or empty
+            where it comes from none or from several.
     """
 
     node: str
@@ -62,6 +65,7 @@ class Value:
     shape: tuple[int, ...]
     channel_axis: int
     parameter: str | None = None
+    made_by: str = ""
 
     @property
     def name(self) -> str:
@@ -206,7 +210,20 @@ def find_values(module: GraphModule, sites: Iterable[Site]) -> tuple[Value, ...]
     groups: dict[Node, list[tuple[Site, str, Node]]] = {}
     for site, operand, node in reads:
         groups.setdefault(_source(node, whole), []).append((site, operand, node))
-    return tuple(_value(source, group, nodes[group[0][0].node]) for source, group in groups.items())
+    makers, dynamic = {nodes[site.node]: site.kind for site in sites}, depends_on_input(module.graph)
+    return tuple(
+        _value(source, group, nodes[group[0][0].node], _made_by(source, makers, dynamic))
+        for source, group in groups.items()
+    )
+
+
+def _made_by(node: Node, makers: Mapping[Node, str], dynamic: set[Node]) -> str:
+    while node not in makers:
+        read = [each for each in node.all_input_nodes if each in dynamic]
+        if len(read) != 1:
+            return IMAGE if node.op == "placeholder" else ""
+        node = read[0]
+    return makers[node]
 
 
 def _source(node: Node, whole: set[Node]) -> Node:
@@ -220,7 +237,7 @@ def _source(node: Node, whole: set[Node]) -> Node:
     return root(node)
 
 
-def _value(source: Node, group: list[tuple[Site, str, Node]], operation: Node) -> Value:
+def _value(source: Node, group: list[tuple[Site, str, Node]], operation: Node, made_by: str) -> Value:
     read = {node for _, _, node in group}
     node = read.pop() if len(read) == 1 else source
     site, operand, seen = group[0]
@@ -233,6 +250,7 @@ def _value(source: Node, group: list[tuple[Site, str, Node]], operation: Node) -
         shape=tuple(node.meta["shape"]),
         channel_axis=axis,
         parameter=str(node.target) if node.op == "get_attr" else None,
+        made_by=made_by,
     )
 
 

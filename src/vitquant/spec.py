@@ -89,8 +89,18 @@ class LogSqrt2:
     separate_zero: bool = False
 
 
+@dataclass(frozen=True)
+class TwinUniform:
+    """Half of the codes are `scale` apart, around zero, and the others `scale * 2**shift`, beyond them.
+
+    PTQ4ViT, its twin uniform quantization; piecewise linear quantization.
+    """
+
+    shift: int = 2
+
+
 Logarithmic = Log2 | LogSqrt2
-Scheme = Uniform | PowerOfTwoScale | PowerOfTwoFactor | Logarithmic
+Scheme = Uniform | PowerOfTwoScale | PowerOfTwoFactor | TwinUniform | Logarithmic
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,10 @@ class QuantSpec:
                 raise RecipeError('power_of_two_factor needs per = "axis": it has one factor per channel')
             case PowerOfTwoFactor() if self.signed or self.symmetric:
                 raise RecipeError("power_of_two_factor codes are unsigned and asymmetric, as published")
+            case TwinUniform(shift) if not 1 <= shift <= 8:
+                raise RecipeError(f"shift = {shift}: a coarse step of twin_uniform is 2**1 to 2**8 fine ones")
+            case TwinUniform() if self.signed or self.symmetric or self.bits > 8:
+                raise RecipeError("twin_uniform codes are unsigned and asymmetric, and have at most 8 bits")
             case _:
                 pass
 

@@ -15,7 +15,7 @@ from vitquant.packing import unpack
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.quantizers.quantizer import channel_axis
 from vitquant.sites import Value
-from vitquant.spec import Logarithmic, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec
+from vitquant.spec import Logarithmic, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec, TwinUniform
 
 Tensors = dict[str, torch.Tensor]
 
@@ -54,7 +54,8 @@ def stored_quantizer(tensors: Tensors, prefix: str, value: Value, spec: QuantSpe
     if zero is not None:
         fixed = spec.symmetric and not isinstance(spec.scheme, PowerOfTwoFactor)
         middle = 0 if spec.signed else 1 << (spec.bits - 1)
-        low, high = (middle, middle) if fixed else (spec.qmin - _FURTHEST_ZERO, spec.qmax + _FURTHEST_ZERO)
+        beyond = 0 if isinstance(spec.scheme, TwinUniform) else _FURTHEST_ZERO
+        low, high = (middle, middle) if fixed else (spec.qmin - beyond, spec.qmax + beyond)
         if zero.dtype != torch.int32 or zero.shape != scale.shape or not _within(zero, low, high):
             raise refuse(f"zero points that are not int32 {tuple(scale.shape)} from {low} to {high}")
     if (factor is None) == isinstance(spec.scheme, PowerOfTwoFactor):

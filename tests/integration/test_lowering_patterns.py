@@ -16,9 +16,10 @@ from vitquant.lowering import lower
 from vitquant.lowering.codes import _integers
 from vitquant.lowering.scaled import Scaled, Term
 from vitquant.quantizers import build_quantizer
+from vitquant.quantizers.twin_uniform import TwinUniformQuantizer
 from vitquant.runtime.on_images import interpreted
 from vitquant.simulation import ExactSimulation
-from vitquant.spec import PerAxis, QParams
+from vitquant.spec import PerAxis, QParams, QuantSpec, TwinUniform
 
 
 class Block(nn.Module):
@@ -107,6 +108,60 @@ BODIES = {
 @pytest.mark.parametrize("name", BODIES)
 def test_odd_patterns_give_the_codes_of_the_simulation(name):
     check(quantized(BODIES[name]))
+
+
+TWINS = [f"twin-steps.{key}" for key in ("bits=6", "shift=2", "observer=minmax")]
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_odd_patterns_of_twin_steps_give_the_codes_of_the_simulation(name):
+    model = quantized(BODIES[name], recipe="fq-vit+twin-steps", settings=TWINS)
+    assert isinstance(model.quantizers["blocks.0.attn.context:value"], TwinUniformQuantizer)
+    check(model)
+
+
+@pytest.mark.parametrize("shift", [1, 2, 4])
+@pytest.mark.parametrize("bits", [2, 4, 5])
+def test_twin_steps_of_any_width_that_fits_give_the_codes_of_the_simulation(bits, shift):
+    check(quantized(recipe="fq-vit+twin-steps", settings=[f"twin-steps.bits={bits}", f"twin-steps.shift={shift}"]))
+
+
+@pytest.mark.parametrize(("bits", "shift", "most"), [(7, 2, 319), (8, 1, 383), (6, 3, 287)])
+def test_twin_steps_that_span_more_than_8_bits_are_refused(bits, shift, most):
+    model = quantized(recipe="fq-vit+twin-steps", settings=[f"twin-steps.bits={bits}", f"twin-steps.shift={shift}"])
+    said = f"{bits} bits of twin_uniform with shift {shift} are integers up to {most}, and products are of 8 bits; give"
+    with pytest.raises(LoweringError, match=f"blocks.0.attn.scores:query: {said} it fewer bits or a lower shift"):
+        lower(model)
+
+
+def twin(model, name, granularity=None, zeros=1):
+    """The model with twin steps at one more place."""
+    old, axis = model.quantizers[name], granularity or model.quantizers[name].spec.granularity
+    scale = old.scale.flatten()[:1].expand(zeros) if zeros > 1 else old.scale.flatten()[0]
+    zero = torch.arange(zeros, dtype=torch.int32) + 8 if zeros > 1 else torch.tensor(8)
+    spec = QuantSpec(6, granularity=axis, scheme=TwinUniform())
+    model.insert({name: build_quantizer(spec, QParams(scale.clone(), zero))})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity", "zeros", "said"),
+    [
+        ("patch_embed:input", None, 1, "the image has twin steps"),
+        ("blocks.0.attn.scores:query", PerAxis(-1), 8, "its twin steps begin elsewhere in every channel"),
+    ],
+)
+def test_twin_steps_that_integers_do_not_have_are_refused(name, granularity, zeros, said):
+    with pytest.raises(LoweringError, match=said):
+        lower(twin(quantized(), name, granularity, zeros))
+
+
+def test_weights_may_have_twin_steps():
+    model = quantized(settings=["weights.symmetric=false", "weights.signed=false", "weights.per=axis"])
+    name, old = "blocks.0.attn.proj:weight", model.quantizers["blocks.0.attn.proj:weight"]
+    params = QParams(old.scale * 4, torch.arange(24, 40, dtype=torch.int32))
+    model.insert({name: build_quantizer(replace(old.spec, bits=6, scheme=TwinUniform()), params)})
+    check(model)
 
 
 MIXES = {

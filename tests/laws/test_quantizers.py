@@ -28,6 +28,7 @@ from vitquant.spec import (
     QParams,
     QuantSpec,
     Scheme,
+    TwinUniform,
     Uniform,
 )
 
@@ -36,7 +37,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 EXACT_DTYPES = (torch.float32, torch.float64)
 UP_TO_8_BITS = st.integers(2, 8)
 POWERS = (Log2(), Log2(separate_zero=True), LogSqrt2(), LogSqrt2(separate_zero=True))
-SCHEMES = (Uniform(), Uniform(clamp_before_round=True), PowerOfTwoScale(), PowerOfTwoFactor(), *POWERS)
+SCHEMES = (Uniform(), Uniform(clamp_before_round=True), PowerOfTwoScale(), PowerOfTwoFactor(), TwinUniform(), *POWERS)
 
 law = settings(max_examples=60, deadline=None)
 
@@ -76,6 +77,22 @@ def steps_of(spec: QuantSpec) -> int:
     return 2 if isinstance(spec.scheme, LogSqrt2) else 1
 
 
+def twin_levels(spec: QuantSpec, zero: int) -> list[int]:
+    """The integers, in fine steps, that codes 0, 1 .. stand for, counted out one by one from the code of zero."""
+    assert isinstance(spec.scheme, TwinUniform)
+    half, coarse = 2 ** (spec.bits - 1), 2**spec.scheme.shift
+    first = min(max(zero - half // 2, 0), half)  # the first code with a fine step behind it
+    steps = [1 if first <= code < first + half - 1 else coarse for code in range(spec.qmax)]
+    return [sum(steps[zero:code]) - sum(steps[code:zero]) for code in range(spec.qmax + 1)]
+
+
+def level_table(case: Case) -> Tensor:
+    """The level of every code, for each channel's own zero: int64, of the operand's shape and one axis more."""
+    zeros = case.zero_point.expand(case.x.shape)
+    tables = {zero: twin_levels(case.spec, zero) for zero in zeros.unique().tolist()}
+    return torch.tensor([tables[zero] for zero in zeros.flatten().tolist()]).view(*case.x.shape, -1)
+
+
 @st.composite
 def specs(draw: st.DrawFn, scheme: Scheme, bits: st.SearchStrategy[int]) -> QuantSpec:
     axes = st.integers(-4, 3).map(PerAxis)
@@ -85,6 +102,9 @@ def specs(draw: st.DrawFn, scheme: Scheme, bits: st.SearchStrategy[int]) -> Quan
             return QuantSpec(draw(bits), granularity=draw(axes), scheme=PowerOfTwoFactor(draw(st.integers(1, 8))))
         case Log2() | LogSqrt2():
             return QuantSpec(min(draw(bits), 8), granularity=draw(granularities), scheme=scheme)
+        case TwinUniform():
+            shift = draw(st.integers(1, 8))
+            return QuantSpec(min(draw(bits), 8), granularity=draw(granularities), scheme=TwinUniform(shift))
     return QuantSpec(draw(bits), draw(st.booleans()), draw(st.booleans()), draw(granularities), scheme)
 
 
@@ -124,6 +144,8 @@ def operand(quantizer: Quantizer, random: torch.Generator) -> Tensor:
     else:
         assert quantizer.zero_point is not None
         zero = along_axis(quantizer.zero_point, spec.granularity, len(SHAPE))
+        if isinstance(spec.scheme, TwinUniform):
+            step = step * 2.0 ** torch.randint(0, spec.scheme.shift + 1, SHAPE, generator=random)
         x = (torch.randint(spec.qmin - 3, spec.qmax + 4, SHAPE, generator=random) - zero + offset) * step
     x.view(-1)[:5] = torch.tensor([0.0, -0.0, 1e30, -1e30, torch.inf])
     return x.flatten()[torch.randperm(x.numel(), generator=random)].view(SHAPE)
@@ -152,6 +174,8 @@ def survives_cast(case: Case, codes: Tensor) -> Tensor:
     """Where a result rounded to the operand's dtype must still encode to the same code."""
     if case.x.dtype != torch.bfloat16 or isinstance(case.spec.scheme, Logarithmic | PowerOfTwoScale):
         return torch.ones_like(codes, dtype=torch.bool)
+    if isinstance(case.spec.scheme, TwinUniform):
+        return (case.quantizer.decode(codes, torch.float64) / case.step.double()).abs() <= 128
     return (codes.int() - case.zero_point).abs() <= 128
 
 
@@ -173,6 +197,13 @@ def test_codes_are_those_of_the_nearest_level(case: Case) -> None:
         exponent = -steps_of(case.spec) * torch.log2(ratio.clamp(1e-300, 1.0))
         expected = exponent.round().clamp(max=case.largest)
         clear = (exponent - exponent.floor() - 0.5).abs() > 1e-4
+    elif isinstance(case.spec.scheme, TwinUniform):
+        table = level_table(case)
+        integers = torch.minimum(torch.maximum(ratio.round(), table[..., 0]), table[..., -1])
+        nearest = (table - integers[..., None]).abs().sort(dim=-1, stable=True)
+        expected = nearest.indices[..., 0].double()
+        alone = nearest.values[..., 0] < nearest.values[..., 1]
+        clear = alone & (((ratio - ratio.floor() - 0.5).abs() > 1e-2) | ratio.isinf())
     else:
         expected = (ratio.round() + case.zero_point).clamp(case.spec.qmin, case.spec.qmax)
         clear = ((ratio - ratio.floor() - 0.5).abs() > 1e-2) | ratio.isinf()
@@ -189,6 +220,8 @@ def test_output_is_on_the_grid(case: Case) -> None:
             -(codes // steps_of(case.spec))
         )
         grid = torch.where(codes == case.largest, 0.0, case.step.double() * level)
+    elif isinstance(case.spec.scheme, TwinUniform):
+        grid = level_table(case).gather(-1, codes[..., None].long())[..., 0] * case.step.double()
     else:
         grid = (codes - case.zero_point) * case.step.double()
     grid = grid.to(work)  # one rounding, as in the float32 product
@@ -246,6 +279,8 @@ def test_error_bound_is_not_idle(case: Case) -> None:
     half_step = case.step.double() / 2
     if isinstance(case.spec.scheme, Logarithmic):
         half_step = case.x.double().abs()
+    if isinstance(case.spec.scheme, TwinUniform):
+        half_step = half_step * (1 + 2**case.spec.scheme.shift)
     eps = torch.finfo(case.x.dtype).eps
     rounding = eps * (case.x.double().abs() + 2 * half_step)
     bound = case.quantizer.error_bound(case.x).double()

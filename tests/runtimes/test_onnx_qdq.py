@@ -20,7 +20,7 @@ from vitquant.errors import CalibrationError, ExportError
 from vitquant.export.qdq_operators import quantizer_operator
 from vitquant.model import QuantizedModel
 from vitquant.quantizers import build_quantizer
-from vitquant.spec import Log2, LogSqrt2, PerAxis, PowerOfTwoFactor, QParams, QuantSpec
+from vitquant.spec import Log2, LogSqrt2, PerAxis, PowerOfTwoFactor, QParams, QuantSpec, TwinUniform
 from vitquant.tasks.classification import logits_of
 
 onnx = pytest.importorskip("onnx")
@@ -152,6 +152,12 @@ FACTORED = build_quantizer(
     QuantSpec(8, granularity=PerAxis(-1), scheme=PowerOfTwoFactor(4)),
     QParams(torch.tensor(0.0123), torch.tensor(97), torch.tensor([0, 3, 1, 2])),
 )
+TWINS = {
+    (bits, shift, zero): build_quantizer(
+        QuantSpec(bits, scheme=TwinUniform(shift)), QParams(torch.tensor(0.0371), torch.tensor(zero))
+    )
+    for bits, shift, zero in ((6, 2, 4), (6, 2, 33), (4, 3, 15), (2, 1, 0))
+}
 FLOATS = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40)
 
 
@@ -171,6 +177,13 @@ def test_a_uniform_quantizer_is_exact_on_levels_halves_and_beyond_its_ends(name)
 @given(st.sampled_from(sorted(UNIFORM)), FLOATS)
 def test_a_uniform_quantizer_is_exact_on_any_value(name, values):
     assert_same(UNIFORM[name], torch.tensor(values))
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twin_steps_are_exact_on_levels_halves_and_beyond_their_ends(name):
+    around = torch.arange(-400.0, 400.0, 0.5) * TWINS[name].scale
+    above, below = (torch.nextafter(around, torch.tensor(end)) for end in (math.inf, -math.inf))
+    assert_same(TWINS[name], torch.cat([around, above, below, torch.tensor([-1e30, 1e30, 0.0])]))
 
 
 @pytest.mark.parametrize("name", POWERS)
@@ -219,7 +232,7 @@ EVERY_MODEL = [
 ]  # fmt: skip
 EVERY_RECIPE = [
     ("minmax", None), ("omse", None), ("percentile", None), ("fq-vit", None), ("fq-vit", "w4a8s4"),
-    ("fq-vit", "w4a4s4"), ("fq-vit+uniform-probs", "w8a8"), ("minmax", "w6a6"),
+    ("fq-vit", "w4a4s4"), ("fq-vit+uniform-probs", "w8a8"), ("minmax", "w6a6"), ("fq-vit+twin-steps", "w6a6s4"),
 ]  # fmt: skip
 
 

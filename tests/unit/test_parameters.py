@@ -19,6 +19,7 @@ from vitquant.spec import (
     QParams,
     QuantSpec,
     Scheme,
+    TwinUniform,
     Uniform,
 )
 
@@ -107,6 +108,39 @@ def test_power_of_two_scale_keeps_a_power_of_two(exponent: int) -> None:
 def test_power_of_two_zero_point_is_that_of_the_rounded_scale() -> None:
     params = params_of(-3.0, 5.0, QuantSpec(4, scheme=PowerOfTwoScale()))
     assert (params.scale, params.zero_point) == (1.0, 3)
+
+
+TWINS = [QuantSpec(bits, scheme=TwinUniform(shift)) for bits in (2, 4, 6, 8) for shift in (1, 2, 3)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(TWINS), st.floats(-1e6, 1e6, width=32), st.floats(-1e6, 1e6, width=32))
+def test_twin_steps_end_at_most_half_a_coarse_step_short_of_the_range(spec: QuantSpec, a: float, b: float) -> None:
+    low, high = torch.tensor([min(a, b, 0.0)]), torch.tensor([max(a, b, 0.0)])
+    params = params_from_range(low, high, spec)
+    quantizer = build_quantizer(replace(spec, granularity=PerAxis(0)), params)
+    assert isinstance(spec.scheme, TwinUniform)
+    half = params.scale * (2.0**spec.scheme.shift + 1) / 2
+    first, last = quantizer.range()
+    assert bool((torch.maximum(first - low, high - last) <= half * (1 + 1e-5)).all())
+    assert float(quantizer(torch.zeros(1, 1))) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "scale", "zero_point"),
+    [
+        (-4.0, 155.0, 1.0, 4),  # all coarse codes above
+        (-155.0, 4.0, 1.0, 59),  # all of them below: 27 fine codes, and 32 coarse ones
+        (-76.0, 83.0, 1.0, 31),  # 16 fine steps below zero and 15 coarse ones
+        (0.0, 159.0, 1.0, 0),
+        (-159.0, 0.0, 1.0, 63),
+    ],
+)
+def test_where_twin_steps_have_their_zero(low: float, high: float, scale: float, zero_point: int) -> None:
+    params = params_of(low, high, QuantSpec(6, scheme=TwinUniform(2)))
+    assert (float(params.scale), params.zero_point) == (scale, zero_point)
+    quantizer = build_quantizer(QuantSpec(6, scheme=TwinUniform(2)), params)
+    assert [float(end) for end in quantizer.range()] == [low, high]
 
 
 @pytest.mark.parametrize("scheme", [Log2(), LogSqrt2()])

@@ -40,11 +40,11 @@ def read(body: str) -> Recipe:
     return Recipe.from_toml(HEAD + body, "mine.toml")
 
 
-def value(*readers: str, axis: int = -1) -> Value:
+def value(*readers: str, axis: int = -1, made_by: str = "") -> Value:
     """A value read by `site:kind:operand` or `site:kind:operand:module`."""
     parts = [reader.split(":") for reader in readers]
     made = tuple(Reader(p[0], p[3] if len(p) > 3 else f"lib.{p[0]}", p[1], p[2]) for p in parts)
-    return Value("node", made, (-1, 4), axis)
+    return Value("node", made, (-1, 4), axis, made_by=made_by)
 
 
 BLOCK = [
@@ -163,6 +163,10 @@ class TestReading:
             ('scheme = "power_of_two_factor", bits = 8', ['per = "axis"']),
             ('scheme = "log2", bits = 8, signed = true', ["log2", "signed = false"]),
             ('scheme = "log_sqrt2", bits = 9', ["log_sqrt2", "at most 8 bits"]),
+            ('scheme = "twin_uniform", bits = 9', ["twin_uniform", "at most 8 bits"]),
+            ('scheme = "twin_uniform", bits = 4, signed = true', ["twin_uniform", "unsigned"]),
+            ('scheme = "twin_uniform", bits = 4, symmetric = true', ["twin_uniform", "asymmetric"]),
+            ('scheme = "twin_uniform", bits = 4, shift = 9', ["shift = 9", "1 to 8"]),
         ],
     )
     def test_what_is_wrong_in_a_spec_is_refused_by_name(self, spec: str, parts: list[str]) -> None:
@@ -264,6 +268,18 @@ class TestAssign:
         values = [value("blocks.0.mlp.fc1:linear:input:encoder.layer.0.dense")]
         for glob in ("blocks.*.fc1", "encoder.layer.0.*"):
             assert assign(Recipe("r", "R", (Rule("x", site=(glob,)),)), Bits(), values)
+
+    def test_what_comes_from_named_kinds_is_left_to_other_rules(self) -> None:
+        kinds = ("layer_norm", "image", "linear", "")
+        made = {kind: value(f"{kind or 'x'}:linear:input", made_by=kind) for kind in kinds}
+        rule = Rule("x", unless_made_by=("layer_norm", "image"))
+        found = assign(Recipe("r", "R", (rule,)), Bits(), list(made.values()))
+        assert {kind: found[each.name].rule for kind, each in made.items()} == {
+            "layer_norm": "", "image": "", "linear": "x", "": "x",
+        }  # fmt: skip
+        assert Rule.from_dict(rule.to_dict() | {"float": True}) == rule
+        with refused("unknown unless_made_by 'norm'"):
+            Rule("x", unless_made_by=("norm",))
 
     def test_a_value_that_no_rule_matches_stays_float(self) -> None:
         assert assign(Recipe("r", "R"), Bits(), BLOCK[:1]) == {"patch_embed:input": Assignment(None, None, "")}

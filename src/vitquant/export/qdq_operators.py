@@ -15,6 +15,7 @@ from vitquant.operations import IntegerOperation
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.logarithmic import LogarithmicQuantizer, power, threshold
 from vitquant.quantizers.quantizer import along_axis, channel_axis
+from vitquant.quantizers.twin_uniform import TwinLevels, TwinUniformQuantizer
 from vitquant.quantizers.uniform import UniformQuantizer
 
 OPERAND, STORED_AS = "vitquant.operand", "vitquant.type"  # what a node says of itself, in its metadata
@@ -172,6 +173,29 @@ class NearestPower(nn.Module):
         return threshold(code, self._steps, torch.float32)
 
 
+class NearestTwin(nn.Module):
+    """A quantizer on twin steps, by a quotient, two roundings and exact products: no runtime has a type for it.
+
+    Arguments:
+        quantizer: on twin steps.
+        rank: how many axes the value has.
+    """
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, quantizer: TwinUniformQuantizer, rank: int) -> None:
+        super().__init__()
+        assert quantizer.zero_point is not None
+        self._spec = quantizer.spec
+        for name, value in (("scale", quantizer.scale), ("zero", quantizer.zero_point.float())):
+            self.register_buffer(name, along_axis(value.detach(), quantizer.spec.granularity, rank).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The value on its grid."""
+        return TwinLevels.of(self._spec, self.zero).nearest(torch.round(x / self.scale)) * self.scale
+
+
 class FloatOperation(nn.Module):
     """An operation on codes as the float operation that runtimes know and fuse.
 
@@ -192,5 +216,7 @@ def quantizer_operator(name: str, quantizer: Quantizer, rank: int) -> nn.Module:
     """What a quantizer of a value that images change becomes."""
     if isinstance(quantizer, LogarithmicQuantizer):
         return NearestPower(quantizer, rank)
+    if isinstance(quantizer, TwinUniformQuantizer):
+        return NearestTwin(quantizer, rank)
     assert isinstance(quantizer, UniformQuantizer)
     return QuantizeDequantize(name, quantizer, rank)

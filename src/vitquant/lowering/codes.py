@@ -15,10 +15,11 @@ from vitquant.lowering.context import Context, Value, growing_shape, nothing
 from vitquant.lowering.rearrangement import follow, shape_of
 from vitquant.lowering.scaled import Joined, Scaled, Static, Term, compact, size_along
 from vitquant.operations.replacement import operation_at
-from vitquant.program.instructions import Concat, Register, Requantize, Reshape, smallest_type
+from vitquant.program.instructions import Concat, Lookup, Register, Requantize, Reshape, smallest_type
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.logarithmic import LogarithmicQuantizer
 from vitquant.quantizers.quantizer import along_axis
+from vitquant.quantizers.twin_uniform import TwinLevels, TwinUniformQuantizer
 
 IMAGE = "input"  # the register of the image's codes
 
@@ -57,13 +58,13 @@ def static(context: Context, node: Node) -> Static:
 
 
 def codes_of(context: Context, register: str, quantizer: Quantizer, rank: int) -> Scaled:
-    """The real tensor that a register of a quantizer's codes is.
+    """The real tensor that a register of a quantizer's `integers_of` is.
 
     Arguments:
         rank: the number of its axes.
 
     Raises:
-        LoweringError: the codes are powers of two, or a scale is not positive.
+        LoweringError: the codes are powers of two, or levels of more than 8 bits, or a scale is not positive.
     """
     if isinstance(quantizer, LogarithmicQuantizer):
         raise context.refuse("only a softmax gives powers of two", "quantize it uniformly, as +uniform-probs does")
@@ -72,13 +73,19 @@ def codes_of(context: Context, register: str, quantizer: Quantizer, rank: int) -
         raise context.refuse("a scale of its quantizer is not positive", "calibrate it on other images")
     assert quantizer.zero_point is not None
     zero = quantizer.zero_point.detach().cpu().to(torch.int64)
+    if isinstance(quantizer, TwinUniformQuantizer):
+        bits, levels = quantizer.spec.bits, quantizer.levels
+        if levels.span > 255:
+            problem = f"{bits} bits of twin_uniform with shift {levels.shift} are integers up to {levels.span}"
+            raise context.refuse(f"{problem}, and products are of 8 bits", "give it fewer bits or a lower shift")
+        zero = -quantizer.levels.lowest.detach().cpu().to(torch.int64)
     zero, step = (along_axis(values, quantizer.spec.granularity, rank) for values in (zero, step))
     return Scaled((Term(register, zero, step),), nothing())
 
 
 def code_type(quantizer: Quantizer) -> str:
-    """The type of a quantizer's codes."""
-    return smallest_type(quantizer.spec.qmin, quantizer.spec.qmax)
+    """The type of the integers that a register has in place of a quantizer's codes."""
+    return smallest_type(*quantizer.integer_bounds)
 
 
 def computed(node: Node) -> Node:
@@ -91,6 +98,8 @@ def computed(node: Node) -> Node:
 def _of_the_image(context: Context, image: Node, read: Node, quantizer: Quantizer) -> Scaled:
     """The codes of an image; what moves it before it is quantized moves its codes just as well."""
     shape = context.one_image[image]
+    if isinstance(quantizer, TwinUniformQuantizer):
+        raise context.refuse("the image has twin steps", 'give it the scheme "uniform"')
     value = codes_of(context, IMAGE, quantizer, len(shape))
     if value.terms[0].scale.numel() != 1:
         raise context.refuse("the image has several scales", "use per = tensor")
@@ -107,8 +116,8 @@ def _of_the_image(context: Context, image: Node, read: Node, quantizer: Quantize
 
 def _static_codes(context: Context, name: str, value: Tensor, quantizer: Quantizer) -> Scaled:
     with torch.inference_mode():
-        codes = quantizer.encode(value.to(quantizer.scale.device))
-    register = context.constant(name.removeprefix("quantizers."), codes, code_type(quantizer))
+        codes = quantizer.encode(value.to(quantizer.scale.device)).to(torch.int64)
+    register = context.constant(name.removeprefix("quantizers."), quantizer.integers(codes), code_type(quantizer))
     return codes_of(context, register, quantizer, value.ndim)
 
 
@@ -119,7 +128,7 @@ def _requantized(context: Context, value: Value, shape: tuple[int, ...], target:
         shape: of the codes.
         target: their scale and zero point; its register is not read.
     """
-    written = Register(code_type(quantizer), shape)
+    written, (low, high) = Register(code_type(quantizer), shape), quantizer.integer_bounds
     match value:
         case Joined():
             return _joined(context, value, shape, target, quantizer)
@@ -149,12 +158,27 @@ def _requantized(context: Context, value: Value, shape: tuple[int, ...], target:
         multipliers=tuple(context.constant(f"{context.site}.multiplier", m, "s32") for m in multipliers),
         addend=context.constant(f"{context.site}.addend", addend, "s64"),
         shift=shift,
-        low=quantizer.spec.qmin,
-        high=quantizer.spec.qmax,
+        low=low,
+        high=high,
     )
+    if isinstance(quantizer, TwinUniformQuantizer):
+        output = _to_levels(context, output, quantizer)
     if rows > 1:
         output = context.emit(Reshape, written, input=output, shape=shape)
     return Scaled((replace(target, register=output),), nothing())
+
+
+def _to_levels(context: Context, register: str, quantizer: TwinUniformQuantizer) -> str:
+    """Round integers in fine steps to the levels of twin steps, by a table: the second of the quantizer's roundings."""
+    assert quantizer.zero_point is not None
+    levels, (low, high) = TwinLevels.of(quantizer.spec, quantizer.zero_point.detach().cpu()), quantizer.integer_bounds
+    if levels.lowest.numel() != 1:
+        raise context.refuse("its twin steps begin elsewhere in every channel", "use per = tensor")
+    every = torch.arange(low, high + 1).double()
+    table = (levels.nearest(every + levels.lowest) - levels.lowest).to(torch.int64)
+    written = context.registers[register]
+    constant = context.constant(f"{context.site}.levels", table, written.type)
+    return context.emit(Lookup, written, input=register, table=constant, lowest=low)
 
 
 def _joined(context: Context, value: Joined, shape: tuple[int, ...], target: Term, quantizer: Quantizer) -> Scaled:

@@ -71,7 +71,7 @@ def _computed(
     if isinstance(operation, LogIntSoftmax):
         return _log_softmax(context, operation, term, hidden, shape)
     result = operation.result
-    written, low, high = Register(code_type(result), shape), result.spec.qmin, result.spec.qmax
+    written, (low, high) = Register(code_type(result), shape), result.integer_bounds
     match operation:
         case IntegerSoftmax():
             table, (multiplier, shift) = operation.exponential, operation.steps()
@@ -85,7 +85,7 @@ def _computed(
         case IntegerLayerNorm():
             register = _layer_norm(context, node, operation, term, written)
         case TableActivation():
-            table = operation.table()
+            table = result.integers(operation.table())
             register = context.emit(
                 Lookup, written, input=term.register,
                 table=context.constant(f"{context.site}.table", table, written.type), lowest=operation.source.spec.qmin,

@@ -15,6 +15,7 @@ from vitquant.integer.correct_rounding import CorrectRounding
 from vitquant.operations.operation import IntegerOperation, NotIntegerError
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.quantizer import channel_axis
+from vitquant.quantizers.twin_uniform import TwinUniformQuantizer
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class TableActivation(IntegerOperation):
         self._function = function
 
     def check(self, source: Quantizer, result: Quantizer) -> None:
+        if isinstance(source, TwinUniformQuantizer):
+            raise NotIntegerError("its input has twin steps, and its table an entry for each of equally spaced ones")
         for quantizer, which in ((source, "input"), (result, "result")):
             if channel_axis(quantizer.spec.granularity) is not None:
                 raise NotIntegerError(f"its {which} has more than one scale, and one table serves all elements")

@@ -101,7 +101,7 @@ def _count(
     def compared(name: str, quantizer: Quantizer, x: Tensor) -> Tensor:
         if name not in names:
             return quantizer(x)
-        codes = held[names[name]]
+        codes = quantizer.codes_of(held[names[name]])
         difference = (quantizer.encode(x).to(torch.int64) - codes).abs()
         entry = counts.setdefault(name, [0, 0, 0])
         entry[0] += codes.numel()

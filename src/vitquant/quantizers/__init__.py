@@ -6,8 +6,9 @@ from vitquant.quantizers.logarithmic import Log2Quantizer, LogSqrt2Quantizer
 from vitquant.quantizers.parameters import params_from_range
 from vitquant.quantizers.power_of_two_factor import PowerOfTwoFactorQuantizer
 from vitquant.quantizers.quantizer import Quantizer
+from vitquant.quantizers.twin_uniform import TwinUniformQuantizer
 from vitquant.quantizers.uniform import UniformQuantizer
-from vitquant.spec import Log2, LogSqrt2, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec, Uniform
+from vitquant.spec import Log2, LogSqrt2, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec, TwinUniform, Uniform
 
 __all__ = ["Quantizer", "build_quantizer", "params_from_range"]
 
@@ -19,6 +20,8 @@ def build_quantizer(spec: QuantSpec, params: QParams) -> Quantizer:
             return UniformQuantizer(spec, params)
         case PowerOfTwoFactor():
             return PowerOfTwoFactorQuantizer(spec, params)
+        case TwinUniform():
+            return TwinUniformQuantizer(spec, params)
         case Log2():
             return Log2Quantizer(spec, params)
         case LogSqrt2():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitquant.spec import Log2, LogSqrt2, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec, Uniform
+from vitquant.spec import Log2, LogSqrt2, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec, TwinUniform, Uniform
 
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 
@@ -23,6 +23,8 @@ def params_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
         scale = max(|low|, |high|) / ((qmax - qmin) / 2), zero_point 0 or, unsigned, 2**(bits-1).
         Asymmetric: scale = (high - low) / (qmax - qmin), zero_point = clamp(qmin - round(low / scale)).
 
+    Twin: the levels span high - low, and the code of zero is the one that ends nearest to both.
+
     Source: FQ-ViT's code (`observer/minmax.py`); the factors, its section "Power-of-Two Factor".
 
     Pitfall: neither form ends exactly at the range. Symmetric codes stop half a step short of the
@@ -35,6 +37,8 @@ def params_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
             return QParams(_floored(high))
         case PowerOfTwoFactor(factors):
             return _covering_factors(low, high, spec, factors)
+        case TwinUniform(shift):
+            return _covering_twin(low, high, spec, shift)
     if spec.symmetric:
         scale = _floored(torch.maximum(-low, high) / ((spec.qmax - spec.qmin) / 2))
     else:
@@ -95,3 +99,13 @@ def _covering_factors(low: Tensor, high: Tensor, spec: QuantSpec, factors: int) 
     )
     covered[-1] = True  # the coarsest is what there is
     return QParams(scale, zero_point, covered.int().argmax(0).to(torch.int32))
+
+
+def _covering_twin(low: Tensor, high: Tensor, spec: QuantSpec, shift: int) -> QParams:
+    """The fine step with which all levels span the range, and where among the codes zero has to be for that."""
+    fine = 1 << (spec.bits - 1)
+    scale = _floored((high - low) / (fine - 1 + (fine << shift)))
+    below = -low / scale.double()  # in fine steps: the first fine / 2 are fine, then as many coarse ones as there are
+    coarse = ((below - fine // 2) / (1 << shift)).clamp(0, fine)
+    zero_point = torch.round(below.clamp(max=fine // 2) + coarse + (below - fine // 2 - (fine << shift)).clamp(min=0))
+    return QParams(scale, zero_point.clamp(0, spec.qmax).to(torch.int32))

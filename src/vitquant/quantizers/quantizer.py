@@ -87,6 +87,19 @@ class Quantizer(nn.Module):
         step = self._step(work)
         return (self._nearest_level(work / step) * step).to(x.dtype)
 
+    @property
+    def integer_bounds(self) -> tuple[int, int]:
+        """The smallest and the largest of `integers`."""
+        return self.spec.qmin, self.spec.qmax
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """What integer arithmetic has in place of codes, of their dtype: of equally spaced levels the codes."""
+        return codes
+
+    def codes_of(self, integers: Tensor) -> Tensor:
+        """The codes that integers of `integers` stand for."""
+        return integers
+
     def error_bound(self, x: Tensor) -> Tensor:
         """The largest |forward(x) - x| that an `x` inside `range()` can have, elementwise."""
         raise NotImplementedError

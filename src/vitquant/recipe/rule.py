@@ -12,7 +12,7 @@ from vitquant.observers import OBSERVERS
 from vitquant.recipe.bits import BIT_SYMBOLS, Bits
 from vitquant.recipe.tables import within
 from vitquant.schema import Either, Flag, Integer, ListOf, Plain, Table, TableOf, Text, check, nearest, take
-from vitquant.sites import KINDS, OPERANDS, Reader, Value
+from vitquant.sites import IMAGE, KINDS, OPERANDS, Reader, Value
 from vitquant.spec import (
     MAX_BITS,
     MIN_BITS,
@@ -26,6 +26,7 @@ from vitquant.spec import (
     PowerOfTwoScale,
     QuantSpec,
     Scheme,
+    TwinUniform,
     Uniform,
 )
 
@@ -33,16 +34,17 @@ SCHEMES: dict[str, type[Scheme]] = {
     "uniform": Uniform,
     "power_of_two_scale": PowerOfTwoScale,
     "power_of_two_factor": PowerOfTwoFactor,
+    "twin_uniform": TwinUniform,
     "log2": Log2,
     "log_sqrt2": LogSqrt2,
 }
 GRANULARITIES = ("tensor", "axis", "head")
 SPEC_KEYS = ("scheme", "bits", "signed", "symmetric", "per")
 RULE_KEYS = (
-    *("name", "site", "kind", "operand", "value", "unless_read_by", "float", "spec", "observer"),
+    *("name", "site", "kind", "operand", "value", "unless_read_by", "unless_made_by", "float", "spec", "observer"),
     *("optional", "override", "overlay"),
 )
-_NAMES = ("site", "kind", "operand", "value", "unless_read_by")  # one word, or a list of them
+_NAMES = ("site", "kind", "operand", "value", "unless_read_by", "unless_made_by")  # one word, or a list of them
 _WORDS = Either((Text(), ListOf(Text(), least=1)))
 _RULE = Table(
     {"name": Text(100)},
@@ -150,6 +152,7 @@ class Rule:
         operand: any of these `sites.OPERANDS`; empty for all.
         value: values by any of their readers, `site:operand`, written out; empty for all.
         unless_read_by: kinds; a value that a site of one of these reads too is left to other rules.
+        unless_made_by: kinds, or `image`; a value that comes from one of these is left to other rules.
         spec: how to quantize; None leaves the operand in float.
         observer: one of `observers.OBSERVERS`; None when `spec` is.
         optional: it may match nothing.
@@ -166,6 +169,7 @@ class Rule:
     operand: tuple[str, ...] = ()
     value: tuple[str, ...] = ()
     unless_read_by: tuple[str, ...] = ()
+    unless_made_by: tuple[str, ...] = ()
     spec: SpecTemplate | None = None
     observer: str | None = None
     optional: bool = False
@@ -174,7 +178,8 @@ class Rule:
 
     def __post_init__(self) -> None:
         kinds = (("kind", self.kind, KINDS), ("unless_read_by", self.unless_read_by, KINDS))
-        given = (*kinds, ("operand", self.operand, OPERANDS))
+        made = ("unless_made_by", self.unless_made_by, (*KINDS, IMAGE))
+        given = (*kinds, made, ("operand", self.operand, OPERANDS))
         observer = () if self.observer is None else (self.observer,)
         for key, words, valid in (*given, ("observer", observer, OBSERVERS)):
             for word in words:
@@ -184,8 +189,9 @@ class Rule:
             raise RecipeError(f"rule {self.name!r}: a spec needs an observer, and float takes none")
 
     def matches(self, value: Value) -> bool:
-        """Whether it reads the value, and nobody does whom it leaves the value to."""
-        left = any(reader.kind in self.unless_read_by for reader in value.readers)
+        """Whether it reads the value, and the value neither comes from nor goes to what it leaves to other rules."""
+        left = value.made_by in self.unless_made_by
+        left |= any(reader.kind in self.unless_read_by for reader in value.readers)
         return not left and any(self.reads(reader) for reader in value.readers)
 
     def reads(self, reader: Reader) -> bool:
