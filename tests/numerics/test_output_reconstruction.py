@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vitquant
+import vitquant.methods.output_reconstruction as output_reconstruction
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.methods.output_reconstruction import ReconstructOutputSettings, reconstruct_output
 from vitquant.model import QuantizedModel
-from vitquant.objectives.output_error import output_error
+from vitquant.objectives.relative_error import output_error, relative_error
 from vitquant.runtime.on_images import interpreted
 from vitquant.simulation import ExactSimulation
 from vitquant.spec import PowerOfTwoScale
@@ -49,8 +50,18 @@ def made(name: str, recipe: str = "repq-vit", bits: str = "w4a4") -> tuple[Quant
     return vitquant.quantize(model, recipe, [images], bits=bits, simulated=True), images
 
 
-def gradients(model: QuantizedModel, images: torch.Tensor, expected: torch.Tensor) -> dict[str, torch.Tensor]:
+@torch.no_grad()
+def floats(model: QuantizedModel, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The float output, and what every norm gives."""
+    held: dict[str, torch.Tensor] = {}
+    norms = [site.node for site in model.sites if site.kind == "layer_norm"]
+    taps = [(node, lambda x, node=node: held.__setitem__(node, x.clone())) for node in norms]
+    return model.run(images, {}, quantized=False, nodes=taps), held
+
+
+def gradients(model: QuantizedModel, images: torch.Tensor, norms: float) -> dict[str, torch.Tensor]:
     """Of the mean error to every stored tensor, and to the logarithm of every activation's scale."""
+    expected, of_norms = floats(model, images)
     learned = dict(model.graph_module.named_parameters())
     scales = {}
     for name, quantizer in model.quantizers.items():
@@ -60,22 +71,24 @@ def gradients(model: QuantizedModel, images: torch.Tensor, expected: torch.Tenso
     with torch.enable_grad():
         for each in learned.values():
             each.requires_grad_(True)
-        error = output_error(model.graph_module(images), expected).mean()
+        held: dict[str, torch.Tensor] = {}
+        taps = [(node, lambda x, node=node: held.__setitem__(node, x)) for node in of_norms]
+        error = output_error(model.run(images, {}, nodes=taps), expected).mean()
+        for node, x in of_norms.items():
+            error = error + norms * relative_error(held[node], x).mean() / len(of_norms)
         found = torch.autograd.grad(error, [*learned.values(), *scales.values()], allow_unused=True)
     return dict(zip([*learned, *scales], found, strict=True))
 
 
-@pytest.mark.parametrize("at_once", [3, 8])
-def test_the_first_step_goes_down_the_gradient_of_the_mean_error(at_once: int) -> None:
+@pytest.mark.parametrize("norms", [0.0, 30.0])
+def test_the_first_step_goes_down_the_gradient_of_the_mean_error(norms: float) -> None:
     model, images = made("timm deit")
     other, _ = made("timm deit")
-    with torch.no_grad():
-        expected = other.run(images, {}, quantized=False)
-    slopes = gradients(other, images, expected)
+    slopes = gradients(other, images, norms)
     before = {name: p.detach().clone() for name, p in model.graph_module.named_parameters()}
     scales = {name: quantizer.scale.clone() for name, quantizer in model.quantizers.items()}
     rates = {"weights": 2e-3, "vectors": 3e-3, "scales": 4e-3}
-    reconstruct_output(model, [images], ReconstructOutputSettings(1, **rates, images_at_once=at_once))
+    reconstruct_output(model, [images], ReconstructOutputSettings(1, **rates, norms=norms))
     moved = 0
     for name, parameter in model.graph_module.named_parameters():
         rate = rates["weights" if parameter.ndim > 1 else "vectors"]
@@ -100,11 +113,32 @@ def test_the_first_step_goes_down_the_gradient_of_the_mean_error(at_once: int) -
 )
 def test_the_error_falls_in_every_library(name: str) -> None:
     model, images = made(name)
-    quick = ReconstructOutputSettings(passes=30, weights=1e-4, vectors=5e-4, scales=2e-3)
+    quick = ReconstructOutputSettings(passes=30, weights=1e-4, vectors=5e-4, scales=2e-3, mirrored=False)
     record = reconstruct_output(model, [images], quick)
     first, last = (record.summary[f"output error, {which} pass"] for which in ("first", "last"))
     assert last < 0.8 * first
     assert record.summary["steps"] == 30
+
+
+def test_steps_are_of_the_batch_and_every_second_pass_is_mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = made("timm deit")
+    seen: list[torch.Tensor] = []
+    real = output_reconstruction._errors
+
+    def spied(*given: object) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(given[2])  # type: ignore[arg-type]
+        return real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(output_reconstruction, "_errors", spied)
+    said: list[tuple[int, int]] = []
+    record = reconstruct_output(
+        model, images.split(5), ReconstructOutputSettings(2, batch=2), lambda _, done, total: said.append((done, total))
+    )
+    turned = images.flip(-1)
+    parts = [(0, 2), (2, 4), (4, 5), (5, 7), (7, 8)]
+    expected = [x[first:last] for x in (images, turned) for first, last in parts]
+    assert all(torch.equal(*pair) for pair in zip(seen, expected, strict=True))
+    assert (record.summary["steps"], record.summary["images"], said) == (10, 8, [(n, 10) for n in range(11)])
 
 
 def test_the_result_is_plain_saves_loads_and_lowers(tmp_path) -> None:
@@ -185,7 +219,9 @@ def test_in_inference_mode_images_may_be_but_the_model_may_not() -> None:
     ("wrong", "said"),
     [
         ({"passes": 0}, "whole number"),
-        ({"images_at_once": 1.5}, "whole number"),
+        ({"batch": 1.5}, "whole number"),
+        ({"norms": -1.0}, "at least 0"),
+        ({"norms": float("inf")}, "at least 0"),
         ({"weights": -1.0}, "at least 0"),
         ({"scales": float("nan")}, "at least 0"),
     ],

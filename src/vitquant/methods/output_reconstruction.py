@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 
 from vitquant.errors import CalibrationError, RecipeError, first_line
 from vitquant.model import QuantizedModel, Record
-from vitquant.objectives.output_error import output_error
+from vitquant.objectives.relative_error import output_error, relative_error
 from vitquant.progress import Progress, silent
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
 from vitquant.spec import PowerOfTwoScale
+
+_NORMS = ("layer_norm", "rms_norm")
 
 
 @dataclass(frozen=True)
@@ -24,30 +27,36 @@ class ReconstructOutputSettings:
     """How long, and how far in a step.
 
     Arguments:
-        passes: how often the calibration images are gone through; each batch is a step.
+        passes: how often the calibration images are gone through.
+        batch: how many images a step has, and are in memory with all that their gradients need.
         weights, vectors, scales: what a step changes at first, about: of tensors of two and more axes, of biases and
             norms, and of the logarithms of activations' scales. It falls to 0 along a cosine.
-        images_at_once: how many images are in memory with all that their gradients need; results differ by rounding.
+        norms: how much the error of what LayerNorms and RMSNorms give counts beside that of the output.
+        mirrored: every second pass sees the images mirrored, left to right.
 
     Raises:
         RecipeError: a number without meaning.
     """
 
     passes: int = 8
+    batch: int = 8
     weights: float = 2e-5
     vectors: float = 1e-4
     scales: float = 1e-3
-    images_at_once: int = 8
+    norms: float = 1.0
+    mirrored: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("passes", "images_at_once"):
+        for name in ("passes", "batch"):
             if not isinstance(getattr(self, name), int) or not 1 <= getattr(self, name) <= 1_000_000:
                 raise RecipeError(
                     f"reconstruct-output: {name} = {getattr(self, name)}: it is a whole number from 1 to 1,000,000"
                 )
-        for name in ("weights", "vectors", "scales"):
-            if not 0 <= getattr(self, name) < 1:
-                raise RecipeError(f"reconstruct-output: {name} = {getattr(self, name)}: it is at least 0 and below 1")
+        for name, below in (("weights", 1), ("vectors", 1), ("scales", 1), ("norms", math.inf)):
+            if not 0 <= getattr(self, name) < below:
+                raise RecipeError(
+                    f"reconstruct-output: {name} = {getattr(self, name)}: it is at least 0 and below {below}"
+                )
 
 
 def reconstruct_output(
@@ -59,11 +68,12 @@ def reconstruct_output(
     """Make the quantized model's output the float model's, by gradients through its quantizers.
 
     Weights, biases, norms and the scales of activations change; scales of weights and all zero points stay. Labels are
-    not used. One float forward pass over the data, then `passes` times a forward and a backward pass.
+    not used. `passes` times a float forward pass, a forward and a backward pass over the data; memory does not grow
+    with it.
 
     Arguments:
         model: calibrated, its operations still in float.
-        data: the calibration batches again, each of them a step of Adam.
+        data: the calibration batches again.
         settings: see there.
         progress: told how many of the steps are done.
 
@@ -74,8 +84,8 @@ def reconstruct_output(
         CalibrationError: no data, operations are computed on codes already, torch has no gradients of the model, or
             the error is no number.
 
-    Source: the global form of reconstruction, such as GLF-Q's loss of the penultimate feature; straight-through
-    gradients, and LSQ's for scales (Esser et al. 2020, equation 3). docs/output-reconstruction.md.
+    Source: the global form of reconstruction, such as GLF-Q's loss of the penultimate feature beside a block's own;
+    straight-through gradients, and LSQ's for scales (Esser et al. 2020, equation 3). docs/output-reconstruction.md.
 
     Pitfall: the model is no longer the float model with quantizers in it: `run(quantized=False)` has other weights.
     """
@@ -87,10 +97,12 @@ def reconstruct_output(
         )
     if any(each.is_inference() for each in model.graph_module.parameters()):
         raise CalibrationError("a model of torch.inference_mode() has no gradients: quantize it outside of that")
-    expected = _float_outputs(model, data)
-    if not expected:
+    sizes = [len(batch) for batch in data]
+    if not sizes:
         raise CalibrationError("no calibration images: give at least one batch")
-    total = settings.passes * len(expected)
+    in_a_pass = sum(math.ceil(size / settings.batch) for size in sizes)
+    total = settings.passes * in_a_pass
+    teacher = copy.deepcopy(model)  # what stays as it is while the model learns
     errors: list[float] = []
     with torch.inference_mode(False), torch.enable_grad(), _learnable(model) as learned:
         optimizer = torch.optim.Adam(
@@ -101,26 +113,71 @@ def reconstruct_output(
             ]
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total))
-        for _ in range(settings.passes):
-            for batch, outputs in zip(data, expected, strict=True):
-                progress("reconstructing the output", len(errors), total)
-                optimizer.zero_grad()
-                errors.append(_accumulate(model, batch, outputs, learned.scales, settings.images_at_once))
-                if not math.isfinite(errors[-1]):
-                    raise CalibrationError(
-                        f"the output error is {errors[-1]} in step {len(errors)} of {total}: "
-                        "lower weights, vectors and scales of reconstruct-output"
-                    )
-                optimizer.step()
-                schedule.step()
+        for images in _steps(data, settings):
+            progress("reconstructing the output", len(errors), total)
+            for scale in learned.scales:  # a graph of its own for every step
+                scale.put()
+            output, norms = _errors(model, teacher, images)
+            errors.append(output.item())
+            error = output + settings.norms * norms
+            if not math.isfinite(error.item()):
+                raise CalibrationError(
+                    f"the output error is {errors[-1]} in step {len(errors)} of {total}: "
+                    "lower weights, vectors and scales of reconstruct-output"
+                )
+            optimizer.zero_grad()
+            _backward(error)
+            optimizer.step()
+            schedule.step()
     progress("reconstructing the output", total, total)
     summary = {
-        "images": sum(len(outputs) for outputs in expected),
+        "images": sum(sizes),
         "steps": total,
-        "output error, first pass": sum(errors[: len(expected)]) / len(expected),
-        "output error, last pass": sum(errors[-len(expected) :]) / len(expected),
+        "output error, first pass": sum(errors[:in_a_pass]) / in_a_pass,
+        "output error, last pass": sum(errors[-in_a_pass:]) / in_a_pass,
     }
     return Record("reconstruct-output", summary)
+
+
+def _steps(data: Iterable[Tensor], settings: ReconstructOutputSettings) -> Iterator[Tensor]:
+    """The images of every step.
+
+    A batch may be of torch.inference_mode(), which backward passes refuse; its copy is not.
+    """
+    for number in range(settings.passes):
+        for batch in data:
+            images = batch.flip(-1) if settings.mirrored and number % 2 else batch.clone()
+            yield from images.split(settings.batch)
+
+
+def _errors(model: QuantizedModel, teacher: QuantizedModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean error of some images' outputs, and that of what all norms give."""
+    with torch.no_grad():
+        expected = _outputs(teacher, images, quantized=False)
+    found = _outputs(model, images, quantized=True)
+    output = output_error(found[0], expected[0]).mean()
+    norms = [relative_error(*pair).mean() for pair in zip(found[1:], expected[1:], strict=True)]
+    return output, torch.stack(norms).mean() if norms else torch.zeros_like(output)
+
+
+def _outputs(model: QuantizedModel, images: Tensor, quantized: bool) -> list[Tensor]:
+    """The tensor that the model's output is, or its logits; then what each norm gives, before it is quantized."""
+    output = next(site.operands["input"] for site in model.sites if site.kind == "output")
+    nodes = [model.read_as(output), *(site.node for site in model.sites if site.kind in _NORMS)]
+    held: dict[int, Tensor] = {}
+    taps = [(node, lambda x, place=place: held.__setitem__(place, x.clone())) for place, node in enumerate(nodes)]
+    model.run(images, {}, quantized=quantized, nodes=taps)
+    return [held[place] for place in range(len(nodes))]
+
+
+def _backward(error: Tensor) -> None:
+    try:
+        error.backward()
+    except RuntimeError as refused:
+        raise CalibrationError(
+            f"torch computes no gradients of this model: {first_line(refused)}; leave reconstruct-output out of "
+            "the recipe, or, where memory is the reason, lower its batch"
+        ) from refused
 
 
 @dataclass(frozen=True)
@@ -177,43 +234,6 @@ def _is_learned(model: QuantizedModel, name: str) -> bool:
     value = model.value(name)
     spec = model.assignments[value.name].spec
     return spec is not None and value.parameter is None and not isinstance(spec.scheme, PowerOfTwoScale)
-
-
-def _float_outputs(model: QuantizedModel, data: Iterable[Tensor]) -> list[Tensor]:
-    """What the float model gives, batch by batch."""
-    with torch.inference_mode(False), torch.no_grad():
-        return [_output(model, batch.clone(), quantized=False).clone() for batch in data]
-
-
-def _accumulate(
-    model: QuantizedModel, batch: Tensor, expected: Tensor, scales: Iterable[_Scale], at_once: int
-) -> float:
-    """Add up the gradients of a batch's mean error, some images at a time; the error.
-
-    The batch may be of torch.inference_mode(), which backward passes refuse; its copy is not.
-    """
-    total = 0.0
-    for images, outputs in zip(batch.clone().split(at_once), expected.split(at_once), strict=True):
-        for scale in scales:  # a graph of its own for every backward pass
-            scale.put()
-        error = output_error(_output(model, images, quantized=True), outputs).sum() / len(batch)
-        try:
-            error.backward()
-        except RuntimeError as refused:
-            raise CalibrationError(
-                f"torch computes no gradients of this model: {first_line(refused)}; leave reconstruct-output out of "
-                "the recipe, or, where memory is the reason, lower its images_at_once"
-            ) from refused
-        total += error.item()
-    return total
-
-
-def _output(model: QuantizedModel, images: Tensor, quantized: bool) -> Tensor:
-    """The tensor that the model's output is, or its logits."""
-    node = next(site.operands["input"] for site in model.sites if site.kind == "output")
-    held: list[Tensor] = []
-    model.run(images, {}, quantized=quantized, nodes=[(model.read_as(node), held.append)])
-    return held[0]
 
 
 def _cosine(step: int, total: int) -> float:
