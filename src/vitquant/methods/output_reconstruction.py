@@ -32,7 +32,6 @@ class ReconstructOutputSettings:
         weights, vectors, scales: what a step changes at first, about: of tensors of two and more axes, of biases and
             norms, and of the logarithms of activations' scales. It falls to 0 along a cosine.
         norms: how much the error of what LayerNorms and RMSNorms give counts beside that of the output.
-        mirrored: every second pass sees the images mirrored, left to right.
 
     Raises:
         RecipeError: a number without meaning.
@@ -44,7 +43,6 @@ class ReconstructOutputSettings:
     vectors: float = 1e-4
     scales: float = 1e-3
     norms: float = 1.0
-    mirrored: bool = True
 
     def __post_init__(self) -> None:
         for name in ("passes", "batch"):
@@ -144,10 +142,9 @@ def _steps(data: Iterable[Tensor], settings: ReconstructOutputSettings) -> Itera
 
     A batch may be of torch.inference_mode(), which backward passes refuse; its copy is not.
     """
-    for number in range(settings.passes):
+    for _ in range(settings.passes):
         for batch in data:
-            images = batch.flip(-1) if settings.mirrored and number % 2 else batch.clone()
-            yield from images.split(settings.batch)
+            yield from batch.clone().split(settings.batch)
 
 
 def _errors(model: QuantizedModel, teacher: QuantizedModel, images: Tensor) -> tuple[Tensor, Tensor]:

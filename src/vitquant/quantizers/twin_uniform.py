@@ -96,8 +96,8 @@ class TwinUniformQuantizer(Quantizer):
         spec: unsigned, asymmetric, at most 8 bits.
         params: scale, the fine step, and zero_point, () or (n,).
 
-    Source: steps a power of two apart, the twin uniform quantization of PTQ4ViT, Yuan et al. 2022, section 3.1; a dense
-    centre and sparse tails instead of its two signs, piecewise linear quantization, Fang et al. 2020, section 3.
+    Source: steps a power of two apart, the twin uniform quantization of PTQ4ViT, Yuan et al. 2022; a dense centre and
+    sparse tails instead of its two signs, piecewise linear quantization, Fang et al. 2020. docs/twin-steps.md.
 
     Pitfall: near zero as fine as a uniform quantizer with a bit or two more, in the tails coarser: weights and other
     values without long tails gain nothing.
