@@ -383,6 +383,29 @@ def test_gradient_is_one_inside_and_zero_outside(scheme: Scheme) -> None:
     assert x.grad.tolist() == [0, 0, 3, 3, 3, 3, 3, 0, 0]
 
 
+def test_gradients_of_twin_steps() -> None:
+    """Range [-4, 15.5]: to x 1 inside and 0 outside; to the scale the level minus x / scale inside, else the level."""
+    quantizer = build_quantizer(QuantSpec(4, scheme=TwinUniform(2)), QParams(torch.tensor(0.5), torch.tensor(5)))
+    scale = nn.Parameter(quantizer.scale.clone())
+    del quantizer.scale
+    quantizer.scale = scale
+    x = torch.tensor([-9.0, -4.3, -3.9, -0.6, 0.0, 1.4, 2.9, 15.7, 16.0, 90.0], requires_grad=True)
+    y = quantizer(x)
+    levels = [-8, -8, -8, -1, 0, 3, 7, 31, 31, 31]
+    assert y.tolist() == [0.5 * level for level in levels]
+    slopes = []
+    for each in y:
+        scale.grad = None
+        each.backward(retain_graph=True)
+        assert scale.grad is not None
+        slopes.append(float(scale.grad))
+    assert x.grad is not None
+    inside = [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert x.grad.tolist() == inside
+    expected = [level - each * 2 * within for level, each, within in zip(levels, x.tolist(), inside, strict=True)]
+    assert slopes == pytest.approx(expected, abs=1e-5)
+
+
 def test_clamp_order_decides_the_gradient_within_half_a_step_of_the_ends() -> None:
     for clamp_first, expected in ((True, [0.0, 0.0]), (False, [1.0, 1.0])):
         spec = QuantSpec(4, scheme=Uniform(clamp_before_round=clamp_first))

@@ -109,8 +109,8 @@ class TwinUniformQuantizer(Quantizer):
         levels = self._levels(step)
         ratio = torch.round(x.to(step.dtype) / step)
         fine = (ratio >= levels.first_fine) & (ratio < levels.first_fine + levels.fine)
-        steps = torch.where(fine, 0.5, 0.5 + (1 << levels.shift) / 2)
-        return steps * step + torch.finfo(x.dtype).eps * (x.abs().to(step.dtype) + step)
+        half = torch.where(fine, 0.5, 0.5 + (1 << levels.shift) / 2).to(step.dtype) * step
+        return half + torch.finfo(x.dtype).eps * (x.abs().to(step.dtype) + 2 * half)
 
     def range(self) -> tuple[Tensor, Tensor]:
         """The values of the first and the last code: float32, () or one per channel."""
