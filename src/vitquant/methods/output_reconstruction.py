@@ -29,19 +29,21 @@ class ReconstructOutputSettings:
     Arguments:
         passes: how often the calibration images are gone through.
         batch: how many images a step has, and are in memory with all that their gradients need.
-        weights, vectors, scales: what a step changes at first, about: of tensors of two and more axes, of biases and
-            norms, and of the logarithms of activations' scales. It falls to 0 along a cosine.
+        weights: what a step changes at first, about, in a quantized weight, in steps of its quantizer. It falls to 0
+            along a cosine, and so do the others.
+        others: the same of biases, norms, embeddings and weights in float, as it is.
+        scales: the same of the logarithms of activations' scales.
         norms: how much the error of what LayerNorms and RMSNorms give counts beside that of the output.
 
     Raises:
         RecipeError: a number without meaning.
     """
 
-    passes: int = 8
+    passes: int = 4
     batch: int = 8
-    weights: float = 2e-5
-    vectors: float = 1e-4
-    scales: float = 1e-3
+    weights: float = 2e-3
+    others: float = 2e-4
+    scales: float = 2e-3
     norms: float = 1.0
 
     def __post_init__(self) -> None:
@@ -50,7 +52,7 @@ class ReconstructOutputSettings:
                 raise RecipeError(
                     f"reconstruct-output: {name} = {getattr(self, name)}: it is a whole number from 1 to 1,000,000"
                 )
-        for name, below in (("weights", 1), ("vectors", 1), ("scales", 1), ("norms", math.inf)):
+        for name, below in (("weights", 1), ("others", 1), ("scales", 1), ("norms", math.inf)):
             if not 0 <= getattr(self, name) < below:
                 raise RecipeError(
                     f"reconstruct-output: {name} = {getattr(self, name)}: it is at least 0 and below {below}"
@@ -105,8 +107,8 @@ def reconstruct_output(
     with torch.inference_mode(False), torch.enable_grad(), _learnable(model) as learned:
         optimizer = torch.optim.Adam(
             [
-                {"params": learned.weights, "lr": settings.weights},
-                {"params": learned.vectors, "lr": settings.vectors},
+                *({"params": [weight], "lr": settings.weights * step} for weight, step in learned.weights),
+                {"params": learned.others, "lr": settings.others},
                 {"params": [scale.logarithm for scale in learned.scales], "lr": settings.scales},
             ]
         )
@@ -121,7 +123,7 @@ def reconstruct_output(
             if not math.isfinite(error.item()):
                 raise CalibrationError(
                     f"the output error is {errors[-1]} in step {len(errors)} of {total}: "
-                    "lower weights, vectors and scales of reconstruct-output"
+                    "lower weights, others and scales of reconstruct-output"
                 )
             optimizer.zero_grad()
             _backward(error)
@@ -201,10 +203,10 @@ class _Scale:
 
 @dataclass(frozen=True)
 class _Learned:
-    """What gradients change: stored tensors of two and more axes, of one, and scales."""
+    """What gradients change: quantized weights, each with a step of its quantizer, all other parameters, and scales."""
 
-    weights: list[nn.Parameter]
-    vectors: list[nn.Parameter]
+    weights: list[tuple[nn.Parameter, float]]
+    others: list[nn.Parameter]
     scales: list[_Scale]
 
 
@@ -217,13 +219,26 @@ def _learnable(model: QuantizedModel) -> Iterator[_Learned]:
     try:
         for each in parameters:
             each.requires_grad_(True)
-        yield _Learned([p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim < 2], scales)
+        steps = _weight_steps(model)
+        weights = [(each, steps[each]) for each in parameters if each in steps]
+        yield _Learned(weights, [each for each in parameters if each not in steps], scales)
     finally:
         for each, before in zip(parameters, asked, strict=True):
             each.requires_grad_(before)
             each.grad = None
         for scale in scales:
             scale.harden()
+
+
+def _weight_steps(model: QuantizedModel) -> dict[nn.Parameter, float]:
+    """What a code is worth in each weight of a product, the mean over its channels."""
+    return {
+        model.graph_module.get_parameter(value.parameter): model.quantizers[value.name].step.mean().item()
+        for value in model.values
+        if value.parameter is not None
+        and value.name in model.quantizers
+        and any(reader.operand == "weight" for reader in value.readers)
+    }
 
 
 def _is_learned(model: QuantizedModel, name: str) -> bool:
