@@ -36,6 +36,8 @@ class Choice:
     settings: tuple[str, ...] = ()
 
 
+_NARROW = "repq-vit+twin-steps+reconstructed-output+fully-integer+wide-residual"
+_MORE_IMAGES = ("calibration.images=512",)
 CHOICES = (
     Choice(
         7,
@@ -45,9 +47,10 @@ CHOICES = (
         least_probs=7,
         settings=("activations.observer=omse", "weights.observer=omse", "uniform-probs.observer=best-percentile"),
     ),
-    Choice(2, 7, "repq-vit+fully-integer+wide-residual", probs=5),
-    Choice(2, 6, "repq-vit+searched-scales+fully-integer+wide-residual", probs=5),
-    Choice(2, 2, "repq-vit+searched-scales+fully-integer+wide-residual", probs=4),
+    Choice(7, 7, "repq-vit+fully-integer+wide-residual", probs=5),
+    Choice(2, 7, "repq-vit+reconstructed-output+fully-integer+wide-residual", probs=5, settings=_MORE_IMAGES),
+    Choice(2, 6, _NARROW, probs=5, settings=_MORE_IMAGES),
+    Choice(2, 2, _NARROW, probs=4, settings=_MORE_IMAGES),
 )
 _MOST_BITS = 8  # of weights and activations in an integer product
 
