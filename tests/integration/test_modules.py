@@ -34,6 +34,7 @@ MODELS = {
 RECIPES = (
     "minmax", "moving-average", "percentile", "omse", "fq-vit", "fq-vit-published", "repq-vit", "vt-ptq",
     "minmax+searched-scales", "repq-vit+fully-integer", "repq-vit+searched-scales", "vt-ptq+wide-residual",
+    "repq-vit+twin-steps+fully-integer",
 )  # fmt: skip
 
 
@@ -97,6 +98,7 @@ COPIES = {
     ("family", "recipe", "how"),
     [
         *(("vit", "fq-vit", how) for how in COPIES),
+        *(("vit", "repq-vit+twin-steps", how) for how in ("export", "export with gradients", "compile")),
         ("transformers", "minmax", "pickle"),
         ("transformers", "minmax", "export"),
     ],
