@@ -16,7 +16,7 @@ from vitquant.errors import CalibrationError, LoweringError
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
 from vitquant.parity import flipped_codes
-from vitquant.program.instructions import LayerNorm, Linear, Product, Requantize
+from vitquant.program.instructions import LayerNorm, Linear, Lookup, Product, Requantize
 from vitquant.program.ranges import prove_ranges
 from vitquant.quantizers import build_quantizer
 from vitquant.recipe import load_recipe
@@ -163,6 +163,24 @@ def test_flipped_codes_are_counted_where_they_arise(name):
     shifted = {**program.constants, step.addend: program.constants[step.addend] + (1 << step.shift)}
     broken = [each for each in flipped_codes(model, replace(program, constants=shifted), [images]) if not each.kept]
     assert [program.codes[each.value] for each in broken] == [step.output]
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_codes_of_twin_steps_are_counted_as_codes(name):
+    """A register has levels in their place."""
+    model = quantized(name, "repq-vit+twin-steps+fully-integer+wide-residual", bits="w6a6s5")
+    program, images = lower(model), torch.randn(6, 3, 32, 32)
+    flips = {each.value: each for each in flipped_codes(model, program, [images])}
+    assert all(each.kept for each in flips.values())
+    value = "blocks.0.attn.proj:input"
+    assert model.quantizers[value].spec.to_dict()["scheme"] == "twin_uniform"
+    assert program.registers[program.codes[value]].type == "u8"
+    levels = next(each for each in program.instructions if each.output == program.codes[value])
+    assert isinstance(levels, Lookup)
+    table = program.constants[levels.table]
+    cut = replace(program, constants={**program.constants, levels.table: table.clamp(max=int(table[100]))})
+    broken = [each for each in flipped_codes(model, cut, [images]) if not each.kept]
+    assert [each.value for each in broken] == [value]
 
 
 def test_the_residual_stream_has_16_bits_where_the_recipe_says_so():

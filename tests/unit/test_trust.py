@@ -19,6 +19,9 @@ import vitquant
 from vitquant.capture import capture
 from vitquant.errors import CheckpointError, ModelError, VitquantError
 from vitquant.model import QuantizedModel
+from vitquant.sites import Reader, Value
+from vitquant.spec import QuantSpec, TwinUniform
+from vitquant.stored_tensors import stored_quantizer
 from vitquant.zoo import ModelSource, architecture, preprocessing_of
 from vitquant.zoo.budget import Budget, ForwardBudget
 from vitquant.zoo.trust import as_repeated
@@ -283,6 +286,15 @@ def test_tensors_that_no_model_has_are_refused(saved, captured, change, said):
     forge_tensors(saved, change)
     with pytest.raises(CheckpointError, match=said):
         QuantizedModel.restore(saved, deepcopy(captured))
+
+
+@pytest.mark.parametrize("zero", [-1, 64])
+def test_the_zero_of_twin_steps_is_one_of_its_codes(zero):
+    value = Value("node", (Reader("head", "head", "linear", "input"),), (-1, 4), -1)
+    spec = QuantSpec(6, scheme=TwinUniform())
+    tensors = {"q.scale": torch.tensor(0.1), "q.zero_point": torch.tensor(zero, dtype=torch.int32)}
+    with pytest.raises(CheckpointError, match="head:input has zero points that are not int32 .* from 0 to 63"):
+        stored_quantizer(tensors, "q", value, spec, "OUT")
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def static(context: Context, node: Node) -> Static:
 
 
 def codes_of(context: Context, register: str, quantizer: Quantizer, rank: int) -> Scaled:
-    """The real tensor that a register of a quantizer's `integers_of` is.
+    """The real tensor that a register of a quantizer's `integers` is.
 
     Arguments:
         rank: the number of its axes.

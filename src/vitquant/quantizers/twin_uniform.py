@@ -47,7 +47,7 @@ class TwinLevels:
 
     @property
     def first_fine(self) -> Tensor:
-        """The smallest level of the fine half, at most 0 unless no code is left for it."""
+        """The smallest level of the fine half: at most 0."""
         return self.coarse_below - self.zero_point
 
     @property
@@ -65,12 +65,8 @@ class TwinLevels:
     def code(self, levels: Tensor) -> Tensor:
         """The codes of levels, in their dtype."""
         fine = self._nearest_fine(levels)
-        return (
-            fine
-            - self.first_fine
-            + self.coarse_below
-            + torch.div(levels - fine, 1 << self.shift, rounding_mode="floor")
-        )
+        coarse = torch.div(levels - fine, 1 << self.shift, rounding_mode="floor")
+        return fine - self.first_fine + self.coarse_below + coarse
 
     def level(self, codes: Tensor) -> Tensor:
         """The levels of codes, in their dtype."""
