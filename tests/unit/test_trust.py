@@ -293,7 +293,7 @@ def test_the_zero_of_twin_steps_is_one_of_its_codes(zero):
     value = Value("node", (Reader("head", "head", "linear", "input"),), (-1, 4), -1)
     spec = QuantSpec(6, scheme=TwinUniform())
     tensors = {"q.scale": torch.tensor(0.1), "q.zero_point": torch.tensor(zero, dtype=torch.int32)}
-    with pytest.raises(CheckpointError, match="head:input has zero points that are not int32 .* from 0 to 63"):
+    with pytest.raises(CheckpointError, match=r"head:input has zero points that are not int32 .* from 0 to 63"):
         stored_quantizer(tensors, "q", value, spec, "OUT")
 
 
