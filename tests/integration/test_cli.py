@@ -158,7 +158,10 @@ def test_without_a_recipe_the_model_runs_in_integers(run, workshop, tmp_path):
     code, out, _ = run(*words, "--bits", "w4a8", "--json")
     assert code == 0
     facts = json.loads(out)
-    assert (facts["recipe"], facts["bits"]) == ("repq-vit+fully-integer+wide-residual", "w4a8s5")
+    assert (facts["recipe"], facts["bits"]) == (
+        "repq-vit+reconstructed-output+fully-integer+wide-residual",
+        "w4a8s5",
+    )
     _, out, _ = run("evaluate", tmp_path / "out", "--data", workshop / "images", "--json")
     assert json.loads(out)["engine"] == "integer"
 
