@@ -115,11 +115,11 @@ def test_the_first_step_goes_down_the_gradient_of_the_mean_error(norms: float) -
     "name", ["timm deit", "timm swin", "transformers vit", "torchvision vit", "encoder post-norm relu"]
 )
 def test_the_error_falls_in_every_library(name: str) -> None:
-    model, images = made(name)
-    quick = ReconstructOutputSettings(passes=30, weights=1e-2, others=5e-4, scales=2e-3)
+    model, images = made(name, bits="w3a8")  # what 3-bit weights lose can be learned, the noise of activations not
+    quick = ReconstructOutputSettings(passes=30, weights=1e-2, others=2e-4, scales=1e-3)
     record = reconstruct_output(model, [images], quick)
     first, last = (record.summary[f"output error, {which} pass"] for which in ("first", "last"))
-    assert last < 0.8 * first
+    assert last < 0.3 * first
     assert record.summary["steps"] == 30
 
 
