@@ -175,6 +175,8 @@ def test_what_cannot_be_reconstructed_is_refused() -> None:
     model, images = made("timm deit")
     with pytest.raises(CalibrationError, match="no calibration images"):
         reconstruct_output(model, [], ReconstructOutputSettings())
+    with pytest.raises(CalibrationError, match="cannot be gone through again"):
+        reconstruct_output(model, iter([images]), ReconstructOutputSettings())
     for parameter in model.graph_module.parameters():
         with torch.no_grad():
             parameter.mul_(1e30)

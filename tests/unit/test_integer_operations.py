@@ -28,7 +28,17 @@ from vitquant.operations import (
 )
 from vitquant.quantizers import Quantizer, build_quantizer, params_from_range
 from vitquant.quantizers.quantizer import channel_axis
-from vitquant.spec import Log2, Logarithmic, LogSqrt2, PerAxis, PerHead, PowerOfTwoFactor, QParams, QuantSpec
+from vitquant.spec import (
+    Log2,
+    Logarithmic,
+    LogSqrt2,
+    PerAxis,
+    PerHead,
+    PowerOfTwoFactor,
+    QParams,
+    QuantSpec,
+    TwinUniform,
+)
 
 U8, U4 = QuantSpec(8), QuantSpec(4)
 S8 = QuantSpec(8, signed=True, symmetric=True)
@@ -245,6 +255,7 @@ def quantizer(spec: QuantSpec) -> Quantizer:
     return covering(random(2, 3, 5, WIDTH), spec)
 
 
+TWIN = QuantSpec(6, scheme=TwinUniform())
 SIXTEEN, HEADS = QuantSpec(16), QuantSpec(8, granularity=PerHead())
 HEADS_OF_POWERS = QuantSpec(4, granularity=PerHead(), scheme=Log2())
 
@@ -294,6 +305,11 @@ HEADS_OF_POWERS = QuantSpec(4, granularity=PerHead(), scheme=Log2())
         (lambda a, b: TableActivation(a, b, torch.tanh), CHANNELS, U8, "its input has more than one scale"),
         (lambda a, b: TableActivation(a, b, torch.tanh), U8, PTF, "its result has more than one scale"),
         (lambda a, b: TableActivation(a, b, torch.tanh), SIXTEEN, U8, "its input has 16 bits"),
+        (lambda a, b: TableActivation(a, b, torch.tanh), TWIN, U8, "its input has twin steps"),
+        (lambda a, b: LogIntSoftmax(a, b, "exact"), TWIN, POWERS, "its input has more than one scale"),
+        (lambda a, b: IntegerSoftmax(a, b, "exact"), U8, TWIN, "its result has more than one scale"),
+        (lambda a, b: IntegerLayerNorm(a, b, 1e-6), TWIN, U8, "its input is not on equally spaced levels"),
+        (lambda a, b: IntegerLayerNorm(a, b, 1e-6), U8, TWIN, "its result is not on equally spaced levels"),
     ],
 )
 def test_quantizers_that_have_no_integer_definition_are_refused(

@@ -193,6 +193,28 @@ def test_a_swins_names():
     assert names == [*stem, *blocks([0, 1]), *merging, *blocks([2, 3]), *end]
 
 
+@pytest.mark.parametrize(
+    ("name", "made_by"),
+    [
+        (
+            "timm deit",
+            {
+                "patch_embed:input": "image", "patch_embed:weight": "", "blocks.0.attn.qkv:input": "layer_norm",
+                "blocks.0.attn.scores:query": "linear", "blocks.0.attn.proj:input": "context",
+                "blocks.0.mlp.fc2:input": "activation", "blocks.0.norm1:input": "residual", "head:input": "layer_norm",
+            },
+        ),
+        ("siglip", {"blocks.0.attn.scores:query": "linear"}),
+        # turned in two halves, which are several things, and then scaled
+        ("rotary", {"blocks.0.attn.scores:query": "", "blocks.0.attn.context:value": "linear"}),
+        ("mean pooling", {"blocks.0.attn.scores:query": "layer_norm"}),
+        ("timm swin", {"merge.0.reduction:input": "layer_norm", "head:input": "pool"}),
+    ],
+)  # fmt: skip
+def test_what_values_come_from(name, made_by):
+    assert {reader: value_named(name, reader).made_by for reader in made_by} == made_by
+
+
 @pytest.mark.parametrize("other", ["torchvision vit", "encoder", "encoder, sequence first"])
 def test_vision_transformers_are_named_alike(other):
     assert described(other) == described("timm deit")

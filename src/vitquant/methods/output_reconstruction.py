@@ -129,6 +129,8 @@ def reconstruct_output(
             _backward(error)
             optimizer.step()
             schedule.step()
+    if len(errors) != total:
+        raise CalibrationError("the images cannot be gone through again: give a list of batches or a DataLoader")
     progress("reconstructing the output", total, total)
     summary = {
         "images": sum(sizes),
