@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import ZOO, Handwritten, vary
@@ -14,6 +16,8 @@ from vitquant.errors import CalibrationError, RecipeError
 from vitquant.methods.output_reconstruction import ReconstructOutputSettings, reconstruct_output
 from vitquant.model import QuantizedModel
 from vitquant.objectives.relative_error import output_error, relative_error
+from vitquant.recipe import load_recipe
+from vitquant.recipe.rule import Rule
 from vitquant.runtime.on_images import interpreted
 from vitquant.simulation import ExactSimulation
 from vitquant.spec import PowerOfTwoScale
@@ -161,6 +165,19 @@ def test_the_result_is_plain_saves_loads_and_lowers(tmp_path) -> None:
     model.save(tmp_path / "out")
     assert torch.equal(vitquant.load(tmp_path / "out", model=network)(images), model(images))
     assert torch.equal(interpreted(vitquant.lower(model))(images), ExactSimulation(model)(images).float())
+
+
+def test_weights_in_float_stay() -> None:
+    build, size = ZOO["timm deit"]
+    torch.manual_seed(0)
+    network = build().eval()
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    recipe = load_recipe("repq-vit+reconstructed-output")
+    recipe = replace(recipe, rules=(*recipe.rules, Rule("head", site=("head",))))
+    model = vitquant.quantize(network, recipe, [images], bits="w4a4")
+    found = dict(model.graph_module.named_parameters())
+    assert torch.equal(found["head.weight"], network.head.weight)
+    assert not torch.equal(found["head.bias"], network.head.bias)
 
 
 def test_scales_that_are_powers_of_two_stay_so() -> None:

@@ -31,7 +31,7 @@ class ReconstructOutputSettings:
         batch: how many images a step has, and are in memory with all that their gradients need.
         weights: what a step changes at first, about, in a quantized weight, in steps of its quantizer. It falls to 0
             along a cosine, and so do the others.
-        others: the same of biases, norms, embeddings and weights in float, as it is.
+        others: the same of biases, norms and embeddings, as it is.
         scales: the same of the logarithms of activations' scales.
         norms: how much the error of what LayerNorms and RMSNorms give counts beside that of the output.
 
@@ -67,9 +67,9 @@ def reconstruct_output(
 ) -> Record:
     """Make the quantized model's output the float model's, by gradients through its quantizers.
 
-    Weights, biases, norms and the scales of activations change; scales of weights and all zero points stay. Labels are
-    not used. `passes` times a float forward pass, a forward and a backward pass over the data; memory does not grow
-    with it.
+    Quantized weights, biases, norms, embeddings and the scales of activations change; weights in float, scales of
+    weights and all zero points stay. Labels are not used. `passes` times a float forward pass, a forward and a backward
+    pass over the data; memory does not grow with it.
 
     Arguments:
         model: calibrated, its operations still in float.
@@ -205,7 +205,7 @@ class _Scale:
 
 @dataclass(frozen=True)
 class _Learned:
-    """What gradients change: quantized weights, each with a step of its quantizer, all other parameters, and scales."""
+    """What gradients change: weights, each with a step of its quantizer, all other parameters, and scales."""
 
     weights: list[tuple[nn.Parameter, float]]
     others: list[nn.Parameter]
@@ -233,13 +233,12 @@ def _learnable(model: QuantizedModel) -> Iterator[_Learned]:
 
 
 def _weight_steps(model: QuantizedModel) -> dict[nn.Parameter, float]:
-    """What a code is worth in each weight of a product, the mean over its channels."""
+    """What a code is worth in each weight of a product, the mean over its channels; 0 for one in float."""
+    steps = {name: quantizer.step.mean().item() for name, quantizer in model.quantizers.items()}
     return {
-        model.graph_module.get_parameter(value.parameter): model.quantizers[value.name].step.mean().item()
+        model.graph_module.get_parameter(value.parameter): steps.get(value.name, 0.0)
         for value in model.values
-        if value.parameter is not None
-        and value.name in model.quantizers
-        and any(reader.operand == "weight" for reader in value.readers)
+        if value.parameter is not None and any(reader.operand == "weight" for reader in value.readers)
     }
 
 
