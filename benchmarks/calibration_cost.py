@@ -17,6 +17,7 @@ import timm
 import torch
 
 from vitquant.capture import capture
+from vitquant.captured import CapturedModel
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.model import QuantizedModel
 from vitquant.recipe import available
@@ -59,7 +60,7 @@ def main() -> None:
     for recipe in available():
         if recipe.name not in arguments.recipes:
             continue
-        quantized = QuantizedModel(capture(model, example), recipe, recipe.bits, (3, 224, 224))
+        quantized = QuantizedModel(CapturedModel(capture(model, example), (3, 224, 224)), recipe, recipe.bits)
         data = Alternating(model, arguments.batches, arguments.batch)
         started = time.perf_counter()
         with torch.inference_mode():

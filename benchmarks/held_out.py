@@ -26,6 +26,7 @@ from real_deit import PREPROCESSING, SHARED, asked, cosine, float_deit, quantize
 from rich.console import Console
 
 from vitquant.engines import default_engine
+from vitquant.saved_model import stored_bytes
 from vitquant.tasks.images import batches, load_listing, subset
 
 HELD_OUT = 500
@@ -96,7 +97,7 @@ def _measured(
         "agreement": 100 * (logits.argmax(1) == reference.argmax(1)).double().mean().item(),
         "cosine": cosine(logits, reference),
         "seconds": seconds,
-        "megabytes": sum(result.stored_bytes.values()) / 1e6,
+        "megabytes": sum(stored_bytes(result).values()) / 1e6,
     }
 
 

@@ -38,6 +38,7 @@ from real_deit import (
 from rich.console import Console
 
 from vitquant.engines import default_engine
+from vitquant.saved_model import stored_bytes
 from vitquant.tasks.classification import compare
 from vitquant.tasks.images import Item, load_listing, subset
 
@@ -128,7 +129,7 @@ def main() -> None:
                 started = time.perf_counter()
                 model_of_variant = quantized(model, variant, _calibration(variant, seed))
                 seconds.append(time.perf_counter() - started)
-                megabytes = sum(model_of_variant.stored_bytes.values()) / 1e6
+                megabytes = sum(stored_bytes(model_of_variant).values()) / 1e6
                 name, engine, _ = default_engine(model_of_variant)
                 runs_in, engine = ("simulated", model_of_variant) if arguments.simulated else (name, engine)
                 for logits, evaluation in zip(outputs, sets, strict=True):

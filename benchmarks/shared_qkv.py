@@ -36,7 +36,7 @@ def main() -> None:
     quantized = vitquant.quantize(model, arguments.recipe, batches(listing, PREPROCESSING, 100), bits=arguments.bits)
     apart = run(quantized, evaluation)
     decisions = quantized.records[0].decisions
-    for block in quantized.blocks:
+    for block in quantized.index.blocks:
         names = [f"blocks.{block}.attn.{operand}" for operand in ("scores:query", "scores:key", "context:value")]
         low, high = (
             torch.tensor(choose(decisions[name][end] for name in names), dtype=torch.float64)

@@ -39,7 +39,7 @@ def main() -> None:
     evaluation = load_listing(SHARED / "images" / "photos_eval")[: arguments.images]
     (images, _), *_ = batches(evaluation, PREPROCESSING, arguments.images)
     scores: dict[str, torch.Tensor] = {}
-    names = [f"blocks.{number}.attn.softmax:input" for number in quantized.blocks]
+    names = [f"blocks.{number}.attn.softmax:input" for number in quantized.index.blocks]
     taps = {name: lambda x, name=name: scores.__setitem__(name, x.clone()) for name in names}
     with torch.inference_mode():
         quantized.run(images, taps, quantized=False)

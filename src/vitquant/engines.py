@@ -15,6 +15,7 @@ from vitquant.program.instructions import IntegerProgram
 from vitquant.runtime.metadata import fact_of, to_metadata
 from vitquant.runtime.on_images import Ends, OnImages, interpreted
 from vitquant.runtime.onnxruntime import OnnxModel
+from vitquant.saved_model import digest
 
 ENGINES = ("float", "simulated", "integer", "onnxruntime", "onnx-integer", "onnx-qdq", "openvino")
 _RUNS = {  # the formats that an engine runs, of several the first that was exported
@@ -126,7 +127,7 @@ def _refuse_another(model: QuantizedModel | None, metadata: Mapping[str, str], p
     """Refuse a file that does not say that it is of this model, or that nothing would tell when it was altered."""
     if model is None:
         return
-    if fact_of(metadata, "model") != model.digest:
+    if fact_of(metadata, "model") != digest(model):
         raise ExportError(
             f"{path} was exported from another model than that of {path.parent}; export it again, with --force"
         )

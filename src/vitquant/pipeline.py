@@ -15,6 +15,7 @@ from torch import nn
 
 from vitquant.autocast import in_own_precision
 from vitquant.capture import capture
+from vitquant.captured import CapturedModel
 from vitquant.checkpoint import read_config, read_shapes
 from vitquant.config import check_config
 from vitquant.errors import CalibrationError, CheckpointError, ModelError, RecipeError, VitquantError
@@ -31,6 +32,7 @@ from vitquant.operations import Arithmetic
 from vitquant.plain_forward import plain_forward
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Method, Recipe, requested
+from vitquant.saved_model import restore
 from vitquant.schema import Table, check, of_type
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.unwrapping import unwrapped
@@ -101,11 +103,11 @@ def quantize(
     example = images_of(first)
     device = next((parameter.device for parameter in model.parameters()), example.device)
     stream = _Stream(data, first, batches, device, example.dtype)
-    captured = capture(model, example[:2].to(device))
     shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
-    quantized = QuantizedModel(captured, recipe, widths, shape)
+    captured = CapturedModel(capture(model, example[:2].to(device)), shape)
+    quantized = QuantizedModel(captured, recipe, widths)
     if not simulated:
-        check_possible(captured, recipe, widths, shape)
+        check_possible(captured, recipe, widths)
     for step in steps:
         quantized.records.append(step(quantized, stream))
     if not simulated:
@@ -159,7 +161,7 @@ def load(
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(2, channels, height, width, generator=generator).to(parameter)
-    return QuantizedModel.restore(directory, capture(model, example))
+    return restore(directory, CapturedModel(capture(model, example), (channels, height, width)))
 
 
 def float_model(

@@ -16,6 +16,7 @@ from vitquant.model import QuantizedModel
 from vitquant.pipeline import Batch, batches_of, images_of, quantize
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Bits, Method, Recipe, requested
+from vitquant.saved_model import stored_bytes
 from vitquant.spec import MAX_BITS, MIN_BITS
 
 CANDIDATES = (4, 5, 6, 7, 8)
@@ -81,10 +82,10 @@ def sensitivity(
         else:
             quantized = quantize(model, measured, data, bits=str(of_width), progress=progress)
         found += measure(quantized, [_as_part(module, width) for module in modules], images(), progress)
-        stored = quantized.stored_bytes
+        stored = stored_bytes(quantized)
         for module in modules:
             sizes[module.name][width] = sum(stored[key] for key in module.weights)
-    stored = at_base.stored_bytes
+    stored = stored_bytes(at_base)
     return SensitivityTable(
         whole,
         str(base),
@@ -152,7 +153,7 @@ def _site_parts(model: QuantizedModel) -> list[Part]:
     """Every site that reads something quantized; where sites read one value, its quantizer is measured with each."""
     parts = []
     for site in model.sites:
-        names = dict.fromkeys(model.value(str(site.reader(operand))).name for operand in site.operands)
+        names = dict.fromkeys(value.name for value in model.index.read_by(site).values())
         bits = {name: spec.bits for name in names if (spec := model.assignments[name].spec) is not None}
         if bits:
             output = f"{site.name}:input" if site.kind == "output" else site.name

@@ -13,7 +13,15 @@ from vitquant.graph.attention import Attention, find_attention
 from vitquant.graph.masks import unmasked
 from vitquant.graph.operators import arguments, aten, calls, packet
 from vitquant.graph.padding import unpadded
-from vitquant.graph.walk import ancestors, depends_on_input, path_between, positions, root, selected_from
+from vitquant.graph.walk import (
+    ancestors,
+    depends_on_input,
+    nodes_by_name,
+    path_between,
+    positions,
+    root,
+    selected_from,
+)
 from vitquant.naming import name_operations
 
 KINDS = (
@@ -204,7 +212,7 @@ def find_values(module: GraphModule, sites: Iterable[Site]) -> tuple[Value, ...]
     attention's query). Parts of a tensor that nobody reads whole (query, key and value of a joint
     projection) are values of their own, so that they mean the same in every library.
     """
-    nodes = {node.name: node for node in module.graph.nodes}
+    nodes = nodes_by_name(module.graph)
     reads = [(site, operand, nodes[name]) for site in sites for operand, name in site.operands.items()]
     whole = {root(node) for _, _, node in reads}
     groups: dict[Node, list[tuple[Site, str, Node]]] = {}

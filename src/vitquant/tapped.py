@@ -1,4 +1,4 @@
-"""Run a captured graph, looking at tensors on the way, with all of its quantizers, with some, or with none."""
+"""Run a captured graph, or a part of one, with all of its quantizers, some or none, looking at tensors on the way."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch import nn
+from torch.fx import Graph, Interpreter, Node
 
 from vitquant.graph.operators import PRODUCTS, aten, calls
-from vitquant.operations import IntegerOperation
 
-
-def behind(module: GraphModule, targets: Collection[str]) -> set[Node]:
-    """Everything that the modules of these targets have an effect on, themselves among it."""
-    found: set[Node] = set()
-    for node in module.graph.nodes:
-        if (node.op == "call_module" and node.target in targets) or any(each in found for each in node.all_input_nodes):
-            found.add(node)
-    return found
+Tap = Callable[[torch.Tensor], None]
+Taps = Mapping[str, Tap]
 
 
 def by_image(x: torch.Tensor, axis: int, images: int) -> torch.Tensor:
@@ -30,7 +24,8 @@ class TappedInterpreter(Interpreter):
     """Runs a graph node by node, showing some of the tensors on the way.
 
     Arguments:
-        module: a captured graph with quantizers in it.
+        module: what the graph's targets are attributes of.
+        graph: captured, with quantizers and integer operations in it, which have a `reference` in float.
         taps: by the name of a node, called with what it gives.
         quantized: whether quantizers and integer operations do anything, or the targets of those quantizers that do;
             with those, all operations are in float.
@@ -42,25 +37,14 @@ class TappedInterpreter(Interpreter):
 
     def __init__(
         self,
-        module: GraphModule,
-        taps: Mapping[str, list[Callable[[torch.Tensor], None]]],
+        module: nn.Module,
+        graph: Graph,
+        taps: Mapping[str, list[Tap]],
         quantized: bool | Collection[str],
     ) -> None:
-        super().__init__(module)
+        super().__init__(module, graph=graph)
         self.extra_traceback = False  # it would add a page to a message of one line
         self._taps, self._quantized = taps, quantized
-
-    def resume(self, known: Mapping[str, Any]) -> Any:
-        """The output, computing only what stands behind the quantizers that do something.
-
-        Arguments:
-            known: by the name of a node, what is read there and stands before them.
-        """
-        assert isinstance(self.module, GraphModule)
-        assert not isinstance(self._quantized, bool)
-        changed = behind(self.module, self._quantized)
-        before = {node for node in self.module.graph.nodes if node not in changed and node.op != "get_attr"}
-        return self.run(initial_env={node: known.get(node.name) for node in before})
 
     def run_node(self, n: Node) -> Any:
         result = self._overwrite(n)
@@ -71,10 +55,10 @@ class TappedInterpreter(Interpreter):
         return result
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        called = self.fetch_attr(str(target))
+        called: Any = self.fetch_attr(str(target))
         if self._quantized is True or (self._quantized and target in self._quantized):
             return called(*args, **kwargs)
-        return called.reference(*args) if isinstance(called, IntegerOperation) else args[0]
+        return called.reference(*args)
 
     def _overwrite(self, n: Node) -> torch.Tensor | None:
         """The node's result in its argument's memory; None where that is not possible."""

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import vitquant
 from vitquant.capture import capture
+from vitquant.captured import CapturedModel
 from vitquant.errors import CalibrationError, LoweringError
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
@@ -64,7 +65,7 @@ def test_a_program_computes_the_codes_of_the_simulation_without_floating_point(n
     taps = {register: lambda x, name=name: integers.__setitem__(name, x) for name, register in written.items()}
     with NoFloat():
         logits = Interpreter(program, exact_int64)(codes, taps)
-    value = model.value("blocks.0.norm2:input").name
+    value = model.index.value("blocks.0.norm2:input").name
     with torch.no_grad():
         model.run(images, {value: lambda x: simulated.__setitem__(value, model.quantizers[value].encode(x))})
     # Sums of float32 and of integers round apart now and then; an untrained model makes much of it in later blocks.
@@ -249,7 +250,7 @@ def test_an_uncalibrated_model_is_refused():
     captured = capture(timm.models.vision_transformer.VisionTransformer(**VIT).eval(), torch.randn(2, 3, 32, 32))
     recipe = load_recipe("fq-vit")
     with pytest.raises(CalibrationError, match=r"is not calibrated"):
-        lower(QuantizedModel(captured, recipe, recipe.bits, (3, 32, 32)))
+        lower(QuantizedModel(CapturedModel(captured, (3, 32, 32)), recipe, recipe.bits))
 
 
 def test_a_model_whose_logits_stay_in_float_is_refused():

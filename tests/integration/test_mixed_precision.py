@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import ZOO, vary
-from torch.utils._pytree import tree_map_only
 
 import vitquant
 from vitquant.allocation.front import Costs, pareto_front
@@ -18,6 +17,7 @@ from vitquant.allocation.table import MEASURES, SensitivityTable
 from vitquant.errors import AllocationError, CalibrationError, RecipeError
 from vitquant.recipe import Recipe, assign, load_recipe
 from vitquant.runtime.on_images import interpreted
+from vitquant.saved_model import stored_bytes
 from vitquant.simulation import ExactSimulation
 
 QUICK = ("search-scales.candidates=6", "search-scales.pairs=8")
@@ -74,7 +74,7 @@ def test_modules_of_every_library_get_the_bits_that_were_allocated(name):
         if name in decided and value.readers[0].operand == "weight"
     )
     assert bits / sum(table.numbers.values()) == pytest.approx(table.mean_bits().total(chosen.cost))
-    size = sum(quantized.stored_bytes.values())
+    size = sum(stored_bytes(quantized).values())
     assert size == pytest.approx(1e6 * table.megabytes().total(sum(table.bytes[m][b] for m, b in chosen.bits.items())))
 
 
@@ -112,18 +112,12 @@ def test_some_quantizers_are_some_of_all(deit):
 def test_what_stands_before_a_part_need_not_be_computed_again(name):
     model, images = made(name)
     quantized = vitquant.quantize(model, "fq-vit", images.split(2))
-    held = {}
-
-    def hold(node):
-        return lambda x: held.__setitem__(node, tree_map_only(torch.Tensor, torch.clone, x))
-
     with torch.no_grad():
         for value in quantized.quantized_names:
-            held.clear()
-            needed = [(node, hold(node)) for node in quantized.known_before([value])]
-            quantized.run(images, {}, quantized=False, nodes=needed)
+            behind = quantized.segment_behind([value], "output")
+            known = quantized.segment("images", behind.inputs, quantized=False)(images)
             expected = _logits(quantized.run(images, {}, quantized=[value]))
-            assert torch.equal(_logits(quantized.resume(held, [value], [])), expected), value
+            assert torch.equal(behind(*known), expected), value
 
 
 @pytest.mark.parametrize("by", MEASURES)
@@ -142,7 +136,7 @@ def test_megabytes_are_those_of_the_saved_model(deit, tmp_path):
     for megabytes in (costs.total(cost) for cost, _ in table.uniform("nuclear-norm", costs).values()):
         recipe, chosen = table.allocate(megabytes=megabytes)
         quantized = vitquant.quantize(model, recipe, images.split(2))
-        assert sum(quantized.stored_bytes.values()) == pytest.approx(costs.total(chosen.cost) * 1e6)
+        assert sum(stored_bytes(quantized).values()) == pytest.approx(costs.total(chosen.cost) * 1e6)
     quantized.save(tmp_path / "saved")
     restored = vitquant.load(tmp_path / "saved", model=model)
     with torch.no_grad():

@@ -10,6 +10,7 @@ from architectures import Einsum
 
 import vitquant
 from vitquant.capture import capture
+from vitquant.captured import CapturedModel
 from vitquant.errors import RecipeError
 from vitquant.model import QuantizedModel
 from vitquant.recipe import load_recipe
@@ -36,7 +37,7 @@ def captured(network):
 def assigned(captured, name):
     """The specs that a recipe with overlays gives."""
     recipe = load_recipe(name)
-    return QuantizedModel(captured, recipe, recipe.bits, (3, 32, 32)).assignments
+    return QuantizedModel(CapturedModel(captured, (3, 32, 32)), recipe, recipe.bits).assignments
 
 
 def refusal(captured, name):
@@ -85,6 +86,7 @@ def test_methods_run_in_their_order_whichever_overlay_comes_first(network):
 
 def test_a_wide_stream_needs_no_norm_to_read_it():
     recipe = load_recipe("minmax+wide-residual")
-    model = QuantizedModel(capture(Einsum().eval(), torch.randn(2, 3, 32, 32)), recipe, recipe.bits, (3, 32, 32))
+    captured = CapturedModel(capture(Einsum().eval(), torch.randn(2, 3, 32, 32)), (3, 32, 32))
+    model = QuantizedModel(captured, recipe, recipe.bits)
     added = [value.name for value in model.values if {reader.kind for reader in value.readers} == {"residual"}]
     assert [model.assignments[name].spec.bits for name in added] == [16]  # the other operand is attention's input, too

@@ -11,6 +11,7 @@ from architectures import ZOO, vary
 
 import vitquant
 from vitquant.capture import capture
+from vitquant.captured import CapturedModel
 from vitquant.errors import CalibrationError, LoweringError, RecipeError
 from vitquant.graph.layer_norm_folding import foldable_norm
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
@@ -67,7 +68,7 @@ def test_every_channel_of_a_shifted_norm_fills_all_levels(name):
     readers = {site.node: site for site in quantized.sites}
     for norm in shifted:
         linear = next(iter(foldable_norm(quantized.graph_module, nodes[sites[norm].node]).linears))
-        value, held = quantized.value(f"{readers[linear].name}:input").name, {}
+        value, held = quantized.index.value(f"{readers[linear].name}:input").name, {}
         quantized.run(images, {value: lambda x, held=held: held.setdefault("x", x.clone())}, quantized=False)
         x = held["x"].flatten(0, -2)
         quantizer = quantized.quantizers[value]
@@ -125,7 +126,7 @@ def test_a_channel_s_quantiles_are_the_best_for_a_quantizer_that_need_not_hold_z
 
 def test_order_names_and_settings_are_checked():
     model, images = made("timm deit")
-    quantized = QuantizedModel(capture(model, images), LAYERS, LAYERS.bits, (3, 32, 32))
+    quantized = QuantizedModel(CapturedModel(capture(model, images), (3, 32, 32)), LAYERS, LAYERS.bits)
     with pytest.raises(CalibrationError, match="is not calibrated"):
         reparameterize_scales(quantized, [images], ReparameterizeScalesSettings())
     calibrate(quantized, [images], CalibrateSettings())

@@ -59,7 +59,7 @@ def test_every_layer_of_every_library_is_searched(name):
 
 def layer(model, site, x, bias):
     quantizers = model.quantizers
-    weight = model.parameter(model.value(f"{site}:weight"))
+    weight = model.parameter(model.index.value(f"{site}:weight"))
     return torch.nn.functional.linear(quantizers[f"{site}:input"](x), quantizers[f"{site}:weight"](weight), bias)
 
 
@@ -68,7 +68,7 @@ def test_no_other_scale_of_an_operand_gives_a_higher_correlation():
     site, held = "blocks.0.mlp.fc1", []
     model.run(images, {f"{site}:input": lambda x: held.append(x.clone())}, quantized=False)
     bias = model.graph_module.get_parameter("blocks.0.mlp.fc1.bias")
-    weight = model.parameter(model.value(f"{site}:weight"))
+    weight = model.parameter(model.index.value(f"{site}:weight"))
     y = torch.nn.functional.linear(held[0], weight, bias)
     with torch.no_grad():
         best = correlation(y, layer(model, site, held[0], bias)).mean()
@@ -144,7 +144,7 @@ def test_a_searched_model_is_saved_and_loaded_as_it_is(tmp_path):
 
 def test_what_several_layers_read_is_chosen_once():
     model, _ = quantized("transformers vit")
-    shared = model.value("blocks.0.attn.query:input")
+    shared = model.index.value("blocks.0.attn.query:input")
     assert len(shared.readers) == 3
     decision = record_of(model).decisions
     assert [name for name in decision if name in map(str, shared.readers)] == [shared.name]

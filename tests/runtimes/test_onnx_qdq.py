@@ -16,10 +16,12 @@ from torch import nn
 
 import vitquant
 from vitquant.capture import capture
+from vitquant.captured import CapturedModel
 from vitquant.errors import CalibrationError, ExportError
 from vitquant.export.qdq_operators import quantizer_operator
 from vitquant.model import QuantizedModel
 from vitquant.quantizers import build_quantizer
+from vitquant.saved_model import digest
 from vitquant.spec import Log2, LogSqrt2, PerAxis, PowerOfTwoFactor, QParams, QuantSpec, TwinUniform
 from vitquant.tasks.classification import logits_of
 
@@ -242,7 +244,7 @@ def assert_agrees(make, recipe, bits, settings=()):
     images = photos(5, seed=1)
     expected = simulated(quantized, images)
     early = "blocks.0.norm2:input"
-    value = quantized.value(early).name
+    value = quantized.index.value(early).name
     seen = {}
     with torch.no_grad():
         quantized.run(images, {value: lambda x: seen.setdefault(value, quantized.quantizers[value](x))})
@@ -286,7 +288,7 @@ def test_weights_are_integers_that_decode_to_the_simulations(make, recipe, bits)
     stored, found = initializers(proto), 0
     wanted = TensorProto.INT4 if quantized.bits.weights <= 4 else TensorProto.INT8
     for name, quantizer in quantized.quantizers.items():
-        value = quantized.value(name)
+        value = quantized.index.value(name)
         if value.parameter is None or not name.endswith(":weight"):
             continue
         (node,) = [node for node in nodes(proto, "DequantizeLinear") if node.output[0] == name]
@@ -318,7 +320,7 @@ def test_the_file_is_standard_and_says_what_it_is():
         "vitquant.version": vitquant.__version__,
         "vitquant.recipe": "fq-vit",
         "vitquant.bits": "w4a4",
-        "vitquant.model": quantized.digest,
+        "vitquant.model": digest(quantized),
         "vitquant.digest": facts["vitquant.digest"],
         "vitquant.session_options": "{}",
         "vitquant.session_options.without_vnni": json.dumps(WITHOUT_VNNI),
@@ -330,7 +332,7 @@ def test_the_file_is_standard_and_says_what_it_is():
     sizes = [[d.dim_param or d.dim_value for d in t.type.tensor_type.shape.dim] for t in (images, logits)]
     assert sizes == [["batch", 3, 64, 64], ["batch", 7]]
     assert len(nodes(proto, "QuantizeLinear")) == sum(
-        quantized.value(name).parameter is None and "probs" not in name for name in quantized.quantizers
+        quantized.index.value(name).parameter is None and "probs" not in name for name in quantized.quantizers
     )
     # 4-bit activations fill u4: nothing is clipped.
     types = {entry.name: entry.type.tensor_type.elem_type for entry in proto.graph.value_info}
@@ -371,7 +373,8 @@ def test_what_cannot_be_exported_is_refused():
     halved = vitquant.quantize(trained(timm_vit()).bfloat16(), "minmax", [photos(2).bfloat16()])
     with pytest.raises(ExportError, match=r"torch\.bfloat16; quantize the model in float32"):
         onnx_qdq_model(halved)
-    bare = QuantizedModel(capture(trained(timm_vit()), photos(2)), quantized.recipe, quantized.bits, (3, 64, 64))
+    captured = CapturedModel(capture(trained(timm_vit()), photos(2)), (3, 64, 64))
+    bare = QuantizedModel(captured, quantized.recipe, quantized.bits)
     with pytest.raises(CalibrationError, match="is not calibrated"):
         onnx_qdq_model(bare)
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from vitquant.errors import AllocationError, CalibrationError
-from vitquant.model import QuantizedModel, Tap
+from vitquant.model import QuantizedModel
 from vitquant.objectives.correlation import correlation
 from vitquant.progress import Progress, silent
 from vitquant.schema import Number, Table, Text, check
+from vitquant.segments import IMAGES, Segment
 from vitquant.tapped import by_image
 
 _IMAGES_AT_ONCE = 8
@@ -115,18 +115,22 @@ def measure(
         CalibrationError: no data, or NaN or infinity at a part, which the message names.
     """
     sums = {part.name: _Sums() for part in parts}
-    known = {part.name: model.known_before(part.values) for part in parts}
-    outputs, nodes = list(dict.fromkeys(part.output for part in parts)), {n for each in known.values() for n in each}
+    logits = _logits(model)
+    segments = {part.name: model.segment_behind(part.values, (part.output, logits)) for part in parts}
+    outputs = list(dict.fromkeys(part.output for part in parts))
+    known = dict.fromkeys(name for each in segments.values() for name in each.inputs)
+    whole = model.segment(IMAGES, list(dict.fromkeys((logits, *outputs, *known))), quantized=False)
     with torch.inference_mode():
-        for images in _chunks(data, _bytes_of_image(model, outputs, nodes)):
-            held, floats = _floats(model, images, outputs, nodes)
+        for images in _chunks(data, _bytes_of_image(whole)):
+            held = dict(zip(whole.outputs, whole(images), strict=True))
+            floats = {name: _by_image(model, whole, name, held[name], len(images)) for name in (logits, *outputs)}
             norms = {output: _nuclear_norms(floats[output], output) for output in outputs}
             for done, part in enumerate(parts):
                 progress("measuring", done, len(parts))
-                found: dict[str, Tensor] = {}
-                before = {node: held[node] for node in known[part.name]}
-                model.resume(before, part.values, _taps(model, len(images), [part.output], found))
-                sums[part.name].add(found, floats, part.output, _logits(model), norms[part.output])
+                segment = segments[part.name]
+                found = dict(zip(segment.outputs, segment(*(held[name] for name in segment.inputs)), strict=True))
+                found = {name: _by_image(model, whole, name, x, len(images)) for name, x in found.items()}
+                sums[part.name].add(found, floats, part.output, logits, norms[part.output])
             progress("measuring", len(parts), len(parts))
     if not all(each.images for each in sums.values()):
         raise CalibrationError("no calibration images: give at least one batch")
@@ -139,11 +143,9 @@ def _chunks(data: Iterable[Tensor], bytes_of_image: int) -> Iterator[Tensor]:
     return (chunk for batch in data for chunk in batch.split(size))
 
 
-def _bytes_of_image(model: QuantizedModel, outputs: Sequence[str], nodes: Collection[str]) -> int:
+def _bytes_of_image(whole: Segment) -> int:
     """Of what is held for one image; windows, which stand in the batch, count as one."""
-    places = {_place(model, output)[1] for output in outputs} | set(nodes)
-    shapes = [node.meta.get("shape", ()) for node in model.graph_module.graph.nodes if node.name in places]
-    return 4 * sum(math.prod(size for size in shape if size > 0) for shape in shapes)
+    return 4 * sum(math.prod(size for size in shape if size > 0) for shape in whole.shapes.values())
 
 
 class _Sums:
@@ -179,48 +181,15 @@ def _logits(model: QuantizedModel) -> str:
     return next(f"{site.name}:input" for site in model.sites if site.kind == "output")
 
 
-def _floats(
-    model: QuantizedModel, images: Tensor, outputs: Sequence[str], nodes: Collection[str]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What some graph nodes give in the float model, and what parts and the model compute."""
-    held: dict[str, Any] = {}
-    found: dict[str, Tensor] = {}
-
-    def hold(node: str) -> Callable[[Any], None]:
-        return lambda x: held.__setitem__(node, tree_map_only(Tensor, Tensor.clone, x))  # parts of a split, and sizes
-
-    nodes_and_outputs = [*((node, hold(node)) for node in nodes), *_taps(model, len(images), outputs, found)]
-    model.run(images, {}, quantized=False, nodes=nodes_and_outputs)
-    return held, found
-
-
-def _taps(model: QuantizedModel, images: int, outputs: Sequence[str], into: dict[str, Tensor]) -> list[tuple[str, Tap]]:
-    """Taps that put what parts compute, and the logits, as (images, ..., rows, columns); quantized, where they are."""
-    shapes = {node.name: node.meta["shape"] for node in model.graph_module.graph.nodes if "shape" in node.meta}
-
-    def hold(output: str, shape: Sequence[int], kind: str) -> Callable[[Tensor], None]:
-        def tap(x: Tensor) -> None:
-            x = by_image(x, list(shape).index(-1), images)
-            if kind == "conv" and x.ndim > 4:
-                x = x.flatten(-2)  # channels and places
-            elif kind not in _MAPS and x.ndim > 2:
-                x = x.flatten(1, -2)  # tokens and channels
-            into[output] = x.clone()
-
-        return tap
-
-    taps = []
-    for output in dict.fromkeys((*outputs, _logits(model))):
-        kind, node = _place(model, output)
-        taps.append((model.read_as(node), hold(output, shapes[node], kind)))
-    return taps
-
-
-def _place(model: QuantizedModel, output: str) -> tuple[str, str]:
-    """The kind of the site where an output is looked at, and the graph node that it is."""
-    name, _, operand = output.rpartition(":")
-    site = next(site for site in model.sites if site.name == (name or output))
-    return site.kind, site.operands[operand] if name else site.node
+def _by_image(model: QuantizedModel, whole: Segment, name: str, x: Tensor, images: int) -> Tensor:
+    """What a part computes, or the logits, as (images, ..., rows, columns)."""
+    kind = model.index.site(name.partition(":")[0]).kind
+    x = by_image(x, whole.shapes[name].index(-1), images)
+    if kind == "conv" and x.ndim > 4:
+        return x.flatten(-2)  # channels and places
+    if kind not in _MAPS and x.ndim > 2:
+        return x.flatten(1, -2)  # tokens and channels
+    return x
 
 
 def _nuclear_norms(x: Tensor, output: str) -> Tensor:

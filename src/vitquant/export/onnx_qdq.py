@@ -37,6 +37,7 @@ from vitquant.quantizers.uniform import UniformQuantizer
 from vitquant.runtime.fixed_batch import held_at_once
 from vitquant.runtime.metadata import to_metadata
 from vitquant.runtime.onnx_files import seal
+from vitquant.saved_model import facts
 from vitquant.tasks.classification import logits_of
 
 if TYPE_CHECKING:
@@ -211,17 +212,17 @@ def _quiet() -> Iterator[None]:
 def _describe(proto: onnx.ModelProto, model: QuantizedModel, options: dict[str, str], fixed: dict[str, int]) -> None:
     from onnx.helper import find_min_ir_version_for, set_model_props
 
-    facts = {
+    said = {
         "format": FORMAT,
         "version": version("vitquant"),
-        **model.facts,
+        **facts(model),
         **fixed,
         "session_options": options,
         "session_options.without_vnni": WITHOUT_VNNI,
     }
-    set_model_props(proto, to_metadata(facts))
+    set_model_props(proto, to_metadata(said))
     proto.ir_version = find_min_ir_version_for(proto.opset_import)
-    proto.producer_name, proto.producer_version = "vitquant", facts["version"]
+    proto.producer_name, proto.producer_version = "vitquant", said["version"]
 
 
 def _check(proto: onnx.ModelProto) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from vitquant.graph.operators import FILLS, arguments, aten, calls, is_rearrangement, is_selection, packet
+from vitquant.graph.operators import FILLS, arguments, aten, calls, is_rearrangement, packet
+from vitquant.graph.walk import origin
 
 # A score this far below its row's largest has no probability that any code holds. Libraries write -100, the smallest
 # float or minus infinity.
@@ -188,9 +189,8 @@ def hide_exactly(module: GraphModule, node: Node) -> None:
 
 def stored_constant(module: GraphModule, node: object) -> torch.Tensor | None:
     """The stored floating tensor, no parameter, that a node rearranges or selects from; else None."""
-    while isinstance(node, Node) and (is_rearrangement(node) or is_selection(node)):
-        node = node.all_input_nodes[0]
-    if not isinstance(node, Node) or node.op != "get_attr":
+    source = origin(node) if isinstance(node, Node) else None
+    if source is None or source.op != "get_attr":
         return None
-    tensor = operator.attrgetter(str(node.target))(module)
+    tensor = operator.attrgetter(str(source.target))(module)
     return None if isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point() else tensor

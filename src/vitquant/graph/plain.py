@@ -41,8 +41,24 @@ class _Plain:
 
 def plain(module: GraphModule) -> dict[str, Any]:
     """Everything that a graph module consists of, its graph as plain data."""
-    graph = module.graph
-    nodes = [
+    parts = {name: part for name, part in module.__dict__.items() if name != "_graph"}
+    nodes, codegen = plain_nodes(module.graph), module.graph._codegen
+    return {"class_name": type(module).__name__, "nodes": nodes, "codegen": codegen, "parts": parts}
+
+
+def rebuilt(described: dict[str, Any]) -> GraphModule:
+    """The graph module that `plain` described."""
+    module = GraphModule(torch.nn.Module(), Graph(), described["class_name"])
+    module.__dict__.update(described["parts"])
+    graph = graph_of(described["nodes"])
+    graph.set_codegen(described["codegen"])
+    module.graph = graph  # compiles it
+    return module
+
+
+def plain_nodes(graph: Graph) -> list[Any]:
+    """The nodes of a graph as plain data."""
+    return [
         _Plain(
             node.op,
             _Operator(str(node.target)) if isinstance(node.target, OpOverload) else node.target,
@@ -53,25 +69,14 @@ def plain(module: GraphModule) -> dict[str, Any]:
         )
         for node in graph.nodes
     ]
-    parts = {name: part for name, part in module.__dict__.items() if name != "_graph"}
-    return {"class_name": type(module).__name__, "nodes": nodes, "codegen": graph._codegen, "parts": parts}
-
-
-def rebuilt(described: dict[str, Any]) -> GraphModule:
-    """The graph module that `plain` described."""
-    module = GraphModule(torch.nn.Module(), Graph(), described["class_name"])
-    module.__dict__.update(described["parts"])
-    graph = _graph(described["nodes"])
-    graph.set_codegen(described["codegen"])
-    module.graph = graph  # compiles it
-    return module
 
 
 def _result(node: Node) -> Any:
     return _Result(node.name)
 
 
-def _graph(nodes: Iterable[_Plain]) -> Graph:
+def graph_of(nodes: Iterable[_Plain]) -> Graph:
+    """The graph of which `plain_nodes` gave the nodes."""
     graph, made = Graph(), {}
 
     def node_of(argument: Any) -> Any:

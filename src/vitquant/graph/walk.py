@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch.fx import Graph, Node
 
 from vitquant.graph.operators import JOINS, arguments, calls, is_rearrangement, is_selection
@@ -12,6 +14,27 @@ def root(node: Node) -> Node:
     while is_rearrangement(node):
         node = node.all_input_nodes[0]
     return node
+
+
+def origin(node: Node) -> Node:
+    """The node some of whose elements `node` has, rearranged, in part, or beside zeros: itself, or an ancestor."""
+    while is_rearrangement(node) or is_selection(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def nodes_by_name(graph: Graph) -> dict[str, Node]:
+    """The nodes of a graph by their names, which survive copies and pickles while nodes do not."""
+    return {node.name: node for node in graph.nodes}
+
+
+def descendants(nodes: Collection[Node], graph: Graph) -> set[Node]:
+    """Everything that is computed from some nodes, themselves left out."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if any(each in nodes or each in found for each in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def selected_from(node: Node) -> Node | None:

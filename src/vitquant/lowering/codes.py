@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vitquant.graph.operators import is_rearrangement, is_selection
-from vitquant.graph.walk import path_between
+from vitquant.graph.walk import origin, path_between
 from vitquant.integer.arithmetic import MULTIPLIER_BITS, rescaling, shift_left
 from vitquant.lowering.context import Context, Value, growing_shape, nothing
 from vitquant.lowering.rearrangement import follow, shape_of
@@ -30,10 +29,10 @@ def quantized(context: Context, node: Node, quantizer: Quantizer) -> Value:
     if source not in context.dynamic:
         static(context, node)
         return _static_codes(context, str(node.target), context.static[source], quantizer)
-    origin = computed(source)
-    if origin.op == "placeholder":
-        return _of_the_image(context, origin, source, quantizer)
-    if operation_at(context.module, origin) is not None:
+    made_by = origin(source)
+    if made_by.op == "placeholder":
+        return _of_the_image(context, made_by, source, quantizer)
+    if operation_at(context.module, made_by) is not None:
         return context.value(source)  # its codes are this quantizer's already
     shape = growing_shape(node)
     target = codes_of(context, "", quantizer, len(shape)).terms[0]
@@ -86,13 +85,6 @@ def codes_of(context: Context, register: str, quantizer: Quantizer, rank: int) -
 def code_type(quantizer: Quantizer) -> str:
     """The type of the integers that a register has in place of a quantizer's codes."""
     return smallest_type(*quantizer.integer_bounds)
-
-
-def computed(node: Node) -> Node:
-    """Whose elements a node has, rearranged, in part, or beside zeros."""
-    while is_rearrangement(node) or is_selection(node):
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _of_the_image(context: Context, image: Node, read: Node, quantizer: Quantizer) -> Scaled:

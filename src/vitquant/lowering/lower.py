@@ -20,8 +20,9 @@ from vitquant.graph.operators import (
     is_selection,
     packet,
 )
+from vitquant.graph.walk import origin
 from vitquant.lowering.affine import batch_norm, elementwise, negation
-from vitquant.lowering.codes import computed, quantized, static
+from vitquant.lowering.codes import quantized, static
 from vitquant.lowering.context import SIMULATE, Context, Value, operator_name
 from vitquant.lowering.on_codes import hide, on_codes
 from vitquant.lowering.rearrangement import SPLITS, joined, moved
@@ -32,6 +33,7 @@ from vitquant.operations.replacement import operation_at
 from vitquant.program.checking import check_program
 from vitquant.program.instructions import IntegerProgram
 from vitquant.quantizers import Quantizer
+from vitquant.saved_model import facts
 
 _MEANS = {aten.mean, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool1d}
 _CASTS = {aten.to, aten._to_copy, aten.type_as}
@@ -99,7 +101,7 @@ def _program(model: QuantizedModel) -> IntegerProgram:
         elif node not in context.dynamic:
             if node in context.static:
                 context.values[node] = static(context, node)
-        elif computed(node).op == "placeholder" or 0 in context.one_image.get(node, ()):
+        elif origin(node).op == "placeholder" or 0 in context.one_image.get(node, ()):
             continue  # the image is known by its quantizer, wherever that stands, and nothing needs no registers
         elif node in context.one_image or node.meta.get("shapes"):
             context.values[node] = _lowered(context, node)
@@ -116,7 +118,7 @@ def _program(model: QuantizedModel) -> IntegerProgram:
         facts={
             "input": image,
             "output": {"scale": result.scale.flatten().tolist(), "zero_point": int(result.zero)},
-            **model.facts,
+            **facts(model),
         },
     )
 

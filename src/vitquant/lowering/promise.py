@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch.fx import GraphModule
 
+from vitquant.captured import CapturedModel
 from vitquant.errors import LoweringError
 from vitquant.lowering.context import SIMULATE
 from vitquant.lowering.lower import lower, translate
@@ -41,15 +42,15 @@ def promised(recipe: Recipe) -> Arithmetic | None:
     return arithmetic if arithmetic.in_integers else None
 
 
-def check_possible(captured: GraphModule, recipe: Recipe, bits: Bits, input_shape: tuple[int, int, int]) -> None:
+def check_possible(captured: CapturedModel, recipe: Recipe, bits: Bits) -> None:
     """Refuse what its bits, its schemes or the model itself keep from being integers, before it is calibrated.
 
     The model is lowered with ranges that stand in for calibrated ones. What depends on the ranges is for
     `check_promise` to find.
 
     Arguments:
-        captured: what `capture` returned; left as it is.
-        recipe, bits, input_shape: as for `QuantizedModel`.
+        captured: the float model without quantizers; left as it is.
+        recipe, bits: as for `QuantizedModel`.
 
     Raises:
         LoweringError: the recipe promises integers, and this cannot be; it names the site, the reason and the remedy,
@@ -62,7 +63,7 @@ def check_possible(captured: GraphModule, recipe: Recipe, bits: Bits, input_shap
 
     def refusal(widths: Bits) -> LoweringError | None:
         try:
-            translate(_rehearsed(captured, recipe, widths, input_shape, arithmetic))
+            translate(_rehearsed(captured, recipe, widths, arithmetic))
         except LoweringError as error:
             return error
         return None
@@ -93,12 +94,11 @@ def _broken(recipe: Recipe, error: LoweringError, remedy: str = "") -> LoweringE
     return LoweringError(problem, f"{remedy}, or {simulate}" if remedy else simulate)
 
 
-def _rehearsed(
-    captured: GraphModule, recipe: Recipe, bits: Bits, input_shape: tuple[int, int, int], arithmetic: Arithmetic
-) -> QuantizedModel:
+def _rehearsed(captured: CapturedModel, recipe: Recipe, bits: Bits, arithmetic: Arithmetic) -> QuantizedModel:
     """A model of the same weights, with quantizers as wide as the real ones will be."""
-    graph = GraphModule(captured, copy.deepcopy(captured.graph))
-    model = QuantizedModel(graph, recipe, bits, input_shape)
+    module = captured.graph_module
+    graph = GraphModule(module, copy.deepcopy(module.graph))
+    model = QuantizedModel(CapturedModel(graph, captured.input_shape, captured.index), recipe, bits)
     specs = ((value, model.assignments[value.name].spec) for value in model.values)
     device = next(captured.parameters()).device
     model.insert({value.name: _stand_in(value, spec).to(device) for value, spec in specs if spec is not None})

@@ -42,7 +42,7 @@ def calibrate(model: QuantizedModel, data: Iterable[torch.Tensor], settings: Cal
     observers = {name: observer_of(name, model.assignments[name]) for name in model.quantized_names}
     images, batches = observe(model, data, observers)
     for name, observer in observers.items():
-        if any(reader.kind == "softmax" for reader in model.value(name).readers):
+        if any(reader.kind == "softmax" for reader in model.index.value(name).readers):
             _refuse_masked(name, observer)
     model.insert({name: estimated(name, observer) for name, observer in observers.items()})
     decisions = {}
@@ -76,7 +76,7 @@ def observe(model: QuantizedModel, data: Iterable[torch.Tensor], observers: Mapp
     Raises:
         CalibrationError: no data, or NaN or infinity at an operand, which the message names.
     """
-    stored = {name for name in observers if model.value(name).parameter is not None}
+    stored = {name for name in observers if model.index.value(name).parameter is not None}
     taps = {name: _tap(name, observer) for name, observer in observers.items() if name not in stored}
     batches = images = 0
     with torch.inference_mode():
@@ -86,7 +86,7 @@ def observe(model: QuantizedModel, data: Iterable[torch.Tensor], observers: Mapp
         if taps and not images:
             raise CalibrationError("no calibration images: give at least one batch")
         for name in sorted(stored):
-            _tap(name, observers[name])(model.parameter(model.value(name)))
+            _tap(name, observers[name])(model.parameter(model.index.value(name)))
     return images, batches
 
 

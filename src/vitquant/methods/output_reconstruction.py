@@ -17,6 +17,7 @@ from vitquant.objectives.relative_error import output_error, relative_error
 from vitquant.progress import Progress, silent
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
+from vitquant.segments import IMAGES, Segment
 from vitquant.spec import PowerOfTwoScale
 
 _NORMS = ("layer_norm", "rms_norm")
@@ -102,7 +103,10 @@ def reconstruct_output(
         raise CalibrationError("no calibration images: give at least one batch")
     in_a_pass = sum(math.ceil(size / settings.batch) for size in sizes)
     total = settings.passes * in_a_pass
-    teacher = copy.deepcopy(model)  # what stays as it is while the model learns
+    ends = [site.name for site in model.sites if site.kind == "output"][:1]
+    ends += [site.name for site in model.sites if site.kind in _NORMS]
+    student = model.segment(IMAGES, ends)
+    teacher = copy.deepcopy(model).segment(IMAGES, ends, quantized=False)  # it stays as it is while the model learns
     errors: list[float] = []
     with torch.inference_mode(False), torch.enable_grad(), _learnable(model) as learned:
         optimizer = torch.optim.Adam(
@@ -117,7 +121,7 @@ def reconstruct_output(
             progress("reconstructing the output", len(errors), total)
             for scale in learned.scales:  # a graph of its own for every step
                 scale.put()
-            output, norms = _errors(model, teacher, images)
+            output, norms = _errors(student, teacher, images)
             errors.append(output.item())
             error = output + settings.norms * norms
             if not math.isfinite(error.item()):
@@ -151,24 +155,14 @@ def _steps(data: Iterable[Tensor], settings: ReconstructOutputSettings) -> Itera
             yield from batch.clone().split(settings.batch)
 
 
-def _errors(model: QuantizedModel, teacher: QuantizedModel, images: Tensor) -> tuple[Tensor, Tensor]:
+def _errors(student: Segment, teacher: Segment, images: Tensor) -> tuple[Tensor, Tensor]:
     """The mean error of some images' outputs, and that of what all norms give."""
     with torch.no_grad():
-        expected = _outputs(teacher, images, quantized=False)
-    found = _outputs(model, images, quantized=True)
+        expected = teacher(images)
+    found = student(images)
     output = output_error(found[0], expected[0]).mean()
     norms = [relative_error(*pair).mean() for pair in zip(found[1:], expected[1:], strict=True)]
     return output, torch.stack(norms).mean() if norms else torch.zeros_like(output)
-
-
-def _outputs(model: QuantizedModel, images: Tensor, quantized: bool) -> list[Tensor]:
-    """The tensor that the model's output is, or its logits; then what each norm gives, before it is quantized."""
-    output = next(site.operands["input"] for site in model.sites if site.kind == "output")
-    nodes = [model.read_as(output), *(site.node for site in model.sites if site.kind in _NORMS)]
-    held: dict[int, Tensor] = {}
-    taps = [(node, lambda x, place=place: held.__setitem__(place, x.clone())) for place, node in enumerate(nodes)]
-    model.run(images, {}, quantized=quantized, nodes=taps)
-    return [held[place] for place in range(len(nodes))]
 
 
 def _backward(error: Tensor) -> None:
@@ -244,7 +238,7 @@ def _weight_steps(model: QuantizedModel) -> dict[nn.Parameter, float]:
 
 def _is_learned(model: QuantizedModel, name: str) -> bool:
     """Whether it is an activation's, and any positive number is a scale there."""
-    value = model.value(name)
+    value = model.index.value(name)
     spec = model.assignments[value.name].spec
     return spec is not None and value.parameter is None and not isinstance(spec.scheme, PowerOfTwoScale)
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.graph.layer_norm_folding import FoldableNorm, NotFoldableError, fold, foldable_norm
+from vitquant.graph.walk import nodes_by_name
 from vitquant.methods.calibrate import estimated, observe, observer_of
 from vitquant.model import QuantizedModel, Record
 from vitquant.observers.observer import Observer
 from vitquant.quantizers import Quantizer, build_quantizer
-from vitquant.sites import Site, Value
+from vitquant.sites import Value
 from vitquant.spec import PerAxis, PerTensor, QParams, QuantSpec, Uniform
 
 # Steps this much finer than the mean are no finer: a channel that hardly varies would shift by millions of them.
@@ -85,7 +86,7 @@ def reparameterize_scales(
             "operations are on codes already: "
             "reparameterize-scales comes before integer-operations; change the recipe's order"
         )
-    nodes = {node.name: node for node in model.graph_module.graph.nodes}
+    nodes = nodes_by_name(model.graph_module.graph)
     norms = [site for site in model.sites if site.kind == "layer_norm"]
     chosen = [site for site in norms if any(fnmatchcase(site.name, glob) for glob in settings.sites)]
     if norms and not chosen:
@@ -157,8 +158,7 @@ def reparameterization(low: Tensor, high: Tensor, spec: QuantSpec, shiftable: bo
 
 def _output(model: QuantizedModel, layers: FoldableNorm) -> Value:
     """The one value that all linear layers behind a LayerNorm read."""
-    sites = {site.node: site for site in model.sites}
-    values = {(value := _input(model, sites[name])).name: value for name in layers.linears}
+    values = {(value := _read(model, name)["input"]).name: value for name in layers.linears}
     if len(values) > 1:
         raise NotFoldableError("its readers have quantizers of their own")
     (value,) = values.values()
@@ -168,8 +168,11 @@ def _output(model: QuantizedModel, layers: FoldableNorm) -> Value:
     return value
 
 
-def _input(model: QuantizedModel, site: Site) -> Value:
-    return model.value(str(site.reader("input")))
+def _read(model: QuantizedModel, node: str) -> dict[str, Value]:
+    """What the site at a graph node reads."""
+    site = model.index.site_at(node)
+    assert site is not None
+    return model.index.read_by(site)
 
 
 def _by_channel(model: QuantizedModel, value: Value) -> Observer:
@@ -183,5 +186,5 @@ def _by_channel(model: QuantizedModel, value: Value) -> Observer:
 def _weights(model: QuantizedModel, found: Mapping[str, tuple[FoldableNorm, Value]]) -> list[str]:
     """The quantized weights of the linear layers that changed."""
     changed = {name for layers, _ in found.values() for name in layers.linears}
-    names = [model.value(str(site.reader("weight"))).name for site in model.sites if site.node in changed]
+    names = [_read(model, site.node)["weight"].name for site in model.sites if site.node in changed]
     return [name for name in names if model.assignments[name].spec is not None]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.fx import Node
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.graph.operators import aten, calls
 from vitquant.graph.stored import stored
+from vitquant.graph.walk import nodes_by_name
 from vitquant.methods.searched_layer import (
     LAYERS,
     PRODUCTS,
@@ -30,6 +32,7 @@ from vitquant.progress import Progress, silent
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
 from vitquant.search.coordinates import alternate, multiples
+from vitquant.segments import IMAGES
 from vitquant.sites import Site
 from vitquant.spec import PerTensor, PowerOfTwoScale, QParams
 from vitquant.tapped import by_image
@@ -180,7 +183,7 @@ def _groups(model: QuantizedModel, image: Tensor, pairs: int) -> tuple[list[_Gro
         if reason := _unfit(model, site):
             refused[site.name] = reason
             continue
-        names = {model.value(str(site.reader(operand))).name for operand in site.operands}
+        names = {value.name for value in model.index.read_by(site).values()}
         sites = [site]
         apart = []
         for group in members:
@@ -200,7 +203,7 @@ def _groups(model: QuantizedModel, image: Tensor, pairs: int) -> tuple[list[_Gro
 
 def _unfit(model: QuantizedModel, site: Site) -> str:
     """Why the scales of a site's operands cannot be searched; empty when they can."""
-    values = {operand: model.value(str(site.reader(operand))) for operand in site.operands}
+    values = model.index.read_by(site)
     if len({value.name for value in values.values()}) < 2:
         return "both of its operands are one value"
     for operand, value in values.items():
@@ -239,7 +242,7 @@ def _bytes(
     held = work = candidate = 0
     for site in sites:
         if site.kind in LAYERS:
-            weight = model.value(str(site.reader("weight"))).shape
+            weight = model.index.read_by(site)["weight"].shape
             outputs, inputs = weight[0], math.prod(weight[1:])
             elements = sizes[str(site.reader("input"))]
             tokens = elements // inputs if site.kind == "linear" else _elements(node_of(model, site)) // outputs
@@ -257,10 +260,10 @@ def _bytes(
 def _map(model: QuantizedModel, site: Site, sizes: Mapping[str, int], pairs_at_most: int) -> tuple[int, int]:
     """Of an attention map the pairs of columns that are compared, and one image's rows, of all heads and windows."""
     operand = "query" if site.kind == "scores" else "probs"
-    shapes = {node.name: node.meta.get("shape") for node in model.graph_module.graph.nodes}
-    columns = shapes[site.node if site.kind == "scores" else site.operands[operand]][-1]
+    nodes = nodes_by_name(model.graph_module.graph)
+    columns = nodes[site.node if site.kind == "scores" else site.operands[operand]].meta["shape"][-1]
     pairs = columns * (columns - 1) // 2
-    rows = sizes[str(site.reader(operand))] // shapes[site.operands[operand]][-1]
+    rows = sizes[str(site.reader(operand))] // nodes[site.operands[operand]].meta["shape"][-1]
     return min(pairs, pairs_at_most or pairs), rows
 
 
@@ -290,28 +293,15 @@ def _needed(groups: Sequence[_Group], images: int, settings: SearchScalesSetting
 
 def _operands(model: QuantizedModel, data: Iterable[Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
     """What every operand of some sites is in the float model, (images, ...), for all images, at least in float32."""
-    held: dict[str, list[Tensor]] = {}
-    images = 0
-
-    def hold(name: str, axis: int) -> Callable[[Tensor], None]:
-        def tap(x: Tensor) -> None:
-            x = by_image(x, axis, images).to(torch.promote_types(x.dtype, torch.float32))
-            held.setdefault(name, []).append(x.clone())
-
-        return tap
-
-    shapes = {node.name: node.meta.get("shape") for node in model.graph_module.graph.nodes}
-    taps = {}
-    for site in sites:
-        for operand, node in site.operands.items():
-            if operand != "weight":
-                name = str(site.reader(operand))
-                taps[name] = hold(name, shapes[node].index(-1))
+    held: dict[str, list[Tensor]] = defaultdict(list)
+    names = [str(site.reader(operand)) for site in sites for operand in site.operands if operand != "weight"]
+    read = model.segment(IMAGES, names, quantized=False)
     with torch.inference_mode():
         for batch in data:
-            images = len(batch)
-            model.run(batch, {}, quantized=False, operands=taps)
-    return {name: torch.cat(held.pop(name)) for name in taps}
+            for name, x in zip(names, read(batch), strict=True):
+                x = by_image(x, read.shapes[name].index(-1), len(batch))
+                held[name].append(x.to(torch.promote_types(x.dtype, torch.float32)))
+    return {name: torch.cat(held.pop(name)) for name in names}
 
 
 # --- the search of one group ---------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from vitquant.graph.operators import arguments, aten, calls
 from vitquant.graph.stored import stored, times_read, unquantized
+from vitquant.graph.walk import nodes_by_name
 from vitquant.model import QuantizedModel
 from vitquant.objectives.correlation import LinearOutput
 from vitquant.objectives.product_output import ProductOutput, Ranking
@@ -99,7 +100,8 @@ def searched(
         ranking: of attention maps.
     """
     node, module = node_of(model, site), model.graph_module
-    values = tuple(model.value(str(site.reader(operand))).name for operand in site.operands)
+    read = model.index.read_by(site)
+    values = tuple(value.name for value in read.values())
     if site.kind in PRODUCTS:
         left, right = (held[str(site.reader(operand))] for operand in site.operands)
         if unquantized(arguments(node)[0]).name != next(iter(site.operands.values())):
@@ -107,7 +109,7 @@ def searched(
         return SearchedProduct(
             ProductOutput(left, right, _factor(node) if site.kind == "scores" else None, ranking), values
         )
-    x, weight = held[str(site.reader("input"))], model.parameter(model.value(str(site.reader("weight")))).detach()
+    x, weight = held[str(site.reader("input"))], model.parameter(read["weight"]).detach()
     if site.kind == "conv":
         stride, padding, dilation = (option(node, place, name, default) for place, name, default in _OF_CONV)
         patches = functional.unfold(x.flatten(0, 1), weight.shape[2:], dilation, padding, stride).mT
@@ -129,7 +131,7 @@ def option(node: Node, place: int, name: str, default: Any) -> Any:
 
 def node_of(model: QuantizedModel, site: Site) -> Node:
     """The graph node of a site."""
-    return next(node for node in model.graph_module.graph.nodes if node.name == site.node)
+    return nodes_by_name(model.graph_module.graph)[site.node]
 
 
 def _factor(node: Node) -> float:

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from vitquant.errors import LoweringError
 from vitquant.graph.masks import hide_exactly, hide_whole_rows, masks_between, unmasked
 from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, is_selection, packet
-from vitquant.graph.walk import ancestors, depends_on_input, path_between
+from vitquant.graph.walk import ancestors, depends_on_input, nodes_by_name, origin, path_between, root
 from vitquant.integer.softmax import LONGEST_ROW
 from vitquant.operations.activation import Elementwise, TableActivation
 from vitquant.operations.arithmetic import Arithmetic
@@ -40,7 +40,7 @@ def replace_operations(module: GraphModule, sites: Iterable[Site], arithmetic: A
     Returns:
         For each site that stays in float, why.
     """
-    nodes = {node.name: node for node in module.graph.nodes}
+    nodes = nodes_by_name(module.graph)
     refused: dict[str, str] = {}
     for site in sites:
         if site.kind not in KINDS:
@@ -173,10 +173,7 @@ def _softmax(
 
 def _scores(module: GraphModule, node: Node) -> Node:
     """The quantizer's node that a softmax reads through rearrangements and masks."""
-    scores = unmasked(module, arguments(node)[0])
-    while is_rearrangement(scores):
-        scores = scores.all_input_nodes[0]
-    return scores
+    return root(unmasked(module, arguments(node)[0]))
 
 
 def _masks(module: GraphModule, node: Node) -> list[Node]:
@@ -197,20 +194,18 @@ def _is_masked(module: GraphModule, node: Node) -> bool:
 
 def _source(module: GraphModule, node: Node) -> Quantizer:
     """The quantizer of what a node reads."""
-    origin = _scores(module, node)
-    while is_selection(origin) or is_rearrangement(origin):
-        origin = origin.all_input_nodes[0]
-    quantizer = _quantizer_at(module, origin)
+    read = origin(_scores(module, node))
+    quantizer = _quantizer_at(module, read)
     if quantizer is None:
         raise NotIntegerError("its input is in float")
-    if channel_axis(quantizer.spec.granularity) is not None and not _keeps_channels(origin, arguments(node)[0]):
+    if channel_axis(quantizer.spec.granularity) is not None and not _keeps_channels(read, arguments(node)[0]):
         raise NotIntegerError("its input's scales are those of other channels: it reads a part or a rearrangement")
     return quantizer
 
 
-def _keeps_channels(origin: Node, read: Node) -> bool:
-    """Whether the last axis of `read` is the last axis of `origin`, whole and in its order."""
-    return all(_keeps_last_axis(step) for step in path_between(origin, read))
+def _keeps_channels(source: Node, read: Node) -> bool:
+    """Whether the last axis of `read` is the last axis of `source`, whole and in its order."""
+    return all(_keeps_last_axis(step) for step in path_between(source, read))
 
 
 def _keeps_last_axis(step: Node) -> bool:

@@ -87,6 +87,10 @@ class Quantizer(nn.Module):
         step = self._step(work)
         return (self._nearest_level(work / step) * step).to(x.dtype)
 
+    def reference(self, x: Tensor) -> Tensor:
+        """What stands in its place in the float model: nothing."""
+        return x
+
     @property
     def integer_bounds(self) -> tuple[int, int]:
         """The smallest and the largest of `integers`."""

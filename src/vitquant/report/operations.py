@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from vitquant.graph import operators as ops
 from vitquant.graph.operators import calls, is_rearrangement, is_selection, packet
-from vitquant.graph.walk import depends_on_input
+from vitquant.graph.walk import depends_on_input, nodes_by_name, origin
 from vitquant.model import QuantizedModel
 from vitquant.program.instructions import IntegerProgram
 from vitquant.quantizers import Quantizer
@@ -118,17 +118,15 @@ def list_operations(model: QuantizedModel, program: IntegerProgram | None = None
     (Swin's windows stand in the batch dimension).
     """
     graph = model.graph_module.graph
-    sites = {site.node: site for site in model.sites}
     dynamic, owners, macs = depends_on_input(graph), _owners(model), _count_macs(model)
-    value_of = {str(reader): value.name for value in model.values for reader in value.readers}
     quantized, quantizers, on_codes = _quantized_results(model), model.quantizers, model.integer_operations
     sums = {} if program is None else accumulators(program)
     found = []
     for node in graph.nodes:
         count = macs.get(node, 0)
-        if node.name in sites:
-            site = sites[node.name]
-            read = {operand: value_of[str(site.reader(operand))] for operand in site.operands}
+        site = model.index.site_at(node.name)
+        if site is not None:
+            read = {operand: value.name for operand, value in model.index.read_by(site).items()}
             assignments = {operand: model.assignments[value] for operand, value in read.items()}
             if site.name in on_codes:
                 arithmetic, reason = INTEGER, on_codes[site.name].description
@@ -239,14 +237,8 @@ def _owners(model: QuantizedModel) -> dict[Node, str]:
 
 def _quantized_results(model: QuantizedModel) -> set[Node]:
     """The operations whose result is quantized, as it is, rearranged or in part."""
-    nodes = {node.name: node for node in model.graph_module.graph.nodes}
-    return {_origin(nodes[value.node]) for value in model.values if model.assignments[value.name].spec is not None}
-
-
-def _origin(node: Node) -> Node:
-    while is_rearrangement(node) or is_selection(node):
-        node = node.all_input_nodes[0]
-    return node
+    nodes = nodes_by_name(model.graph_module.graph)
+    return {origin(nodes[value.node]) for value in model.values if model.assignments[value.name].spec is not None}
 
 
 def _operand(name: str, value: str, assignment: Assignment, quantizers: Mapping[str, Quantizer]) -> Operand:
