@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import timm
 import torch
 
-from vitquant.capture import capture
-from vitquant.captured import CapturedModel
+from vitquant.graph.capture import capture
+from vitquant.graph.captured import CapturedModel
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.model import QuantizedModel
 from vitquant.recipe import available

@@ -26,7 +26,7 @@ from real_deit import PREPROCESSING, SHARED, asked, cosine, float_deit, quantize
 from rich.console import Console
 
 from vitquant.engines import default_engine
-from vitquant.saved_model import stored_bytes
+from vitquant.model.saved import stored_bytes
 from vitquant.tasks.images import batches, load_listing, subset
 
 HELD_OUT = 500

@@ -18,9 +18,9 @@ from real_deit import PREPROCESSING, SHARED, cosine, float_deit, interval, row, 
 from rich.console import Console
 
 import vitquant
+from vitquant.model.simulation import ExactSimulation
 from vitquant.parity import RESCALING, flipped_codes
 from vitquant.runtime.on_images import interpreted
-from vitquant.simulation import ExactSimulation
 from vitquant.tasks.classification import compare, paired_interval
 from vitquant.tasks.images import batches, load_listing, subset
 

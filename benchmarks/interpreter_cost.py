@@ -18,9 +18,9 @@ import torch
 from real_deit import PREPROCESSING, SHARED, float_deit, row
 
 import vitquant
+from vitquant.model.simulation import ExactSimulation
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.runtime.products import exact_int64
-from vitquant.simulation import ExactSimulation
 from vitquant.tasks.images import batches, load_listing, subset
 
 

@@ -29,8 +29,8 @@ import vitquant
 from vitquant.errors import ExportError
 from vitquant.export.onnx_qdq import onnx_qdq_model
 from vitquant.export.openvino import write_openvino
+from vitquant.model.simulation import ExactSimulation
 from vitquant.runtime.openvino import OpenVinoModel
-from vitquant.simulation import ExactSimulation
 from vitquant.tasks.classification import logits_of
 from vitquant.tasks.images import batches, load_listing, subset
 

@@ -38,7 +38,7 @@ from real_deit import (
 from rich.console import Console
 
 from vitquant.engines import default_engine
-from vitquant.saved_model import stored_bytes
+from vitquant.model.saved import stored_bytes
 from vitquant.tasks.classification import compare
 from vitquant.tasks.images import Item, load_listing, subset
 

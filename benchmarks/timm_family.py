@@ -28,14 +28,14 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from vitquant.capture import capture
 from vitquant.errors import VitquantError
+from vitquant.graph.capture import capture
+from vitquant.graph.sites import find_sites
 from vitquant.graph.walk import depends_on_input
 from vitquant.lowering import lower
+from vitquant.model.simulation import ExactSimulation
 from vitquant.pipeline import quantize
 from vitquant.runtime.on_images import interpreted
-from vitquant.simulation import ExactSimulation
-from vitquant.sites import find_sites
 from vitquant.tasks.classification import logits_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "timm-vision-transformers.md"

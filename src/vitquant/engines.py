@@ -10,12 +10,12 @@ from vitquant.errors import ExportError, LoweringError, VitquantError
 from vitquant.export.formats import ON_INTEGERS, exported
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
+from vitquant.model.saved import digest
 from vitquant.parity import Form
 from vitquant.program.instructions import IntegerProgram
 from vitquant.runtime.metadata import fact_of, to_metadata
 from vitquant.runtime.on_images import Ends, OnImages, interpreted
 from vitquant.runtime.onnxruntime import OnnxModel
-from vitquant.saved_model import digest
 
 ENGINES = ("float", "simulated", "integer", "onnxruntime", "onnx-integer", "onnx-qdq", "openvino")
 _RUNS = {  # the formats that an engine runs, of several the first that was exported

@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 from vitquant.autocast import in_own_precision
-from vitquant.capture import capture
-from vitquant.captured import CapturedModel
-from vitquant.checkpoint import read_config, read_shapes
-from vitquant.config import check_config
 from vitquant.errors import CalibrationError, CheckpointError, ModelError, RecipeError, VitquantError
 from vitquant.files import recover
+from vitquant.graph.capture import capture
+from vitquant.graph.captured import CapturedModel
+from vitquant.integer_modules import Arithmetic
 from vitquant.lowering import check_possible, check_promise
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.methods.integer_operations import integer_operations
@@ -28,11 +27,12 @@ from vitquant.methods.power_of_two_factor import ChooseFactorsSettings, choose_f
 from vitquant.methods.scale_reparameterization import ReparameterizeScalesSettings, reparameterize_scales
 from vitquant.methods.scale_search import SearchScalesSettings, search_scales
 from vitquant.model import QuantizedModel, Record
-from vitquant.operations import Arithmetic
+from vitquant.model.checkpoint import read_config, read_shapes
+from vitquant.model.config import check_config
+from vitquant.model.saved import restore
 from vitquant.plain_forward import plain_forward
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Method, Recipe, requested
-from vitquant.saved_model import restore
 from vitquant.schema import Table, check, of_type
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.unwrapping import unwrapped

@@ -13,10 +13,10 @@ from vitquant.allocation.table import SensitivityTable
 from vitquant.autocast import in_own_precision
 from vitquant.errors import AllocationError, CalibrationError, RecipeError
 from vitquant.model import QuantizedModel
+from vitquant.model.saved import stored_bytes
 from vitquant.pipeline import Batch, batches_of, images_of, quantize
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Bits, Method, Recipe, requested
-from vitquant.saved_model import stored_bytes
 from vitquant.spec import MAX_BITS, MIN_BITS
 
 CANDIDATES = (4, 5, 6, 7, 8)

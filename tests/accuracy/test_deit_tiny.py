@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import vitquant
+from vitquant.model.simulation import ExactSimulation
 from vitquant.runtime.on_images import interpreted
-from vitquant.simulation import ExactSimulation
 from vitquant.tasks.classification import evaluate
 from vitquant.tasks.images import batches, load_listing, subset
 from vitquant.tasks.preprocessing import Preprocessing

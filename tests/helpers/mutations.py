@@ -210,7 +210,7 @@ def _config(folder: Path, canary: Canary) -> Kind:
 
 
 def _captured() -> Any:
-    from vitquant.capture import capture
+    from vitquant.graph.capture import capture
     from vitquant.zoo import architecture
 
     model = architecture(vitquant.ModelSource("timm:vit_tiny_patch16_224", TINY, "random"))
@@ -328,7 +328,7 @@ def _matched(name: str) -> None:
 
 
 def _values() -> Any:
-    from vitquant.sites import find_sites, find_values
+    from vitquant.graph.sites import find_sites, find_values
 
     if not _FOUND:
         captured = _captured()

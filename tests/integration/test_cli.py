@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from vitquant import load
 from vitquant.allocation.table import SensitivityTable
-from vitquant.checkpoint import write_checkpoint
 from vitquant.cli import main
 from vitquant.errors import CheckpointError
 from vitquant.files import replacing
+from vitquant.model.checkpoint import write_checkpoint
 
 ARGUMENTS = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 10}
 MODEL = ["timm:vit_tiny_patch16_224"] + [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]

@@ -9,9 +9,9 @@ from torch import nn
 
 import vitquant
 from vitquant.errors import RecipeError
+from vitquant.model.simulation import ExactSimulation
 from vitquant.recipe import CHOICES, requested
 from vitquant.runtime.on_images import interpreted
-from vitquant.simulation import ExactSimulation
 
 TINY = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 5}
 QUICK = {"reconstruct-output": ("reconstruct-output.passes=1",)}

@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vitquant
-from vitquant.capture import capture
-from vitquant.captured import CapturedModel
 from vitquant.errors import CalibrationError, LoweringError
+from vitquant.graph.capture import capture
+from vitquant.graph.captured import CapturedModel
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
+from vitquant.model.simulation import ExactSimulation
 from vitquant.parity import flipped_codes
 from vitquant.program.instructions import LayerNorm, Linear, Lookup, Product, Requantize
 from vitquant.program.ranges import prove_ranges
@@ -24,7 +25,6 @@ from vitquant.recipe import load_recipe
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.runtime.on_images import interpreted
 from vitquant.runtime.products import exact_int64
-from vitquant.simulation import ExactSimulation
 from vitquant.spec import PerAxis, QParams
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}

@@ -15,10 +15,10 @@ from vitquant.errors import LoweringError
 from vitquant.lowering import lower
 from vitquant.lowering.codes import _integers
 from vitquant.lowering.scaled import Scaled, Term
+from vitquant.model.simulation import ExactSimulation
 from vitquant.quantizers import build_quantizer
 from vitquant.quantizers.twin_uniform import TwinUniformQuantizer
 from vitquant.runtime.on_images import interpreted
-from vitquant.simulation import ExactSimulation
 from vitquant.spec import PerAxis, QParams, QuantSpec, TwinUniform
 
 

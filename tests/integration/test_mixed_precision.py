@@ -15,10 +15,10 @@ import vitquant
 from vitquant.allocation.front import Costs, pareto_front
 from vitquant.allocation.table import MEASURES, SensitivityTable
 from vitquant.errors import AllocationError, CalibrationError, RecipeError
+from vitquant.model.saved import stored_bytes
+from vitquant.model.simulation import ExactSimulation
 from vitquant.recipe import Recipe, assign, load_recipe
 from vitquant.runtime.on_images import interpreted
-from vitquant.saved_model import stored_bytes
-from vitquant.simulation import ExactSimulation
 
 QUICK = ("search-scales.candidates=6", "search-scales.pairs=8")
 SLOW = ("timm swinv2", "timm levit", "timm pvt_v2", "timm mvitv2", "torchvision swin")

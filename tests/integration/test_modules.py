@@ -18,10 +18,10 @@ from torch.nn.utils import parametrize
 
 import vitquant
 from vitquant.errors import CalibrationError, CaptureError, ModelError
+from vitquant.integer_modules import IntegerOperation
 from vitquant.model import QuantizedModel
-from vitquant.operations import IntegerOperation
+from vitquant.model.saved import digest
 from vitquant.runtime.interpreter import Interpreter
-from vitquant.saved_model import digest
 
 BATCH = torch.export.Dim("batch")
 SWIN = {"depths": (1, 2), "embed_dim": 16, "num_heads": (2, 4), "img_size": 32, "patch_size": 2, "window_size": 4}

@@ -9,9 +9,9 @@ import torch
 from architectures import Einsum
 
 import vitquant
-from vitquant.capture import capture
-from vitquant.captured import CapturedModel
 from vitquant.errors import RecipeError
+from vitquant.graph.capture import capture
+from vitquant.graph.captured import CapturedModel
 from vitquant.model import QuantizedModel
 from vitquant.recipe import load_recipe
 

@@ -10,8 +10,8 @@ from torch import nn
 import vitquant
 from vitquant.errors import LoweringError
 from vitquant.lowering import promised
+from vitquant.model.saved import digest
 from vitquant.recipe import load_recipe, override
-from vitquant.saved_model import digest
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
 

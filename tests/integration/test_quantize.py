@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import vitquant
-from vitquant.capture import capture
-from vitquant.captured import CapturedModel
 from vitquant.errors import CalibrationError, CaptureError, CheckpointError, ModelError, RecipeError
+from vitquant.graph.capture import capture
+from vitquant.graph.captured import CapturedModel
 from vitquant.model import QuantizedModel
+from vitquant.model.saved import digest
 from vitquant.recipe import Bits, load_recipe
-from vitquant.saved_model import digest
 from vitquant.zoo import create
 
 
@@ -386,7 +386,7 @@ def saved(tmp_path):
 
 def rewrite(saved, change):
     """Alter a saved model as somebody would who repairs the digests afterwards."""
-    from vitquant.checkpoint import read_checkpoint, write_checkpoint
+    from vitquant.model.checkpoint import read_checkpoint, write_checkpoint
 
     tensors, config = read_checkpoint(saved)
     change(tensors, config)

@@ -10,18 +10,18 @@ import torch
 from architectures import ZOO, vary
 
 import vitquant
-from vitquant.capture import capture
-from vitquant.captured import CapturedModel
 from vitquant.errors import CalibrationError, LoweringError, RecipeError
+from vitquant.graph.capture import capture
+from vitquant.graph.captured import CapturedModel
 from vitquant.graph.layer_norm_folding import foldable_norm
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.methods.scale_reparameterization import FINEST, ReparameterizeScalesSettings, reparameterize_scales
 from vitquant.model import QuantizedModel
+from vitquant.model.simulation import ExactSimulation
 from vitquant.observers import build_observer
 from vitquant.recipe import Method, Recipe
 from vitquant.recipe.rule import Rule, SpecTemplate
 from vitquant.runtime.on_images import interpreted
-from vitquant.simulation import ExactSimulation
 from vitquant.spec import PerAxis, QuantSpec, Uniform
 
 LAYERS = Recipe(

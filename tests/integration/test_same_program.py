@@ -80,7 +80,7 @@ def test_a_saved_model_gives_the_committed_program_here_and_on_another_processor
     [
         ("vitquant.lowering.affine", "levit fq-vit"),  # the root of batch norm
         ("vitquant.lowering.context", "siglip fq-vit"),  # a product of parameters
-        ("vitquant.operations.activation", "vit fq-vit"),  # GELU
+        ("vitquant.integer_modules.activation", "vit fq-vit"),  # GELU
     ],
 )
 def test_without_correct_rounding_that_processor_gives_another_program(guard, name, monkeypatch):

@@ -9,9 +9,9 @@ from architectures import ZOO, vary
 import vitquant
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.methods.scale_search import SearchScalesSettings, search_scales
+from vitquant.model.simulation import ExactSimulation
 from vitquant.objectives.correlation import correlation
 from vitquant.runtime.on_images import interpreted
-from vitquant.simulation import ExactSimulation
 
 QUICK = ("search-scales.candidates=12", "search-scales.pairs=16")
 

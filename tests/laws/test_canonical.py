@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from vitquant.capture import capture
 from vitquant.errors import CaptureError
 from vitquant.graph.canonical import canonicalize
+from vitquant.graph.capture import capture
 from vitquant.graph.einsum import einsum_to_matmul
 from vitquant.graph.fingerprint import structural_fingerprint
 from vitquant.graph.operators import aten, packet

@@ -8,13 +8,13 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vitquant.graph.sites import KINDS, OPERANDS, Reader, Value
 from vitquant.observers import OBSERVERS
 from vitquant.recipe.bits import BIT_SYMBOLS, Bits
 from vitquant.recipe.matching import assign
 from vitquant.recipe.override import override
 from vitquant.recipe.recipe import Calibration, Method, Recipe
 from vitquant.recipe.rule import GRANULARITIES, Rule, SpecTemplate
-from vitquant.sites import KINDS, OPERANDS, Reader, Value
 from vitquant.spec import Log2, LogSqrt2, PowerOfTwoFactor, PowerOfTwoScale, Uniform
 
 widths = st.integers(2, 16)

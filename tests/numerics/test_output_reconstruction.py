@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 import vitquant
 import vitquant.methods.output_reconstruction as output_reconstruction
 from vitquant.errors import CalibrationError, RecipeError
+from vitquant.graph.taps import TappedInterpreter
 from vitquant.methods.output_reconstruction import ReconstructOutputSettings, reconstruct_output
 from vitquant.model import QuantizedModel
+from vitquant.model.saved import digest
+from vitquant.model.simulation import ExactSimulation
 from vitquant.objectives.relative_error import output_error, relative_error
 from vitquant.recipe import load_recipe
 from vitquant.recipe.rule import Rule
 from vitquant.runtime.on_images import interpreted
-from vitquant.saved_model import digest
-from vitquant.simulation import ExactSimulation
 from vitquant.spec import PowerOfTwoScale
-from vitquant.tapped import TappedInterpreter
 
 
 @settings(max_examples=50, deadline=None)

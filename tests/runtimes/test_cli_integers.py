@@ -17,12 +17,12 @@ from vitquant.cli.evaluate import Engine
 from vitquant.cli.export import Format
 from vitquant.export.formats import PATHS, exported
 from vitquant.lowering import lower
+from vitquant.model.saved import digest
 from vitquant.pipeline import load
 from vitquant.program.storage import load_program, save_program
 from vitquant.runtime.metadata import to_metadata
 from vitquant.runtime.onnxruntime import OnnxModel
 from vitquant.runtime.openvino import OpenVinoModel
-from vitquant.saved_model import digest
 
 ARGUMENTS = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32, "num_classes": 10}
 MODEL = ["timm:vit_tiny_patch16_224"] + [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vitquant
-from vitquant.capture import capture
-from vitquant.captured import CapturedModel
 from vitquant.errors import CalibrationError, ExportError
 from vitquant.export.qdq_operators import quantizer_operator
+from vitquant.graph.capture import capture
+from vitquant.graph.captured import CapturedModel
 from vitquant.model import QuantizedModel
+from vitquant.model.saved import digest
 from vitquant.quantizers import build_quantizer
-from vitquant.saved_model import digest
 from vitquant.spec import Log2, LogSqrt2, PerAxis, PowerOfTwoFactor, QParams, QuantSpec, TwinUniform
 from vitquant.tasks.classification import logits_of
 

@@ -3,8 +3,16 @@ import json
 import pytest
 import torch
 
-from vitquant.checkpoint import CONFIG, EXPORTED, SAVED_MODEL, TENSORS, read_checkpoint, read_config, write_checkpoint
 from vitquant.errors import CheckpointError
+from vitquant.model.checkpoint import (
+    CONFIG,
+    EXPORTED,
+    SAVED_MODEL,
+    TENSORS,
+    read_checkpoint,
+    read_config,
+    write_checkpoint,
+)
 
 TENSOR = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.uint8)}
 

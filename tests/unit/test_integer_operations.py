@@ -14,8 +14,7 @@ from torch.nn import functional
 
 import vitquant
 from vitquant.errors import CalibrationError, LoweringError, RecipeError
-from vitquant.model import QuantizedModel
-from vitquant.operations import (
+from vitquant.integer_modules import (
     Arithmetic,
     IntegerLayerNorm,
     IntegerOperation,
@@ -26,6 +25,7 @@ from vitquant.operations import (
     PublishedLogIntSoftmax,
     TableActivation,
 )
+from vitquant.model import QuantizedModel
 from vitquant.quantizers import Quantizer, build_quantizer, params_from_range
 from vitquant.quantizers.quantizer import channel_axis
 from vitquant.spec import (

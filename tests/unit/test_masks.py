@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 import vitquant
-from vitquant.capture import capture
 from vitquant.errors import CalibrationError, LoweringError
+from vitquant.graph.capture import capture
 from vitquant.graph.masks import hide_whole_rows, hides, masks_between, unmasked
 from vitquant.graph.operators import FILLS, SOFTMAX, arguments, aten, calls
 from vitquant.model import QuantizedModel
+from vitquant.model.simulation import ExactSimulation
 from vitquant.runtime.on_images import interpreted
-from vitquant.simulation import ExactSimulation
 
 TOKENS, HEADS, WIDTH = 16, 2, 16
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vitquant.errors import RecipeError
+from vitquant.graph.sites import Reader, Value
 from vitquant.recipe import library
 from vitquant.recipe.bits import Bits
 from vitquant.recipe.library import available, load_recipe
@@ -17,7 +18,6 @@ from vitquant.recipe.matching import Assignment, assign
 from vitquant.recipe.override import override
 from vitquant.recipe.recipe import Calibration, Method, Overlay, Recipe
 from vitquant.recipe.rule import Rule, SpecTemplate
-from vitquant.sites import Reader, Value
 from vitquant.spec import Log2, PerAxis, PerHead, PerTensor, PowerOfTwoFactor, QuantSpec, Uniform
 
 HEAD = 'format = 1\nname = "mine"\ntitle = "Mine"\n'

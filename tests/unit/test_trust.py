@@ -16,13 +16,13 @@ import torch
 from forging import TINY, forge_config, forge_tensors, save_tiny
 
 import vitquant
-from vitquant.capture import capture
-from vitquant.captured import CapturedModel
 from vitquant.errors import CheckpointError, ModelError, VitquantError
-from vitquant.saved_model import digest, restore
-from vitquant.sites import Reader, Value
+from vitquant.graph.capture import capture
+from vitquant.graph.captured import CapturedModel
+from vitquant.graph.sites import Reader, Value
+from vitquant.model.saved import digest, restore
+from vitquant.model.stored_tensors import stored_quantizer
 from vitquant.spec import QuantSpec, TwinUniform
-from vitquant.stored_tensors import stored_quantizer
 from vitquant.zoo import ModelSource, architecture, preprocessing_of
 from vitquant.zoo.budget import Budget, ForwardBudget
 from vitquant.zoo.trust import as_repeated

@@ -12,9 +12,9 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
 import vitquant
-from vitquant.capture import capture
 from vitquant.errors import CaptureError, CheckpointError, ModelError
-from vitquant.saved_model import digest
+from vitquant.graph.capture import capture
+from vitquant.model.saved import digest
 from vitquant.unwrapping import unwrapped
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

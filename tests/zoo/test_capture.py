@@ -11,8 +11,8 @@ from architectures import CLASSES, ZOO, BatchNormed, Handwritten, vary
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from vitquant.capture import capture
 from vitquant.errors import CaptureError, ModelError, VitquantError
+from vitquant.graph.capture import capture
 
 
 @pytest.fixture(scope="module", params=ZOO)

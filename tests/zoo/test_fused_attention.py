@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 import vitquant
-from vitquant.capture import capture
 from vitquant.errors import CaptureError
 from vitquant.graph.attention import find_attention
+from vitquant.graph.capture import capture
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TOKENS = 16

@@ -9,9 +9,9 @@ from architectures import STAGES, ZOO, AttentionNet, EncoderNet, Patches, from_t
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from vitquant.capture import capture
+from vitquant.graph.capture import capture
 from vitquant.graph.layer_norm_folding import NotFoldableError, fold, foldable_norm
-from vitquant.sites import find_sites
+from vitquant.graph.sites import find_sites
 
 
 def folded(captured):

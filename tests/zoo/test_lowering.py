@@ -8,8 +8,8 @@ from torch import nn
 import vitquant
 from vitquant.errors import LoweringError
 from vitquant.lowering import lower
+from vitquant.model.simulation import ExactSimulation
 from vitquant.runtime.interpreter import Interpreter
-from vitquant.simulation import ExactSimulation
 
 REFUSED = {
     "timm cait": r"blocks\.0\.attn.*only a softmax gives powers of two; quantize it uniformly",  # talking heads

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 import vitquant
-from vitquant.capture import capture
 from vitquant.errors import CalibrationError
-from vitquant.sites import find_sites, find_values
+from vitquant.graph.capture import capture
+from vitquant.graph.sites import find_sites, find_values
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -10,9 +10,9 @@ import torch
 from architectures import ZOO, vary
 
 import vitquant
-from vitquant.capture import capture
-from vitquant.captured import CapturedModel
 from vitquant.errors import CaptureError
+from vitquant.graph.capture import capture
+from vitquant.graph.captured import CapturedModel
 
 NAMES = ["timm deit", "timm swin", "transformers vit"]
 PARTS = {"block": "blocks.1.", "attention": "blocks.1.attn.", "mlp": "blocks.1.mlp."}

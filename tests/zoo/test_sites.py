@@ -9,9 +9,9 @@ import torchvision
 import transformers
 from torch import nn
 
-from vitquant.capture import capture
+from vitquant.graph.capture import capture
 from vitquant.graph.operators import aten, calls, is_rearrangement, is_selection
-from vitquant.sites import KINDS, OPERANDS, find_sites, find_values
+from vitquant.graph.sites import KINDS, OPERANDS, find_sites, find_values
 
 CLASSES = 5
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from vitquant.graph.sites import Site
 from vitquant.model import QuantizedModel
 from vitquant.recipe import Bits
 from vitquant.recipe.rule import Rule
-from vitquant.sites import Site
 
 _LAYERS = ("linear", "conv")
 _PARTS = ("attn", "mlp")

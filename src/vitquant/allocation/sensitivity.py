@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from vitquant.errors import AllocationError, CalibrationError
+from vitquant.graph.segments import IMAGES, Segment
+from vitquant.graph.taps import by_image
 from vitquant.model import QuantizedModel
 from vitquant.objectives.correlation import correlation
 from vitquant.progress import Progress, silent
 from vitquant.schema import Number, Table, Text, check
-from vitquant.segments import IMAGES, Segment
-from vitquant.tapped import by_image
 
 _IMAGES_AT_ONCE = 8
 _HELD = 1 << 30  # bytes of float results of parts, and of what stands before them

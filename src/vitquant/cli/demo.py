@@ -96,8 +96,8 @@ def demo(
 
 def _kind(recipes: Iterable[Recipe]) -> Directory:
     """The directory of a demo: a saved model for some of the recipes, and the images."""
-    from vitquant.checkpoint import SAVED_MODEL
     from vitquant.demo import folder_of_images
+    from vitquant.model.checkpoint import SAVED_MODEL
 
     images = folder_of_images()
     layout = {recipe.name: SAVED_MODEL.layout for recipe in recipes} | {_IMAGES: images.layout}
@@ -175,8 +175,8 @@ def _left_out(recipe: Recipe, estimate: float, left: float, budget: float) -> di
 
 def _facts(trial: _Trial, output: Path) -> dict[str, Any]:
     """What became of the model by one recipe, as plain values."""
-    from vitquant.checkpoint import TENSORS
     from vitquant.engines import program_of
+    from vitquant.model.checkpoint import TENSORS
     from vitquant.report.operations import FLOAT, INTEGER, list_operations, summarize
 
     quantized, result = trial.quantized, trial.result

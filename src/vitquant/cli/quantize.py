@@ -67,7 +67,7 @@ def quantize(
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
             from vitquant import pipeline
-            from vitquant.checkpoint import SAVED_MODEL, TENSORS
+            from vitquant.model.checkpoint import SAVED_MODEL, TENSORS
             from vitquant.recipe import override, requested
             from vitquant.report.tables import ends_text, facts
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vitquant.checkpoint import CONFIG, TENSORS, is_saved_model
 from vitquant.errors import ExportError
 from vitquant.export.sizes import check_batch_and_opset
 from vitquant.files import Directory, recover, replacing, write_file
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
+from vitquant.model.checkpoint import CONFIG, TENSORS, is_saved_model
 
 # Names in the directory of the saved model; quantizing into it again removes them with the model they were made from.
 PATHS = {

@@ -30,14 +30,14 @@ from vitquant.export.qdq_operators import (
 )
 from vitquant.export.sizes import OPSETS, check_batch_and_opset
 from vitquant.graph.operators import LINEAR, arguments, aten, calls
+from vitquant.integer_modules import IntegerOperation
 from vitquant.model import QuantizedModel
-from vitquant.operations import IntegerOperation
+from vitquant.model.saved import facts
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.uniform import UniformQuantizer
 from vitquant.runtime.fixed_batch import held_at_once
 from vitquant.runtime.metadata import to_metadata
 from vitquant.runtime.onnx_files import seal
-from vitquant.saved_model import facts
 from vitquant.tasks.classification import logits_of
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitquant.errors import ExportError
-from vitquant.operations import IntegerOperation
+from vitquant.integer_modules import IntegerOperation
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.logarithmic import LogarithmicQuantizer, power, threshold
 from vitquant.quantizers.quantizer import along_axis, channel_axis

@@ -10,10 +10,10 @@ from torch.fx import Node
 
 from vitquant.graph.walk import origin, path_between
 from vitquant.integer.arithmetic import MULTIPLIER_BITS, rescaling, shift_left
+from vitquant.integer_modules.replacement import operation_at
 from vitquant.lowering.context import Context, Value, growing_shape, nothing
 from vitquant.lowering.rearrangement import follow, shape_of
 from vitquant.lowering.scaled import Joined, Scaled, Static, Term, compact, size_along
-from vitquant.operations.replacement import operation_at
 from vitquant.program.instructions import Concat, Lookup, Register, Requantize, Reshape, smallest_type
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.logarithmic import LogarithmicQuantizer

@@ -21,6 +21,7 @@ from vitquant.graph.operators import (
     packet,
 )
 from vitquant.graph.walk import origin
+from vitquant.integer_modules.replacement import operation_at
 from vitquant.lowering.affine import batch_norm, elementwise, negation
 from vitquant.lowering.codes import quantized, static
 from vitquant.lowering.context import SIMULATE, Context, Value, operator_name
@@ -29,11 +30,10 @@ from vitquant.lowering.rearrangement import SPLITS, joined, moved
 from vitquant.lowering.scaled import Term
 from vitquant.lowering.sums import convolution, linear, mean, product
 from vitquant.model import QuantizedModel
-from vitquant.operations.replacement import operation_at
+from vitquant.model.saved import facts
 from vitquant.program.checking import check_program
 from vitquant.program.instructions import IntegerProgram
 from vitquant.quantizers import Quantizer
-from vitquant.saved_model import facts
 
 _MEANS = {aten.mean, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool1d}
 _CASTS = {aten.to, aten._to_copy, aten.type_as}

@@ -8,17 +8,17 @@ import torch
 from torch.fx import Node
 
 from vitquant.graph.operators import arguments
-from vitquant.lowering.codes import code_type, codes_of
-from vitquant.lowering.context import Context, growing_shape, nothing
-from vitquant.lowering.rearrangement import follow, walk
-from vitquant.lowering.scaled import Hidden, Powers, Scaled, Static, Term
-from vitquant.operations import (
+from vitquant.integer_modules import (
     IntegerLayerNorm,
     IntegerOperation,
     IntegerSoftmax,
     LogIntSoftmax,
     TableActivation,
 )
+from vitquant.lowering.codes import code_type, codes_of
+from vitquant.lowering.context import Context, growing_shape, nothing
+from vitquant.lowering.rearrangement import follow, walk
+from vitquant.lowering.scaled import Hidden, Powers, Scaled, Static, Term
 from vitquant.program.instructions import (
     LayerNorm,
     LogSoftmax,

@@ -9,16 +9,16 @@ from dataclasses import replace
 import torch
 from torch.fx import GraphModule
 
-from vitquant.captured import CapturedModel
 from vitquant.errors import LoweringError
+from vitquant.graph.captured import CapturedModel
+from vitquant.graph.sites import Value
+from vitquant.integer_modules import Arithmetic
 from vitquant.lowering.context import SIMULATE
 from vitquant.lowering.lower import lower, translate
 from vitquant.model import QuantizedModel
-from vitquant.operations import Arithmetic
 from vitquant.quantizers import Quantizer, build_quantizer, params_from_range
 from vitquant.quantizers.quantizer import channel_axis
 from vitquant.recipe import Bits, Recipe
-from vitquant.sites import Value
 from vitquant.spec import Logarithmic, QuantSpec
 
 # Widths that integers take, the widest first: of what products and tables read, and of powers as probabilities.

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
+from vitquant.integer_modules import Arithmetic
 from vitquant.model import QuantizedModel, Record
-from vitquant.operations import Arithmetic
 
 
 def integer_operations(model: QuantizedModel, data: Iterable[torch.Tensor], settings: Arithmetic) -> Record:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from vitquant.errors import CalibrationError, RecipeError, first_line
+from vitquant.graph.segments import IMAGES, Segment
 from vitquant.model import QuantizedModel, Record
 from vitquant.objectives.relative_error import output_error, relative_error
 from vitquant.progress import Progress, silent
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
-from vitquant.segments import IMAGES, Segment
 from vitquant.spec import PowerOfTwoScale
 
 _NORMS = ("layer_norm", "rms_norm")

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.graph.layer_norm_folding import FoldableNorm, NotFoldableError, fold, foldable_norm
+from vitquant.graph.sites import Value
 from vitquant.graph.walk import nodes_by_name
 from vitquant.methods.calibrate import estimated, observe, observer_of
 from vitquant.model import QuantizedModel, Record
 from vitquant.observers.observer import Observer
 from vitquant.quantizers import Quantizer, build_quantizer
-from vitquant.sites import Value
 from vitquant.spec import PerAxis, PerTensor, QParams, QuantSpec, Uniform
 
 # Steps this much finer than the mean are no finer: a channel that hardly varies would shift by millions of them.

@@ -14,7 +14,10 @@ from torch.fx import Node
 
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.graph.operators import aten, calls
+from vitquant.graph.segments import IMAGES
+from vitquant.graph.sites import Site
 from vitquant.graph.stored import stored
+from vitquant.graph.taps import by_image
 from vitquant.graph.walk import nodes_by_name
 from vitquant.methods.searched_layer import (
     LAYERS,
@@ -32,10 +35,7 @@ from vitquant.progress import Progress, silent
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
 from vitquant.search.coordinates import alternate, multiples
-from vitquant.segments import IMAGES
-from vitquant.sites import Site
 from vitquant.spec import PerTensor, PowerOfTwoScale, QParams
-from vitquant.tapped import by_image
 
 
 @dataclass(frozen=True)

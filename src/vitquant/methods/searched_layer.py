@@ -10,13 +10,13 @@ from torch.fx import Node
 from torch.nn import functional
 
 from vitquant.graph.operators import arguments, aten, calls
+from vitquant.graph.sites import Site
 from vitquant.graph.stored import stored, times_read, unquantized
 from vitquant.graph.walk import nodes_by_name
 from vitquant.model import QuantizedModel
 from vitquant.objectives.correlation import LinearOutput
 from vitquant.objectives.product_output import ProductOutput, Ranking
 from vitquant.quantizers import Quantizer
-from vitquant.sites import Site
 
 LAYERS = ("linear", "conv")
 PRODUCTS = ("scores", "context")

@@ -12,13 +12,13 @@ from torch import Tensor
 from vitquant.errors import LoweringError
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
+from vitquant.model.simulation import ExactSimulation
 from vitquant.parity.comparison import Comparison, as_close_as, bit_exact, compare, same_classes
 from vitquant.parity.flips import Flips, flipped_codes
 from vitquant.program.instructions import IntegerProgram
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.runtime.on_images import Ends, OnImages, interpreted
 from vitquant.runtime.products import exact_int64
-from vitquant.simulation import ExactSimulation
 from vitquant.tasks.classification import logits_of
 
 _FED = 8  # images that are compared site by site

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter as GraphInterpreter
 
+from vitquant.integer_modules import IntegerOperation
 from vitquant.model import QuantizedModel
-from vitquant.operations import IntegerOperation
+from vitquant.model.simulation import ExactSimulation
 from vitquant.program.instructions import IntegerProgram
 from vitquant.quantizers import Quantizer
 from vitquant.runtime.interpreter import Interpreter
-from vitquant.simulation import ExactSimulation
 
 RESCALING = "rescaling"
 FLIPPED = 1e-3  # share of codes that a rescaling may round otherwise than the simulation does

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from vitquant.errors import RecipeError
+from vitquant.graph.sites import Reader, Value
 from vitquant.recipe.bits import Bits
 from vitquant.recipe.recipe import Recipe
 from vitquant.recipe.rule import Rule
 from vitquant.recipe.tables import within
-from vitquant.sites import Reader, Value
 from vitquant.spec import PerHead, QuantSpec
 
 

@@ -8,11 +8,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from vitquant.errors import RecipeError
+from vitquant.graph.sites import IMAGE, KINDS, OPERANDS, Reader, Value
 from vitquant.observers import OBSERVERS
 from vitquant.recipe.bits import BIT_SYMBOLS, Bits
 from vitquant.recipe.tables import within
 from vitquant.schema import Either, Flag, Integer, ListOf, Plain, Table, TableOf, Text, check, nearest, take
-from vitquant.sites import IMAGE, KINDS, OPERANDS, Reader, Value
 from vitquant.spec import (
     MAX_BITS,
     MIN_BITS,

@@ -24,7 +24,7 @@ from vitquant.integer.softmax import (
     log_int_softmax,
     published_log_int_softmax,
 )
-from vitquant.operations.operation import IntegerOperation, NotIntegerError
+from vitquant.integer_modules.operation import IntegerOperation, NotIntegerError
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.logarithmic import Log2Quantizer, LogarithmicQuantizer
 from vitquant.quantizers.uniform import UniformQuantizer

@@ -10,11 +10,11 @@ import torch
 from torch.fx import GraphModule
 
 from vitquant.errors import CheckpointError
+from vitquant.graph.sites import Value
 from vitquant.graph.stored import constants
 from vitquant.packing import unpack
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.quantizers.quantizer import channel_axis
-from vitquant.sites import Value
 from vitquant.spec import Logarithmic, PowerOfTwoFactor, PowerOfTwoScale, QParams, QuantSpec, TwinUniform
 
 Tensors = dict[str, torch.Tensor]

@@ -12,12 +12,12 @@ from torch.fx import Graph, GraphModule, Node
 
 from vitquant.autocast import own_precision
 from vitquant.errors import CaptureError
+from vitquant.graph.index import GraphIndex
 from vitquant.graph.operators import arguments, aten, calls, is_rearrangement
 from vitquant.graph.plain import graph_of, plain_nodes
+from vitquant.graph.sites import Site
+from vitquant.graph.taps import TappedInterpreter
 from vitquant.graph.walk import depends_on_input, descendants, nodes_by_name
-from vitquant.index import GraphIndex
-from vitquant.sites import Site
-from vitquant.tapped import TappedInterpreter
 
 IMAGES = "images"
 QUANTIZERS = "quantizers"  # the submodule of a graph that holds them

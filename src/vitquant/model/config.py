@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vitquant.checkpoint import CONFIG, DIGEST, FILES, FORMAT
 from vitquant.errors import CheckpointError
-from vitquant.operations.arithmetic import CHOICES
+from vitquant.integer_modules.arithmetic import CHOICES
+from vitquant.model.checkpoint import CONFIG, DIGEST, FILES, FORMAT
 from vitquant.recipe.rule import GRANULARITIES, SCHEMES
 from vitquant.schema import PATH, Flag, Integer, ListOf, Plain, Schema, Table, TableOf, Text, check, maybe
 from vitquant.spec import MAX_BITS, MIN_BITS

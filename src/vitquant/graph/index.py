@@ -9,7 +9,7 @@ from functools import cached_property
 from torch.fx import GraphModule
 
 from vitquant.graph.fingerprint import structural_fingerprint
-from vitquant.sites import Site, Value, find_sites, find_values
+from vitquant.graph.sites import Site, Value, find_sites, find_values
 
 
 @dataclass(frozen=True)

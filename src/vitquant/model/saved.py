@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from vitquant.captured import CapturedModel
-from vitquant.checkpoint import digest_of, read_checkpoint, write_checkpoint
-from vitquant.config import PROVENANCE, check_config
 from vitquant.errors import CheckpointError, RecipeError
+from vitquant.graph.captured import CapturedModel
+from vitquant.graph.segments import QUANTIZERS
+from vitquant.graph.sites import Value
 from vitquant.graph.stored import constants
+from vitquant.integer_modules import Arithmetic
 from vitquant.model import QuantizedModel, Record
-from vitquant.operations import Arithmetic
+from vitquant.model.checkpoint import digest_of, read_checkpoint, write_checkpoint
+from vitquant.model.config import PROVENANCE, check_config
+from vitquant.model.stored_tensors import load_tensors, stored_quantizer, unpack_weights
 from vitquant.packing import pack
 from vitquant.recipe import Bits, Recipe
-from vitquant.segments import QUANTIZERS
-from vitquant.sites import Value
-from vitquant.stored_tensors import load_tensors, stored_quantizer, unpack_weights
 
 
 def save(model: QuantizedModel, directory: str | Path, force: bool = False) -> None:

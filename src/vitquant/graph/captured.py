@@ -12,11 +12,11 @@ from torch.fx import GraphModule
 
 from vitquant.autocast import autocasts, own_precision
 from vitquant.errors import CaptureError
+from vitquant.graph.index import GraphIndex
 from vitquant.graph.plain import plain, rebuilt
-from vitquant.index import GraphIndex
-from vitquant.segments import Segment, boundary, segment
-from vitquant.sites import Site, Value
-from vitquant.tapped import Tap, TappedInterpreter, Taps
+from vitquant.graph.segments import Segment, boundary, segment
+from vitquant.graph.sites import Site, Value
+from vitquant.graph.taps import Tap, TappedInterpreter, Taps
 
 _GRAPH = "graph_module"
 

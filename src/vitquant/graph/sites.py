@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from vitquant.graph import operators as ops
 from vitquant.graph.attention import Attention, find_attention
 from vitquant.graph.masks import unmasked
+from vitquant.graph.naming import name_operations
 from vitquant.graph.operators import arguments, aten, calls, packet
 from vitquant.graph.padding import unpadded
 from vitquant.graph.walk import (
@@ -22,7 +23,6 @@ from vitquant.graph.walk import (
     root,
     selected_from,
 )
-from vitquant.naming import name_operations
 
 KINDS = (
     "linear", "conv", "layer_norm", "rms_norm", "group_norm", "batch_norm", "softmax", "activation",

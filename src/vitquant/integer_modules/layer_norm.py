@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from vitquant.integer import layer_norm as integer
 from vitquant.integer.arithmetic import Rescaling, rescaling
-from vitquant.operations.operation import IntegerOperation, NotIntegerError
+from vitquant.integer_modules.operation import IntegerOperation, NotIntegerError
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.uniform import UniformQuantizer
 from vitquant.spec import PerAxis, PerTensor, PowerOfTwoFactor

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from vitquant.captured import CapturedModel
 from vitquant.errors import CalibrationError, CaptureError, ModelError
+from vitquant.graph.captured import CapturedModel
 from vitquant.graph.operators import PRODUCTS, calls
+from vitquant.graph.segments import QUANTIZERS, Segment, is_quantizer, segment, segment_behind
+from vitquant.graph.taps import Taps
 from vitquant.graph.walk import nodes_by_name, origin
-from vitquant.operations import Arithmetic, IntegerOperation
-from vitquant.operations.replacement import (
+from vitquant.integer_modules import Arithmetic, IntegerOperation
+from vitquant.integer_modules.replacement import (
     operation_at,
     prepare_operations,
     reconnect_operations,
@@ -24,8 +26,6 @@ from vitquant.operations.replacement import (
 )
 from vitquant.quantizers import Quantizer
 from vitquant.recipe import Assignment, Bits, Recipe, assign
-from vitquant.segments import QUANTIZERS, Segment, is_quantizer, segment, segment_behind
-from vitquant.tapped import Taps
 
 _NO_TORCHSCRIPT = (
     "torch.jit.trace would fix the size of the batch, and TorchScript is deprecated; "
@@ -247,7 +247,7 @@ class QuantizedModel(CapturedModel):
 
     def save(self, directory: str | Path, force: bool = False) -> None:
         """Write the model into a directory, see `saved_model.save`."""
-        from vitquant.saved_model import save  # files know models, not the other way round
+        from vitquant.model.saved import save  # files know models, not the other way round
 
         save(self, directory, force)
 

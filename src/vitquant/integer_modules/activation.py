@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitquant.integer.activation import look_up
 from vitquant.integer.correct_rounding import CorrectRounding
-from vitquant.operations.operation import IntegerOperation, NotIntegerError
+from vitquant.integer_modules.operation import IntegerOperation, NotIntegerError
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.quantizer import channel_axis
 from vitquant.quantizers.twin_uniform import TwinUniformQuantizer

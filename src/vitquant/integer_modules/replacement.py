@@ -13,17 +13,17 @@ from torch.fx.node import map_arg
 from vitquant.errors import LoweringError
 from vitquant.graph.masks import hide_exactly, hide_whole_rows, masks_between, unmasked
 from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, is_selection, packet
+from vitquant.graph.sites import Site
 from vitquant.graph.walk import ancestors, depends_on_input, nodes_by_name, origin, path_between, root
 from vitquant.integer.softmax import LONGEST_ROW
-from vitquant.operations.activation import Elementwise, TableActivation
-from vitquant.operations.arithmetic import Arithmetic
-from vitquant.operations.layer_norm import IntegerLayerNorm, PublishedLayerNorm
-from vitquant.operations.operation import IntegerOperation, NotIntegerError
-from vitquant.operations.softmax import IntegerSoftmax, LogIntSoftmax, PublishedLogIntSoftmax
+from vitquant.integer_modules.activation import Elementwise, TableActivation
+from vitquant.integer_modules.arithmetic import Arithmetic
+from vitquant.integer_modules.layer_norm import IntegerLayerNorm, PublishedLayerNorm
+from vitquant.integer_modules.operation import IntegerOperation, NotIntegerError
+from vitquant.integer_modules.softmax import IntegerSoftmax, LogIntSoftmax, PublishedLogIntSoftmax
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.logarithmic import LogarithmicQuantizer
 from vitquant.quantizers.quantizer import channel_axis
-from vitquant.sites import Site
 
 ROOT = "operations"
 KINDS = ("softmax", "layer_norm", "activation")
