@@ -19,6 +19,7 @@ import torch
 from vitquant.graph.capture import capture
 from vitquant.graph.captured import CapturedModel
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
+from vitquant.methods.context import Context
 from vitquant.model import QuantizedModel
 from vitquant.recipe import available
 
@@ -64,7 +65,7 @@ def main() -> None:
         data = Alternating(model, arguments.batches, arguments.batch)
         started = time.perf_counter()
         with torch.inference_mode():
-            calibrate(quantized, data, CalibrateSettings())
+            calibrate(quantized, Context(data), CalibrateSettings())
         finishing = time.perf_counter() - started - sum(data.float_seconds) - sum(data.calibration_seconds)
         plain, observed = statistics.median(data.float_seconds), statistics.median(data.calibration_seconds)
         print(f"| {recipe.name} | {plain:.2f} | {observed:.2f} | {observed / plain:.2f} | {finishing:.1f} |")

@@ -2,59 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from vitquant.autocast import in_own_precision
-from vitquant.errors import CalibrationError, CheckpointError, ModelError, RecipeError, VitquantError
+from vitquant.calibration_data import Batch, CalibrationData
+from vitquant.errors import CheckpointError, ModelError, RecipeError, VitquantError
 from vitquant.files import recover
 from vitquant.graph.capture import capture
 from vitquant.graph.captured import CapturedModel
-from vitquant.integer_modules import Arithmetic
 from vitquant.lowering import check_possible, check_promise
-from vitquant.methods.calibrate import CalibrateSettings, calibrate
-from vitquant.methods.integer_operations import integer_operations
-from vitquant.methods.output_reconstruction import ReconstructOutputSettings, reconstruct_output
-from vitquant.methods.power_of_two_factor import ChooseFactorsSettings, choose_factors
-from vitquant.methods.scale_reparameterization import ReparameterizeScalesSettings, reparameterize_scales
-from vitquant.methods.scale_search import SearchScalesSettings, search_scales
-from vitquant.model import QuantizedModel, Record
-from vitquant.model.checkpoint import read_config, read_shapes
+from vitquant.methods.context import Context
+from vitquant.methods.running import check_gradients, run_steps
+from vitquant.methods.table import passes, planned
+from vitquant.model import QuantizedModel
+from vitquant.model.checkpoint import digest_of, read_config, read_shapes
 from vitquant.model.config import check_config
 from vitquant.model.saved import restore
 from vitquant.plain_forward import plain_forward
 from vitquant.progress import Progress, silent
-from vitquant.recipe import Method, Recipe, requested
-from vitquant.schema import Table, check, of_type
+from vitquant.recipe import Recipe, requested
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.unwrapping import unwrapped
+from vitquant.work import WorkDirectory
 from vitquant.zoo import ModelSource, architecture, create
 from vitquant.zoo.budget import Budget, ForwardBudget
 from vitquant.zoo.trust import as_repeated
 
-# The order in which methods run, whatever order a recipe and its overlays name them in.
-_ORDER = (
-    "calibrate",
-    "reparameterize-scales",
-    "search-scales",
-    "choose-factors",
-    "reconstruct-output",
-    "integer-operations",
-)
-
 _LIFTED = "; where that is meant, repeat its source: --model NAME"
 
-Settings = TypeVar("Settings")
 T = TypeVar("T")
-Batch = torch.Tensor | Sequence[Any] | Mapping[str, torch.Tensor]
 
 
 @in_own_precision
@@ -68,7 +54,11 @@ def quantize(
     simulated: bool = False,
     source: ModelSource | None = None,
     preprocessing: Mapping[str, Any] | None = None,
+    seed: int = 0,
     progress: Progress = silent,
+    memory: float = 4.0,
+    time_limit: float = math.inf,
+    work: str | Path | None = None,
 ) -> QuantizedModel:
     """Quantize a model by a recipe; the model itself is left as it is.
 
@@ -84,38 +74,53 @@ def quantize(
         simulated: take the model also where its recipe promises integers and some of it cannot be computed so.
         source: where the model came from; with it `load(directory)` needs nothing else.
         preprocessing: the model's, timm's data-configuration keys; saved with the model.
-        progress: told what a search is doing, how much of it is done and how much there is.
+        seed: of what methods draw.
+        progress: told what a method is doing, how much of it is done and how much there is.
+        memory: gigabytes that a method may hold beside the models; the result does not depend on it.
+        time_limit: seconds after which methods that choose or learn for long stop with what they have; their records
+            say how far they came.
+        work: a directory in which long work keeps its state: after an interruption the same call goes on there. It
+            can be removed afterwards.
 
     Raises:
         LoweringError: the recipe promises integers (its method `integer-operations` computes every kind so), the
             bits, the model or its calibration do not allow it, and not `simulated`; it names the site and what to do.
             Said before calibration wherever that does not depend on the images.
+        CheckpointError: the work directory is another run's.
         VitquantError: see `capture`, `requested` and the recipe's methods.
     """
+    deadline = time.monotonic() + time_limit
+    if not 0 < memory < math.inf:
+        raise RecipeError(f"memory = {memory}: it is positive, in gigabytes")
     said = None if preprocessing is None else Preprocessing.from_dict(preprocessing).to_dict()
     recipe, widths = requested(recipe, bits, settings)
-    steps = [_step(method, progress) for method in sorted(recipe.methods, key=_place)]
+    steps = planned(recipe)
     model = unwrapped(model)
-    batches = iter(batches_of(data))
-    first = next(batches, None)
-    if first is None:
-        raise CalibrationError("no calibration images: give at least one batch")
-    example = images_of(first)
-    device = next((parameter.device for parameter in model.parameters()), example.device)
-    stream = _Stream(data, first, batches, device, example.dtype)
+    stream = CalibrationData(data, next((parameter.device for parameter in model.parameters()), None))
+    stream.check(passes(steps), any(step.definition.needs.labels for step in steps))
+    example = stream.example
     shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
-    captured = CapturedModel(capture(model, example[:2].to(device)), shape)
+    captured = CapturedModel(capture(model, example), shape)
+    check_gradients(captured, example, steps)
+    teacher = copy.deepcopy(captured) if any(step.definition.needs.teacher for step in steps) else None
     quantized = QuantizedModel(captured, recipe, widths)
+    for step in steps:
+        step.check(quantized)
     if not simulated:
         check_possible(captured, recipe, widths)
-    for step in steps:
-        quantized.records.append(step(quantized, stream))
+    with ExitStack() as held:
+        kept = None
+        if work is not None:
+            asked = {"recipe": recipe.to_dict(), "bits": str(widths), "seed": seed, "images": stream.first}
+            kept = held.enter_context(WorkDirectory.opened(work, {"model": _digest(captured), **asked}))
+        context = Context(stream, stream.labelled(), teacher, seed, progress, memory, deadline)
+        run_steps(quantized, steps, context, kept)
     if not simulated:
         check_promise(quantized)
     quantized.provenance = {
         "source": None if source is None else source.to_dict(),
         "preprocessing": said,
-        "calibration": {"images": stream.images, "sha256": stream.digest.hexdigest()},
+        "calibration": {"images": stream.images, "sha256": stream.digest},
     }
     return quantized
 
@@ -198,6 +203,11 @@ def float_model(
         return create(found)
 
 
+def _digest(captured: CapturedModel) -> str:
+    """Tells float models apart."""
+    return digest_of(captured.graph_module.state_dict(), {"graph": captured.index.fingerprint})
+
+
 def _source(
     directory: Path, config: Mapping[str, Any], repeated: str | None, arguments: Mapping[str, Any] | None
 ) -> ModelSource:
@@ -249,128 +259,3 @@ def _refuse_large_passes(model: nn.Module, shape: Sequence[int], shapes: Mapping
         raise ModelError(f"{error}{_LIFTED}") from None
     except Exception:
         pass
-
-
-def _place(method: Method) -> int:
-    """Where a method runs: an overlay cannot know what its recipe and other overlays bring."""
-    return _ORDER.index(method.name) if method.name in _ORDER else len(_ORDER)
-
-
-def _step(method: Method, progress: Progress) -> Callable[[QuantizedModel, Iterable[torch.Tensor]], Record]:
-    """One method of a recipe, ready to run; its settings are checked before any work is done."""
-    match method.name:
-        case "calibrate":
-            return _with_settings(calibrate, CalibrateSettings, method)
-        case "choose-factors":
-            return _with_settings(choose_factors, ChooseFactorsSettings, method)
-        case "reparameterize-scales":
-            return _with_settings(reparameterize_scales, ReparameterizeScalesSettings, method)
-        case "search-scales":
-            return _with_settings(partial(search_scales, progress=progress), SearchScalesSettings, method)
-        case "reconstruct-output":
-            return _with_settings(partial(reconstruct_output, progress=progress), ReconstructOutputSettings, method)
-        case "integer-operations":
-            return _with_settings(integer_operations, Arithmetic, method)
-        case _:
-            raise RecipeError(f"method {method.name!r} is unknown; the methods are: {', '.join(_ORDER)}")
-
-
-def _with_settings(
-    run: Callable[[QuantizedModel, Iterable[torch.Tensor], Settings], Record], kind: type[Settings], method: Method
-) -> Callable[[QuantizedModel, Iterable[torch.Tensor]], Record]:
-    hints = {name: of_type(hint) for name, hint in get_type_hints(kind).items()}
-    check(method.settings, Table({}, hints), RecipeError, method.name)
-    settings = kind(**method.settings)
-
-    def step(model: QuantizedModel, data: Iterable[torch.Tensor]) -> Record:
-        try:
-            return run(model, data, settings)
-        except CalibrationError as error:
-            where = f"{method.name} at {error.site}" if error.site else method.name
-            raise CalibrationError(f"{where}: {error.problem}") from error
-        except VitquantError as error:
-            raise type(error)(f"{method.name}: {error}") from error
-
-    return step
-
-
-class _Stream:
-    """Calibration batches on their way: to the model's device, and the first time counted and hashed for the record."""
-
-    def __init__(
-        self, data: Iterable[Batch], first: Batch, rest: Iterator[Batch], device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self._data, self._begun, self._device, self._dtype = data, chain([first], rest), device, dtype
-        self.images = 0
-        self.digest = hashlib.sha256()
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        if self._begun is None:
-            for batch in self._again():
-                yield self._images(batch).to(self._device)
-            return
-        batches, self._begun = self._begun, None
-        for batch in batches:
-            images = self._images(batch)
-            self.images += len(images)
-            self.digest.update(images.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-            yield images.to(self._device)
-
-    def _images(self, batch: Batch) -> torch.Tensor:
-        images = images_of(batch)
-        if images.dtype != self._dtype:
-            raise CalibrationError(
-                f"a calibration batch is of {images.dtype} and the first of {self._dtype}: give all of one precision"
-            )
-        return images
-
-    def _again(self) -> Iterator[Batch]:
-        again = iter(self._data)
-        if again is self._data:
-            raise CalibrationError(
-                "the recipe reads the calibration images more than once, and these can be read once only; "
-                "give a list of batches or a DataLoader"
-            )
-        return again
-
-
-def batches_of(data: Iterable[Batch]) -> Iterable[Batch]:
-    """The data, where it is many batches.
-
-    Raises:
-        CalibrationError: it is one tensor, or one mapping, or nothing that holds batches.
-    """
-    if isinstance(data, torch.Tensor | Mapping):
-        raise CalibrationError(f"the calibration data is one {type(data).__name__}: give a list of batches, [data]")
-    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
-        raise CalibrationError(
-            f"the calibration data is of type {type(data).__name__}: give a list of batches or a DataLoader"
-        )
-    return data
-
-
-def images_of(batch: Batch) -> torch.Tensor:
-    """The images of a batch, as `quantize` takes it.
-
-    Raises:
-        CalibrationError: it is none.
-    """
-    images: Any = batch
-    if isinstance(batch, Mapping):
-        images = batch.get("pixel_values", next(iter(batch.values()), ()))
-    elif isinstance(batch, Sequence) and batch:
-        images = batch[0]
-    if not isinstance(images, torch.Tensor):
-        got = type(batch).__name__ if images is batch else f"{type(batch).__name__} of {type(images).__name__}"
-    elif images.ndim != 4:
-        got = f"a tensor of {images.ndim} dimensions, {list(images.shape)}"
-    elif not images.is_floating_point():
-        got = f"a tensor of {images.dtype}"
-    elif not images.numel():
-        got = f"an empty one, {list(images.shape)}"
-    else:
-        return images
-    raise CalibrationError(
-        "a calibration batch is a float tensor (batch, channels, height, width), a tuple that begins with one, "
-        f"or a mapping with pixel_values; got {got}"
-    )

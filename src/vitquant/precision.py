@@ -11,10 +11,11 @@ from vitquant.allocation.modules import Module, find_modules
 from vitquant.allocation.sensitivity import Part, Sensitivity, measure
 from vitquant.allocation.table import SensitivityTable
 from vitquant.autocast import in_own_precision
+from vitquant.calibration_data import Batch, batches_of, images_of
 from vitquant.errors import AllocationError, CalibrationError, RecipeError
 from vitquant.model import QuantizedModel
 from vitquant.model.saved import stored_bytes
-from vitquant.pipeline import Batch, batches_of, images_of, quantize
+from vitquant.pipeline import quantize
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Bits, Method, Recipe, requested
 from vitquant.spec import MAX_BITS, MIN_BITS

@@ -315,13 +315,11 @@ def _overlay(folder: Path, canary: Canary) -> Kind:
 
 def _matched(name: str) -> None:
     """Read a recipe, match it with a model, and get its methods ready."""
-    from vitquant.pipeline import _step
-    from vitquant.progress import silent
+    from vitquant.methods.table import planned
     from vitquant.recipe import Recipe, assign, load_recipe
 
     recipe = load_recipe(name)
-    for method in recipe.methods:
-        _step(method, silent)
+    planned(recipe)
     assign(recipe, recipe.bits, _values())
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     recipe.to_toml()

@@ -15,6 +15,7 @@ from vitquant.graph.capture import capture
 from vitquant.graph.captured import CapturedModel
 from vitquant.graph.layer_norm_folding import foldable_norm
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
+from vitquant.methods.context import Context
 from vitquant.methods.scale_reparameterization import FINEST, ReparameterizeScalesSettings, reparameterize_scales
 from vitquant.model import QuantizedModel
 from vitquant.model.simulation import ExactSimulation
@@ -128,17 +129,14 @@ def test_order_names_and_settings_are_checked():
     model, images = made("timm deit")
     quantized = QuantizedModel(CapturedModel(capture(model, images), (3, 32, 32)), LAYERS, LAYERS.bits)
     with pytest.raises(CalibrationError, match="is not calibrated"):
-        reparameterize_scales(quantized, [images], ReparameterizeScalesSettings())
-    calibrate(quantized, [images], CalibrateSettings())
+        reparameterize_scales(quantized, Context([images]), ReparameterizeScalesSettings())
+    calibrate(quantized, Context([images]), CalibrateSettings())
     with pytest.raises(RecipeError, match=r"no LayerNorm is called blocks\.9"):
-        reparameterize_scales(quantized, [images], ReparameterizeScalesSettings(["blocks.9*"]))
+        reparameterize_scales(quantized, Context([images]), ReparameterizeScalesSettings(["blocks.9*"]))
     with pytest.raises(RecipeError, match="it is a list of globs"):
         ReparameterizeScalesSettings("blocks.*")
     with pytest.raises(CalibrationError, match="no calibration images"):
-        reparameterize_scales(quantized, [], ReparameterizeScalesSettings())
-    integer = vitquant.quantize(model, "fq-vit", [images])
-    with pytest.raises(CalibrationError, match="comes before integer-operations"):
-        reparameterize_scales(integer, [images], ReparameterizeScalesSettings())
+        reparameterize_scales(quantized, Context([]), ReparameterizeScalesSettings())
 
 
 def test_norms_that_cannot_be_folded_say_why():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vitquant.model import QuantizedModel
-    from vitquant.recipe import Recipe
     from vitquant.zoo import ModelSource
 
 Output = Annotated[Path, typer.Option(metavar="OUT", help="The directory to write.")]
@@ -28,12 +28,17 @@ Simulated = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace a saved model that is there.")]
 MemoryBudget = Annotated[
     float | None,
+    typer.Option(min=0, metavar="GB", callback=options.finite, help="What a search may hold beside the model; 4."),
+]
+TimeLimit = Annotated[
+    float | None,
     typer.Option(
-        min=0,
-        metavar="GB",
-        callback=options.finite,
-        help="What a search may hold beside the model; the recipe's when not given.",
+        min=0, metavar="SECONDS", callback=options.finite, help="When methods that take long end with what they have."
     ),
+]
+Work = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where long work keeps its state: the same command goes on there when killed."),
 ]
 
 
@@ -51,6 +56,8 @@ def quantize(
     preprocessing: options.PreprocessingFile = None,
     model_arguments: calibrating.ModelArguments = None,
     memory_budget: MemoryBudget = None,
+    time_limit: TimeLimit = None,
+    work: Work = None,
     simulated: Simulated = False,
     force: Force = False,
     seed: calibrating.Seed = 0,
@@ -67,12 +74,14 @@ def quantize(
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
             from vitquant import pipeline
+            from vitquant.methods.table import planned
             from vitquant.model.checkpoint import SAVED_MODEL, TENSORS
-            from vitquant.recipe import override, requested
+            from vitquant.recipe import requested
             from vitquant.report.tables import ends_text, facts
 
-            named, widths = requested(recipe, bits, settings or ())
-            chosen = override(named, _budget(named, memory_budget, terminal))
+            chosen, widths = requested(recipe, bits, settings or ())
+            if memory_budget is not None and not any(step.definition.needs.memory for step in planned(chosen)):
+                terminal.note(f"{chosen.name} holds a batch at a time: --memory-budget changes nothing")
             request = calibrating.Request(
                 model,
                 calibration,
@@ -100,7 +109,11 @@ def quantize(
                     simulated=simulated,
                     source=source,
                     preprocessing=prepared.steps.to_dict(),
+                    seed=seed,
                     progress=watched.step,
+                    memory=4.0 if memory_budget is None else memory_budget,
+                    time_limit=math.inf if time_limit is None else time_limit,
+                    work=work,
                 )
                 origin = {"directory": str(calibration.absolute()), "seed": seed, "batch": prepared.batch}
                 quantized.provenance["calibration"] |= origin
@@ -137,13 +150,3 @@ def _facts(
         "bytes": size,
         "float_bytes": sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()),
     }
-
-
-def _budget(recipe: Recipe, gigabytes: float | None, terminal: Terminal) -> list[str]:
-    """The settings with which a recipe's search keeps to a budget."""
-    if gigabytes is None:
-        return []
-    if any(method.name == "search-scales" for method in recipe.methods):
-        return [f"search-scales.memory={gigabytes}"]
-    terminal.note(f"{recipe.name} searches nothing and holds a batch at a time: --memory-budget changes nothing")
-    return []

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vitquant.errors import CalibrationError
+from vitquant.methods.context import Context
 from vitquant.model import QuantizedModel, Record
 from vitquant.observers import build_observer
 from vitquant.observers.observer import Observer
@@ -27,20 +28,21 @@ class CalibrateSettings:
     """Calibration has no settings of its own: each rule of a recipe names the observer of its operands."""
 
 
-def calibrate(model: QuantizedModel, data: Iterable[torch.Tensor], settings: CalibrateSettings) -> Record:
+def calibrate(model: QuantizedModel, context: Context, settings: CalibrateSettings) -> Record:
     """Give every operand that the recipe quantizes its quantizer.
 
     One float forward pass a batch; memory does not grow with the number of batches.
 
     Arguments:
         model: without quantizers.
-        data: batches of images (batch, channels, height, width), on the model's device.
+        context: its data are gone through once.
+        settings: none.
 
     Raises:
         CalibrationError: no data; or NaN, infinity, or a mask in the scores, at an operand which the message names.
     """
     observers = {name: observer_of(name, model.assignments[name]) for name in model.quantized_names}
-    images, batches = observe(model, data, observers)
+    images, batches = observe(model, context.data, observers)
     for name, observer in observers.items():
         if any(reader.kind == "softmax" for reader in model.index.value(name).readers):
             _refuse_masked(name, observer)

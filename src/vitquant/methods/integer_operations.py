@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import torch
-
 from vitquant.integer_modules import Arithmetic
+from vitquant.methods.context import Context
 from vitquant.model import QuantizedModel, Record
 
 
-def integer_operations(model: QuantizedModel, data: Iterable[torch.Tensor], settings: Arithmetic) -> Record:
+def integer_operations(model: QuantizedModel, context: Context, settings: Arithmetic) -> Record:
     """Compute every softmax, LayerNorm and activation on codes, where its quantizers allow it.
 
     Arguments:
         model: with its quantizers.
-        data: not looked at.
+        context: not looked at.
         settings: how each kind is computed.
     """
     model.compute_in_integers(settings)

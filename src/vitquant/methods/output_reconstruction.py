@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from vitquant.errors import CalibrationError, RecipeError, first_line
 from vitquant.graph.segments import IMAGES, Segment
+from vitquant.methods.context import Context
 from vitquant.model import QuantizedModel, Record
 from vitquant.objectives.relative_error import output_error, relative_error
-from vitquant.progress import Progress, silent
-from vitquant.quantizers import Quantizer
-from vitquant.quantizers.parameters import SMALLEST_SCALE
+from vitquant.quantizers.learnable import LearnedScale
 from vitquant.spec import PowerOfTwoScale
+from vitquant.work import WorkState
 
 _NORMS = ("layer_norm", "rms_norm")
 
@@ -60,12 +60,7 @@ class ReconstructOutputSettings:
                 )
 
 
-def reconstruct_output(
-    model: QuantizedModel,
-    data: Iterable[Tensor],
-    settings: ReconstructOutputSettings,
-    progress: Progress = silent,
-) -> Record:
+def reconstruct_output(model: QuantizedModel, context: Context, settings: ReconstructOutputSettings) -> Record:
     """Make the quantized model's output the float model's, by gradients through its quantizers.
 
     Quantized weights, biases, norms, embeddings and the scales of activations change; weights in float, scales of
@@ -74,16 +69,15 @@ def reconstruct_output(
 
     Arguments:
         model: calibrated, its operations still in float.
-        data: the calibration batches again.
+        context: its data are gone through `passes` times, beside its teacher. Where it is interrupted, a later call
+            with the same work state goes on; past its deadline it ends with what is learned.
         settings: see there.
-        progress: told how many of the steps are done.
 
     Returns:
         The mean output error of the first and of the last pass over the data.
 
     Raises:
-        CalibrationError: no data, operations are computed on codes already, torch has no gradients of the model, or
-            the error is no number.
+        CalibrationError: no data, torch has no gradients of the model, or the error is no number.
 
     Source: the global form of reconstruction, such as GLF-Q's loss of the penultimate feature beside a block's own;
     straight-through gradients, and LSQ's for scales (Esser et al. 2020, equation 3). docs/output-reconstruction.md.
@@ -91,58 +85,122 @@ def reconstruct_output(
     Pitfall: the model is no longer the float model with quantizers in it: `run(quantized=False)` has other weights.
     """
     model.require_calibrated()
-    if model.arithmetic is not None:
-        raise CalibrationError(
-            "operations are on codes already: reconstruct-output comes before integer-operations; "
-            "change the recipe's order"
-        )
-    if any(each.is_inference() for each in model.graph_module.parameters()):
-        raise CalibrationError("a model of torch.inference_mode() has no gradients: quantize it outside of that")
-    sizes = [len(batch) for batch in data]
+    assert context.teacher is not None
+    sizes = [len(batch) for batch in context.data]
     if not sizes:
         raise CalibrationError("no calibration images: give at least one batch")
     in_a_pass = sum(math.ceil(size / settings.batch) for size in sizes)
     total = settings.passes * in_a_pass
     ends = [site.name for site in model.sites if site.kind == "output"][:1]
     ends += [site.name for site in model.sites if site.kind in _NORMS]
-    student = model.segment(IMAGES, ends)
-    teacher = copy.deepcopy(model).segment(IMAGES, ends, quantized=False)  # it stays as it is while the model learns
-    errors: list[float] = []
+    student, teacher = model.segment(IMAGES, ends), context.teacher.segment(IMAGES, ends)
     with torch.inference_mode(False), torch.enable_grad(), _learnable(model) as learned:
-        optimizer = torch.optim.Adam(
-            [
-                *({"params": [weight], "lr": settings.weights * step} for weight, step in learned.weights),
-                {"params": learned.others, "lr": settings.others},
-                {"params": [scale.logarithm for scale in learned.scales], "lr": settings.scales},
-            ]
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total))
-        for images in _steps(data, settings):
-            progress("reconstructing the output", len(errors), total)
-            for scale in learned.scales:  # a graph of its own for every step
-                scale.put()
+        training = _Training.begun(model, learned, settings)
+        training.resume(context.work)
+        for images in islice(_steps(context.data, settings), training.step, None):
+            if context.out_of_time:
+                training.save(context.work)
+                break
+            context.progress("reconstructing the output", training.step, total)
+            training.put(_cosine(training.step, total))
             output, norms = _errors(student, teacher, images)
-            errors.append(output.item())
             error = output + settings.norms * norms
             if not math.isfinite(error.item()):
                 raise CalibrationError(
-                    f"the output error is {errors[-1]} in step {len(errors)} of {total}: "
+                    f"the output error is {output.item()} in step {training.step + 1} of {total}: "
                     "lower weights, others and scales of reconstruct-output"
                 )
-            optimizer.zero_grad()
+            training.optimizer.zero_grad()
             _backward(error)
-            optimizer.step()
-            schedule.step()
-    if len(errors) != total:
+            training.optimizer.step()
+            training.errors.append(output.item())
+            if context.work.due:
+                training.save(context.work)
+    if training.step != total and not context.out_of_time:
         raise CalibrationError("the images cannot be gone through again: give a list of batches or a DataLoader")
-    progress("reconstructing the output", total, total)
-    summary = {
-        "images": sum(sizes),
-        "steps": total,
-        "output error, first pass": sum(errors[:in_a_pass]) / in_a_pass,
-        "output error, last pass": sum(errors[-in_a_pass:]) / in_a_pass,
-    }
+    context.progress("reconstructing the output", training.step, total)
+    errors = training.errors
+    summary = {"images": sum(sizes), "steps": training.step, "of": total}
+    if errors:
+        first, last = errors[:in_a_pass], errors[-in_a_pass:]
+        summary |= {
+            "output error, first pass": sum(first) / len(first),
+            "output error, last pass": sum(last) / len(last),
+        }
     return Record("reconstruct-output", summary)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """Adam at work, and all that its next step depends on.
+
+    Arguments:
+        model: whose parameters are learned.
+        scales: that are learned.
+        optimizer: of the parameters and the scales.
+        rates: of its groups, at the first step.
+        errors: of the output, in every step so far.
+    """
+
+    model: QuantizedModel
+    scales: list[LearnedScale]
+    optimizer: torch.optim.Adam
+    rates: list[float]
+    errors: list[float]
+
+    @classmethod
+    def begun(cls, model: QuantizedModel, learned: _Learned, settings: ReconstructOutputSettings) -> _Training:
+        """Nothing is learned yet."""
+        groups = [
+            *({"params": [weight], "lr": settings.weights * step} for weight, step in learned.weights),
+            {"params": learned.others, "lr": settings.others},
+            {"params": [scale.logarithm for scale in learned.scales], "lr": settings.scales},
+        ]
+        optimizer = torch.optim.Adam(groups)
+        return cls(model, learned.scales, optimizer, [group["lr"] for group in optimizer.param_groups], [])
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return len(self.errors)
+
+    def put(self, share: float) -> None:
+        """Give the quantizers their scales, in a graph of its own for every step, and the step its rates."""
+        for scale in self.scales:
+            scale.put()
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
+
+    def save(self, work: WorkState) -> None:
+        """Keep everything that the next step depends on."""
+        tensors = {f"model/{name}": each for name, each in self.model.graph_module.named_parameters()}
+        tensors |= {f"scale/{number}": scale.logarithm for number, scale in enumerate(self.scales)}
+        for number, parameter in enumerate(self._parameters()):
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"adam/{number}/{key}": torch.as_tensor(each) for key, each in state.items()}
+        work.save(tensors, self.errors)
+
+    def resume(self, work: WorkState) -> None:
+        """Go on where a killed run was; from the beginning where there was none."""
+        saved = work.load()
+        if saved is None:
+            return
+        tensors, errors = saved
+        with torch.no_grad():
+            for name, parameter in self.model.graph_module.named_parameters():
+                parameter.copy_(tensors[f"model/{name}"])
+            for number, scale in enumerate(self.scales):
+                scale.logarithm.copy_(tensors[f"scale/{number}"])
+        for number, parameter in enumerate(self._parameters()):
+            prefix = f"adam/{number}/"
+            state = {key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)}
+            if state:
+                on_device = {key: each if key == "step" else each.to(parameter.device) for key, each in state.items()}
+                self.optimizer.state[parameter] = on_device
+        self.errors.extend(errors)
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
 
 def _steps(data: Iterable[Tensor], settings: ReconstructOutputSettings) -> Iterator[Tensor]:
@@ -176,34 +234,12 @@ def _backward(error: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _Scale:
-    """A scale as a multiple of what was calibrated, by the logarithm of that, so that it stays positive."""
-
-    quantizer: Quantizer
-    calibrated: Tensor
-    logarithm: nn.Parameter
-
-    @classmethod
-    def of(cls, quantizer: Quantizer) -> _Scale:
-        return cls(quantizer, quantizer.scale, nn.Parameter(torch.zeros_like(quantizer.scale)))
-
-    def put(self) -> None:
-        """Give the quantizer what the logarithm says now."""
-        self.quantizer.scale = (self.calibrated * self.logarithm.exp()).clamp(min=SMALLEST_SCALE)
-
-    def harden(self) -> None:
-        """Leave the quantizer with numbers that nothing learns any more."""
-        with torch.no_grad():
-            self.put()
-
-
-@dataclass(frozen=True)
 class _Learned:
     """What gradients change: weights, each with a step of its quantizer, all other parameters, and scales."""
 
     weights: list[tuple[nn.Parameter, float]]
     others: list[nn.Parameter]
-    scales: list[_Scale]
+    scales: list[LearnedScale]
 
 
 @contextmanager
@@ -211,7 +247,7 @@ def _learnable(model: QuantizedModel) -> Iterator[_Learned]:
     """Everything that is learned, with gradients while this lasts."""
     parameters = [each for each in model.graph_module.parameters() if each.is_floating_point()]
     asked = [each.requires_grad for each in parameters]
-    scales = [_Scale.of(quantizer) for name, quantizer in model.quantizers.items() if _is_learned(model, name)]
+    scales = [LearnedScale.of(quantizer) for name, quantizer in model.quantizers.items() if _is_learned(model, name)]
     try:
         for each in parameters:
             each.requires_grad_(True)

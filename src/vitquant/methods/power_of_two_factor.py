@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitquant.errors import CalibrationError, RecipeError
+from vitquant.methods.context import Context
 from vitquant.model import QuantizedModel, Record
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.quantizers.quantizer import channel_axis
@@ -32,14 +33,14 @@ class ChooseFactorsSettings:
             raise RecipeError(f"choose-factors: batches = {self.batches!r}: it is all or last")
 
 
-def choose_factors(model: QuantizedModel, data: Iterable[Tensor], settings: ChooseFactorsSettings) -> Record:
+def choose_factors(model: QuantizedModel, context: Context, settings: ChooseFactorsSettings) -> Record:
     """Give each channel the power-of-two factor with the least squared error, for given scale and zero point.
 
     One more float forward pass a batch (one in all for the last batch); memory does not grow with the data.
 
     Arguments:
         model: with quantizers; those of the scheme `PowerOfTwoFactor` are replaced.
-        data: the calibration batches again.
+        context: its data are gone through once.
 
     Raises:
         CalibrationError: no data.
@@ -53,7 +54,7 @@ def choose_factors(model: QuantizedModel, data: Iterable[Tensor], settings: Choo
     errors: dict[str, Tensor] = {}
     batches = 0
     with torch.inference_mode():
-        for batch in data if settings.batches == "all" else _last(data):
+        for batch in context.data if settings.batches == "all" else _last(context.data):
             model.run(batch, {name: _tap(errors, name, q) for name, q in chosen.items()}, quantized=False)
             batches += 1
     if not batches:

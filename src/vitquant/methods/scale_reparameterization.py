@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitquant.errors import CalibrationError, RecipeError
+from vitquant.errors import RecipeError
 from vitquant.graph.layer_norm_folding import FoldableNorm, NotFoldableError, fold, foldable_norm
-from vitquant.graph.sites import Value
+from vitquant.graph.sites import Site, Value
 from vitquant.graph.walk import nodes_by_name
 from vitquant.methods.calibrate import estimated, observe, observer_of
+from vitquant.methods.context import Context
 from vitquant.model import QuantizedModel, Record
 from vitquant.observers.observer import Observer
 from vitquant.quantizers import Quantizer, build_quantizer
@@ -56,9 +57,7 @@ class Reparameterization:
     shift: Tensor
 
 
-def reparameterize_scales(
-    model: QuantizedModel, data: Iterable[Tensor], settings: ReparameterizeScalesSettings
-) -> Record:
+def reparameterize_scales(model: QuantizedModel, context: Context, settings: ReparameterizeScalesSettings) -> Record:
     """Quantize LayerNorm outputs as finely as with a scale and zero point for each channel, with one of each.
 
     Every channel of the output is observed by itself, with the observer of its rule; what sets its scale and zero
@@ -67,11 +66,11 @@ def reparameterize_scales(
 
     Arguments:
         model: calibrated, its operations still in float; weights of LayerNorms and linear layers change.
-        data: the calibration batches again.
+        context: its data are gone through once; what is folded in the model is folded in the teacher too.
         settings: which LayerNorms.
 
     Raises:
-        CalibrationError: no data, or operations are computed on codes already.
+        CalibrationError: no data.
         RecipeError: no LayerNorm has such a name.
 
     Source: RepQ-ViT, Li et al. 2023, section "Scale Reparam for LayerNorm Activations". There the zero point is the
@@ -81,20 +80,9 @@ def reparameterize_scales(
         record says why.
     """
     model.require_calibrated()
-    if model.arithmetic is not None:
-        raise CalibrationError(
-            "operations are on codes already: "
-            "reparameterize-scales comes before integer-operations; change the recipe's order"
-        )
+    check_sites(model, settings)
     nodes = nodes_by_name(model.graph_module.graph)
-    norms = [site for site in model.sites if site.kind == "layer_norm"]
-    chosen = [site for site in norms if any(fnmatchcase(site.name, glob) for glob in settings.sites)]
-    if norms and not chosen:
-        there = ", ".join(site.name for site in norms[:5]) + (", ..." if len(norms) > 5 else "")
-        raise RecipeError(
-            f"no LayerNorm is called {' or '.join(settings.sites)} (there: {there}); "
-            """give their names, or all of them: --set 'reparameterize-scales.sites=["*"]'"""
-        )
+    norms, chosen = _norms(model, settings)
     decisions: dict[str, dict[str, Any]] = {}
     found: dict[str, tuple[FoldableNorm, Value]] = {}
     for site in chosen:
@@ -104,7 +92,7 @@ def reparameterize_scales(
         except NotFoldableError as reason:
             decisions[site.name] = {"one scale, because": str(reason)}
     observers = {name: _by_channel(model, value) for name, (_, value) in found.items()}
-    observe(model, data, {found[name][1].name: observer for name, observer in observers.items()})
+    observe(model, context.data, {found[name][1].name: observer for name, observer in observers.items()})
     changed: dict[str, Quantizer] = {}
     for name, (layers, value) in found.items():
         spec = model.assignments[value.name].spec
@@ -113,6 +101,10 @@ def reparameterize_scales(
         low, high = observer.free_range() if layers.shiftable else observer.observed_range()
         result = reparameterization(low, high, spec, layers.shiftable)
         fold(layers, result.ratio, result.shift)
+        if context.teacher is not None:
+            of_teacher = context.teacher.graph_module
+            node = nodes_by_name(of_teacher.graph)[model.index.site(name).node]
+            fold(foldable_norm(of_teacher, node), result.ratio, result.shift)
         params = QParams(result.scale.float(), result.zero_point.to(torch.int32))
         changed[value.name] = build_quantizer(spec, params)
         largest, smallest = result.ratio.max().item(), result.ratio.min().item()
@@ -122,6 +114,27 @@ def reparameterize_scales(
     changed |= {name: estimated(name, observer) for name, observer in weights.items()}
     model.insert(changed)
     return Record("reparameterize-scales", {"reparameterized": len(found), "of": len(norms)}, decisions)
+
+
+def check_sites(model: QuantizedModel, settings: ReparameterizeScalesSettings) -> None:
+    """Refuse names that no LayerNorm of a model has.
+
+    Raises:
+        RecipeError: it says which there are.
+    """
+    norms, chosen = _norms(model, settings)
+    if norms and not chosen:
+        there = ", ".join(site.name for site in norms[:5]) + (", ..." if len(norms) > 5 else "")
+        raise RecipeError(
+            f"no LayerNorm is called {' or '.join(settings.sites)} (there: {there}); "
+            """give their names, or all of them: --set 'reparameterize-scales.sites=["*"]'"""
+        )
+
+
+def _norms(model: QuantizedModel, settings: ReparameterizeScalesSettings) -> tuple[list[Site], list[Site]]:
+    """All LayerNorms, and those that the settings name."""
+    norms = [site for site in model.sites if site.kind == "layer_norm"]
+    return norms, [site for site in norms if any(fnmatchcase(site.name, glob) for glob in settings.sites)]
 
 
 def reparameterization(low: Tensor, high: Tensor, spec: QuantSpec, shiftable: bool) -> Reparameterization:

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from vitquant.graph.sites import Site
 from vitquant.graph.stored import stored
 from vitquant.graph.taps import by_image
 from vitquant.graph.walk import nodes_by_name
+from vitquant.methods.context import Context
 from vitquant.methods.searched_layer import (
     LAYERS,
     PRODUCTS,
@@ -31,11 +33,11 @@ from vitquant.methods.searched_layer import (
 from vitquant.model import QuantizedModel, Record
 from vitquant.objectives.correlation import CANDIDATES_AT_ONCE, IN_CACHE
 from vitquant.objectives.product_output import Ranking
-from vitquant.progress import Progress, silent
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
-from vitquant.search.coordinates import alternate, multiples
+from vitquant.search.coordinates import Found, alternate, multiples
 from vitquant.spec import PerTensor, PowerOfTwoScale, QParams
+from vitquant.work import WorkState
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,6 @@ class SearchScalesSettings:
         gamma, theta: the weight of the ranking loss in attention, and its margin; gamma = 0 leaves it out.
         pairs: how many pairs of each row it compares, drawn with `seed`; 0 compares all.
         bias_correction: after each round give every output unit of a layer the mean it has in float.
-        memory: gigabytes that cached operands and what is made of them may take.
         seed: of the pairs.
 
     Raises:
@@ -63,7 +64,6 @@ class SearchScalesSettings:
     theta: float = 0.2
     pairs: int = 256
     bias_correction: bool = True
-    memory: float = 4.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,13 +77,9 @@ class SearchScalesSettings:
                 raise RecipeError(f"search-scales: {name} = {getattr(self, name)}: it is at least {smallest}")
         if not 0 < self.low < self.high < math.inf:
             raise RecipeError(f"search-scales: low = {self.low}, high = {self.high}: 0 < low < high")
-        if not 0 < self.memory < math.inf:
-            raise RecipeError(f"search-scales: memory = {self.memory}: it is positive, in gigabytes")
 
 
-def search_scales(
-    model: QuantizedModel, data: Iterable[Tensor], settings: SearchScalesSettings, progress: Progress = silent
-) -> Record:
+def search_scales(model: QuantizedModel, context: Context, settings: SearchScalesSettings) -> Record:
     """Choose the scales of layers' and attention's operands by the outputs that they give.
 
     For each linear layer, convolution and product of attention the scales of its two operands are searched in turn,
@@ -91,16 +87,16 @@ def search_scales(
     the float output, and in attention the least loss of order within the map's rows too. Every layer sees float
     inputs, so layers do not depend on each other. What several layers read is chosen for all of them together.
 
-    As many float forward passes over the data as it takes to cache the operands within `settings.memory`.
+    As many float forward passes over the data as it takes to cache the operands within the context's memory.
 
     Arguments:
         model: calibrated, its operations still in float; scales and biases change.
-        data: the calibration batches again; all of its images are looked at together.
+        context: all of its images are looked at together. Where it is interrupted, a later call with the same work
+            state goes on with the layers that are left; past its deadline they stay as calibrated.
         settings: see there.
-        progress: told how many of the layers are done.
 
     Raises:
-        CalibrationError: no data, operations are computed on codes already, or the memory does not hold one layer.
+        CalibrationError: no data, or the memory does not hold one layer.
 
     Source: VT-PTQ, Liu et al. 2021, sections "Similarity-Aware Quantization for Linear Operation", "Ranking-Aware
     Quantization for Self-Attention" and "Bias Correction". Differences: docs/vt-ptq.md.
@@ -109,46 +105,109 @@ def search_scales(
         corrected biases.
     """
     model.require_calibrated()
-    if model.arithmetic is not None:
-        raise CalibrationError(
-            "operations are on codes already: search-scales comes before integer-operations; change the recipe's order"
-        )
     images, one = 0, None
-    for batch in data:
+    for batch in context.data:
         images, one = images + len(batch), batch[:1] if one is None else one
     if one is None:
         raise CalibrationError("no calibration images: give at least one batch")
     groups, refused = _groups(model, one, settings.pairs)
     ranking = Ranking(settings.gamma, settings.theta, settings.pairs, settings.seed)
-    decisions: dict[str, dict[str, Any]] = {name: {"as calibrated, because": why} for name, why in refused.items()}
-    found: dict[str, Quantizer] = {}
-    biases: list[tuple[Tensor, Tensor]] = []
-    rounds = done = 0
-    for some in _within(groups, images, settings):
-        held = _operands(model, data, [site for group in some for site in group.sites])
+    found = _Chosen.resumed(model, context.work)
+    left = [group for group in groups if not found.has(group)]
+    late: list[_Group] = []
+    for some in _within(left, images, context.memory):
+        if context.out_of_time:
+            late += some
+            continue
+        held = _operands(model, context.data, [site for group in some for site in group.sites])
         for group in some:
-            progress("searching layers", done, len(groups))
-            done += 1
+            if context.out_of_time:
+                late.append(group)
+                continue
+            context.progress("searching layers", found.groups, len(groups))
             layers = [searched(model, site, held, ranking) for site in group.sites]
             present = {name: model.quantizers[name] for name in group.values}
             search = _Search(layers, present, settings)
             corrects = settings.bias_correction and any(layer.correctable for layer in layers)
             result = alternate(group.values, 0, search.scores, settings.rounds, search.correct if corrects else None)
-            rounds = max(rounds, result.rounds)
-            found |= {name: search.candidates[name][index] for name, index in result.choice.items()}
-            decisions |= {
-                name: {"multiple": float(search.multiples[index]), "rounds": result.rounds, "settled": result.settled}
-                for name, index in result.choice.items()
-            }
-            biases += [corrected for layer in layers if (corrected := layer.corrected) is not None]
-        del held, layers, search
-    progress("searching layers", done, len(groups))
-    for stored_bias, corrected in biases:  # last, so that every layer sees what the float model computes
+            found.add(search, result, layers)
+            del layers, search
+            if context.work.due:
+                found.save(context.work)
+        del held
+    if late:
+        found.save(context.work)
+    context.progress("searching layers", found.groups, len(groups))
+    found.put(model)  # last, so that every layer sees what the float model computes
+    reasons = {**refused, **dict.fromkeys((site.name for group in late for site in group.sites), "the time is up")}
+    decisions = {**{name: {"as calibrated, because": why} for name, why in reasons.items()}, **found.decisions}
+    layers_of_all = sum(len(group.sites) for group in groups)
+    return Record("search-scales", {"images": images, "layers": layers_of_all, "rounds": found.rounds}, decisions)
+
+
+@dataclass
+class _Chosen:
+    """What was chosen so far.
+
+    Arguments:
+        biases: the names of the stored biases that may change, by the identity of the tensor.
+        scales: chosen, by the name of the value.
+        corrected: biases, by their name.
+        decisions: for the record.
+        groups: how many groups of layers are done.
+        rounds: the most that one took.
+    """
+
+    biases: Mapping[int, str]
+    scales: dict[str, Tensor]
+    corrected: dict[str, Tensor]
+    decisions: dict[str, dict[str, Any]]
+    groups: int = 0
+    rounds: int = 0
+
+    @classmethod
+    def resumed(cls, model: QuantizedModel, work: WorkState) -> _Chosen:
+        """What a killed run had; nothing where there was none."""
+        module = model.graph_module
+        biases = {id(each): name for name, each in (*module.named_parameters(), *module.named_buffers())}
+        saved = work.load()
+        if saved is None:
+            return cls(biases, {}, {}, {})
+        tensors, values = saved
+        device = next(module.parameters()).device
+        parts: dict[str, dict[str, Tensor]] = {"scale": {}, "bias": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = tensor.to(device)
+        return cls(biases, parts["scale"], parts["bias"], **values)
+
+    def has(self, group: _Group) -> bool:
+        """Whether a group's scales are chosen."""
+        return set(group.values) <= self.scales.keys()
+
+    def add(self, search: _Search, result: Found, layers: Sequence[SearchedLayer | SearchedProduct]) -> None:
+        """Take what the search of a group chose."""
+        for name, index in result.choice.items():
+            multiple = float(search.multiples[index])
+            self.scales[name] = search.candidates[name][index].scale
+            self.decisions[name] = {"multiple": multiple, "rounds": result.rounds, "settled": result.settled}
+        for stored_bias, corrected in filter(None, (layer.corrected for layer in layers)):
+            self.corrected[self.biases[id(stored_bias)]] = corrected
+        self.groups, self.rounds = self.groups + 1, max(self.rounds, result.rounds)
+
+    def save(self, work: WorkState) -> None:
+        """Keep it all."""
+        tensors = {f"scale/{name}": scale for name, scale in self.scales.items()}
+        tensors |= {f"bias/{name}": bias for name, bias in self.corrected.items()}
+        work.save(tensors, {"decisions": self.decisions, "groups": self.groups, "rounds": self.rounds})
+
+    def put(self, model: QuantizedModel) -> None:
+        """Give it to the model."""
+        module, quantizers = model.graph_module, model.quantizers
         with torch.no_grad():
-            stored_bias.copy_(corrected)
-    model.insert(found)
-    summary = {"images": images, "layers": sum(len(group.sites) for group in groups), "rounds": rounds}
-    return Record("search-scales", summary, decisions)
+            for name, bias in self.corrected.items():
+                attrgetter(name)(module).copy_(bias)
+        model.insert({name: _rescaled(quantizers[name], scale) for name, scale in self.scales.items()})
 
 
 # --- which layers are searched together ---------------------------------------------------------------
@@ -267,17 +326,17 @@ def _map(model: QuantizedModel, site: Site, sizes: Mapping[str, int], pairs_at_m
     return min(pairs, pairs_at_most or pairs), rows
 
 
-def _within(groups: Sequence[_Group], images: int, settings: SearchScalesSettings) -> Iterator[list[_Group]]:
+def _within(groups: Sequence[_Group], images: int, memory: float) -> Iterator[list[_Group]]:
     """Groups in graph order, as many at a time as the budget holds."""
     some: list[_Group] = []
     for group in groups:
-        if (alone := _needed([group], images, settings)) > settings.memory * 1e9:
+        if (alone := _needed([group], images)) > memory * 1e9:
             raise CalibrationError(
-                f"it needs {alone / 1e9:.3f} GB for {images} images, and search-scales may take "
-                f"{settings.memory:g}: give memory = {math.ceil(alone / 1e7) / 100:g}, or fewer images",
+                f"it needs {alone / 1e9:.3f} GB for {images} images, and search-scales may take {memory:g}: "
+                f"give memory = {math.ceil(alone / 1e7) / 100:g} (--memory-budget), or fewer images",
                 group.sites[0].name,
             )
-        if _needed([*some, group], images, settings) > settings.memory * 1e9:
+        if _needed([*some, group], images) > memory * 1e9:
             yield some
             some = []
         some.append(group)
@@ -285,7 +344,7 @@ def _within(groups: Sequence[_Group], images: int, settings: SearchScalesSetting
         yield some
 
 
-def _needed(groups: Sequence[_Group], images: int, settings: SearchScalesSettings) -> int:
+def _needed(groups: Sequence[_Group], images: int) -> int:
     """Bytes: operands are held for all groups, what the search makes of them for one layer at a time."""
     held = sum(group.held for group in groups) * images
     return held + max(group.work * images + group.candidates for group in groups)
@@ -342,5 +401,8 @@ def _elements(node: Node) -> int:
 def _multiplied(quantizer: Quantizer, by: Tensor) -> list[Quantizer]:
     """The quantizer with each multiple of its scale."""
     scales = [(quantizer.scale.double() * m).float().clamp(min=SMALLEST_SCALE) for m in by.tolist()]
-    params = (QParams(scale, quantizer.zero_point, quantizer.factor) for scale in scales)
-    return [build_quantizer(quantizer.spec, each) for each in params]
+    return [_rescaled(quantizer, scale) for scale in scales]
+
+
+def _rescaled(quantizer: Quantizer, scale: Tensor) -> Quantizer:
+    return build_quantizer(quantizer.spec, QParams(scale, quantizer.zero_point, quantizer.factor))

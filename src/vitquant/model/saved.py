@@ -52,7 +52,7 @@ def save(model: QuantizedModel, directory: str | Path, force: bool = False) -> N
             "operands": _operands(model),
             "packed": packed,
         },
-        "records": [_finite(asdict(record)) for record in model.records],
+        "records": [finite(asdict(record)) for record in model.records],
     }
     check_config(config, directory)  # what it would refuse to load
     write_checkpoint(Path(directory), tensors, config, force)
@@ -172,13 +172,13 @@ def _packable(model: QuantizedModel) -> list[Value]:
     ]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Plain values with null in the place of NaN and infinity, which JSON has not."""
     match value:
         case dict():
-            return {key: _finite(each) for key, each in value.items()}
+            return {key: finite(each) for key, each in value.items()}
         case list() | tuple():
-            return [_finite(each) for each in value]
+            return [finite(each) for each in value]
         case float() if not math.isfinite(value):
             return None
         case _:

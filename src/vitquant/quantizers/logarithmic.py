@@ -40,7 +40,7 @@ class LogarithmicQuantizer(Quantizer):
     def error_bound(self, x: Tensor) -> Tensor:
         """(2**(1 / (2 * steps)) - 1) * x, or x where that becomes zero, and `2 * eps(x.dtype) * x` for rounding."""
         work = x.to(torch.promote_types(x.dtype, torch.float32))
-        zeroed = self._nearest_level(work / self._step(work)) == 0
+        zeroed = self._nearest_level(work / self.step_along(work)) == 0
         relative = torch.where(zeroed, 1.0, 2 ** (1 / (2 * self.steps)) - 1) + 2 * torch.finfo(x.dtype).eps
         return work.abs() * relative.to(work.dtype)
 

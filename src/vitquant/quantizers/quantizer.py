@@ -70,12 +70,12 @@ class Quantizer(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """The codes of `x`: an integer tensor of its shape, of dtype `code_dtype(bits, signed)`."""
         x = x.to(_working_dtype(x.dtype))
-        return self._code(self._nearest_level(x / self._step(x))).to(code_dtype(self.spec.bits, self.spec.signed))
+        return self._code(self._nearest_level(x / self.step_along(x))).to(code_dtype(self.spec.bits, self.spec.signed))
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values that `codes` (any integer dtype) stand for, computed as `forward` does for `dtype`."""
         level = self._level(codes.to(_working_dtype(dtype)))
-        return (level * self._step(level)).to(dtype)
+        return (level * self.step_along(level)).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Round `x` to the grid: `decode(encode(x), x.dtype)` bit for bit, with straight-through gradients.
@@ -84,7 +84,7 @@ class Quantizer(nn.Module):
         level - x / scale inside and the level itself outside (LSQ, Esser et al. 2020, equation 3).
         """
         work = x.to(_working_dtype(x.dtype))
-        step = self._step(work)
+        step = self.step_along(work)
         return (self._nearest_level(work / step) * step).to(x.dtype)
 
     def reference(self, x: Tensor) -> Tensor:
@@ -117,11 +117,12 @@ class Quantizer(nn.Module):
         """What one level is worth: float32, () or one per channel."""
         return self.scale
 
+    def step_along(self, like: Tensor) -> Tensor:
+        """What one level is worth in each element of a tensor, of its dtype."""
+        return self._along(self.step, like)
+
     def extra_repr(self) -> str:
         return repr(self.spec)
-
-    def _step(self, like: Tensor) -> Tensor:
-        return self._along(self.step, like)
 
     def _nearest_level(self, ratio: Tensor) -> Tensor:
         """The level nearest to `ratio` = x / step, differentiable."""

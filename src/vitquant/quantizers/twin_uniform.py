@@ -101,7 +101,7 @@ class TwinUniformQuantizer(Quantizer):
 
     def error_bound(self, x: Tensor) -> Tensor:
         """Half a step near zero, else that and half a coarse step, and the arithmetic's and the cast's rounding."""
-        step = self._step(x.to(torch.promote_types(x.dtype, torch.float32)))
+        step = self.step_along(x.to(torch.promote_types(x.dtype, torch.float32)))
         levels = self._levels(step)
         ratio = torch.round(x.to(step.dtype) / step)
         fine = (ratio >= levels.first_fine) & (ratio < levels.first_fine + levels.fine)

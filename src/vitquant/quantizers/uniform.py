@@ -22,12 +22,18 @@ class UniformQuantizer(Quantizer):
 
     Source: Jacob et al. 2018, equation 1; gradients, LSQ, Esser et al. 2020.
 
+    Attributes:
+        rounding: while the rounding of a weight is learned, how far each element goes from the level below it to the
+            one above, 0 to 1; None where it goes to the nearest. See `quantizers.learnable`.
+
     Pitfall: the range seldom ends exactly at the observed extremes, because zero has a code of its own.
     """
 
+    rounding: Tensor | None = None
+
     def error_bound(self, x: Tensor) -> Tensor:
         """Half a step, and `eps(x.dtype) * (|x| + step)` for the arithmetic's and the cast's rounding."""
-        step = self._step(x.to(torch.promote_types(x.dtype, torch.float32)))
+        step = self.step_along(x.to(torch.promote_types(x.dtype, torch.float32)))
         return 0.5 * step + torch.finfo(x.dtype).eps * (x.abs().to(step.dtype) + step)
 
     def range(self) -> tuple[Tensor, Tensor]:
@@ -41,6 +47,8 @@ class UniformQuantizer(Quantizer):
         low, high = self.spec.qmin - zero, self.spec.qmax - zero
         scheme = self.spec.scheme
         clamp_first = isinstance(scheme, Uniform) and scheme.clamp_before_round
+        if self.rounding is not None:
+            return torch.minimum(torch.maximum(ratio.detach().floor() + self.rounding, low), high)
         return _NearestInteger.apply(ratio, low, high, clamp_first)  # type: ignore[return-value]
 
     def _code(self, level: Tensor) -> Tensor:
@@ -75,7 +83,10 @@ class _NearestInteger(torch.autograd.Function):
         ctx.save_for_backward(ratio, low, high)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # type: ignore[override]
         ratio, low, high = ctx.saved_tensors
         clamped = ratio if ctx.clamp_first else torch.round(ratio)
-        return grad * ((clamped >= low) & (clamped <= high)), None, None, None
+        below, above = clamped < low, clamped > high
+        of_low = (grad * below).sum_to_size(low.shape) if ctx.needs_input_grad[1] else None
+        of_high = (grad * above).sum_to_size(high.shape) if ctx.needs_input_grad[2] else None
+        return grad * ((clamped >= low) & (clamped <= high)), of_low, of_high, None

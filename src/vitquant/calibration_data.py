@@ -1,0 +1,158 @@
+"""Calibration images on their way to methods: batches of any form that users have, checked, counted and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+
+from vitquant.errors import CalibrationError
+
+Batch = torch.Tensor | Sequence[Any] | Mapping[str, torch.Tensor]
+
+
+class CalibrationData:
+    """Batches of images on a device, which are counted and hashed the first time that they are gone through.
+
+    Arguments:
+        data: batches, as `quantize` takes them.
+        device: where they go; where the first is when None.
+
+    Attributes:
+        example: the first two images.
+        first: the sha256 of the first batch.
+        images, digest: how many there were, and the sha256 of all; known once they were gone through.
+
+    Raises:
+        CalibrationError: there are none, or the first is no batch of images.
+    """
+
+    def __init__(self, data: Iterable[Batch], device: torch.device | None) -> None:
+        batches = iter(batches_of(data))
+        first = next(batches, None)
+        if first is None:
+            raise CalibrationError("no calibration images: give at least one batch")
+        images = images_of(first)
+        self._data, self._begun = data, chain([first], batches)
+        self._first, self._once = first, batches is data
+        self._device, self._dtype = images.device if device is None else device, images.dtype
+        self.example, self.first = images[:2].to(self._device), _sha256(images).hexdigest()
+        self.images, self.digest = 0, ""
+
+    def check(self, passes: int, labels: bool) -> None:
+        """Refuse data that methods cannot work with, before they are gone through.
+
+        Arguments:
+            passes: how often they will be gone through.
+            labels: whether the classes of the images are needed.
+
+        Raises:
+            CalibrationError: it says what to give.
+        """
+        if passes > 1 and self._once:
+            raise CalibrationError(
+                "the recipe reads the calibration images more than once, and these can be read once only; "
+                "give a list of batches or a DataLoader"
+            )
+        if labels:
+            _labels(self._first)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self._images(batch).to(self._device) for batch in self._batches())
+
+    def labelled(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches with the classes of their images, (batch,) int64."""
+        return _Labelled(self)
+
+    def _batches(self) -> Iterator[Batch]:
+        if self._begun is None:
+            yield from self._data
+            return
+        batches, self._begun = self._begun, None
+        images, digest = 0, hashlib.sha256()
+        for batch in batches:
+            found = self._images(batch)
+            images += len(found)
+            digest.update(_bytes(found))
+            yield batch
+        self.images, self.digest = images, digest.hexdigest()
+
+    def _images(self, batch: Batch) -> torch.Tensor:
+        images = images_of(batch)
+        if images.dtype != self._dtype:
+            raise CalibrationError(
+                f"a calibration batch is of {images.dtype} and the first of {self._dtype}: give all of one precision"
+            )
+        return images
+
+
+class _Labelled:
+    def __init__(self, data: CalibrationData) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        device = self._data.example.device
+        return ((self._data._images(b).to(device), _labels(b).to(device)) for b in self._data._batches())
+
+
+def _sha256(images: torch.Tensor) -> Any:
+    return hashlib.sha256(_bytes(images))
+
+
+def _bytes(images: torch.Tensor) -> memoryview:
+    return images.detach().cpu().contiguous().view(torch.uint8).numpy().data
+
+
+def _labels(batch: Batch) -> torch.Tensor:
+    """The classes of a batch's images."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(batch, Sequence) and len(batch) > 1:
+        labels = batch[1]
+    if not isinstance(labels, torch.Tensor) or labels.shape != (len(images_of(batch)),):
+        raise CalibrationError("a method needs labels: give batches (images, labels), labels int64 (batch,)")
+    return labels.to(torch.int64)
+
+
+def batches_of(data: Iterable[Batch]) -> Iterable[Batch]:
+    """The data, where it is many batches.
+
+    Raises:
+        CalibrationError: it is one tensor, or one mapping, or nothing that holds batches.
+    """
+    if isinstance(data, torch.Tensor | Mapping):
+        raise CalibrationError(f"the calibration data is one {type(data).__name__}: give a list of batches, [data]")
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise CalibrationError(
+            f"the calibration data is of type {type(data).__name__}: give a list of batches or a DataLoader"
+        )
+    return data
+
+
+def images_of(batch: Batch) -> torch.Tensor:
+    """The images of a batch, as `quantize` takes it.
+
+    Raises:
+        CalibrationError: it is none.
+    """
+    images: Any = batch
+    if isinstance(batch, Mapping):
+        images = batch.get("pixel_values", next(iter(batch.values()), ()))
+    elif isinstance(batch, Sequence) and batch:
+        images = batch[0]
+    if not isinstance(images, torch.Tensor):
+        got = type(batch).__name__ if images is batch else f"{type(batch).__name__} of {type(images).__name__}"
+    elif images.ndim != 4:
+        got = f"a tensor of {images.ndim} dimensions, {list(images.shape)}"
+    elif not images.is_floating_point():
+        got = f"a tensor of {images.dtype}"
+    elif not images.numel():
+        got = f"an empty one, {list(images.shape)}"
+    else:
+        return images
+    raise CalibrationError(
+        "a calibration batch is a float tensor (batch, channels, height, width), a tuple that begins with one, "
+        f"or a mapping with pixel_values; got {got}"
+    )

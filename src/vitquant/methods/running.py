@@ -1,0 +1,108 @@
+"""Run the methods of a recipe one after another, and go on where a killed run was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from vitquant.calibration_data import CalibrationData
+from vitquant.errors import CalibrationError, first_line
+from vitquant.graph.captured import CapturedModel
+from vitquant.methods.context import Context
+from vitquant.methods.contract import Phase
+from vitquant.methods.table import Step
+from vitquant.model import QuantizedModel, Record
+from vitquant.model.saved import finite
+from vitquant.model.state import put_state, state_of
+from vitquant.work import WorkDirectory, WorkState
+
+
+def run_steps(model: QuantizedModel, steps: Sequence[Step], context: Context, work: WorkDirectory | None) -> None:
+    """Let methods do their work on a model, and keep what each made of it.
+
+    Arguments:
+        model: without quantizers; changed.
+        steps: in their order.
+        context: what each is given; its `work` becomes the method's own.
+        work: where a killed run left what it had; None keeps nothing.
+
+    Raises:
+        CheckpointError: what was kept is damaged, or is not of this model.
+        VitquantError: a method's own.
+    """
+    names = [f"{number}-{step.name}" for number, step in enumerate(steps, 1)]
+    done = 0
+    for number, name in enumerate(names, 1):
+        if work is not None and (saved := work.read(name)) is not None:
+            done, kept = number, saved
+            model.records.append(Record(**saved[1]["record"]))
+    if done:
+        _put(model, context, *kept)
+    for name, step in list(zip(names, steps, strict=True))[done:]:
+        state = WorkState(work, f"{name}.part")
+        model.records.append(step.run(model, replace(context, work=state)))
+        if work is not None and step.definition.phase < Phase.INTEGERS and not context.out_of_time:
+            values = {"record": finite(asdict(model.records[-1])), "data": _seen(context)}
+            work.write(name, _tensors(model, context), values)
+            work.remove(state.name)
+
+
+def check_gradients(model: CapturedModel, example: torch.Tensor, steps: Sequence[Step]) -> None:
+    """Refuse a model that torch cannot differentiate where a method needs that, before any work is done.
+
+    Arguments:
+        model: float.
+        example: images.
+        steps: of the recipe.
+
+    Raises:
+        CalibrationError: it names the method, and says what torch says.
+    """
+    name = next((step.name for step in steps if step.definition.needs.gradients), None)
+    if name is None:
+        return
+    if any(each.is_inference() for each in model.parameters()):
+        raise CalibrationError(
+            f"{name}: a model of torch.inference_mode() has no gradients: quantize it outside of that"
+        )
+    outputs = [site.name for site in model.sites if site.kind == "output"]
+    with torch.inference_mode(False), torch.enable_grad():
+        images = example[:1].clone().requires_grad_(True)
+        try:
+            torch.stack([each.sum() for each in model.segment("images", outputs)(images)]).sum().backward()
+        except RuntimeError as refused:
+            raise CalibrationError(
+                f"{name}: torch computes no gradients of this model: {first_line(refused)}; leave {name} out of the "
+                "recipe"
+            ) from refused
+    for each in model.parameters():
+        each.grad = None
+
+
+def _tensors(model: QuantizedModel, context: Context) -> dict[str, torch.Tensor]:
+    tensors = {f"model/{name}": each for name, each in state_of(model).items()}
+    if context.teacher is not None:  # what was folded into it
+        tensors |= {f"teacher/{name}": each for name, each in context.teacher.graph_module.state_dict().items()}
+    return tensors
+
+
+def _put(model: QuantizedModel, context: Context, tensors: dict[str, torch.Tensor], values: Any) -> None:
+    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "teacher": {}}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        parts[part][name] = tensor
+    put_state(model, parts["model"], "the work directory")
+    if context.teacher is not None:
+        context.teacher.graph_module.load_state_dict(parts["teacher"])
+    if isinstance(context.data, CalibrationData):
+        context.data.images, context.data.digest = values["data"]["images"], values["data"]["sha256"]
+
+
+def _seen(context: Context) -> dict[str, Any]:
+    """What is known of the images that were gone through."""
+    if not isinstance(context.data, CalibrationData):
+        return {}
+    return {"images": context.data.images, "sha256": context.data.digest}
