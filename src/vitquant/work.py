@@ -52,7 +52,7 @@ class WorkDirectory:
         path = Path(path)
         with told_as(CheckpointError, f"the work directory {path} cannot be used"):
             path.mkdir(parents=True, exist_ok=True)
-            with claimed(path / _RUN):
+            with claimed(path):
                 _check(path, json.loads(json.dumps(run)))
                 yield cls(path)
 

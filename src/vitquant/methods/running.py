@@ -44,7 +44,9 @@ def run_steps(model: QuantizedModel, steps: Sequence[Step], context: Context, wo
     for name, step in list(zip(names, steps, strict=True))[done:]:
         state = WorkState(work, f"{name}.part")
         model.records.append(step.run(model, replace(context, work=state)))
-        if work is not None and step.definition.phase < Phase.INTEGERS and not context.out_of_time:
+        if context.out_of_time:  # what was cut short goes on later, and what builds on it begins anew
+            work = None
+        if work is not None and step.definition.phase < Phase.INTEGERS:
             values = {"record": finite(asdict(model.records[-1])), "data": _seen(context)}
             work.write(name, _tensors(model, context), values)
             work.remove(state.name)

@@ -80,8 +80,8 @@ class LearnedZeroPoint:
     def put(self) -> None:
         """Give the quantizer what the position says now, a whole number among the codes."""
         spec = self.quantizer.spec
-        inside = self.position.clamp(spec.qmin, spec.qmax)
-        self.quantizer.zero_point = inside + (inside.round() - inside).detach()
+        code = self.position.detach().round().clamp(spec.qmin, spec.qmax)
+        self.quantizer.zero_point = code + (self.position - self.position.detach())
 
     def harden(self) -> None:
         """Leave the quantizer with the integer that is nearest."""
