@@ -8,7 +8,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitquant.graph.sites import KINDS, OPERANDS, Reader, Value
+from vitquant.graph.kinds import KINDS, OPERANDS
+from vitquant.graph.sites import Reader, Value
 from vitquant.observers import OBSERVERS
 from vitquant.recipe.bits import BIT_SYMBOLS, Bits
 from vitquant.recipe.matching import assign
@@ -61,7 +62,7 @@ def rules(draw: st.DrawFn, name: str, optional: bool | None = None) -> Rule:
     return Rule(
         name,
         site=draw(some(("*", "blocks.*", "*.fc1", "head"), at_least=1)),
-        kind=draw(some(KINDS)),
+        kind=draw(some(tuple(KINDS))),
         operand=draw(some(OPERANDS)),
         value=draw(some(("head:input", "blocks.0.mlp.fc1:weight"))) if optional is None else (),
         spec=spec,
@@ -92,7 +93,7 @@ readers = st.builds(
     Reader,
     site=st.sampled_from(("blocks.0.mlp.fc1", "blocks.1.attn.scores", "head", "norm")),
     module=st.sampled_from(("encoder.layer.0.fc1", "head")),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(tuple(KINDS)),
     operand=st.sampled_from(OPERANDS),
 )
 values = st.lists(

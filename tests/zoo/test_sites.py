@@ -10,8 +10,9 @@ import transformers
 from torch import nn
 
 from vitquant.graph.capture import capture
+from vitquant.graph.kinds import KINDS, OPERANDS
 from vitquant.graph.operators import aten, calls, is_rearrangement, is_selection
-from vitquant.graph.sites import KINDS, OPERANDS, find_sites, find_values
+from vitquant.graph.sites import find_sites, find_values
 
 CLASSES = 5
 
@@ -341,6 +342,9 @@ def test_every_head_is_a_head():
         ("cait", "scores", 4),
         ("levit", "batch_norm", 19),
         ("rotary", "product", 0),
+        ("rotary", "gate", 0),
+        ("eva02", "gate", 2),
+        ("eva02", "product", 0),
         ("rotary", "residual", 1),
     ],
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from vitquant.graph.kinds import KINDS
 from vitquant.graph.sites import Site
 from vitquant.model import QuantizedModel
 from vitquant.recipe import Bits
 from vitquant.recipe.rule import Rule
 
-_LAYERS = ("linear", "conv")
 _PARTS = ("attn", "mlp")
 
 
@@ -69,6 +69,6 @@ def find_modules(model: QuantizedModel) -> tuple[Module, ...]:
                 weights[value.parameter] = math.prod(value.shape)
         if weights:
             maps = [f"{site.name}:input" for site in sites if site.kind == "softmax"]
-            output = maps[0] if maps else next(site.name for site in reversed(sites) if site.kind in _LAYERS)
+            output = maps[0] if maps else next(site.name for site in reversed(sites) if KINDS[site.kind].layer)
             found.append(Module(name, {rule: tuple(names) for rule, names in values.items()}, weights, output))
     return tuple(found)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitquant.errors import AllocationError, CalibrationError
+from vitquant.graph.kinds import KINDS
 from vitquant.graph.segments import IMAGES, Segment
 from vitquant.graph.taps import by_image
 from vitquant.model import QuantizedModel
@@ -20,7 +21,6 @@ from vitquant.schema import Number, Table, Text, check
 
 _IMAGES_AT_ONCE = 8
 _HELD = 1 << 30  # bytes of float results of parts, and of what stands before them
-_MAPS = ("scores", "softmax", "context", "product")  # their results are matrices for each head
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _by_image(model: QuantizedModel, whole: Segment, name: str, x: Tensor, image
     x = by_image(x, whole.shapes[name].index(-1), images)
     if kind == "conv" and x.ndim > 4:
         return x.flatten(-2)  # channels and places
-    if kind not in _MAPS and x.ndim > 2:
+    if not KINDS[kind].map and x.ndim > 2:
         return x.flatten(1, -2)  # tokens and channels
     return x
 

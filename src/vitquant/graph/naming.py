@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from vitquant.graph.attention import Attention
+from vitquant.graph.kinds import KINDS
 from vitquant.graph.walk import ancestors, depends_on_input, positions, root
 
 Operation = tuple[Node, str, dict[str, Node]]
@@ -91,14 +92,14 @@ class _Structure:
                 block, attended = block + 1, self.place[node]
                 part = "attn"
             else:
-                part = "mlp" if "linear" in kinds or "conv" in kinds else ""
+                part = "mlp" if any(KINDS[kind].layer for kind in kinds) else ""
                 numbered = part != "" and block >= 0 and not self._attention_between(attended, self.place[node], found)
             branches.append(_Branch(node, members, block if numbered else None, part))
         return branches
 
     def _kinds(self, members: int) -> set[str]:
         kinds = {kind for operation, kind, _ in self.operations if members >> self.place[operation] & 1}
-        return kinds - {"product"}  # a bias by position
+        return kinds - {"product", "gate"}  # a bias by position
 
     def _attention_between(self, start: int, stop: int, found: list[tuple[Node, int]]) -> bool:
         """Whether an attention between two places of the graph lies in no branch."""
@@ -130,7 +131,7 @@ class _Structure:
         for other, place in self.place.items():
             if other is not origin and self.depends(other, origin) and self.depends(node, other):
                 members |= 1 << place
-        is_norm = any(other is origin and kind.endswith("norm") for other, kind, _ in self.operations)
+        is_norm = any(other is origin and KINDS[kind].norm for other, kind, _ in self.operations)
         return members | 1 << self.place[origin] if is_norm else members
 
     @staticmethod
@@ -179,13 +180,13 @@ def _name_in_block(operation: Operation, branch: _Branch, structure: _Structure)
     node, kind, _ = operation
     prefix, attn = f"blocks.{branch.block}", branch.part == "attn"
     if node is branch.addition:
-        return f"{prefix}.residual{1 if attn else 2}"
+        return f"{prefix}.{KINDS['residual'].word}{1 if attn else 2}"
     if not attn:
         return _name_in_mlp(operation, branch, structure, prefix)
-    if kind in ("scores", "context", "softmax"):
-        return f"{prefix}.attn.{kind}"
+    if KINDS[kind].of_attention or kind == "softmax":
+        return f"{prefix}.attn.{KINDS[kind].word}"
     role = _attention_role(node, branch, structure)
-    if kind.endswith("norm"):
+    if KINDS[kind].norm:
         inside = role not in ("", "proj") and _after_linear(node, branch, structure)
         return f"{prefix}.attn.{role}_norm" if inside else f"{prefix}.norm1"
     if kind == "linear" and role:
@@ -195,10 +196,10 @@ def _name_in_block(operation: Operation, branch: _Branch, structure: _Structure)
 
 def _name_in_mlp(operation: Operation, branch: _Branch, structure: _Structure, prefix: str) -> str:
     node, kind, _ = operation
-    if kind.endswith("norm"):
+    if KINDS[kind].norm:
         return f"{prefix}.norm2"
     if kind == "activation":
-        return f"{prefix}.mlp.act"
+        return f"{prefix}.mlp.{KINDS[kind].word}"
     if kind == "linear":
         earlier = [
             other
@@ -214,7 +215,7 @@ def _attention_role(node: Node, branch: _Branch, structure: _Structure) -> str:
     reached: list[str] = []
     behind = False
     for other, kind, operands in structure.operations:
-        if kind not in ("scores", "context") or structure.innermost(other) is not branch:
+        if not KINDS[kind].of_attention or structure.innermost(other) is not branch:
             continue
         for operand in ("query", "key", "value"):
             if operand in operands and structure.depends(operands[operand], node) and operand not in reached:
@@ -236,8 +237,8 @@ def _name_outside(operation: Operation, structure: _Structure, taken: Counter[st
     node, kind, operands = operation
     place = structure.place[node]
     if kind == "output":
-        return "output", None
-    if kind.endswith("norm") and (block := _post_norm_of(node, operands, structure)) is not None:
+        return KINDS[kind].word, None
+    if KINDS[kind].norm and (block := _post_norm_of(node, operands, structure)) is not None:
         return block
     if place < structure.first:
         return _name_in_stem(operation, structure, taken), None
@@ -264,7 +265,7 @@ def _post_norm_of(node: Node, operands: dict[str, Node], structure: _Structure) 
 def _is_post_norm(structure: _Structure) -> bool:
     """Whether the first block's attention reads its input without a norm in front."""
     return not any(
-        kind.endswith("norm") and (branch := structure.innermost(node)) is not None and branch.block == 0
+        KINDS[kind].norm and (branch := structure.innermost(node)) is not None and branch.block == 0
         for node, kind, _ in structure.operations
     )
 
@@ -277,7 +278,7 @@ def _name_in_stem(operation: Operation, structure: _Structure, taken: Counter[st
         return "patch_embed.norm" if not taken["patch_embed.norm"] else ""
     if kind == "residual" and operands["rhs"] not in structure.dynamic:
         return "pos_embed"
-    return "tokens" if kind == "concat" else ""
+    return KINDS[kind].word if kind == "concat" else ""
 
 
 def _name_behind(operation: Operation, structure: _Structure) -> str:
@@ -289,7 +290,7 @@ def _name_behind(operation: Operation, structure: _Structure) -> str:
             return "" if any(other is not node and structure.depends(other, node) for other in weighed) else "head"
         behind = [other for other in weighed if structure.place[other] > structure.last]
         return "" if any(structure.depends(operands["input"], other) for other in behind) else "norm"
-    return "pool" if kind == "pool" else ""
+    return KINDS[kind].word if kind == "pool" else ""
 
 
 def _name_of_merging(operation: Operation, structure: _Structure) -> str:

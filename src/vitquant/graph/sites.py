@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from vitquant.graph import operators as ops
 from vitquant.graph.attention import Attention, find_attention
+from vitquant.graph.kinds import KINDS
 from vitquant.graph.masks import unmasked
 from vitquant.graph.naming import name_operations
 from vitquant.graph.operators import arguments, aten, calls, packet
@@ -24,13 +25,7 @@ from vitquant.graph.walk import (
     selected_from,
 )
 
-KINDS = (
-    "linear", "conv", "layer_norm", "rms_norm", "group_norm", "batch_norm", "softmax", "activation",
-    "scores", "context", "product", "residual", "concat", "pool", "output",
-)  # fmt: skip
-_ON_AXIS_1 = ("conv", "batch_norm", "group_norm")
 IMAGE = "image"  # makes what is read before any site
-OPERANDS = ("input", "weight", "query", "key", "probs", "value", "lhs", "rhs")
 
 
 @dataclass(frozen=True)
@@ -40,8 +35,8 @@ class Reader:
     Arguments:
         site: the site's name, the same for every library where the structure is the same.
         module: the path of the module that the operation came from, as the library names it.
-        kind: one of `KINDS`.
-        operand: one of `OPERANDS`.
+        kind: one of `kinds.KINDS`.
+        operand: one of `kinds.OPERANDS`.
     """
 
     site: str
@@ -87,7 +82,7 @@ class Site:
 
     Arguments:
         name: `blocks.0.attn.scores`; see `naming`.
-        kind: one of `KINDS`.
+        kind: one of `kinds.KINDS`.
         module: the path of the module that the operation came from, as the library names it.
         node: the name of its graph node.
         operands: for each operand the graph node it reads.
@@ -180,7 +175,7 @@ def _classify_elementwise(node: Node, dynamic: set[Node]) -> tuple[str, dict[str
         return "", {}
     both = left in dynamic and right in dynamic
     if calls(node, {aten.mul}):
-        return ("product", {"lhs": left, "rhs": right}) if both else ("", {})
+        return ("gate", {"lhs": left, "rhs": right}) if both else ("", {})
     # A vector of one value per channel is a bias, not an operand.
     is_bias = any(other not in dynamic and _is_vector(other) for other in (left, right))
     if is_bias:
@@ -264,7 +259,7 @@ def _value(source: Node, group: list[tuple[Site, str, Node]], operation: Node, m
 
 def _channels_first(kind: str, operation: Node, read: Node) -> bool:
     """Whether the channels of what an operation reads are axis 1: it says so, or a convolution made them."""
-    if kind in _ON_AXIS_1:
+    if KINDS[kind].channels_first:
         return True
     if kind == "pool":
         if not calls(operation, {aten.mean, aten.amax}):
@@ -274,7 +269,7 @@ def _channels_first(kind: str, operation: Node, read: Node) -> bool:
         return 1 not in reduced and rank - 1 in reduced
     while calls(read, ops.ACTIVATIONS | {aten.add, aten.mul}):
         read = max(read.all_input_nodes, key=lambda source: len(source.meta.get("shape") or ()))
-    return calls(read, ops.CONVOLUTIONS) or (calls(read, ops.NORMS) and ops.NORMS[packet(read)] in _ON_AXIS_1)
+    return calls(read, ops.CONVOLUTIONS) or (calls(read, ops.NORMS) and KINDS[ops.NORMS[packet(read)]].channels_first)
 
 
 def _axis_before(node: Node, reader: Node, axis: int) -> int:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from vitquant.errors import LoweringError
+from vitquant.graph.kinds import KINDS, IntegerForm
 from vitquant.graph.masks import hide_exactly, hide_whole_rows, masks_between, unmasked
 from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, is_selection, packet
 from vitquant.graph.sites import Site
@@ -26,7 +27,6 @@ from vitquant.quantizers.logarithmic import LogarithmicQuantizer
 from vitquant.quantizers.quantizer import channel_axis
 
 ROOT = "operations"
-KINDS = ("softmax", "layer_norm", "activation")
 
 
 def replace_operations(module: GraphModule, sites: Iterable[Site], arithmetic: Arithmetic) -> dict[str, str]:
@@ -43,7 +43,7 @@ def replace_operations(module: GraphModule, sites: Iterable[Site], arithmetic: A
     nodes = nodes_by_name(module.graph)
     refused: dict[str, str] = {}
     for site in sites:
-        if site.kind not in KINDS:
+        if KINDS[site.kind].form is not IntegerForm.ON_CODES:
             continue
         node = nodes[site.node]
         try:  # nothing of the graph changes before everything about the site is known to be possible

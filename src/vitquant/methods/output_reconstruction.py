@@ -20,7 +20,7 @@ from vitquant.quantizers.learnable import LearnedScale
 from vitquant.spec import PowerOfTwoScale
 from vitquant.work import WorkState
 
-_NORMS = ("layer_norm", "rms_norm")
+_NORMS = ("layer_norm", "rms_norm")  # those of tokens; others are of a convolutional stem
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
 
+from vitquant.graph.kinds import kinds_that
 from vitquant.graph.operators import arguments, aten, calls
 from vitquant.graph.sites import Site
 from vitquant.graph.stored import stored, times_read, unquantized
@@ -18,8 +19,8 @@ from vitquant.objectives.correlation import LinearOutput
 from vitquant.objectives.product_output import ProductOutput, Ranking
 from vitquant.quantizers import Quantizer
 
-LAYERS = ("linear", "conv")
-PRODUCTS = ("scores", "context")
+LAYERS = kinds_that(layer=True)
+PRODUCTS = kinds_that(of_attention=True)
 
 
 class SearchedLayer:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from vitquant.errors import RecipeError
+from vitquant.graph.kinds import KINDS, kinds_that
 from vitquant.graph.sites import Reader, Value
 from vitquant.recipe.bits import Bits
 from vitquant.recipe.recipe import Recipe
@@ -96,7 +97,7 @@ def _remedy(earlier: Rule, later: Rule) -> str:
 
 def _has_heads(value: Value) -> bool:
     """Whether attention reads it with its heads on axis -3."""
-    in_attention = any(r.kind in ("scores", "softmax", "context") for r in value.readers)
+    in_attention = any(KINDS[r.kind].of_attention or r.kind == "softmax" for r in value.readers)
     return in_attention and len(value.shape) > 3 and value.shape[-3] > 0
 
 
@@ -126,7 +127,8 @@ def _why(rule: Rule, readers: Sequence[Reader]) -> str:
 
 
 # Kinds and operands that only attention has.
-_OF_ATTENTION = frozenset(("scores", "context", "query", "key", "probs", "value"))
+_ATTENTION = kinds_that(of_attention=True)
+_OF_ATTENTION = {*_ATTENTION, *(operand for kind in _ATTENTION for operand in KINDS[kind].operands)}
 
 
 def _made_optional(rules: Sequence[Rule]) -> str:

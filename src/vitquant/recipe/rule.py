@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from vitquant.errors import RecipeError
-from vitquant.graph.sites import IMAGE, KINDS, OPERANDS, Reader, Value
+from vitquant.graph.kinds import KINDS, OPERANDS
+from vitquant.graph.sites import IMAGE, Reader, Value
 from vitquant.observers import OBSERVERS
 from vitquant.recipe.bits import BIT_SYMBOLS, Bits
 from vitquant.recipe.tables import within
@@ -148,8 +149,8 @@ class Rule:
     Arguments:
         name: what `--set name.key=value` and the report call it.
         site: globs, matched with the site's name or the library's module path.
-        kind: any of these `sites.KINDS`; empty for all.
-        operand: any of these `sites.OPERANDS`; empty for all.
+        kind: any of these `kinds.KINDS`; empty for all.
+        operand: any of these `kinds.OPERANDS`; empty for all.
         value: values by any of their readers, `site:operand`, written out; empty for all.
         unless_read_by: kinds; a value that a site of one of these reads too is left to other rules.
         unless_made_by: kinds, or `image`; a value that comes from one of these is left to other rules.
@@ -177,7 +178,7 @@ class Rule:
     overlay: str = ""
 
     def __post_init__(self) -> None:
-        kinds = (("kind", self.kind, KINDS), ("unless_read_by", self.unless_read_by, KINDS))
+        kinds = (("kind", self.kind, tuple(KINDS)), ("unless_read_by", self.unless_read_by, tuple(KINDS)))
         made = ("unless_made_by", self.unless_made_by, (*KINDS, IMAGE))
         given = (*kinds, made, ("operand", self.operand, OPERANDS))
         observer = () if self.observer is None else (self.observer,)

@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from vitquant.graph import operators as ops
+from vitquant.graph.kinds import KINDS, IntegerForm
 from vitquant.graph.operators import calls, is_rearrangement, is_selection, packet
 from vitquant.graph.walk import depends_on_input, nodes_by_name, origin
 from vitquant.model import QuantizedModel
@@ -26,22 +27,6 @@ from vitquant.spec import PerAxis, QuantSpec, Uniform
 
 INTEGER, FLOAT, FUSED, CONSTANT, DATA = "integer", "float", "fused", "constant", "moves data"
 
-# Float, unless the recipe has them computed on codes.
-_FLOAT_KINDS = ("layer_norm", "rms_norm", "group_norm", "softmax", "activation")
-# Operands whose channels are summed: with a scale of its own for each, no integer accumulator can hold the sum.
-_SUMMED = {
-    "linear": ("input",),
-    "conv": ("input",),
-    "scores": ("query", "key"),
-    "context": ("probs",),
-    "product": ("lhs",),
-}
-
-# These read codes of 16 bits as well: no product is made of them.
-_WIDE_KINDS = ("layer_norm", "residual", "concat", "pool")
-
-# Their sums are rescaled before they are quantized.
-_SUMS = ("linear", "conv", "scores", "context", "product", "residual", "pool")
 _AFFINE = {ops.aten.mul, ops.aten.div, ops.aten.add, ops.aten.sub}
 
 
@@ -184,13 +169,13 @@ def classify(
     for name, assignment in operands.items():
         spec = assignment.spec
         assert spec is not None
-        widest = 16 if kind in _WIDE_KINDS else 8
+        widest = KINDS[kind].widest
         if spec.bits > widest:
             return FLOAT, f"its {name} has {spec.bits} bits: above {widest} is simulated only"
         per_axis = isinstance(spec.granularity, PerAxis) and isinstance(spec.scheme, Uniform)
-        if per_axis and name in _SUMMED.get(kind, ()):
+        if per_axis and name in KINDS[kind].summed:
             return FLOAT, f"its {name} has a scale for each channel that it sums"
-    if kind in _FLOAT_KINDS:
+    if KINDS[kind].form in (IntegerForm.ON_CODES, IntegerForm.NONE):
         if refused:
             return FLOAT, refused
         return FLOAT, "between quantized tensors" if quantized_result else "on a quantized tensor"
@@ -218,7 +203,7 @@ def _owners(model: QuantizedModel) -> dict[Node, str]:
     scales or shifts a sum by constants before it is quantized (LayerScale).
     """
     scores = {site.name for site in model.sites if site.kind == "scores"}
-    sums = {site.node: site.name for site in model.sites if site.kind in _SUMS}
+    sums = {site.node: site.name for site in model.sites if KINDS[site.kind].rescaled}
     dynamic = depends_on_input(model.graph_module.graph)
     owners: dict[Node, str] = {}
     for node in model.graph_module.graph.nodes:
