@@ -36,6 +36,7 @@ from vitquant.recipe import Assignment, Bits, Recipe, assign
 from vitquant.sites import Site, Value, find_sites, find_values
 from vitquant.stored_tensors import load_tensors, stored_quantizer, unpack_weights
 from vitquant.tapped import TappedInterpreter, behind
+from vitquant.version import __version__
 
 Tap = Callable[[torch.Tensor], None]
 Taps = Mapping[str, Tap]
@@ -557,8 +558,8 @@ def _tied(module: nn.Module) -> set[int]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("vitquant", "timm", "transformers", "torchvision"):
+    found = {"python": platform.python_version(), "torch": torch.__version__, "vitquant": __version__}
+    for package in ("timm", "transformers", "torchvision"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
