@@ -1,14 +1,18 @@
 """vitquant: quantize unmodified Vision Transformers by published recipes.
 
-model = vitquant.quantize(float_model, "default", calibration_batches)
-model.save("out")
-model = vitquant.load("out")
-program = vitquant.lower(model)
-recipe, bits = vitquant.sensitivity(float_model, "vt-ptq", calibration_batches).allocate(mean_bits=6)
+In Python::
+
+    model = vitquant.quantize(float_model, "default", calibration_batches)
+    model.save("out")
+    model = vitquant.load("out")
+    program = vitquant.lower(model)
+    recipe, bits = vitquant.sensitivity(float_model, "vt-ptq", calibration_batches).allocate(mean_bits=6)
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from vitquant.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from vitquant.allocation.table import SensitivityTable
@@ -24,7 +28,6 @@ __all__ = [
     "IntegerProgram", "ModelSource", "QuantizedModel", "SensitivityTable", "VitquantError", "float_model", "load",
     "lower", "quantize", "sensitivity",
 ]  # fmt: skip
-__version__ = "0.1.0"
 
 _HOMES = {
     "IntegerProgram": "vitquant.program.instructions",

@@ -7,7 +7,6 @@ images and those of the logits.
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from vitquant.program import instructions as p
 from vitquant.program.shapes import all_shapes
 from vitquant.runtime.metadata import to_metadata
 from vitquant.runtime.onnx_files import seal
+from vitquant.version import __version__
 
 FORMAT = "onnx-integer/1"
 INPUT, OUTPUT = "images", "logits"
@@ -79,7 +79,7 @@ class _Export:
         codes = self.values[program.output]
         logits = graph.named(self._dequantized(codes) if float_io else graph.node("Identity", codes), OUTPUT)
         ends = (images, self._sizes(program.input)), (logits, self._sizes(program.output))
-        return seal(graph.model(*ends, self._metadata(), version("vitquant")))
+        return seal(graph.model(*ends, self._metadata(), __version__))
 
     def _sizes(self, name: str) -> list[int | str]:
         """A register's shape, with a word for what grows with the batch, where that is not fixed."""
@@ -215,4 +215,4 @@ class _Export:
 
     def _metadata(self) -> dict[str, str]:
         fixed = {} if self.batch is None else {"batch": self.batch}
-        return to_metadata({"format": FORMAT, "version": version("vitquant"), **self.program.facts, **fixed})
+        return to_metadata({"format": FORMAT, "version": __version__, **self.program.facts, **fixed})

@@ -12,7 +12,6 @@ import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +38,7 @@ from vitquant.runtime.fixed_batch import held_at_once
 from vitquant.runtime.metadata import to_metadata
 from vitquant.runtime.onnx_files import seal
 from vitquant.tasks.classification import logits_of
+from vitquant.version import __version__
 
 if TYPE_CHECKING:
     import onnx
@@ -214,7 +214,7 @@ def _describe(proto: onnx.ModelProto, model: QuantizedModel, options: dict[str, 
 
     said = {
         "format": FORMAT,
-        "version": version("vitquant"),
+        "version": __version__,
         **facts(model),
         **fixed,
         "session_options": options,

@@ -26,6 +26,7 @@ from vitquant.model.config import PROVENANCE, check_config
 from vitquant.model.stored_tensors import load_tensors, stored_quantizer, unpack_weights
 from vitquant.packing import pack
 from vitquant.recipe import Bits, Recipe
+from vitquant.version import __version__
 
 
 def save(model: QuantizedModel, directory: str | Path, force: bool = False) -> None:
@@ -212,8 +213,8 @@ def _tied(module: nn.Module) -> set[int]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("vitquant", "timm", "transformers", "torchvision"):
+    found = {"python": platform.python_version(), "torch": torch.__version__, "vitquant": __version__}
+    for package in ("timm", "transformers", "torchvision"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
