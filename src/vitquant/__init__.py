@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from vitquant.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from vitquant.allocation.sensitivity import sensitivity
     from vitquant.allocation.table import SensitivityTable
     from vitquant.errors import VitquantError
     from vitquant.lowering import lower
     from vitquant.model import QuantizedModel
     from vitquant.pipeline import float_model, load, quantize
-    from vitquant.precision import sensitivity
     from vitquant.program.instructions import IntegerProgram
     from vitquant.zoo import ModelSource
 
@@ -39,7 +39,7 @@ _HOMES = {
     "load": "vitquant.pipeline",
     "lower": "vitquant.lowering",
     "quantize": "vitquant.pipeline",
-    "sensitivity": "vitquant.precision",
+    "sensitivity": "vitquant.allocation.sensitivity",
 }
 
 

@@ -734,7 +734,7 @@ def test_at_no_moment_is_a_result_neither_old_nor_new(run, workshop, sensitiviti
     assert run(*quantize_words(workshop / "images", tmp_path / "other", "--images", 10))[0] == 0
     other, measured = load(tmp_path / "other"), replace(SensitivityTable.from_json(sensitivities), bits="w7a7")
     monkeypatch.setattr("vitquant.pipeline.quantize", lambda *_, **__: other)  # what is traced takes long
-    monkeypatch.setattr("vitquant.precision.sensitivity", lambda *_, **__: measured)
+    monkeypatch.setattr("vitquant.allocation.sensitivity.sensitivity", lambda *_, **__: measured)
     monkeypatch.setattr("vitquant.report.figures.sensitivity_figure", lambda *_: b"drawn")
     shutil.copytree(workshop / "out", tmp_path / "model")
     shutil.copytree(sensitivities.parent, tmp_path / "measured")

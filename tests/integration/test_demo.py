@@ -50,7 +50,7 @@ def small(tmp_path, monkeypatch):
     (tmp_path / "data" / "weights.safetensors").write_bytes((DATA / "weights.safetensors").read_bytes())
     monkeypatch.setattr(embedded, "_FOLDER", tmp_path / "data")
     coarse = replace(load_recipe("minmax"), bits=Bits.parse("w3a3"))
-    all_day = replace(coarse, name="all-day", passes=10**6)
+    all_day = replace(coarse, name="all-day", relative_cost=10**6)
     monkeypatch.setattr("vitquant.recipe.available", lambda: [all_day, coarse])
 
 
@@ -154,7 +154,7 @@ def test_what_became_integer_is_what_inspect_says(small, run, tmp_path, capsys):
 def test_recipes_that_do_not_fit_are_listed_with_the_reason(small, run, tmp_path):
     facts = json.loads(run("--output", tmp_path / "out", "--json")[1])
     (left,) = facts["left_out"]
-    assert (left["recipe"], left["passes"]) == ("all-day", 10**6)
+    assert (left["recipe"], left["relative_cost"]) == ("all-day", 10**6)
     assert left["estimated_seconds"] > 3600
     assert "of 3600 s are left" in left["reason"]
     assert not (tmp_path / "out" / "all-day").exists()

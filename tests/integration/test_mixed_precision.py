@@ -14,7 +14,7 @@ from architectures import ZOO, vary
 import vitquant
 from vitquant.allocation.front import Costs, pareto_front
 from vitquant.allocation.table import MEASURES, SensitivityTable
-from vitquant.errors import AllocationError, CalibrationError, RecipeError
+from vitquant.errors import AllocationError, CalibrationError, CheckpointError, RecipeError
 from vitquant.model.saved import stored_bytes
 from vitquant.model.simulation import ExactSimulation
 from vitquant.recipe import Recipe, assign, load_recipe
@@ -114,10 +114,43 @@ def test_what_stands_before_a_part_need_not_be_computed_again(name):
     quantized = vitquant.quantize(model, "fq-vit", images.split(2))
     with torch.no_grad():
         for value in quantized.quantized_names:
-            behind = quantized.segment_behind([value], "output")
+            behind = quantized.downstream_segment([value], "output")
             known = quantized.segment("images", behind.inputs, quantized=False)(images)
             expected = _logits(quantized.run(images, {}, quantized=[value]))
             assert torch.equal(behind(*known), expected), value
+
+
+class KilledError(Exception):
+    """Not one of ours: nothing handles it."""
+
+
+@pytest.mark.parametrize("moment", [3, 60])
+def test_a_killed_measurement_goes_on_and_ends_the_same(deit, tmp_path, moment):
+    _, model, images = deit
+    said = []
+
+    def until(last):
+        def progress(what, done, total):
+            said.append(what)
+            if len(said) > last:
+                raise KilledError
+
+        return progress
+
+    asked = {"bits": "w6a6", "candidates": (4, 8), "work": tmp_path / "work"}
+    with pytest.raises(KilledError):
+        vitquant.sensitivity(model, "minmax", images.split(2), progress=until(moment), **asked)
+    said.clear()
+    table = vitquant.sensitivity(model, "minmax", images.split(2), progress=until(10_000), **asked)
+    again = len(said)
+    said.clear()
+    whole = vitquant.sensitivity(
+        model, "minmax", images.split(2), bits="w6a6", candidates=(4, 8), progress=until(10_000)
+    )
+    assert table == whole
+    assert again < len(said) or moment < 10  # what was measured is not measured again
+    with pytest.raises(CheckpointError, match="another candidates"):
+        vitquant.sensitivity(model, "minmax", images.split(2), **{**asked, "candidates": (4, 6)})
 
 
 @pytest.mark.parametrize("by", MEASURES)

@@ -33,7 +33,7 @@ LAYERS = Recipe(
         Rule("weights", operand=("weight",), spec=SpecTemplate(Uniform(), "w", per="axis"), observer="minmax"),
     ),
     methods=(Method("calibrate"), Method("reparameterize-scales")),
-    passes=2,
+    relative_cost=2,
 )
 
 

@@ -316,7 +316,7 @@ def test_the_zero_of_twin_steps_is_one_of_its_codes(zero):
             lambda c: c["quantization_config"]["operands"]["head:input"]["spec"].update(bits=7),
             "not what its recipe says",
         ),
-        (lambda c: c["quantization_config"]["recipe"].update(passes=0), "passes"),
+        (lambda c: c["quantization_config"]["recipe"].update(relative_cost=0), "relative_cost"),
         (lambda c: c["preprocessing"].update(std=[1e-320] * 3), "std"),
         (lambda c: c["source"].update(seed=1.5), "seed = 1.5 should be an integer"),
         (lambda c: c["files"].pop("model.safetensors"), "'model.safetensors' is missing"),

@@ -1,200 +1,234 @@
-"""How much a model's outputs change when one part of it is quantized and all else is float."""
+"""How sensitive a model is to the bits of its parts, which is what bits are allocated by."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from vitquant.errors import AllocationError, CalibrationError
-from vitquant.graph.kinds import KINDS
-from vitquant.graph.segments import IMAGES, Segment
-from vitquant.graph.taps import by_image
+from vitquant.allocation.measure import Part, Sensitivity, measure
+from vitquant.allocation.modules import Module, find_modules
+from vitquant.allocation.table import SensitivityTable
+from vitquant.autocast import in_own_precision
+from vitquant.calibration_data import Batch, CalibrationData, batches_of, images_of
+from vitquant.errors import AllocationError, CalibrationError, RecipeError
 from vitquant.model import QuantizedModel
-from vitquant.objectives.correlation import correlation
+from vitquant.model.checkpoint import digest_of
+from vitquant.model.saved import stored_bytes
+from vitquant.pipeline import quantize
 from vitquant.progress import Progress, silent
-from vitquant.schema import Number, Table, Text, check
+from vitquant.recipe import Bits, Method, Recipe, requested
+from vitquant.spec import MAX_BITS, MIN_BITS
+from vitquant.work import WorkDirectory
 
-_IMAGES_AT_ONCE = 8
-_HELD = 1 << 30  # bytes of float results of parts, and of what stands before them
-
-
-@dataclass(frozen=True)
-class Part:
-    """What is quantized by itself, and where the effect is looked at.
-
-    Arguments:
-        name: a site's or a module's.
-        kind: a site's, or `module`.
-        bits: what it is called: the module's width, or those of a site's operands.
-        values: the names of the values that are quantized.
-        output: what is compared with float: what a site computes, or `site:operand`, what one reads.
-    """
-
-    name: str
-    kind: str
-    bits: str
-    values: tuple[str, ...]
-    output: str
+CANDIDATES = (4, 5, 6, 7, 8)
+# A search for what is measured: near enough, and a fifteenth of the time. Corrected biases belong to a model whose
+# layers are all quantized, and here all but one part are in float.
+_CANDIDATES, _BRIEFLY = 20, {"rounds": 1, "bias_correction": False}
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """What one part loses at one bit width, as means over images.
+@in_own_precision
+def sensitivity(
+    model: nn.Module,
+    recipe: str | Recipe,
+    data: Iterable[Batch],
+    *,
+    bits: str | None = None,
+    candidates: Sequence[int] = CANDIDATES,
+    settings: Sequence[str] = (),
+    progress: Progress = silent,
+    work: str | Path | None = None,
+) -> SensitivityTable:
+    """Measure what each module loses at each bit width, and each site at the recipe's, all else in float.
+
+    Scales are those that the recipe's methods give; a search is a brief one, of 20 candidates at most and one round,
+    without bias correction. All operations are in float.
 
     Arguments:
-        name, kind: the part's.
-        bits: the module's width, or those of a site's operands, in their order.
-        output_error: the squared change of the logits, over the square of the float logits.
-        correlation: Pearson's of the part's own output with what it is in float.
-        squared_error: the squared change of the part's own output, summed over its elements.
-        nuclear_norm: the sum of the singular values of the float output, over all of its matrices.
-        nuclear_sensitivity: the product of these two, image by image: Omega.
+        model, recipe, data, settings: as for `quantize`; the data are read several times for each candidate.
+        bits: of everything that is no module's, and of the sites; the recipe's when None.
+        candidates: bit widths of the modules.
+        progress: told what is done.
+        work: a directory in which what was measured is kept: after an interruption the same call goes on there. It
+            can be removed afterwards.
+
+    Raises:
+        AllocationError: fewer than two candidates, a width that a rule cannot have, or a model without modules that
+            the recipe gives symbols for bits.
+        CalibrationError: the data can be read only once.
+        CheckpointError: the work directory is another run's.
+        VitquantError: see `quantize`.
 
     Source: VT-PTQ, Liu et al. 2021, section "Nuclear Norm Based Mixed Precision".
     """
+    if isinstance(batches_of(data), Iterator):
+        raise CalibrationError("sensitivity reads the images several times: give a list of batches or a DataLoader")
+    whole, base = requested(recipe, bits, settings)
+    widths = {width: _at(base, width) for width in check_candidates(candidates)}
+    _check_schemes(whole, widths.values())
+    measured = replace(whole, methods=tuple(_measured(whole.methods)))
+    device = next((parameter.device for parameter in model.parameters()), None)
 
-    name: str
-    kind: str
-    bits: str
-    output_error: float
-    correlation: float
-    squared_error: float
-    nuclear_norm: float
-    nuclear_sensitivity: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that `from_dict` reads back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> Sensitivity:
-        """Read what `to_dict` gave.
-
-        Raises:
-            AllocationError: keys are missing, or values are of another type.
-        """
-        return cls(**check(table, SENSITIVITY, AllocationError))
+    with ExitStack() as held:
+        kept = None
+        if work is not None:
+            run = {
+                "model": digest_of(model.state_dict(), {}),
+                "recipe": measured.to_dict(),
+                "bits": str(base),
+                "candidates": sorted(widths),
+                "images": CalibrationData(data, device).first,
+            }
+            kept = held.enter_context(WorkDirectory.opened(work, run))
+        return _Measuring(model, whole, measured, data, device, progress, kept).table(base, widths)
 
 
-_ERROR = Number(0.0, 1e100)
-SENSITIVITY = Table(
-    {
-        **dict.fromkeys(("name", "kind", "bits"), Text()),
-        **dict.fromkeys(("output_error", "squared_error", "nuclear_norm", "nuclear_sensitivity"), _ERROR),
-        "correlation": Number(-1.001, 1.001),  # rounded
-    }
-)
-
-
-def measure(
-    model: QuantizedModel,
-    parts: Sequence[Part],
-    data: Iterable[Tensor],
-    progress: Progress = silent,
-) -> list[Sensitivity]:
-    """Quantize every part by itself, and compare with the float model.
-
-    For each part an image goes through all that stands behind it, and once through the float model; memory does not
-    grow with the images.
+@dataclass(frozen=True)
+class _Measuring:
+    """What every measurement of a model needs.
 
     Arguments:
-        model: calibrated, its operations in float.
-        parts: of the model.
-        data: the calibration batches.
-        progress: told how many parts of how many are done in a batch.
+        model: float.
+        whole, measured: the recipe, and what of it chooses scales.
+        data, device: the images, and where they go.
+        progress: told what is done.
+        kept: where a killed run left what it had measured.
+    """
 
-    Returns:
-        One for each part.
+    model: nn.Module
+    whole: Recipe
+    measured: Recipe
+    data: Iterable[Batch]
+    device: torch.device | None
+    progress: Progress
+    kept: WorkDirectory | None
+
+    def table(self, base: Bits, widths: Mapping[int, Bits]) -> SensitivityTable:
+        """Sites at the bits of the recipe, modules at all of their candidates."""
+        steps = len(widths) + (base not in widths.values())
+        self.progress("calibrating", 0, steps)
+        at_base = self._quantized(base)
+        modules = find_modules(at_base)
+        if not modules:
+            name = self.whole.name
+            raise AllocationError(f"{name}: no attention or MLP of a block has weights whose bits are a symbol")
+        sites, _ = self._once("sites", lambda: (self._measure(at_base, _site_parts(at_base)), {}))
+        found: list[Sensitivity] = []
+        sizes: dict[str, dict[int, int]] = {module.name: {} for module in modules}
+        for number, (width, of_width) in enumerate(widths.items()):
+            self.progress("calibrating", number + steps - len(widths), steps)
+            at = partial(self._at_width, at_base if of_width == base else None, of_width, width, modules)
+            measured, stored = self._once(f"{width}-bits", at)
+            found += measured
+            for name, size in stored.items():
+                sizes[name][width] = size
+        stored = stored_bytes(at_base)
+        return SensitivityTable(
+            self.whole,
+            str(base),
+            tuple(found),
+            tuple(sites),
+            {module.name: sum(module.weights.values()) for module in modules},
+            sizes,
+            {module.name: module.values for module in modules},
+            sum(stored.values()) - sum(stored[key] for module in modules for key in module.weights),
+            {"calibration": at_base.provenance["calibration"]},
+        )
+
+    def _quantized(self, bits: Bits) -> QuantizedModel:
+        work = None if self.kept is None else self.kept.path / str(bits)
+        return quantize(self.model, self.measured, self.data, bits=str(bits), progress=self.progress, work=work)
+
+    def _at_width(
+        self, quantized: QuantizedModel | None, bits: Bits, width: int, modules: Sequence[Module]
+    ) -> tuple[list[Sensitivity], dict[str, int]]:
+        """Modules at a width, one model at a time, as each has weights of its own; and what they take."""
+        quantized = self._quantized(bits) if quantized is None else quantized
+        parts = [_as_part(module, width) for module in modules]
+        stored = stored_bytes(quantized)
+        sizes = {module.name: sum(stored[key] for key in module.weights) for module in modules}
+        return self._measure(quantized, parts), sizes
+
+    def _measure(self, quantized: QuantizedModel, parts: Sequence[Part]) -> list[Sensitivity]:
+        images = (images_of(batch).to(self.device) for batch in self.data)
+        return measure(quantized, parts, images, self.progress)
+
+    def _once(
+        self, name: str, measured: Callable[[], tuple[list[Sensitivity], dict[str, int]]]
+    ) -> tuple[list[Sensitivity], dict[str, int]]:
+        """What was measured under a name, now or by a killed run."""
+        saved = None if self.kept is None else self.kept.read(name)
+        if saved is not None:
+            return [Sensitivity.from_dict(each) for each in saved[1]["measured"]], saved[1]["bytes"]
+        found, sizes = measured()
+        if self.kept is not None:
+            self.kept.write(name, {}, {"measured": [each.to_dict() for each in found], "bytes": sizes})
+        return found, sizes
+
+
+def check_candidates(candidates: Sequence[int]) -> list[int]:
+    """Candidate bit widths, the smallest first, each once.
 
     Raises:
-        CalibrationError: no data, or NaN or infinity at a part, which the message names.
+        AllocationError: fewer than two, or one outside 2 to 16.
     """
-    sums = {part.name: _Sums() for part in parts}
-    logits = _logits(model)
-    segments = {part.name: model.segment_behind(part.values, (part.output, logits)) for part in parts}
-    outputs = list(dict.fromkeys(part.output for part in parts))
-    known = dict.fromkeys(name for each in segments.values() for name in each.inputs)
-    whole = model.segment(IMAGES, list(dict.fromkeys((logits, *outputs, *known))), quantized=False)
-    with torch.inference_mode():
-        for images in _chunks(data, _bytes_of_image(whole)):
-            held = dict(zip(whole.outputs, whole(images), strict=True))
-            floats = {name: _by_image(model, whole, name, held[name], len(images)) for name in (logits, *outputs)}
-            norms = {output: _nuclear_norms(floats[output], output) for output in outputs}
-            for done, part in enumerate(parts):
-                progress("measuring", done, len(parts))
-                segment = segments[part.name]
-                found = dict(zip(segment.outputs, segment(*(held[name] for name in segment.inputs)), strict=True))
-                found = {name: _by_image(model, whole, name, x, len(images)) for name, x in found.items()}
-                sums[part.name].add(found, floats, part.output, logits, norms[part.output])
-            progress("measuring", len(parts), len(parts))
-    if not all(each.images for each in sums.values()):
-        raise CalibrationError("no calibration images: give at least one batch")
-    return [sums[part.name].means(part) for part in parts]
+    widths = sorted(set(candidates))
+    if len(widths) < 2 or not MIN_BITS <= widths[0] <= widths[-1] <= MAX_BITS:
+        raise AllocationError(
+            f"candidates {', '.join(map(str, candidates))}: give two or more bit widths from {MIN_BITS} to {MAX_BITS}"
+        )
+    return widths
 
 
-def _chunks(data: Iterable[Tensor], bytes_of_image: int) -> Iterator[Tensor]:
-    """Batches cut so small that what is held of them fits."""
-    size = max(1, min(_IMAGES_AT_ONCE, _HELD // max(1, bytes_of_image)))
-    return (chunk for batch in data for chunk in batch.split(size))
+def _at(base: Bits, width: int) -> Bits:
+    """The bits of a model whose modules have a width; probabilities have it where they follow the activations."""
+    probs = width if base.probs == base.activations else base.probs
+    return replace(base, weights=width, activations=width, probs=probs)
 
 
-def _bytes_of_image(whole: Segment) -> int:
-    """Of what is held for one image; windows, which stand in the batch, count as one."""
-    return 4 * sum(math.prod(size for size in shape if size > 0) for shape in whole.shapes.values())
+def _check_schemes(recipe: Recipe, widths: Iterable[Bits]) -> None:
+    """Refuse a width that a rule's scheme does not have before any work is done."""
+    for bits in widths:
+        for rule in recipe.rules:
+            if rule.spec is not None:
+                try:
+                    rule.spec.resolve(bits, channel_axis=-1)
+                except RecipeError as error:
+                    raise AllocationError(
+                        f"candidate {bits.weights}, rule {rule.name!r}: {error}; leave the candidate out, or give the "
+                        f"rule bits of its own: --set {rule.name}.bits=8"
+                    ) from error
 
 
-class _Sums:
-    """Over images, of what a sensitivity is the mean of."""
-
-    def __init__(self) -> None:
-        self.images = 0
-        self._logits = self._change = self._correlation = self._error = self._norm = self._product = 0.0
-
-    def add(
-        self, found: Mapping[str, Tensor], floats: Mapping[str, Tensor], output: str, logits: str, norms: Tensor
-    ) -> None:
-        y = floats[output]
-        errors = (found[output].double() - y.double()).square().flatten(1).sum(1)
-        self.images += len(y)
-        self._logits += float(floats[logits].double().square().sum())
-        self._change += float((found[logits].double() - floats[logits].double()).square().sum())
-        self._correlation += float(correlation(y, found[output]).sum())
-        self._error += float(errors.sum())
-        self._norm += float(norms.sum())
-        self._product += float((errors * norms).sum())
-
-    def means(self, part: Part) -> Sensitivity:
-        change = self._change / self._logits if self._logits else 0.0
-        rest = [each / self.images for each in (self._correlation, self._error, self._norm, self._product)]
-        if not all(map(math.isfinite, (change, *rest))):
-            raise CalibrationError(f"{part.name}: NaN or infinity when it is quantized to {part.bits} bits")
-        return Sensitivity(part.name, part.kind, part.bits, change, *rest)
+def _measured(methods: Iterable[Method]) -> Iterator[Method]:
+    """A recipe's methods for measuring: those that choose scales."""
+    for method in methods:
+        if method.name == "search-scales":
+            asked = method.settings.get("candidates", _CANDIDATES)
+            fewer = min(_CANDIDATES, asked) if isinstance(asked, int) else asked  # what is no number is refused later
+            yield Method(method.name, {**method.settings, **_BRIEFLY, "candidates": fewer})
+        elif method.name != "integer-operations":
+            yield method
 
 
-def _logits(model: QuantizedModel) -> str:
-    """The operand that is the model's output."""
-    return next(f"{site.name}:input" for site in model.sites if site.kind == "output")
+def _as_part(module: Module, width: int) -> Part:
+    values = tuple(name for names in module.values.values() for name in names)
+    return Part(module.name, "module", str(width), values, module.output)
 
 
-def _by_image(model: QuantizedModel, whole: Segment, name: str, x: Tensor, images: int) -> Tensor:
-    """What a part computes, or the logits, as (images, ..., rows, columns)."""
-    kind = model.index.site(name.partition(":")[0]).kind
-    x = by_image(x, whole.shapes[name].index(-1), images)
-    if kind == "conv" and x.ndim > 4:
-        return x.flatten(-2)  # channels and places
-    if not KINDS[kind].map and x.ndim > 2:
-        return x.flatten(1, -2)  # tokens and channels
-    return x
-
-
-def _nuclear_norms(x: Tensor, output: str) -> Tensor:
-    """The sum of the singular values of each image's matrices: float64 (images,)."""
-    if not bool(torch.isfinite(x).all()):
-        raise CalibrationError(f"{output}: NaN or infinity in the float model")
-    matrices = x.float().flatten(1, -3) if x.ndim > 3 else x.float()[:, None]
-    return torch.linalg.svdvals(matrices).double().flatten(1).sum(1)
+def _site_parts(model: QuantizedModel) -> list[Part]:
+    """Every site that reads something quantized; where sites read one value, its quantizer is measured with each."""
+    parts = []
+    for site in model.sites:
+        names = dict.fromkeys(value.name for value in model.index.read_by(site).values())
+        bits = {name: spec.bits for name in names if (spec := model.assignments[name].spec) is not None}
+        if bits:
+            output = f"{site.name}:input" if site.kind == "output" else site.name
+            widths = "/".join(str(width) for width in dict.fromkeys(bits.values()))
+            parts.append(Part(site.name, site.kind, widths, tuple(bits), output))
+    return parts

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vitquant.allocation.front import Allocation, Choice, Costs, best_within, pareto_front
+from vitquant.allocation.measure import SENSITIVITY, Sensitivity
 from vitquant.allocation.mixed_recipe import mixed_recipe
-from vitquant.allocation.sensitivity import SENSITIVITY, Sensitivity
 from vitquant.errors import AllocationError, VitquantError
 from vitquant.parsing import parse_json, read_file
 from vitquant.recipe import Bits, Recipe

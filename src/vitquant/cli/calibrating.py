@@ -58,6 +58,10 @@ Batch = Annotated[
 ModelArguments = Annotated[
     list[str] | None, typer.Option("--model-arg", metavar="KEY=VALUE", help="An argument of the model; repeat.")
 ]
+Work = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where long work keeps its state: the same command goes on there when killed."),
+]
 Seed = Annotated[
     int, typer.Option(min=0, max=options.LARGEST_SEED, help="Of random weights and of the choice of images.")
 ]

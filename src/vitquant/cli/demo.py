@@ -56,7 +56,7 @@ def demo(
             from vitquant.report.tables import facts
             from vitquant.tasks.classification import evaluate
 
-            recipes = sorted(available(), key=lambda recipe: (recipe.passes, recipe.name))
+            recipes = sorted(available(), key=lambda recipe: (recipe.relative_cost, recipe.name))
         with terminal.replacing(output, force, _kind(recipes)) as new:
             with terminal.progress("loading"):
                 options.choose_device(options.Device.CPU, threads)
@@ -69,7 +69,7 @@ def demo(
             for recipe in recipes:
                 data = _first(calibration, recipe.calibration.images)
                 used = sum(len(classes) for _, classes in data)
-                estimate = estimated_seconds(recipe.passes, used, asked, reference.seconds / asked)
+                estimate = estimated_seconds(recipe.relative_cost, used, asked, reference.seconds / asked)
                 left = max(60 * minutes - (time.perf_counter() - started), 0.0)
                 if estimate > left:
                     left_out.append(_left_out(recipe, estimate, left, 60 * minutes))
@@ -167,7 +167,7 @@ def _left_out(recipe: Recipe, estimate: float, left: float, budget: float) -> di
     return {
         "recipe": recipe.name,
         "bits": str(recipe.bits),
-        "passes": recipe.passes,
+        "relative_cost": recipe.relative_cost,
         "estimated_seconds": estimate,
         "reason": reason,
     }
@@ -187,7 +187,7 @@ def _facts(trial: _Trial, output: Path) -> dict[str, Any]:
     return {
         "recipe": quantized.recipe.name,
         "bits": str(quantized.bits),
-        "passes": quantized.recipe.passes,
+        "relative_cost": quantized.recipe.relative_cost,
         "calibration_images": quantized.provenance["calibration"]["images"],
         "engine": result.engine,
         "top1": result.top1,

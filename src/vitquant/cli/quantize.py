@@ -36,10 +36,6 @@ TimeLimit = Annotated[
         min=0, metavar="SECONDS", callback=options.finite, help="When methods that take long end with what they have."
     ),
 ]
-Work = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Where long work keeps its state: the same command goes on there when killed."),
-]
 
 
 def quantize(
@@ -57,7 +53,7 @@ def quantize(
     model_arguments: calibrating.ModelArguments = None,
     memory_budget: MemoryBudget = None,
     time_limit: TimeLimit = None,
-    work: Work = None,
+    work: calibrating.Work = None,
     simulated: Simulated = False,
     force: Force = False,
     seed: calibrating.Seed = 0,

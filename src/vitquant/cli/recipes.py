@@ -22,7 +22,7 @@ def recipes(json: options.Json = False, quiet: options.Quiet = False, debug: opt
                 "paper": recipe.source,
                 "bits": str(recipe.bits),
                 "cost": recipe.cost,
-                "passes": recipe.passes,
+                "relative_cost": recipe.relative_cost,
                 "expected": recipe.expected,
             }
             for recipe in found

@@ -39,6 +39,7 @@ def sensitivity(
     preprocessing: options.PreprocessingFile = None,
     model_arguments: calibrating.ModelArguments = None,
     force: Annotated[bool, typer.Option("--force", help="Replace those that are there.")] = False,
+    work: calibrating.Work = None,
     seed: calibrating.Seed = 0,
     device: options.DeviceOption = options.Device.AUTO,
     workers: options.Workers = 0,
@@ -52,12 +53,13 @@ def sensitivity(
     started = time.perf_counter()
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
-            from vitquant import precision
+            import vitquant
+            from vitquant.allocation.sensitivity import check_candidates
             from vitquant.recipe import requested
             from vitquant.report.figures import check_matplotlib, sensitivity_figure
             from vitquant.report.tables import facts, sensitivity_table
 
-            widths = precision.check_candidates(_widths(candidates))
+            widths = check_candidates(_widths(candidates))
             if output is not None:
                 check_matplotlib()
             chosen, base = requested(recipe, bits, settings or ())
@@ -70,8 +72,14 @@ def sensitivity(
                 prepared = calibrating.prepare(request, chosen, options.choose_device(device, threads))
             with terminal.progress("capturing, first batch", len(prepared.data.items)) as update:
                 watched = calibrating.Watched(prepared.data, update)
-                table = precision.sensitivity(
-                    prepared.network, chosen, watched, bits=str(base), candidates=widths, progress=watched.step
+                table = vitquant.sensitivity(
+                    prepared.network,
+                    chosen,
+                    watched,
+                    bits=str(base),
+                    candidates=widths,
+                    progress=watched.step,
+                    work=work,
                 )
                 about = {"model": prepared.source.name, "directory": str(calibration.absolute()), "seed": seed}
                 table = replace(table, about=table.about | about)

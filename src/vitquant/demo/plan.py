@@ -8,13 +8,13 @@ from __future__ import annotations
 CALIBRATION, EVALUATION, CAPTURE_SECONDS = 1.5, 2.5, 1.5
 
 
-def estimated_seconds(passes: int, calibration_images: int, test_images: int, seconds_per_image: float) -> float:
+def estimated_seconds(relative_cost: int, calibration_images: int, test_images: int, seconds_per_image: float) -> float:
     """The time to capture, calibrate, and evaluate beside the float model.
 
     Arguments:
-        passes: what the recipe declares: how often the calibration images go through the model.
+        relative_cost: what the recipe declares, in float passes over the calibration images.
         calibration_images, test_images: how many there are.
         seconds_per_image: of the float model, here and now.
     """
-    images = CALIBRATION * passes * calibration_images + EVALUATION * test_images
+    images = CALIBRATION * relative_cost * calibration_images + EVALUATION * test_images
     return CAPTURE_SECONDS + images * seconds_per_image

@@ -109,7 +109,7 @@ def segment(
     return _between(module, index, cuts, outputs, quantized)
 
 
-def segment_behind(
+def downstream_segment(
     module: GraphModule, index: GraphIndex, quantizers: Collection[str], outputs: str | Sequence[str]
 ) -> Segment:
     """What some quantizers have an effect on, up to some outputs, with all other quantizers left out.

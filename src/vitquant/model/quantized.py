@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from vitquant.errors import CalibrationError, CaptureError, ModelError
 from vitquant.graph.captured import CapturedModel
 from vitquant.graph.operators import PRODUCTS, calls
-from vitquant.graph.segments import QUANTIZERS, Segment, is_quantizer, segment, segment_behind
+from vitquant.graph.segments import QUANTIZERS, Segment, downstream_segment, is_quantizer, segment
 from vitquant.graph.taps import Taps
 from vitquant.graph.walk import nodes_by_name, origin
 from vitquant.integer_modules import Arithmetic, IntegerOperation
@@ -224,7 +224,7 @@ class QuantizedModel(CapturedModel):
         """
         return segment(self.graph_module, self.index, inputs, outputs, self._active(quantized))
 
-    def segment_behind(self, values: Collection[str], outputs: Sequence[str]) -> Segment:
+    def downstream_segment(self, values: Collection[str], outputs: Sequence[str]) -> Segment:
         """What the quantizers of some values have an effect on, up to some outputs, all else in float.
 
         Its inputs are what stands before them, by names that `segment` takes: computed once in float they serve every
@@ -237,7 +237,7 @@ class QuantizedModel(CapturedModel):
         Raises:
             CaptureError: there is no such tensor, or no quantizer has an effect on it.
         """
-        return segment_behind(self.graph_module, self.index, self._targets(values), outputs)
+        return downstream_segment(self.graph_module, self.index, self._targets(values), outputs)
 
     def _active(self, quantized: bool | Collection[str]) -> bool | set[str]:
         return quantized if isinstance(quantized, bool) else self._targets(quantized)

@@ -30,7 +30,7 @@ _RECIPE = Table(
     {
         **dict.fromkeys(("source", "expected", "cost"), _PROSE),
         "bits": Text(100),
-        "passes": _COUNT,
+        "relative_cost": _COUNT,
         "calibration": _CALIBRATION,
         "rule": _TABLES,
         "method": _TABLES,
@@ -100,12 +100,12 @@ class Recipe:
         bits: what the symbols in the rules stand for when the user gives no bits.
         calibration: how much data the observers see.
         expected, cost: the accuracy to expect, and what it takes to get it, as text.
-        passes: the cost as a number: how often the calibration images go through the model; a pass with gradients
-            counts three, and a search as many as take its time.
+        relative_cost: in float passes over the calibration images; one with gradients counts three, and a search as
+            many as take its time.
 
     Raises:
-        RecipeError: passes below 1; a text with control characters; a name of a rule or method that is taken, or that
-            `--set name.key` could not write.
+        RecipeError: a relative cost below 1; a text with control characters; a name of a rule or method that is
+            taken, or that `--set name.key` could not write.
     """
 
     name: str
@@ -117,11 +117,11 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     expected: str = ""
     cost: str = ""
-    passes: int = 1
+    relative_cost: int = 1
 
     def __post_init__(self) -> None:
-        if self.passes < 1:
-            raise RecipeError(f"passes = {self.passes}: a recipe sees its calibration images at least once")
+        if self.relative_cost < 1:
+            raise RecipeError(f"relative_cost = {self.relative_cost}: a recipe costs one pass over its images at least")
         for key in ("name", "title", "source", "expected", "cost"):
             check(getattr(self, key), _PROSE, RecipeError, key)
         _check_names(self.rules, self.methods)
@@ -133,7 +133,7 @@ class Recipe:
         return {
             "format": FORMAT,
             **texts,
-            "passes": self.passes,
+            "relative_cost": self.relative_cost,
             "calibration": {"images": self.calibration.images, "batch": self.calibration.batch},
             "rule": [rule.to_dict() for rule in self.rules],
             "method": [method.to_dict() for method in self.methods],
@@ -157,7 +157,11 @@ class Recipe:
             methods=tuple(Method.from_dict(each) for each in table.get("method", ())),
             bits=bits,
             calibration=Calibration.from_dict(table.get("calibration", {})),
-            **{key: table[key] for key in ("name", "title", "source", "expected", "cost", "passes") if key in table},
+            **{
+                key: table[key]
+                for key in ("name", "title", "source", "expected", "cost", "relative_cost")
+                if key in table
+            },
         )
 
     def to_toml(self) -> str:

@@ -8,7 +8,7 @@ from io import BytesIO
 from typing import Any
 
 from vitquant.allocation.front import Allocation, Costs
-from vitquant.allocation.sensitivity import Sensitivity
+from vitquant.allocation.measure import Sensitivity
 from vitquant.errors import ExportError
 
 

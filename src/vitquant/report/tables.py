@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from vitquant.allocation.sensitivity import Sensitivity
+from vitquant.allocation.measure import Sensitivity
 from vitquant.model import QuantizedModel
 from vitquant.printable import one_line
 from vitquant.recipe import Choice, Recipe
