@@ -124,7 +124,7 @@ class KilledError(Exception):
     """Not one of ours: nothing handles it."""
 
 
-@pytest.mark.parametrize("moment", [3, 60])
+@pytest.mark.parametrize("moment", [3, 110])
 def test_a_killed_measurement_goes_on_and_ends_the_same(deit, tmp_path, moment):
     _, model, images = deit
     said = []
