@@ -395,13 +395,13 @@ def test_softmax_of_signed_codes_with_any_mask(shape):
     images = [torch.randint(-128, 128, (batch, 4, 6, 7)) for batch in (1, 3)]
     images.append(torch.tensor([-128, 127])[torch.randint(0, 2, (2, 4, 6, 7))])
     for instruction, type in (
-        (p.UniformSoftmax("y", "s", "x", hidden, "values", "octaves", 2**31 - 9, 23, -100, -90, 127), "s8"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 16, 1, 0, False), "u8"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 16, 1, 0, True), "u8"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 15, 1, -9000, False), "u4"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 31, 2, 0, False), "u8"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 31, 2, -(2**17), False), "u8"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 32, 2, 5000, False), "u8"),
+        (p.SoftmaxToLevels("y", "s", "x", hidden, "values", "octaves", 2**31 - 9, 23, -100, -90, 127), "s8"),
+        (p.SoftmaxToPowers("y", "s", "x", hidden, "values", "octaves", 16, 1, 0, False), "u8"),
+        (p.SoftmaxToPowers("y", "s", "x", hidden, "values", "octaves", 16, 1, 0, True), "u8"),
+        (p.SoftmaxToPowers("y", "s", "x", hidden, "values", "octaves", 15, 1, -9000, False), "u4"),
+        (p.SoftmaxToPowers("y", "s", "x", hidden, "values", "octaves", 31, 2, 0, False), "u8"),
+        (p.SoftmaxToPowers("y", "s", "x", hidden, "values", "octaves", 31, 2, -(2**17), False), "u8"),
+        (p.SoftmaxToPowers("y", "s", "x", hidden, "values", "octaves", 32, 2, 5000, False), "u8"),
     ):
         same_everywhere(single(instruction, (type, (-1, 4, 6, 7)), ("s8", (-1, 4, 6, 7)), **constants), *images)
 
@@ -446,7 +446,7 @@ def test_sums_of_64_bits_and_operands_of_32_are_refused(vit_program):
 
 
 def test_a_roll_along_the_batch_is_refused():
-    with pytest.raises(LoweringError, match="m: Roll takes axes"):
+    with pytest.raises(LoweringError, match="m: roll takes axes"):
         onnx_integer_model(single(p.Roll("y", "m", "x", (1,), (0,)), ("u8", (-1, 4, 6, 7))))
 
 

@@ -14,11 +14,11 @@ from vitquant.errors import LoweringError
 from vitquant.graph.operators import arguments, packet
 from vitquant.graph.walk import depends_on_input
 from vitquant.integer.correct_rounding import CorrectRounding
-from vitquant.lowering.scaled import Hidden, Joined, Powers, Scaled, Static, Term, numerators
+from vitquant.lowering.scaled import Joined, Masked, Powers, Scaled, Static, Term, numerators
 from vitquant.model import QuantizedModel
 from vitquant.program.instructions import TYPES, Instruction, Lookup, Register, smallest_type
 
-Value = Scaled | Static | Joined | Hidden | tuple
+Value = Scaled | Static | Joined | Masked | tuple
 SIMULATE = "run it with --engine simulated, or export it as onnx-qdq"
 
 
