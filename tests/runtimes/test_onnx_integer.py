@@ -27,7 +27,7 @@ from vitquant.parity.examine import adversarial_codes
 from vitquant.program import instructions as p
 from vitquant.quantizers.quantizer import Quantizer
 from vitquant.runtime.interpreter import Interpreter
-from vitquant.runtime.on_images import Ends, interpreted
+from vitquant.runtime.on_images import interpreted, quantization_from, quantization_of
 from vitquant.runtime.onnxruntime import OnnxModel
 from vitquant.runtime.products import exact_int64
 from vitquant.tasks.images import batches, load_listing, subset
@@ -174,7 +174,7 @@ def test_what_codes_mean_is_in_the_metadata(vit_program, tmp_path):
     assert (said["recipe"], said["bits"]) == ("fq-vit", "w8a8s4")
     assert (said["format"], said["version"]) == (FORMAT, vitquant.__version__)
     assert all(name.startswith("vitquant.") for name in model.metadata)
-    assert Ends.from_metadata(model.metadata) == Ends.of(vit_program)
+    assert quantization_from(model.metadata) == quantization_of(vit_program)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
