@@ -25,11 +25,13 @@ from vitquant.integer.exponential import exact_exponential
 from vitquant.lowering import lower
 from vitquant.parity.examine import adversarial_codes
 from vitquant.program import instructions as p
+from vitquant.quantizers import build_quantizer
 from vitquant.quantizers.quantizer import Quantizer
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.runtime.on_images import interpreted, quantization_from, quantization_of
 from vitquant.runtime.onnxruntime import OnnxModel
 from vitquant.runtime.products import exact_int64
+from vitquant.spec import PerAxis, PerHead, QParams
 from vitquant.tasks.images import batches, load_listing, subset
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.zoo import ModelSource, create, pinned
@@ -383,6 +385,41 @@ def test_requantize_up_to_the_last_bit_of_64(shift, type):
     program = single(instruction, (type, (-1, 4)), ("s32", (-1, 4)), **constants)
     extremes = torch.tensor([[2**29] * 4, [-(2**29)] * 4, [0] * 4, [5] * 4, [-5] * 4])
     same_everywhere(program, extremes, torch.randint(-(2**29), 2**29, (200, 4)))
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (6, 1), (4, 1, 1), (4, 1, 7), (6, 7), (1, 4, 6, 7)])
+def test_multipliers_vary_by_tensor_channel_row_or_head(shape):
+    """Of two inputs, one of which every channel shares; the addend in yet another way."""
+    constants = {
+        "m": ("s32", torch.randint(-(2**31), 2**31, shape)), "n": ("s32", torch.randint(-(2**31), 2**31, (7,))),
+        "other": ("s16", torch.randint(-(2**15), 2**15, (4, 6, 7))), "a": ("s64", torch.randint(-(2**48), 2**48, (6, 1))),
+    }  # fmt: skip
+    instruction = p.Requantize("y", "r", ("x", "other"), ("m", "n"), "a", 40, -100, 127)
+    program = single(instruction, ("s8", (-1, 4, 6, 7)), ("s16", (-1, 4, 6, 7)), **constants)
+    same_everywhere(program, *(torch.randint(-(2**15), 2**15, (batch, 4, 6, 7)) for batch in (1, 3)))
+
+
+def test_scales_by_head_and_by_row_give_the_codes_of_the_interpreter():
+    torch.manual_seed(0)
+    model = vitquant.quantize(FAMILIES["vit"]().eval(), "fq-vit", [torch.randn(8, 3, 32, 32)])
+    tokens = 17
+    for name, granularity, count in (
+        ("attn.scores:query", PerHead(), 2), ("attn.scores:key", PerAxis(-1), tokens), ("attn.context:value", PerHead(), 2),
+        ("attn.proj:input", PerAxis(-2), tokens),
+    ):  # fmt: skip
+        old = model.quantizers[f"blocks.0.{name}"]
+        spec = replace(old.spec, granularity=granularity, signed=True, symmetric=True)
+        scales = QParams(old.scale * torch.linspace(1, 3, count), torch.zeros(count, dtype=torch.int32))
+        model.insert({f"blocks.0.{name}": build_quantizer(spec, scales)})
+    program = lower(model)
+    shapes = {
+        tuple(program.constants[m].shape)
+        for i in program.instructions
+        if isinstance(i, p.Requantize)
+        for m in i.multipliers
+    }
+    assert {(1, 2, 1, tokens), (1, tokens, 32)} <= shapes
+    same_everywhere(program, codes_of(program, 1), codes_of(program, 3))
 
 
 @pytest.mark.parametrize("shape", [None, (7,), (1, 6, 7), (4, 1, 1), (1, 4, 6, 7)])
