@@ -392,7 +392,8 @@ def test_multipliers_vary_by_tensor_channel_row_or_head(shape):
     """Of two inputs, one of which every channel shares; the addend in yet another way."""
     constants = {
         "m": ("s32", torch.randint(-(2**31), 2**31, shape)), "n": ("s32", torch.randint(-(2**31), 2**31, (7,))),
-        "other": ("s16", torch.randint(-(2**15), 2**15, (4, 6, 7))), "a": ("s64", torch.randint(-(2**48), 2**48, (6, 1))),
+        "other": ("s16", torch.randint(-(2**15), 2**15, (4, 6, 7))),
+        "a": ("s64", torch.randint(-(2**48), 2**48, (6, 1))),
     }  # fmt: skip
     instruction = p.Requantize("y", "r", ("x", "other"), ("m", "n"), "a", 40, -100, 127)
     program = single(instruction, ("s8", (-1, 4, 6, 7)), ("s16", (-1, 4, 6, 7)), **constants)
@@ -404,9 +405,11 @@ def test_scales_by_head_and_by_row_give_the_codes_of_the_interpreter():
     model = vitquant.quantize(FAMILIES["vit"]().eval(), "fq-vit", [torch.randn(8, 3, 32, 32)])
     tokens = 17
     for name, granularity, count in (
-        ("attn.scores:query", PerHead(), 2), ("attn.scores:key", PerAxis(-1), tokens), ("attn.context:value", PerHead(), 2),
+        ("attn.scores:query", PerHead(), 2),
+        ("attn.scores:key", PerAxis(-1), tokens),
+        ("attn.context:value", PerHead(), 2),
         ("attn.proj:input", PerAxis(-2), tokens),
-    ):  # fmt: skip
+    ):
         old = model.quantizers[f"blocks.0.{name}"]
         spec = replace(old.spec, granularity=granularity, signed=True, symmetric=True)
         scales = QParams(old.scale * torch.linspace(1, 3, count), torch.zeros(count, dtype=torch.int32))
