@@ -189,6 +189,8 @@ class _Export:
         return bytes_of(self.graph, kernel, type, 0)
 
     def _distances(self, i: p.Softmax) -> Value:
+        if self.program.registers[i.input].type == "s64":
+            raise ExportError(f"{i.site}: its scores have 64 bits, ONNX's maximum has 32; quantize them")
         mask = None if i.mask is None else self.graph.constant(self.program.constants[i.mask] > 0, bool)
         return distances(self._read(i.input, np.int32), mask, len(self.program.constants[i.values]) - 1)
 

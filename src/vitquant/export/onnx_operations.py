@@ -10,7 +10,7 @@ from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS
 from vitquant.integer.layer_norm import NORMALIZED_BITS, RECIPROCAL_BITS, guard_bits
 from vitquant.integer.softmax import ROW_BITS, step_bits
 
-_BELOW_ALL_CODES = -(1 << 16)
+_LOWEST = -(1 << 31)  # where all of a row is masked, what is taken from it wraps around, and is replaced
 
 
 def normalize(x: Value, channels: int, epsilon: int, largest: int) -> Value:
@@ -27,13 +27,13 @@ def distances(codes: Value, mask: Value | None, last: int) -> Value:
     """`integer.softmax.distances`: int32, indices into tables.
 
     Arguments:
-        codes: int32 (..., row) of at most 16 bits.
+        codes: int32 (..., row).
         mask: bool, broadcastable to codes.
         last: the index that stands for a masked entry.
     """
     if mask is None:
         return codes.largest() - codes
-    return mask.where(last, mask.where(_BELOW_ALL_CODES, codes).largest() - codes)
+    return mask.where(last, mask.where(_LOWEST, codes).largest() - codes)
 
 
 def softmax_to_powers(

@@ -62,11 +62,21 @@ def save_program(program: p.IntegerProgram, path: str | Path, force: bool = Fals
         ExportError: the file cannot be written.
         CheckpointError: safetensors is not installed.
     """
+    write_file(Path(path), to_bytes(program), force)
+
+
+def to_bytes(program: p.IntegerProgram) -> bytes:
+    """What the file of a program holds.
+
+    Raises:
+        LoweringError: the program is not valid.
+        CheckpointError: safetensors is not installed.
+    """
     check_program(program)
     packed = {
         name: pack(values.cpu(), p.TYPES[program.registers[name].type][0]) for name, values in program.constants.items()
     }
-    write_file(Path(path), _safetensors().save(packed, {_KEY: sealed(plain(program), packed)}), force)
+    return _safetensors().save(packed, {_KEY: sealed(plain(program), packed)})
 
 
 def load_program(path: str | Path) -> p.IntegerProgram:
