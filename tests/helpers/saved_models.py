@@ -3,7 +3,8 @@
 `python tests/helpers/saved_models.py` prints the digests of the programs as they are lowered here, and with `digests`
 writes them: after a change of the files that programs are.
 `python tests/helpers/saved_models.py write [NAME]` quantizes the models of `MODELS` (or one) again and writes them, and
-the digests of all, into `tests/saved_models/`: after a change of what is saved. A new model is one more line of `MODELS`.
+the digests of all, into `tests/saved_models/`: after a change of what is saved. A new model is one more line of
+`MODELS`.
 """
 
 import hashlib
