@@ -151,6 +151,8 @@ SMALL = {"gain": torch.full((6,), 2**31 - 1), "weight": torch.full((5, 6), 127)}
         (lambda w: {"facts": {"output": {"scale": [0.1, 0.1], "zero_point": 0}}}, "output: no scale"),
         (lambda w: {"facts": {"output": {"scale": [float("nan")], "zero_point": 0}}}, "output: no scale"),
         (lambda w: {"facts": {"output": []}}, "output: no scale"),
+        (lambda w: {"facts": {"input": {**w.facts["input"], "mean": 0}}}, "input: no scale"),
+        (lambda w: {"facts": {"output": {**w.facts["output"], "low": 0}}}, "output: no scale"),
         (lambda w: {"facts": {"input": {"scale": 0.1, "zero_point": 0}}}, "input: no scale and zero point, lowest"),
         (lambda w: {"facts": {"input": {**w.facts["input"], "high": 256}}}, "input: no lowest and highest code"),
         (lambda w: {"facts": {"input": {**w.facts["input"], "low": 255}}}, "input: no lowest and highest code"),
