@@ -32,7 +32,7 @@ from vitquant.runtime.products import exact_int64, exact_products
 
 VECTORS = {vector.name: vector for vector in all_vectors()}
 # Of every byte of every file; it changes with the format, with FORMAT, and with the vectors only.
-DIGEST = "b668c52edda12a1780ba302b6c69dd5e1f76c55acdf583e1685638e973a63f02"
+DIGEST = "6db09a5733fa680c535e654f662b0501b7c0d0278f85709cb814aee3d07bd6e8"
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_softmax_meets_constant_rows_masked_rows_and_both_ends_of_its_tables():
                 distances = vector.codes.amax(-1, keepdim=True) - vector.codes
                 last = len(vector.program.constants[i.values]) - 2
                 ends |= {int(distances.min()) == 0, int(distances.max()) == last}
-                assert bool((distances == 0).all(-1).any())
+                assert "last-digits" in vector.name or bool((distances == 0).all(-1).any())
                 if i.mask is not None:
                     mask = vector.program.constants[i.mask].expand(2, 4, 8)
                     masked |= {"whole" if row.all() else "part" if row.any() else "none" for row in mask.reshape(-1, 8)}
@@ -155,7 +155,7 @@ def test_layer_norms_have_all_some_and_no_guard_bits_and_gains_of_zero():
             if isinstance(i, p.LayerNorm) and i.input == "x":
                 guards.add(guard_bits(vector.codes.shape[-1], i.largest, i.epsilon))
                 gains = vector.program.constants[i.multiplier]
-                assert len(gains) == 1 or int(gains[-1]) == 0
+                assert i.shift == 1 or len(gains) == 1 or int(gains[-1]) == 0
                 rows = vector.codes.flatten(0, -2)
                 assert bool((rows == rows[:, :1]).all(1).any())
     assert {0, 12} < guards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -39,6 +40,8 @@ def operations_on_codes() -> Iterator[Vector]:
         for name in list(_LEVELS)[number :: len(_MASKS)] if number else _LEVELS:
             yield _levels(f"{name}{mask}", name, hidden)
     yield _scores_far_out()
+    for form in ("roots", "published"):
+        yield _last_digits(form)
     yield from _layer_norms()
     yield from _tables()
 
@@ -97,29 +100,56 @@ def _scores_far_out() -> Vector:
     return draft.vector("softmax-far-out", about, _rows(0, 15))
 
 
+def _last_digits(form: str) -> Vector:
+    """Tables that are no exponentials: row sums of all sizes, and codes that tell the last digits of a logarithm."""
+    draft = Draft("u8", 32, 64)
+    tables = {
+        "values": draft.constant("u16", noise(8, 0, 65535, 257)),
+        "octaves": draft.constant("s32", torch.arange(257) * 16),
+    }
+    given = dict(zip(_NAMES, _POWERS[form], strict=True)) | {"zero": 16}
+    draft.emit(p.SoftmaxToPowers, "u8", input="x", mask=None, **tables, **given)
+    codes = noise(9, 0, 255, 1, 32, 64)
+    codes[..., 0] = 255
+    return draft.vector(
+        f"softmax-to-powers-last-digits-of-{form}", "tables of noise: the digits of the logarithm show", codes
+    )
+
+
 def _layer_norms() -> Iterator[Vector]:
     cases = {  # type, channels, zero, epsilon, factors
         "plain": ("u8", 24, 0, 1, False), "factors": ("u8", 24, 128, 40_000, True), "signed": ("s8", 6, -7, 1, True),
-        "wide": ("s16", 24, 0, 2**40, False), "largest-epsilon": ("u8", 5, 9, 2**60, False),
+        "wide": ("s16", 24, 0, 2**40, False), "largest-epsilon": ("s16", 24, 9, 2**60, True),
         "one-channel": ("u8", 1, 3, 1, False), "two-channels": ("u4", 2, 15, 1, False),
     }  # fmt: skip
     for name, (given, channels, zero, epsilon, has_factors) in cases.items():
-        draft = Draft(given, 5, channels)
-        low, high = draft.registers["x"].limits
-        factors = draft.constant("u8", noise(7, 0, 3, channels)) if has_factors else None
-        most = max(abs(low - zero), abs(high - zero)) << (3 if has_factors else 0)
         gains = noise(5, -(2**22), 2**22, channels)
         gains[0], gains[-1] = 2**22, 0 if channels > 1 else 2**22
-        draft.emit(
-            p.LayerNorm, "s8", input="x", factors=factors, input_zero=zero, epsilon=epsilon, largest=most,
-            multiplier=draft.constant("s32", gains), addend=draft.constant("s64", noise(6, -(2**38), 2**38, channels)),
-            shift=32, low=-120, high=127,
-        )  # fmt: skip
-        rows = codes_between(low, high, 5, channels)
-        near = torch.full((1, 5, channels), high)
-        near[..., 0] -= torch.arange(5)
+        affine = {"multiplier": gains, "addend": noise(6, -(2**38), 2**38, channels), "shift": 32, "low": -120}
         about = f"{channels} channels of {given}, zero {zero}, epsilon {epsilon}, {'' if has_factors else 'no '}factors"
-        yield draft.vector(f"layer-norm-{name}", f"{about}; constant rows, a gain of zero", torch.cat([rows, near]))
+        draft, codes = _normalized(given, channels, zero, epsilon, has_factors, "s8", {**affine, "high": 127})
+        yield draft.vector(f"layer-norm-{name}", f"{about}; constant rows, a gain of zero", codes)
+        whole = {"multiplier": [2], "addend": 0, "shift": 1, "low": -(2**31), "high": 2**31 - 1}
+        draft, codes = _normalized(given, channels, zero, epsilon, has_factors, "s32", whole)
+        yield draft.vector(f"layer-norm-{name}-digits", f"{about}; all 16 digits of the normalized values", codes)
+
+
+def _normalized(
+    given: str, channels: int, zero: int, epsilon: int, has_factors: bool, type: str, affine: dict[str, Any]
+) -> tuple[Draft, torch.Tensor]:
+    """A LayerNorm and its input: rows of every kind, constant ones, and nearly constant ones."""
+    draft = Draft(given, 5, channels)
+    low, high = draft.registers["x"].limits
+    factors = draft.constant("u8", noise(7, 0, 3, channels)) if has_factors else None
+    multiplier, addend = draft.constant("s32", affine["multiplier"]), draft.constant("s64", affine["addend"])
+    most = max(abs(low - zero), abs(high - zero)) << (3 if has_factors else 0)
+    draft.emit(
+        p.LayerNorm, type, input="x", factors=factors, input_zero=zero, epsilon=epsilon, largest=most,
+        **{**affine, "multiplier": multiplier, "addend": addend},
+    )  # fmt: skip
+    near = torch.full((1, 5, channels), high)
+    near[..., 0] -= torch.arange(5)
+    return draft, torch.cat([codes_between(low, high, 5, channels), near])
 
 
 def _tables() -> Iterator[Vector]:
