@@ -148,19 +148,19 @@ def softmax_of(form: Callable[..., Value], hidden: Tensor | None = None) -> Ever
 HIDDEN = torch.tensor([True, False, True, False, False])
 FORMS = {
     "log": (
-        lambda d, values, octaves: onnx_operations.log_softmax(d, values, octaves, 15),
+        lambda d, values, octaves: onnx_operations.softmax_to_powers(d, values, octaves, 15),
         lambda d: softmax.log_int_softmax(d, TABLE, 15),
     ),
     "roots": (
-        lambda d, values, octaves: onnx_operations.log_softmax(d, values, octaves, 31, 2),
+        lambda d, values, octaves: onnx_operations.softmax_to_powers(d, values, octaves, 31, 2),
         lambda d: softmax.log_int_softmax(d, TABLE, 31, 2),
     ),
     "roots below 1": (
-        lambda d, values, octaves: onnx_operations.log_softmax(d, values, octaves, 31, 2, -7321),
+        lambda d, values, octaves: onnx_operations.softmax_to_powers(d, values, octaves, 31, 2, -7321),
         lambda d: softmax.log_int_softmax(d, TABLE, 31, 2, -7321),
     ),
     "published": (
-        lambda d, values, _: onnx_operations.published_log_softmax(d, values, 16),
+        lambda d, values, _: onnx_operations.published_softmax_to_powers(d, values, 16),
         lambda d: softmax.published_log_int_softmax(d, TABLE, 16),
     ),
     "uniform": (
