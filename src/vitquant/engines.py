@@ -14,7 +14,7 @@ from vitquant.model.saved import digest
 from vitquant.parity import Form
 from vitquant.program.instructions import IntegerProgram
 from vitquant.runtime.metadata import fact_of, to_metadata
-from vitquant.runtime.on_images import Ends, OnImages, interpreted
+from vitquant.runtime.on_images import OnImages, interpreted, quantization_from
 from vitquant.runtime.onnxruntime import OnnxModel
 
 ENGINES = ("float", "simulated", "integer", "onnxruntime", "onnx-integer", "onnx-qdq", "openvino")
@@ -85,7 +85,7 @@ def engine(name: str, model: QuantizedModel, directory: str | Path, threads: int
 
 def on_images(model: OnnxModel) -> Engine:
     """An ONNX model as a function of float images, whether it takes those or codes."""
-    return OnImages(model, Ends.from_metadata(model.metadata)) if model.takes_codes else model
+    return OnImages(model, *quantization_from(model.metadata)) if model.takes_codes else model
 
 
 def forms_of(path: str | Path, format: str, model: QuantizedModel | None = None) -> list[Form]:

@@ -478,7 +478,7 @@ def _program(folder: Path, canary: Canary) -> Kind:
     from safetensors.torch import save
 
     from vitquant.lowering import lower
-    from vitquant.program.storage import _KEY, _digest, load_program, save_program
+    from vitquant.program.storage import _KEY, load_program, save_program, sealed
     from vitquant.runtime.interpreter import Interpreter
 
     path = folder / "integer.program"
@@ -496,10 +496,10 @@ def _program(folder: Path, canary: Canary) -> Kind:
         else:
             values = mutated(original, chance, canary)
         try:
-            sealed = {**values, "sha256": _digest(values, tensors)}
+            text = sealed(values, tensors) if chance.random() < 0.8 else json_text(values, chance)
         except (ValueError, TypeError, RecursionError, RuntimeError):
-            sealed = {**values, "sha256": "0" * 64} if isinstance(values, dict) else values
-        path.write_bytes(save(tensors, {_KEY: json_text(sealed, chance)}))
+            text = json_text({**values, "sha256": "0" * 64} if isinstance(values, dict) else values, chance)
+        path.write_bytes(save(tensors, {_KEY: text}))
 
     def read() -> None:
         program = load_program(path)

@@ -1,9 +1,10 @@
 """Small saved models and the digests of their programs, which every processor and every version of torch has to give.
 
-`python tests/helpers/saved_models.py` prints the digests of the programs as they are lowered here.
+`python tests/helpers/saved_models.py` prints the digests of the programs as they are lowered here, and with `digests`
+writes them: after a change of the files that programs are.
 `python tests/helpers/saved_models.py write [NAME]` quantizes the models of `MODELS` (or one) again and writes them, and
-the digests of all, into `tests/saved_models/`: after a change of what is saved, or of what programs are. A new model is
-one more line of `MODELS`.
+the digests of all, into `tests/saved_models/`: after a change of what is saved. A new model is one more line of
+`MODELS`.
 """
 
 import hashlib
@@ -72,8 +73,8 @@ def write(name):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["write"]:
-        for name in sys.argv[2:] or MODELS:
+    if sys.argv[1:2] in (["write"], ["digests"]):
+        for name in (sys.argv[2:] or MODELS) if sys.argv[1] == "write" else ():
             write(name)
         DIGESTS.write_text(json.dumps({name: digest(name) for name in MODELS}, indent=2) + "\n")
     else:

@@ -784,6 +784,7 @@ def commands_that_write(workshop, sensitivities, path):
     yield ["export", workshop / "out", "--format", "openvino", "--output", path, "--force"]
     yield sensitivity_words(workshop, "--output", path, "--force")
     yield ["demo", "--output", path, "--force"]
+    yield ["vectors", path, "--force"]
     if path.suffix:
         yield ["allocate", sensitivities, "--mean-bits", 6, "--output", path, "--force"]
         figure = path.with_suffix(".png")
@@ -803,6 +804,7 @@ def test_what_cannot_be_an_output_is_refused_by_every_command_before_its_work(
         "cli.calibrating.prepare",
         "pipeline.load",
         "demo.model",
+        "conformance.vectors.write_into",
         "allocation.table.SensitivityTable.from_json",
     ):
         monkeypatch.setattr(f"vitquant.{work}", lambda *_, **__: pytest.fail("the work was begun"))

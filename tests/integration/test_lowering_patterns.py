@@ -16,10 +16,11 @@ from vitquant.lowering import lower
 from vitquant.lowering.codes import _integers
 from vitquant.lowering.scaled import Scaled, Term
 from vitquant.model.simulation import ExactSimulation
+from vitquant.program.instructions import Linear, Product, Requantize
 from vitquant.quantizers import build_quantizer
 from vitquant.quantizers.twin_uniform import TwinUniformQuantizer
 from vitquant.runtime.on_images import interpreted
-from vitquant.spec import PerAxis, QParams, QuantSpec, TwinUniform
+from vitquant.spec import PerAxis, PerHead, QParams, QuantSpec, TwinUniform
 
 
 class Block(nn.Module):
@@ -204,6 +205,73 @@ def test_weights_may_have_zero_points(bits):
     model = quantized(settings=["weights.symmetric=false", f"weights.bits={bits}"])
     assert model.quantizers["blocks.0.attn.qkv:weight"].zero_point.any()
     check(model)
+
+
+def varied(model, name, granularity, count, symmetric=True):
+    """The model with a scale for each index of an axis of one value, none like another."""
+    old = model.quantizers[name]
+    spec = replace(old.spec, granularity=granularity, signed=symmetric, symmetric=symmetric)
+    zero = torch.zeros(count, dtype=torch.int32) if symmetric else torch.arange(count, dtype=torch.int32) + 120
+    model.insert({name: build_quantizer(spec, QParams(old.scale.flatten()[:1] * torch.linspace(1, 2, count), zero))})
+    return model
+
+
+ATTENTION = "blocks.0.attn"
+VARIED = {
+    "query by head": (f"{ATTENTION}.scores:query", PerHead(), 2),
+    "key by head": (f"{ATTENTION}.scores:key", PerHead(), 2),
+    "value by head": (f"{ATTENTION}.context:value", PerHead(), 2),
+    "query by token": (f"{ATTENTION}.scores:query", PerAxis(-2), 16),
+    "key by token": (f"{ATTENTION}.scores:key", PerAxis(-1), 16),
+    "value by channel": (f"{ATTENTION}.context:value", PerAxis(-1), 8),
+    "input of a layer by token": (f"{ATTENTION}.proj:input", PerAxis(-2), 16),
+    "a branch of a residual addition by token": ("blocks.0.residual1:rhs", PerAxis(-2), 16),
+}
+
+
+def multipliers_of(program, register):
+    """The shapes of the multipliers by which a register's sums become codes."""
+    readers = [each for each in program.instructions if isinstance(each, Requantize) and register in each.inputs]
+    return {tuple(program.constants[name].shape) for each in readers for name in each.multipliers}
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_scales_may_differ_by_head_row_and_channel_that_nothing_sums_over(name):
+    value, granularity, count = VARIED[name]
+    check(varied(quantized(), value, granularity, count))
+
+
+def test_the_multipliers_that_follow_differ_as_the_scales_do():
+    model = quantized()
+    varied(varied(model, f"{ATTENTION}.scores:query", PerHead(), 2), f"{ATTENTION}.scores:key", PerAxis(-1), 16)
+    varied(model, f"{ATTENTION}.proj:input", PerAxis(-2), 16)
+    program = lower(model)
+    scores, proj = (
+        next(each.output for each in program.instructions if isinstance(each, kind) and each.site == f"{ATTENTION}.{n}")
+        for kind, n in ((Product, "scores"), (Linear, "proj"))
+    )
+    assert multipliers_of(program, scores) == {(1, 2, 1, 16)}
+    assert multipliers_of(program, proj) == {(1, 16, 16)}
+    layer = next(each for each in program.instructions if each.output == proj)
+    assert layer.bias is None  # no one scale of its accumulators
+    check(model)
+
+
+@pytest.mark.parametrize("name", ["query by head", "value by head"])
+def test_heads_with_zero_points_of_their_own_are_refused(name):
+    value, granularity, count = VARIED[name]
+    with pytest.raises(LoweringError, match="has several zero points; use per = tensor, or symmetric = true"):
+        lower(varied(quantized(), value, granularity, count, symmetric=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity", "count"),
+    [("scores:query", PerAxis(-1), 8), ("scores:key", PerAxis(-2), 8), ("context:value", PerAxis(-2), 16),
+     ("proj:input", PerAxis(-1), 16)],
+)  # fmt: skip
+def test_scales_that_are_summed_over_are_refused(name, granularity, count):
+    with pytest.raises(LoweringError, match=f"has {count} scales, and its sums run over them; use per = tensor"):
+        lower(varied(quantized(), f"{ATTENTION}.{name}", granularity, count))
 
 
 def test_a_mean_over_things_with_a_scale_each_is_refused():

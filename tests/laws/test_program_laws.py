@@ -150,12 +150,12 @@ class Maker:
         given = {
             "input": self.x, "values": self.constant("u16", values=table.values),
             "octaves": self.constant("s32", values=table.octaves),
-            "hidden": self.random.choice([None, self.constant("u8", values=self.mask())]),
+            "mask": self.random.choice([None, self.constant("u8", values=self.mask())]),
         }  # fmt: skip
         if self.random.random() < 0.5:
             type = self.random.choice(CODES)
             self.x = self.emit(
-                p.UniformSoftmax, type, **given, multiplier=self.random.choice([255 << 20, 2**31 - 1]),
+                p.SoftmaxToLevels, type, **given, multiplier=self.random.choice([255 << 20, 2**31 - 1]),
                 shift=self.random.choice([20, 30, 46]), result_zero=self.zero(), low=p.type_limits(type)[0] + 1,
                 high=p.type_limits(type)[1],
             )  # fmt: skip
@@ -164,7 +164,7 @@ class Maker:
         steps = 1 if published else steps
         offset = 0 if published else self.random.choice([0, -3000, -9999, 700])
         form = {"zero": 15, "steps": steps, "offset": offset, "published": published}
-        self.x = self.emit(p.LogSoftmax, "u4", **given, **form)
+        self.x = self.emit(p.SoftmaxToPowers, "u4", **given, **form)
         parity = self.random.randrange(steps)  # one of the registers that powers of the root of two are
         powers = torch.tensor([(code % steps == parity) << (14 - -(-code // steps)) for code in range(15)] + [0])
         self.x = self.emit(p.Lookup, "u16", input=self.x, table=self.constant("u16", values=powers), lowest=0)

@@ -168,6 +168,35 @@ def test_requantize_is_one_floor_of_an_exact_sum(seed: int, shift: int, kind: st
     assert_computes(one(step, kind, (2, 6), **constants), x, np.clip(expected, low, high))
 
 
+# What a multiplier and an addend of (heads, rows, channels) may be given for.
+GRANULARITIES = {
+    "tensor": (), "channel": (5,), "row": (4, 1), "head": (3, 1, 1), "head and channel": (3, 1, 5),
+    "row and channel": (4, 5), "element": (3, 4, 5), "channel, of every image": (1, 1, 1, 5),
+}  # fmt: skip
+
+
+@law
+@given(SEEDS, st.lists(st.sampled_from(sorted(GRANULARITIES)), min_size=2, max_size=4), st.integers(1, 40))
+def test_multipliers_vary_by_tensor_channel_row_or_head(seed: int, names: list[str], shift: int) -> None:
+    """Each input of a requantization in its own way, and the addend in another."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = [GRANULARITIES[name] for name in names]
+    x, others = extreme(random, "s16", 2, 3, 4, 5), [extreme(random, "s16", 3, 4, 5) for _ in names[2:]]
+    multipliers = [extreme(random, "s32", *shape) for shape in shapes[1:]]
+    addend = torch.randint(-(2**50), 2**50, shapes[0], generator=random)
+    constants = {f"m{n}": ("s32", values) for n, values in enumerate(multipliers)}
+    constants |= {f"r{n}": ("s16", values) for n, values in enumerate(others, 1)} | {"a": ("s64", addend)}
+    inputs, factors = (
+        ("x", *(f"r{n}" for n in range(1, len(multipliers)))),
+        tuple(f"m{n}" for n in range(len(multipliers))),
+    )
+    total = exact(addend)
+    for values, multiplier in zip([x, *others], multipliers, strict=True):
+        total = total + exact(values) * exact(multiplier)
+    step = p.Requantize("y", "here", inputs, factors, "a", shift, -(2**40), 2**40)
+    assert_computes(one(step, "s16", (3, 4, 5), **constants), x, np.clip(total >> shift, -(2**40), 2**40))
+
+
 @pytest.mark.parametrize("kind", CODES)
 def test_lookup_has_an_entry_for_every_code(kind: str) -> None:
     low, high = p.type_limits(kind)

@@ -140,7 +140,7 @@ def softmax_of(form: Callable[..., Value], hidden: Tensor | None = None) -> Ever
     def build(x: Value) -> Value:
         values, octaves = (x.graph.constant(table, np.int32) for table in (TABLE.values, TABLE.octaves))
         mask = None if hidden is None else x.graph.constant(hidden, bool)
-        return form(onnx_operations.distances(x.cast(np.int32), mask, TABLE.hidden), values, octaves)
+        return form(onnx_operations.distances(x.cast(np.int32), mask, TABLE.masked), values, octaves)
 
     return Everywhere(build, ROW)
 
@@ -148,23 +148,23 @@ def softmax_of(form: Callable[..., Value], hidden: Tensor | None = None) -> Ever
 HIDDEN = torch.tensor([True, False, True, False, False])
 FORMS = {
     "log": (
-        lambda d, values, octaves: onnx_operations.log_softmax(d, values, octaves, 15),
+        lambda d, values, octaves: onnx_operations.softmax_to_powers(d, values, octaves, 15),
         lambda d: softmax.log_int_softmax(d, TABLE, 15),
     ),
     "roots": (
-        lambda d, values, octaves: onnx_operations.log_softmax(d, values, octaves, 31, 2),
+        lambda d, values, octaves: onnx_operations.softmax_to_powers(d, values, octaves, 31, 2),
         lambda d: softmax.log_int_softmax(d, TABLE, 31, 2),
     ),
     "roots below 1": (
-        lambda d, values, octaves: onnx_operations.log_softmax(d, values, octaves, 31, 2, -7321),
+        lambda d, values, octaves: onnx_operations.softmax_to_powers(d, values, octaves, 31, 2, -7321),
         lambda d: softmax.log_int_softmax(d, TABLE, 31, 2, -7321),
     ),
     "published": (
-        lambda d, values, _: onnx_operations.published_log_softmax(d, values, 16),
+        lambda d, values, _: onnx_operations.published_softmax_to_powers(d, values, 16),
         lambda d: softmax.published_log_int_softmax(d, TABLE, 16),
     ),
     "uniform": (
-        lambda d, values, _: onnx_operations.uniform_softmax(d, values, 2**31 - 9, 23),
+        lambda d, values, _: onnx_operations.softmax_to_levels(d, values, 2**31 - 9, 23),
         lambda d: softmax.integer_softmax(d, TABLE, 2**31 - 9, 23),
     ),
 }

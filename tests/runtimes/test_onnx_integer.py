@@ -25,11 +25,13 @@ from vitquant.integer.exponential import exact_exponential
 from vitquant.lowering import lower
 from vitquant.parity.examine import adversarial_codes
 from vitquant.program import instructions as p
+from vitquant.quantizers import build_quantizer
 from vitquant.quantizers.quantizer import Quantizer
 from vitquant.runtime.interpreter import Interpreter
-from vitquant.runtime.on_images import Ends, interpreted
+from vitquant.runtime.on_images import interpreted, quantization_from, quantization_of
 from vitquant.runtime.onnxruntime import OnnxModel
 from vitquant.runtime.products import exact_int64
+from vitquant.spec import PerAxis, PerHead, QParams
 from vitquant.tasks.images import batches, load_listing, subset
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.zoo import ModelSource, create, pinned
@@ -174,7 +176,7 @@ def test_what_codes_mean_is_in_the_metadata(vit_program, tmp_path):
     assert (said["recipe"], said["bits"]) == ("fq-vit", "w8a8s4")
     assert (said["format"], said["version"]) == (FORMAT, vitquant.__version__)
     assert all(name.startswith("vitquant.") for name in model.metadata)
-    assert Ends.from_metadata(model.metadata) == Ends.of(vit_program)
+    assert quantization_from(model.metadata) == quantization_of(vit_program)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
@@ -385,6 +387,44 @@ def test_requantize_up_to_the_last_bit_of_64(shift, type):
     same_everywhere(program, extremes, torch.randint(-(2**29), 2**29, (200, 4)))
 
 
+@pytest.mark.parametrize("shape", [(), (7,), (6, 1), (4, 1, 1), (4, 1, 7), (6, 7), (1, 4, 6, 7)])
+def test_multipliers_vary_by_tensor_channel_row_or_head(shape):
+    """Of two inputs, one of which every channel shares; the addend in yet another way."""
+    constants = {
+        "m": ("s32", torch.randint(-(2**31), 2**31, shape)), "n": ("s32", torch.randint(-(2**31), 2**31, (7,))),
+        "other": ("s16", torch.randint(-(2**15), 2**15, (4, 6, 7))),
+        "a": ("s64", torch.randint(-(2**48), 2**48, (6, 1))),
+    }  # fmt: skip
+    instruction = p.Requantize("y", "r", ("x", "other"), ("m", "n"), "a", 40, -100, 127)
+    program = single(instruction, ("s8", (-1, 4, 6, 7)), ("s16", (-1, 4, 6, 7)), **constants)
+    same_everywhere(program, *(torch.randint(-(2**15), 2**15, (batch, 4, 6, 7)) for batch in (1, 3)))
+
+
+def test_scales_by_head_and_by_row_give_the_codes_of_the_interpreter():
+    torch.manual_seed(0)
+    model = vitquant.quantize(FAMILIES["vit"]().eval(), "fq-vit", [torch.randn(8, 3, 32, 32)])
+    tokens = 17
+    for name, granularity, count in (
+        ("attn.scores:query", PerHead(), 2),
+        ("attn.scores:key", PerAxis(-1), tokens),
+        ("attn.context:value", PerHead(), 2),
+        ("attn.proj:input", PerAxis(-2), tokens),
+    ):
+        old = model.quantizers[f"blocks.0.{name}"]
+        spec = replace(old.spec, granularity=granularity, signed=True, symmetric=True)
+        scales = QParams(old.scale * torch.linspace(1, 3, count), torch.zeros(count, dtype=torch.int32))
+        model.insert({f"blocks.0.{name}": build_quantizer(spec, scales)})
+    program = lower(model)
+    shapes = {
+        tuple(program.constants[m].shape)
+        for i in program.instructions
+        if isinstance(i, p.Requantize)
+        for m in i.multipliers
+    }
+    assert {(1, 2, 1, tokens), (1, tokens, 32)} <= shapes
+    same_everywhere(program, codes_of(program, 1), codes_of(program, 3))
+
+
 @pytest.mark.parametrize("shape", [None, (7,), (1, 6, 7), (4, 1, 1), (1, 4, 6, 7)])
 def test_softmax_of_signed_codes_with_any_mask(shape):
     table = exact_exponential(0.05)
@@ -395,13 +435,13 @@ def test_softmax_of_signed_codes_with_any_mask(shape):
     images = [torch.randint(-128, 128, (batch, 4, 6, 7)) for batch in (1, 3)]
     images.append(torch.tensor([-128, 127])[torch.randint(0, 2, (2, 4, 6, 7))])
     for instruction, type in (
-        (p.UniformSoftmax("y", "s", "x", hidden, "values", "octaves", 2**31 - 9, 23, -100, -90, 127), "s8"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 16, 1, 0, False), "u8"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 16, 1, 0, True), "u8"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 15, 1, -9000, False), "u4"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 31, 2, 0, False), "u8"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 31, 2, -(2**17), False), "u8"),
-        (p.LogSoftmax("y", "s", "x", hidden, "values", "octaves", 32, 2, 5000, False), "u8"),
+        (p.SoftmaxToLevels("y", "s", "x", hidden, "values", "octaves", 2**31 - 9, 23, -100, -90, 127), "s8"),
+        (p.SoftmaxToPowers("y", "s", "x", hidden, "values", "octaves", 16, 1, 0, False), "u8"),
+        (p.SoftmaxToPowers("y", "s", "x", hidden, "values", "octaves", 16, 1, 0, True), "u8"),
+        (p.SoftmaxToPowers("y", "s", "x", hidden, "values", "octaves", 15, 1, -9000, False), "u4"),
+        (p.SoftmaxToPowers("y", "s", "x", hidden, "values", "octaves", 31, 2, 0, False), "u8"),
+        (p.SoftmaxToPowers("y", "s", "x", hidden, "values", "octaves", 31, 2, -(2**17), False), "u8"),
+        (p.SoftmaxToPowers("y", "s", "x", hidden, "values", "octaves", 32, 2, 5000, False), "u8"),
     ):
         same_everywhere(single(instruction, (type, (-1, 4, 6, 7)), ("s8", (-1, 4, 6, 7)), **constants), *images)
 
@@ -446,7 +486,7 @@ def test_sums_of_64_bits_and_operands_of_32_are_refused(vit_program):
 
 
 def test_a_roll_along_the_batch_is_refused():
-    with pytest.raises(LoweringError, match="m: Roll takes axes"):
+    with pytest.raises(LoweringError, match="m: roll takes axes"):
         onnx_integer_model(single(p.Roll("y", "m", "x", (1,), (0,)), ("u8", (-1, 4, 6, 7))))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vitquant.errors import LoweringError
 from vitquant.program.instructions import IntegerProgram, Register
 from vitquant.quantizers import build_quantizer
-from vitquant.runtime.on_images import Ends, OnImages, interpreted
+from vitquant.runtime.on_images import InputQuantization, OnImages, OutputQuantization, interpreted
 from vitquant.spec import QParams, QuantSpec
 
 
@@ -23,15 +23,15 @@ from vitquant.spec import QParams, QuantSpec
 def test_codes_of_images_are_those_of_the_quantizer(scale, zero, bits, steps):
     spec = QuantSpec(bits)
     quantizer = build_quantizer(spec, QParams(torch.tensor(scale), torch.tensor(min(zero, spec.qmax))))
-    ends = Ends(float(quantizer.scale), int(quantizer.zero_point), spec.qmin, spec.qmax, (1.0,), 0)
+    quantization = InputQuantization(float(quantizer.scale), int(quantizer.zero_point), spec.qmin, spec.qmax)
     # Halves among them, which round to even.
     images = torch.cat([torch.tensor(steps), torch.arange(-300.5, 300.5)]) * quantizer.scale
-    assert torch.equal(ends.encode(images), quantizer.encode(images).to(torch.int64))
+    assert torch.equal(quantization.encode(images), quantizer.encode(images).to(torch.int64))
 
 
 def test_logits_are_what_their_codes_stand_for():
-    ends = Ends(0.5, 3, 0, 255, (0.25, 0.5), 10)
-    model = OnImages(lambda codes: codes + 4, ends)
+    ends = InputQuantization(0.5, 3, 0, 255), OutputQuantization((0.25, 0.5), 10)
+    model = OnImages(lambda codes: codes + 4, *ends)
     assert model(torch.tensor([[1.0, 2.0]])).tolist() == [[(5 + 4 - 10) * 0.25, (7 + 4 - 10) * 0.5]]
 
 

@@ -24,7 +24,7 @@ from vitquant.runtime.products import exact_products
 def softmax_row(values: torch.Tensor, octaves: torch.Tensor, powers: torch.Tensor, length: int, published: bool):
     """Probabilities of rows, times a register of 255."""
     steps = (
-        p.LogSoftmax("l", "softmax", "x", None, "values", "octaves", 15, 1, 0, published),
+        p.SoftmaxToPowers("l", "softmax", "x", None, "values", "octaves", 15, 1, 0, published),
         p.Lookup("o", "softmax", "l", "powers", 0),
         p.Product("y", "context", "o", "v", 0, 0),
     )
@@ -89,7 +89,7 @@ def numerators_of(form):
 def rows_of_powers(form, length, table):
     """Sums of rows of one of the registers of numerators."""
     steps = (
-        p.LogSoftmax("l", "softmax", "x", None, "values", "octaves", form.zero, form.steps, form.offset, False),
+        p.SoftmaxToPowers("l", "softmax", "x", None, "values", "octaves", form.zero, form.steps, form.offset, False),
         p.Lookup("o", "softmax", "l", "powers", 0),
         p.Product("y", "context", "o", "v", 0, 0),
     )
@@ -207,7 +207,7 @@ def test_what_are_no_rows_any_more_sums_to_more(step, size):
         step = replace(step, shape=(-1, 1, size * size))
     shape = (-1, size, size) if isinstance(step, p.Permute) else step.shape
     steps = (
-        p.LogSoftmax("l", "softmax", "x", None, "values", "octaves", 15, 1, 0, False),
+        p.SoftmaxToPowers("l", "softmax", "x", None, "values", "octaves", 15, 1, 0, False),
         p.Lookup("o", "softmax", "l", "powers", 0),
         step,
         p.Product("y", "context", "m", "v", 0, 0),
@@ -264,7 +264,7 @@ def test_scores_beyond_the_table_are_refused():
 
 @pytest.mark.parametrize(("multiplier", "shift"), [(2**31, 20), (-1, 20), (1, 47), (1, 0)])
 def test_a_uniform_softmax_whose_quotient_leaves_64_bits_is_refused(multiplier, shift):
-    step = p.UniformSoftmax("y", "here", "x", None, "values", "octaves", 2**31 - 1, 46, 0, 0, 255)
+    step = p.SoftmaxToLevels("y", "here", "x", None, "values", "octaves", 2**31 - 1, 46, 0, 0, 255)
     made = program(
         step,
         registers={

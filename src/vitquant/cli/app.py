@@ -21,6 +21,7 @@ from vitquant.cli.parity import parity
 from vitquant.cli.quantize import quantize
 from vitquant.cli.recipes import recipes
 from vitquant.cli.sensitivity import sensitivity
+from vitquant.cli.vectors import vectors
 from vitquant.errors import VitquantError
 
 _WRONG = 2
@@ -30,7 +31,7 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 app = typer.Typer(
     name="vitquant", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
-for command in (quantize, evaluate, inspect, export, parity, sensitivity, allocate, recipes, demo):
+for command in (quantize, evaluate, inspect, export, parity, sensitivity, allocate, recipes, demo, vectors):
     app.command()(command)
 
 

@@ -56,14 +56,14 @@ class Terminal:
             yield new
 
     def result(self, values: Mapping[str, Any], *tables: RenderableType) -> None:
-        """Show the result: its values as JSON, or the tables."""
+        """Show the result: its values as JSON, or the tables; a string is one line, however wide that is."""
         if self._json:
             print(json.dumps(values, indent=2, allow_nan=False), file=self._stdout)
         elif not self._quiet:
             console = Console(file=self._stdout, width=_width(self._stdout), markup=False, highlight=False)
             console.width = max(console.width, LEAST)
             for table in tables:
-                console.print(table)
+                console.print(table, soft_wrap=isinstance(table, str))
 
     def note(self, text: str) -> None:
         """Say something that the user should know, on stderr."""

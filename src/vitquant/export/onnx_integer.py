@@ -7,7 +7,7 @@ images and those of the logits.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 
@@ -15,7 +15,13 @@ from vitquant.errors import ExportError
 from vitquant.export.onnx_arithmetic import shift_clamped
 from vitquant.export.onnx_builder import UINT4_OPSET, Graph, ModelProto, Value
 from vitquant.export.onnx_moves import concatenate, move
-from vitquant.export.onnx_operations import distances, log_softmax, normalize, published_log_softmax, uniform_softmax
+from vitquant.export.onnx_operations import (
+    distances,
+    normalize,
+    published_softmax_to_powers,
+    softmax_to_levels,
+    softmax_to_powers,
+)
 from vitquant.export.onnx_products import Bytes, bytes_of, convolution, matmul
 from vitquant.export.sizes import check_batch_and_opset
 from vitquant.program import instructions as p
@@ -47,8 +53,8 @@ def onnx_integer_model(
         opset: of `OPSETS`; 21 when None. Before 21 weights of 4 bits take a byte each.
 
     Raises:
-        ExportError: onnx is missing, batch or opset cannot be, an instruction has no form in it, or the model has
-            more than 2 GB.
+        ExportError: onnx is missing, batch or opset cannot be, a sum or an operand has more bits than ONNX's integer
+            operators take, or the model has more than 2 GB.
     """
     check_batch_and_opset("onnx-integer", batch, opset)
     return _Export(program, batch, opset or UINT4_OPSET).model(float_io)
@@ -117,15 +123,15 @@ class _Export:
                 for name, multiplier in zip(i.inputs, i.multipliers, strict=True):
                     total = self._read(name) * self._read(multiplier) + total
                 return shift_clamped(total, i.shift, i.low, i.high)
-            case p.LogSoftmax() as i:
+            case p.SoftmaxToPowers() as i:
                 distance = self._distances(i)
                 values, octaves = self._read(i.values, np.int32), self._read(i.octaves, np.int32)
                 if i.published:
-                    return published_log_softmax(distance, values, i.zero)
-                return log_softmax(distance, values, octaves, i.zero, i.steps, i.offset)
-            case p.UniformSoftmax() as i:
+                    return published_softmax_to_powers(distance, values, i.zero)
+                return softmax_to_powers(distance, values, octaves, i.zero, i.steps, i.offset)
+            case p.SoftmaxToLevels() as i:
                 distance = self._distances(i)
-                steps = uniform_softmax(distance, self._read(i.values, np.int32), i.multiplier, i.shift)
+                steps = softmax_to_levels(distance, self._read(i.values, np.int32), i.multiplier, i.shift)
                 return (steps + i.result_zero).clip(i.low, i.high)
             case p.LayerNorm() as i:
                 x = self._read(i.input) - i.input_zero
@@ -144,9 +150,9 @@ class _Export:
                 return concatenate([self._read(name, self._dtype(i.output)) for name in i.inputs], shapes, i.axis)
             case p.Reshape() | p.Permute() | p.Slice() | p.Roll() | p.Pad() as i:
                 moved = replace(i, shape=self._fixed(i)) if isinstance(i, p.Reshape) else i
-                return move(moved, self._read(i.input, self._dtype(i.input)), self._shape(i.input))
+                return move(moved, self._read(i.input, self._dtype(i.output)), self._shape(i.input))
             case _:
-                raise ExportError(f"{instruction.site}: {type(instruction).__name__} has no ONNX form; report this")
+                assert_never(instruction)
 
     # Registers and constants.
 
@@ -182,9 +188,11 @@ class _Export:
         type = p.smallest_type(int(kernel.min()), int(kernel.max()), among=("s16", "s32"))
         return bytes_of(self.graph, kernel, type, 0)
 
-    def _distances(self, i: p.LogSoftmax | p.UniformSoftmax) -> Value:
-        hidden = None if i.hidden is None else self.graph.constant(self.program.constants[i.hidden] > 0, bool)
-        return distances(self._read(i.input, np.int32), hidden, len(self.program.constants[i.values]) - 1)
+    def _distances(self, i: p.Softmax) -> Value:
+        if self.program.registers[i.input].type == "s64":
+            raise ExportError(f"{i.site}: its scores have 64 bits, ONNX's maximum has 32; quantize them")
+        mask = None if i.mask is None else self.graph.constant(self.program.constants[i.mask] > 0, bool)
+        return distances(self._read(i.input, np.int32), mask, len(self.program.constants[i.values]) - 1)
 
     # The ends.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import assert_never
 
 import numpy as np
 
@@ -13,12 +14,11 @@ from vitquant.program import instructions as p
 _END = 2**31 - 1  # of an axis, whatever its size
 
 
-def move(instruction: p.Instruction, x: Value, shape: Sequence[int]) -> Value:
+def move(instruction: p.Move, x: Value, shape: Sequence[int]) -> Value:
     """The tensor rearranged.
 
     Arguments:
-        instruction: one of `MOVES`.
-        x: what it reads.
+        x: what it reads, in a dtype that holds what it is padded with.
         shape: of that, -1 for the size that grows with the batch.
 
     Raises:
@@ -38,7 +38,7 @@ def move(instruction: p.Instruction, x: Value, shape: Sequence[int]) -> Value:
         case p.Pad(amounts=amounts, value=value):
             return _pad(x, amounts, value, len(shape))
         case _:
-            raise TypeError(f"{type(instruction).__name__} is no move")
+            assert_never(instruction)
 
 
 def concatenate(parts: Sequence[Value], shapes: Sequence[Sequence[int | str]], axis: int) -> Value:

@@ -10,7 +10,7 @@ from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS
 from vitquant.integer.layer_norm import NORMALIZED_BITS, RECIPROCAL_BITS, guard_bits
 from vitquant.integer.softmax import ROW_BITS, step_bits
 
-_BELOW_ALL_CODES = -(1 << 16)
+_LOWEST = -(1 << 31)  # where all of a row is masked, what is taken from it wraps around, and is replaced
 
 
 def normalize(x: Value, channels: int, epsilon: int, largest: int) -> Value:
@@ -23,20 +23,22 @@ def normalize(x: Value, channels: int, epsilon: int, largest: int) -> Value:
     return shift_right((x * channels - total) * reciprocal, RECIPROCAL_BITS - NORMALIZED_BITS)
 
 
-def distances(codes: Value, hidden: Value | None, last: int) -> Value:
+def distances(codes: Value, mask: Value | None, last: int) -> Value:
     """`integer.softmax.distances`: int32, indices into tables.
 
     Arguments:
-        codes: int32 (..., row) of at most 16 bits.
-        hidden: bool, broadcastable to codes.
-        last: the index that stands for a hidden entry.
+        codes: int32 (..., row).
+        mask: bool, broadcastable to codes.
+        last: the index that stands for a masked entry.
     """
-    if hidden is None:
+    if mask is None:
         return codes.largest() - codes
-    return hidden.where(last, hidden.where(_BELOW_ALL_CODES, codes).largest() - codes)
+    return mask.where(last, mask.where(_LOWEST, codes).largest() - codes)
 
 
-def log_softmax(distance: Value, values: Value, octaves: Value, zero: int, steps: int = 1, offset: int = 0) -> Value:
+def softmax_to_powers(
+    distance: Value, values: Value, octaves: Value, zero: int, steps: int = 1, offset: int = 0
+) -> Value:
     """`integer.softmax.log_int_softmax`: uint32 codes.
 
     Arguments:
@@ -54,7 +56,7 @@ def log_softmax(distance: Value, values: Value, octaves: Value, zero: int, steps
     return (found.cast(np.uint32) >> digits).minimum(zero)
 
 
-def published_log_softmax(distance: Value, values: Value, zero: int) -> Value:
+def published_softmax_to_powers(distance: Value, values: Value, zero: int) -> Value:
     """`integer.softmax.published_log_int_softmax`: int64 codes.
 
     Its code, the logarithm rounded up from 1.5 * 2**k on, is how many of 1.5, 3, 6 .. the inverse has reached.
@@ -67,7 +69,7 @@ def published_log_softmax(distance: Value, values: Value, zero: int) -> Value:
     return column.at_least(thresholds).cast(np.int64).sum(keep=False)
 
 
-def uniform_softmax(distance: Value, values: Value, multiplier: int, shift: int) -> Value:
+def softmax_to_levels(distance: Value, values: Value, multiplier: int, shift: int) -> Value:
     """`integer.softmax.integer_softmax`: int32, without zero point and clamp."""
     value, digits = values.entries(distance), shift + ROW_BITS
     reciprocal = value.graph.scalar(multiplier << ROW_BITS, np.dtype(np.int64)) // _row_sums(value)

@@ -22,10 +22,10 @@ _LOG_2 = 0.6931  # as published
 
 @dataclass(frozen=True)
 class Exponential:
-    """exp(-scale * d) for the distance d = 0, 1 .. from a row's largest code, and then once for hidden entries.
+    """exp(-scale * d) for the distance d = 0, 1 .. from a row's largest code, and then once for masked entries.
 
     Arguments:
-        values: int64 (levels + 1,), times 2**15, at most 16 bits; 0 for a hidden entry.
+        values: int64 (levels + 1,), times 2**15, at most 16 bits; 0 for a masked entry.
         octaves: int64 (levels + 1,), minus the logarithm to base 2, times 2**12, at most 18 bits.
     """
 
@@ -33,8 +33,8 @@ class Exponential:
     octaves: Tensor
 
     @property
-    def hidden(self) -> int:
-        """The distance that stands for an entry that a mask hides."""
+    def masked(self) -> int:
+        """The distance that stands for a masked entry."""
         return len(self.values) - 1
 
 

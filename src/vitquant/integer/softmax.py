@@ -10,28 +10,28 @@ from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS, Exponential
 
 LONGEST_ROW = 2**15  # a row of exponentials of at most 2**15 sums to less than 2**31
 ROW_BITS = 16
-LARGEST_OFFSET = 32 << OCTAVE_BITS  # half of the octaves of a hidden entry
+LARGEST_OFFSET = 32 << OCTAVE_BITS  # half of the octaves of a masked entry
 
 
-def distances(codes: Tensor, hidden: Tensor | None, exponential: Exponential) -> Tensor:
+def distances(codes: Tensor, mask: Tensor | None, exponential: Exponential) -> Tensor:
     """How far each score lies below the largest of its row.
 
     Arguments:
         codes: int64 (..., row).
-        hidden: bool, broadcastable to codes, True where a mask hides an entry; a row may be hidden whole.
-        exponential: says what a hidden entry is.
+        mask: bool, broadcastable to codes, True where an entry is masked; a row may be masked whole.
+        exponential: says what a masked entry is.
 
     Returns:
         int64 of the shape of codes: an index into the tables of `exponential`.
     """
-    if hidden is None:
+    if mask is None:
         return codes.amax(-1, keepdim=True) - codes
-    largest = codes.masked_fill(hidden, torch.iinfo(codes.dtype).min).amax(-1, keepdim=True)
-    return (largest - codes).masked_fill(hidden, exponential.hidden)
+    largest = codes.masked_fill(mask, torch.iinfo(codes.dtype).min).amax(-1, keepdim=True)
+    return (largest - codes).masked_fill(mask, exponential.masked)
 
 
 def row_sums(distance: Tensor, exponential: Exponential) -> Tensor:
-    """The sum of the exponentials of each row, times 2**15: int64 (..., 1), at least 2**15, also of a hidden row."""
+    """The sum of the exponentials of each row, times 2**15: int64 (..., 1), at least 2**15, also of a masked row."""
     return exponential.values.take(distance).sum(-1, keepdim=True).clamp(min=1 << VALUE_BITS)
 
 

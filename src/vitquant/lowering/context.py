@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,11 @@ from vitquant.errors import LoweringError
 from vitquant.graph.operators import arguments, packet
 from vitquant.graph.walk import depends_on_input
 from vitquant.integer.correct_rounding import CorrectRounding
-from vitquant.lowering.scaled import Hidden, Joined, Powers, Scaled, Static, Term, numerators
+from vitquant.lowering.scaled import Joined, Masked, Powers, Scaled, Static, Term, compact, numerators, size_along
 from vitquant.model import QuantizedModel
 from vitquant.program.instructions import TYPES, Instruction, Lookup, Register, smallest_type
 
-Value = Scaled | Static | Joined | Hidden | tuple
+Value = Scaled | Static | Joined | Masked | tuple
 SIMULATE = "run it with --engine simulated, or export it as onnx-qdq"
 
 
@@ -136,17 +136,21 @@ class Context:
             raise self.refuse(f"its {what} is powers of the root of two, which only products of activations read")
         return term
 
-    def factor(self, node: Node, what: str) -> Term:
-        """The integers that a node is, of 8 bits or less or powers, with one scale and zero point: as layers read."""
+    def factor(self, node: Node, what: str, summed: Sequence[int]) -> Term:
+        """The integers that a node is, of 8 bits or less or powers, with one zero point: as layers read.
+
+        Arguments:
+            summed: the axes that are summed over, counted from the last; along those there is one scale.
+        """
         term = self.term(node, what)
-        self._check_factor(term, what)
+        self._check_factor(term, what, summed)
         return term
 
-    def factors(self, node: Node, what: str) -> tuple[Term, ...]:
+    def factors(self, node: Node, what: str, summed: Sequence[int]) -> tuple[Term, ...]:
         """The integers that a node is the sum of, each as `factor` has it: what products of activations read."""
         terms = self._terms(node, what)
         for term in terms:
-            self._check_factor(term, what)
+            self._check_factor(term, what, summed)
         return terms
 
     def _terms(self, node: Node, what: str) -> tuple[Term, ...]:
@@ -161,20 +165,21 @@ class Context:
     def _not_quantized(self, what: str) -> LoweringError:
         return self.refuse(f"its {what} is not quantized", "let the recipe quantize it")
 
-    def _check_factor(self, term: Term, what: str) -> None:
+    def _check_factor(self, term: Term, what: str, summed: Sequence[int]) -> None:
         kind = self.registers[term.register].type
         if TYPES[kind][0] > 8 and not term.numerators:
             raise self.refuse(f"its {what} is {kind}, and products are of 8 bits", "give it 8 bits or less")
-        if term.scale.numel() != 1:
+        if any(size_along(term.scale, axis) > 1 for axis in summed):
             reason = f"its {what} has {term.scale.numel()} scales, and its sums run over them"
             raise self.refuse(reason, "use per = tensor")
         self.zero(term, what)
 
     def zero(self, term: Term, what: str) -> int:
         """The code of zero, where an instruction has room for one only."""
-        if term.zero.numel() != 1:
-            raise self.refuse(f"its {what} has several zero points", "use per = tensor")
-        return int(term.zero)
+        zero = compact(term.zero)
+        if zero.numel() != 1:
+            raise self.refuse(f"its {what} has several zero points", "use per = tensor, or symmetric = true")
+        return int(zero)
 
     def operand(self, argument: Any) -> Value:
         """What an argument of an elementwise operation is."""

@@ -25,7 +25,7 @@ from vitquant.integer_modules.replacement import operation_at
 from vitquant.lowering.affine import batch_norm, elementwise, negation
 from vitquant.lowering.codes import quantized, static
 from vitquant.lowering.context import SIMULATE, Context, Value, operator_name
-from vitquant.lowering.on_codes import hide, on_codes
+from vitquant.lowering.on_codes import masked, on_codes
 from vitquant.lowering.rearrangement import SPLITS, joined, moved
 from vitquant.lowering.scaled import Term
 from vitquant.lowering.sums import convolution, linear, mean, product
@@ -141,7 +141,7 @@ def _lowered(context: Context, node: Node) -> Value:
     if calls(node, {aten.batch_norm}):
         return batch_norm(context, node)
     if calls(node, {aten.masked_fill}):
-        return hide(context, node)
+        return masked(context, node)
     if calls(node, _MEANS):
         return mean(context, node)
     if calls(node, JOINS):

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from vitquant.graph.operators import arguments, aten, calls, packet
-from vitquant.program.instructions import Instruction, Pad, Permute, Reshape, Roll, Slice
+from vitquant.program.instructions import Move, Pad, Permute, Reshape, Roll, Slice
 
 _RESHAPES = {
     aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze,
@@ -21,7 +21,7 @@ class NoMoveError(Exception):
     """A rearrangement that programs do not have; the message says what it is."""
 
 
-def moves(node: Node, shape: tuple[int, ...], result: tuple[int, ...]) -> list[Instruction]:
+def moves(node: Node, shape: tuple[int, ...], result: tuple[int, ...]) -> list[Move]:
     """The moves that a node makes of one register, each with empty names.
 
     Arguments:
@@ -85,7 +85,7 @@ def _general_slice(shape: tuple[int, ...], axis: int = 0, start: Any = None, sto
     return _slice(axis, first, last, step)
 
 
-def _pad(node: Node) -> list[Instruction]:
+def _pad(node: Node) -> list[Move]:
     _, amounts, *rest = arguments(node)
     mode, value = ("constant", rest[0] if rest else 0) if packet(node) is aten.constant_pad_nd else (
         rest[0] if rest else "constant", rest[1] if len(rest) > 1 else 0)  # fmt: skip
@@ -96,7 +96,7 @@ def _pad(node: Node) -> list[Instruction]:
     return [Pad("", "", "", tuple(amounts), 0)]
 
 
-def _part(node: Node, shape: tuple[int, ...], result: tuple[int, ...]) -> list[Instruction]:
+def _part(node: Node, shape: tuple[int, ...], result: tuple[int, ...]) -> list[Move]:
     """One part of a split, or one index of an unbind."""
     split, index = arguments(node)
     given: tuple[Any, ...] = arguments(split)

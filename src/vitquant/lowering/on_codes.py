@@ -18,47 +18,47 @@ from vitquant.integer_modules import (
 from vitquant.lowering.codes import code_type, codes_of
 from vitquant.lowering.context import Context, growing_shape, nothing
 from vitquant.lowering.rearrangement import follow, walk
-from vitquant.lowering.scaled import Hidden, Powers, Scaled, Static, Term
+from vitquant.lowering.scaled import Masked, Powers, Scaled, Static, Term
 from vitquant.program.instructions import (
     LayerNorm,
-    LogSoftmax,
     Lookup,
     Register,
     Reshape,
-    UniformSoftmax,
+    SoftmaxToLevels,
+    SoftmaxToPowers,
     smallest_type,
 )
 
 
-def hide(context: Context, node: Node) -> Hidden:
-    """Scores of which a mask hides some."""
-    scores, hidden = (context.value(argument) for argument in arguments(node)[:2])
-    if not isinstance(scores, Scaled) or not isinstance(hidden, Static):
+def masked(context: Context, node: Node) -> Masked:
+    """Scores of which some are masked."""
+    scores, mask = (context.value(argument) for argument in arguments(node)[:2])
+    if not isinstance(scores, Scaled) or not isinstance(mask, Static):
         raise context.refuse("its mask depends on the image", "give a constant mask")
     value = arguments(node)[2]
     if not isinstance(value, int | float) or value != -math.inf:
         raise context.refuse(f"it fills with {value}, which does not hide", "fill with minus infinity before a softmax")
-    mask = growing_shape(arguments(node)[1])
-    if -1 in mask[1:]:
+    shape = growing_shape(arguments(node)[1])
+    if -1 in shape[1:]:
         raise context.refuse("its mask grows with the batch along another axis than the first", "repeat it there")
     # `static` made sure that such a mask is repeated image by image.
-    return Hidden(scores, hidden.value != 0, node, windows=hidden.value.shape[0] if -1 in mask else None)
+    return Masked(scores, mask.value != 0, node, windows=mask.value.shape[0] if -1 in shape else None)
 
 
 def on_codes(context: Context, node: Node, operation: IntegerOperation) -> Scaled:
     """An operation on codes."""
     value, shape = context.value(arguments(node)[0]), growing_shape(node)
-    if not isinstance(value, Hidden):
+    if not isinstance(value, Masked):
         return _computed(context, node, operation, context.codes(value, "input"), None, shape)
-    hidden = context.constant(f"{context.site}.hidden", value.hidden.to(torch.int64), "u8")
+    mask = context.constant(f"{context.site}.mask", value.mask.to(torch.int64), "u8")
     scores, shape, one = value.scores, growing_shape(value.node), context.one_image[value.node]
     if value.windows is not None:  # the mask's rows are those of one image: give them an axis of their own
         apart = Reshape("", "", "", (-1, value.windows, *shape[1:]))
         scores = walk(context, scores, [apart], shape, one)
-        result = _computed(context, node, operation, context.codes(scores, "input"), hidden, apart.shape)
+        result = _computed(context, node, operation, context.codes(scores, "input"), mask, apart.shape)
         result = walk(context, result, [Reshape("", "", "", shape)], apart.shape, (1, *one))
     else:
-        result = _computed(context, node, operation, context.codes(scores, "input"), hidden, shape)
+        result = _computed(context, node, operation, context.codes(scores, "input"), mask, shape)
     before = value.node
     for each in value.moved:
         result, before = follow(context, result, before, each), each
@@ -66,10 +66,10 @@ def on_codes(context: Context, node: Node, operation: IntegerOperation) -> Scale
 
 
 def _computed(
-    context: Context, node: Node, operation: IntegerOperation, term: Term, hidden: str | None, shape: tuple[int, ...]
+    context: Context, node: Node, operation: IntegerOperation, term: Term, mask: str | None, shape: tuple[int, ...]
 ) -> Scaled:
     if isinstance(operation, LogIntSoftmax):
-        return _log_softmax(context, operation, term, hidden, shape)
+        return _softmax_to_powers(context, operation, term, mask, shape)
     result = operation.result
     written, (low, high) = Register(code_type(result), shape), result.integer_bounds
     match operation:
@@ -77,7 +77,7 @@ def _computed(
             table, (multiplier, shift) = operation.exponential, operation.steps()
             assert result.zero_point is not None
             register = context.emit(
-                UniformSoftmax, written, input=term.register, hidden=hidden,
+                SoftmaxToLevels, written, input=term.register, mask=mask,
                 values=context.constant(f"{context.site}.values", table.values, "u16"),
                 octaves=context.constant(f"{context.site}.octaves", table.octaves, "s32"),
                 multiplier=multiplier, shift=shift, result_zero=int(result.zero_point), low=low, high=high,
@@ -95,13 +95,13 @@ def _computed(
     return codes_of(context, register, result, len(shape))
 
 
-def _log_softmax(
-    context: Context, operation: LogIntSoftmax, term: Term, hidden: str | None, shape: tuple[int, ...]
+def _softmax_to_powers(
+    context: Context, operation: LogIntSoftmax, term: Term, mask: str | None, shape: tuple[int, ...]
 ) -> Scaled:
     """The codes, which stand for scale * 2**(-code / steps), or 0."""
     powers, table = operation.powers, operation.exponential
     codes = context.emit(
-        LogSoftmax, Register(smallest_type(0, powers.zero_code), shape), input=term.register, hidden=hidden,
+        SoftmaxToPowers, Register(smallest_type(0, powers.zero_code), shape), input=term.register, mask=mask,
         values=context.constant(f"{context.site}.values", table.values, "u16"),
         octaves=context.constant(f"{context.site}.octaves", table.octaves, "s32"),
         zero=powers.zero_code, steps=powers.steps, offset=operation.offset, published=operation.published,

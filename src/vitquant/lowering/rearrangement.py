@@ -13,8 +13,8 @@ from torch.fx import Node
 from vitquant.graph.operators import arguments, aten, calls, packet
 from vitquant.lowering.context import Context, Value, growing_shape, nothing
 from vitquant.lowering.moves import NoMoveError, moves
-from vitquant.lowering.scaled import Hidden, Joined, Scaled, Static, Term, compact, dense, size_along
-from vitquant.program.instructions import Concat, Instruction, Pad, Register, Reshape, smallest_type
+from vitquant.lowering.scaled import Joined, Masked, Scaled, Static, Term, compact, dense, size_along
+from vitquant.program.instructions import Concat, Move, Pad, Register, Reshape, smallest_type
 from vitquant.program.moving import move
 
 SPLITS = {aten.unbind, aten.split, aten.split_with_sizes, aten.chunk}
@@ -82,7 +82,7 @@ def moved(context: Context, node: Node) -> Value:
     if calls(source, SPLITS) and not source.meta.get("shape"):
         source = source.all_input_nodes[0]
     value = context.value(source)
-    if isinstance(value, Hidden):
+    if isinstance(value, Masked):
         if not _keeps_rows(context, source, node):
             raise context.refuse("the rows of masked scores are rearranged", "apply the mask last")
         return replace(value, moved=(*value.moved, node))
@@ -98,7 +98,7 @@ def follow(context: Context, value: Scaled, source: Node, node: Node) -> Scaled:
     return walk(context, value, steps, growing_shape(source), context.one_image[source])
 
 
-def _moves(context: Context, source: Node, node: Node) -> list[Instruction]:
+def _moves(context: Context, source: Node, node: Node) -> list[Move]:
     try:
         return moves(node, growing_shape(source), growing_shape(node))
     except NoMoveError as reason:
@@ -141,7 +141,7 @@ def _foldable(context: Context, value: Scaled, shape: tuple[int, ...]) -> Scaled
 
 
 def walk(
-    context: Context, value: Scaled, steps: Sequence[Instruction], shape: tuple[int, ...], one: tuple[int, ...]
+    context: Context, value: Scaled, steps: Sequence[Move], shape: tuple[int, ...], one: tuple[int, ...]
 ) -> Scaled:
     """A value after some moves.
 
@@ -155,7 +155,7 @@ def walk(
 
 
 def _step(
-    context: Context, value: Scaled, step: Instruction, shape: tuple[int, ...], one: tuple[int, ...]
+    context: Context, value: Scaled, step: Move, shape: tuple[int, ...], one: tuple[int, ...]
 ) -> tuple[Scaled, tuple[int, ...], tuple[int, ...]]:
     after = tuple(move(step, torch.empty(one, dtype=torch.int8)).shape)
     growing = _growing(step, shape, one, after)
@@ -174,18 +174,14 @@ def _step(
     return Scaled(tuple(terms), _rearranged(context, constant, step, shape, one)), growing, after
 
 
-def _growing(
-    step: Instruction, shape: tuple[int, ...], one: tuple[int, ...], after: tuple[int, ...]
-) -> tuple[int, ...]:
+def _growing(step: Move, shape: tuple[int, ...], one: tuple[int, ...], after: tuple[int, ...]) -> tuple[int, ...]:
     """The shape after a move, with -1 for the size that grows with the batch."""
     double = [2 * size if grows == -1 else size for size, grows in zip(one, shape, strict=True)]
     doubled = move(step, torch.empty(double, dtype=torch.int8)).shape
     return tuple(size if size == other else -1 for size, other in zip(after, doubled, strict=True))
 
 
-def _rearranged(
-    context: Context, values: Tensor, step: Instruction, shape: tuple[int, ...], one: tuple[int, ...]
-) -> Tensor:
+def _rearranged(context: Context, values: Tensor, step: Move, shape: tuple[int, ...], one: tuple[int, ...]) -> Tensor:
     """What is broadcast to a register, after a move of it."""
     if values.numel() == 1:
         return values.reshape(())

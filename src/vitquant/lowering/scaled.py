@@ -91,20 +91,20 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """Scores of which a mask hides some.
+class Masked:
+    """Scores of which some are masked.
 
     Arguments:
         scores: all of them.
-        hidden: bool, broadcastable to them, True where hidden.
+        mask: bool, broadcastable to them, True where masked.
         node: the graph's, whose shape they have.
         moved: nodes that rearranged them since. A mask repeats with the batch only in the shape in which it was
             applied, so the softmax is computed in that shape, and its result is rearranged.
-        windows: how many rows of the batch one image has, where `hidden` is one image's; None where it is each row's.
+        windows: how many rows of the batch one image has, where `mask` is one image's; None where it is each row's.
     """
 
     scores: Scaled
-    hidden: Tensor
+    mask: Tensor
     node: Node
     moved: tuple[Node, ...] = ()
     windows: int | None = None

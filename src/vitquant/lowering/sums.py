@@ -12,18 +12,18 @@ from torch.fx import Node
 
 from vitquant.graph.operators import arguments, aten, calls
 from vitquant.lowering.context import Context, accumulated, growing_shape, nothing, operator_name, options
-from vitquant.lowering.scaled import Scaled, Static, Term
+from vitquant.lowering.scaled import Scaled, Static, Term, size_along
 from vitquant.program.instructions import Convolution, Linear, Multiply, Product, Register, Sum
 
 
 def linear(context: Context, node: Node) -> Scaled:
     """A linear layer."""
-    source, weight = _layer(context, node)
+    source, weight = _layer(context, node, summed=(-1,))
     scale = source.scale * weight.scale.flatten()
     bias, rest = _bias(context, options(node, "bias").get("bias"), scale)
     output = context.emit(
         Linear, Register("s32", growing_shape(node)), input=source.register, weight=weight.register, bias=bias,
-        input_zero=int(source.zero), weight_zero=_weight_zero(context, weight),
+        input_zero=context.zero(source, "input"), weight_zero=_weight_zero(context, weight),
     )  # fmt: skip
     return accumulated(output, scale).plus(rest)
 
@@ -35,36 +35,44 @@ def convolution(context: Context, node: Node) -> Scaled:
         raise context.refuse(f"{operator_name(node)} has no integer form")
     if isinstance(given.get("padding"), str):
         raise context.refuse(f"its padding is {given['padding']!r}", "give it as numbers")
-    source, weight = _layer(context, node)
-    scale = source.scale * weight.scale.flatten()
+    source, weight = _layer(context, node, summed=(-4, -3, -2, -1))
+    scale = source.scale.reshape(()) * weight.scale.flatten()
     bias, rest = _bias(context, given.get("bias"), scale)
     output = context.emit(
         Convolution, Register("s32", growing_shape(node)), input=source.register, weight=weight.register, bias=bias,
-        input_zero=int(source.zero), weight_zero=_weight_zero(context, weight), stride=_pair(given.get("stride", 1)),
-        padding=_pair(given.get("padding", 0)), dilation=_pair(given.get("dilation", 1)),
-        groups=int(given.get("groups", 1)),
+        input_zero=context.zero(source, "input"), weight_zero=_weight_zero(context, weight),
+        stride=_pair(given.get("stride", 1)), padding=_pair(given.get("padding", 0)),
+        dilation=_pair(given.get("dilation", 1)), groups=int(given.get("groups", 1)),
     )  # fmt: skip
     return accumulated(output, scale.view(-1, 1, 1)).plus(rest.view(-1, 1, 1) if rest.ndim else rest)
 
 
 def product(context: Context, node: Node) -> Scaled:
     """A matrix product of two activations."""
-    return _of_two(context, node, Product)
+    return _of_two(context, node, Product, summed=((-1,), (-2,)))
 
 
 def multiplied(context: Context, node: Node) -> Scaled:
     """Two activations multiplied element by element, as a gate does."""
-    return _of_two(context, node, Multiply)
+    return _of_two(context, node, Multiply, summed=((), ()))
 
 
-def _of_two(context: Context, node: Node, kind: type[Product | Multiply]) -> Scaled:
-    """A product of each term with each: powers of the root of two have two."""
-    lefts, rights = (context.factors(argument, "operand") for argument in arguments(node)[:2])
+def _of_two(
+    context: Context, node: Node, kind: type[Product | Multiply], summed: tuple[Sequence[int], Sequence[int]]
+) -> Scaled:
+    """A product of each term with each: powers of the root of two have two.
+
+    Arguments:
+        summed: the axes of either operand that are summed over, counted from the last.
+    """
+    lefts, rights = (
+        context.factors(argument, "operand", axes) for argument, axes in zip(arguments(node)[:2], summed, strict=True)
+    )
     total = Scaled((), nothing())
     for left, right in pairs(lefts, rights):
         output = context.emit(
             kind, Register("s32", growing_shape(node)), left=left.register, right=right.register,
-            left_zero=int(left.zero), right_zero=int(right.zero),
+            left_zero=context.zero(left, "operand"), right_zero=context.zero(right, "operand"),
         )  # fmt: skip
         total = total.plus(accumulated(output, left.scale * right.scale))
     return total
@@ -90,10 +98,10 @@ def mean(context: Context, node: Node) -> Scaled:
     return accumulated(output, scale / count)
 
 
-def _layer(context: Context, node: Node) -> tuple[Term, Term]:
-    """The input and the weight of a layer."""
+def _layer(context: Context, node: Node, summed: Sequence[int]) -> tuple[Term, Term]:
+    """The input and the weight of a layer that sums over some axes of its input."""
     read, weights = arguments(node)[:2]
-    source, weight = context.factor(read, "input"), context.term(weights, "weight")
+    source, weight = context.factor(read, "input", summed), context.term(weights, "weight")
     if weight.scale.numel() not in (1, context.registers[weight.register].shape[0]) or (
         weight.scale.numel() > 1 and weight.scale.shape[0] == 1
     ):
@@ -106,12 +114,17 @@ def _weight_zero(context: Context, weight: Term) -> str | None:
 
 
 def _bias(context: Context, node: Node | None, scale: Tensor) -> tuple[str | None, Tensor]:
-    """The bias on the accumulator's scale, and what that rounding left over, which costs nothing to add later."""
+    """The bias on the accumulator's scale, and what that rounding left over, which costs nothing to add later.
+
+    Where rows have scales of their own, an accumulator of one channel has several, and all of the bias is added later.
+    """
     if node is None:
         return None, nothing()
     value = context.value(node)
     if not isinstance(value, Static):
         raise context.refuse("its bias depends on the image")
+    if scale.numel() > max(1, size_along(scale, -1)):
+        return None, value.value
     bias = torch.round(value.value / scale)
     if float(bias.abs().max()) >= 2**31:
         reason = "its bias does not fit 32 bits on the scale of its sums"

@@ -17,7 +17,7 @@ from vitquant.parity.comparison import Comparison, as_close_as, bit_exact, compa
 from vitquant.parity.flips import Flips, flipped_codes
 from vitquant.program.instructions import IntegerProgram
 from vitquant.runtime.interpreter import Interpreter
-from vitquant.runtime.on_images import Ends, OnImages, interpreted
+from vitquant.runtime.on_images import OnImages, interpreted, quantization_of
 from vitquant.runtime.products import exact_int64
 from vitquant.tasks.classification import logits_of
 
@@ -126,7 +126,7 @@ def examine(
 
 def _exact(form: Form, program: IntegerProgram, batches: Sequence[Tensor], expected: Tensor) -> Iterator[Comparison]:
     """A form beside the integer program, on images, and on codes that no image has."""
-    on_images = OnImages(form.run, Ends.of(program)) if form.on_codes else form.run
+    on_images = OnImages(form.run, *quantization_of(program)) if form.on_codes else form.run
     logits = run(on_images, [images.cpu() for images in batches])
     yield bit_exact(compare(form.name, logits, "integer program", expected))
     if form.on_codes:

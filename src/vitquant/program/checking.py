@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Mapping
 from math import inf, prod
+from typing import assert_never
 
 import torch
 
 from vitquant.errors import LoweringError
 from vitquant.integer.exponential import MOST_OCTAVES
-from vitquant.integer.softmax import LARGEST_OFFSET
 from vitquant.program import instructions as p
+from vitquant.program.opcodes import LARGEST_RANK, Argument, Constant, Flag, Number, Read, form_of, reads
 from vitquant.program.ranges import prove_ranges
 from vitquant.program.shapes import Shape, written_shape
 
-_LARGEST_RANK = 16
 _LONGEST_NAME = 1000
 _MOST_ELEMENTS = 2**32  # that all instructions read and write for one image; a ViT-g with its weights has half of them
-
-# Fields that name a constant, not a register.
-_CONSTANTS = {
-    "weight", "bias", "weight_zero", "multipliers", "addend", "hidden", "values", "octaves", "factors", "multiplier",
-    "table",
-}  # fmt: skip
-_TABLES = {"values": "u16", "octaves": "s32", "multiplier": "s32", "multipliers": "s32"}
 
 
 def check_program(program: p.IntegerProgram) -> None:
@@ -64,8 +56,8 @@ def check_register(name: str, register: p.Register) -> None:
     if register.type not in p.TYPES:
         raise _refuse(name, f"no type {register.type[:80]!r}")
     shape = register.shape
-    if len(shape) > _LARGEST_RANK or not all(0 < size <= _MOST_ELEMENTS or size == -1 for size in shape):
-        raise _refuse(name, f"no shape {str(shape[:_LARGEST_RANK])[:80]}")
+    if len(shape) > LARGEST_RANK or not all(0 < size <= _MOST_ELEMENTS or size == -1 for size in shape):
+        raise _refuse(name, f"no shape {str(shape[:LARGEST_RANK])[:80]}")
     if shape.count(-1) > 1:
         raise _refuse(name, f"two sizes of {shape} grow with the batch")
 
@@ -86,7 +78,7 @@ def _check_constant(program: p.IntegerProgram, name: str) -> None:
 
 
 def _check_flow(program: p.IntegerProgram) -> None:
-    """Names, fields and shapes, one instruction after another."""
+    """Names, arguments and shapes, one instruction after another."""
     shapes: dict[str, Shape] = {name: tuple(values.shape) for name, values in program.constants.items()}
     given = program.registers.get(program.input, p.Register("s64", ()))
     if given.shape[:1] != (-1,):
@@ -96,11 +88,11 @@ def _check_flow(program: p.IntegerProgram) -> None:
     for instruction in program.instructions:
         if not _is_name(instruction.site):
             raise _refuse(repr(instruction.site[:80]), "no site that can be printed")
-        _check_fields(program, instruction, shapes)
+        _check_arguments(program, instruction, shapes)
         shape = written_shape(instruction, shapes)
         _check_written(program, instruction, shape, shapes)
         shapes[instruction.output] = shape
-        elements += sum(prod(map(abs, shapes[name])) for name in (*p.reads(instruction), instruction.output))
+        elements += sum(prod(map(abs, shapes[name])) for name in (*reads(instruction), instruction.output))
         if elements > _MOST_ELEMENTS:
             raise _refuse(instruction.site, f"up to here more than {_MOST_ELEMENTS} elements for one image")
     for name in program.registers.keys() - shapes.keys():
@@ -116,26 +108,29 @@ def _check_flow(program: p.IntegerProgram) -> None:
 
 def _check_facts(program: p.IntegerProgram) -> None:
     """What input and output stand for, where that is said."""
-    scales_of = {"input": (None,), "output": (1, program.registers[program.output].shape[-1])}
-    for end in program.facts.keys() & scales_of.keys():
-        match program.facts[end]:
-            case {"scale": float() | list() as scale, "zero_point": int(zero)} if abs(zero) < 2**31:
-                count, scales = (len(scale), scale) if isinstance(scale, list) else (None, [scale])
-                if count in scales_of[end] and all(isinstance(each, float) and 0 < each < inf for each in scales):
-                    _check_codes_of(program, end)
-                    continue
+    given, result = (program.facts.get(name) for name in ("input", "output"))
+    if given is not None:
+        match given:
+            case {"scale": float(scale), "zero_point": int(zero), "low": low, "high": high, **more} if not more:
+                _check_quantization("input", [scale], zero)
+            case _:
+                raise _refuse("input", "no scale and zero point, lowest and highest code")
+        least, most = program.registers[program.input].limits
+        if not (isinstance(low, int) and isinstance(high, int) and least <= low < high <= most):
+            raise _refuse("input", f"no lowest and highest code between {least} and {most}")
+    if result is not None:
+        match result:
+            case {"scale": list(scales), "zero_point": int(zero), **more} if not more:
+                _check_quantization("output", scales, zero)
+            case _:
+                raise _refuse("output", "no scale and zero point")
+        if len(scales) not in (1, program.registers[program.output].shape[-1]):
+            raise _refuse("output", "no scale for all or for each of its last axis")
+
+
+def _check_quantization(end: str, scales: list[object], zero: int) -> None:
+    if abs(zero) >= 2**31 or not all(isinstance(each, float) and 0 < each < inf for each in scales):
         raise _refuse(end, "no scale and zero point")
-
-
-def _check_codes_of(program: p.IntegerProgram, end: str) -> None:
-    """The lowest and the highest code of an image."""
-    if end != "input":
-        return
-    least, most = program.registers[program.input].limits
-    match program.facts[end]:
-        case {"low": int(low), "high": int(high)} if least <= low < high <= most:
-            return
-    raise _refuse(end, f"no lowest and highest code between {least} and {most}")
 
 
 def _check_written(program: p.IntegerProgram, i: p.Instruction, shape: Shape, known: dict[str, Shape]) -> None:
@@ -148,77 +143,77 @@ def _check_written(program: p.IntegerProgram, i: p.Instruction, shape: Shape, kn
         raise _refuse(i.site, f"register {i.output} is of {shape}, not {declared}")
 
 
-def _check_fields(program: p.IntegerProgram, i: p.Instruction, known: dict[str, Shape]) -> None:
-    """What each field must be whatever the others are."""
+def _check_arguments(program: p.IntegerProgram, i: p.Instruction, known: Mapping[str, Shape]) -> None:
+    """What each argument must be whatever the others are, and some beside others."""
     if type(i) not in p.INSTRUCTIONS:
         raise _refuse(i.site, f"no instruction {type(i).__name__}")
-    for name, value in _values(i):
-        if isinstance(value, str):
-            if value not in known:
-                raise _refuse(i.site, f"{name} {value[:80]!r} is not known before")
-            if name in _CONSTANTS and value not in program.constants:
-                raise _refuse(i.site, f"{name} {value} is no constant")
-            if name in _TABLES and program.registers[value].type != _TABLES[name]:
-                raise _refuse(i.site, f"{name} {value} is not of {_TABLES[name]}")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            low, high = _limits(i, name)
-            if not low <= value <= high:
-                raise _refuse(i.site, f"{name} {value} is not from {low} to {high}")
+    for argument in form_of(i).arguments:
+        role, values = argument.role, argument.values(i)
+        match role:
+            case Read() | Constant():
+                for name in values:
+                    _check_read(program, i, argument, str(name), known)
+            case Number(low, high):
+                if len(values) > 2 * LARGEST_RANK:
+                    raise _refuse(i.site, f"{argument.key} has too many axes")
+                for number in values:
+                    if not isinstance(number, int) or not low <= number <= high:
+                        raise _refuse(i.site, f"{argument.key} {number} is not from {low} to {high}")
+            case Flag():
+                pass
+            case _:
+                assert_never(role)
     _check_together(program, i)
 
 
-def _values(i: p.Instruction) -> Iterator[tuple[str, object]]:
-    """Fields by name, tuples one by one."""
-    for field in fields(i):
-        value = getattr(i, field.name)
-        if field.name not in ("output", "site"):
-            yield from ((field.name, each) for each in (value if isinstance(value, tuple) else (value,)))
-
-
-def _limits(i: p.Instruction, name: str) -> tuple[int, int]:
-    """The smallest and the largest value that a number may be."""
-    match i, name:
-        case p.UniformSoftmax(), "multiplier":
-            return 0, 2**31 - 1
-        case p.UniformSoftmax(), "shift":
-            return 1, 46  # 16 more are shifted, and halves are added before
-        case _, "shift":
-            return 1, 62
-        case p.LogSoftmax(), "zero":
-            return 1, 16 * i.steps
-        case p.LogSoftmax(), "steps":
-            return 1, 2
-        case p.LogSoftmax(), "offset":
-            return -LARGEST_OFFSET, LARGEST_OFFSET
-        case p.LayerNorm(), "epsilon":
-            return 1, 2**60
-        case p.Convolution(), "stride" | "dilation" | "groups":
-            return 1, 2**31
-        case p.Convolution(), "padding":
-            return 0, 2**31
-        case _, "axis" | "axes":
-            return 0, _LARGEST_RANK - 1
-        case _, "shape":
-            return -1, 2**62
-        case _:
-            return -(2**62), 2**62
+def _check_read(
+    program: p.IntegerProgram, i: p.Instruction, argument: Argument, name: str, known: Mapping[str, Shape]
+) -> None:
+    if name not in known:
+        raise _refuse(i.site, f"{argument.key} {name[:80]!r} is not known before")
+    if isinstance(argument.role, Constant):
+        if name not in program.constants:
+            raise _refuse(i.site, f"{argument.key} {name} is no constant")
+        if argument.role.type not in ("", program.registers[name].type):
+            raise _refuse(i.site, f"{argument.key} {name} is not of {argument.role.type}")
 
 
 def _check_together(program: p.IntegerProgram, i: p.Instruction) -> None:
-    """What some fields must be beside others, and some constants beside their type."""
-    numbers = [value for value in vars(i).values() if isinstance(value, tuple) and value and isinstance(value[0], int)]
-    if any(len(value) > 2 * _LARGEST_RANK for value in numbers):
-        raise _refuse(i.site, "too many axes")
+    """What some arguments must be beside others, and some constants beside their type."""
     match i:
-        case p.Requantize() | p.UniformSoftmax() | p.LayerNorm() if i.low > i.high:
-            raise _refuse(i.site, f"nothing lies from {i.low} to {i.high}")
-        case p.Convolution() if not len(i.stride) == len(i.padding) == len(i.dilation) == 2:
-            raise _refuse(i.site, "no two-dimensional convolution")
-        case p.LayerNorm() if i.factors and bool((program.constants[i.factors] >> 5).any()):
-            raise _refuse(i.site, f"{i.factors} is not from 0 to 31")
-        case p.LogSoftmax() | p.UniformSoftmax() if i.hidden and bool((program.constants[i.hidden] >> 1).any()):
-            raise _refuse(i.site, f"{i.hidden} is not 0 or 1")
-        case p.LogSoftmax() | p.UniformSoftmax() if bool((program.constants[i.octaves] & ~MOST_OCTAVES).any()):
-            raise _refuse(i.site, f"{i.octaves} is not from 0 to {MOST_OCTAVES}")
-        case p.LogSoftmax(published=True) if (i.steps, i.offset) != (1, 0):
-            raise _refuse(i.site, "the published rounding is to powers of two that begin at 1")
+        case p.Requantize():
+            _check_bounds(i)
+        case p.Convolution():
+            if not len(i.stride) == len(i.padding) == len(i.dilation) == 2:
+                raise _refuse(i.site, "no two-dimensional convolution")
+        case p.LayerNorm():
+            _check_bounds(i)
+            if i.factors and bool((program.constants[i.factors] >> 5).any()):
+                raise _refuse(i.site, f"{i.factors} is not from 0 to 31")
+        case p.SoftmaxToPowers():
+            _check_tables(program, i)
+            if i.zero > 16 * i.steps:
+                raise _refuse(i.site, f"zero {i.zero} is not from 1 to {16 * i.steps}")
+            if i.published and (i.steps, i.offset) != (1, 0):
+                raise _refuse(i.site, "the published rounding is to powers of two that begin at 1")
+        case p.SoftmaxToLevels():
+            _check_tables(program, i)
+            _check_bounds(i)
+        case p.Linear() | p.Product() | p.Multiply() | p.Lookup() | p.Sum() | p.Concat():
+            pass
+        case p.Reshape() | p.Permute() | p.Slice() | p.Roll() | p.Pad():
+            pass
+        case _:
+            assert_never(i)
+
+
+def _check_bounds(i: p.Requantize | p.LayerNorm | p.SoftmaxToLevels) -> None:
+    if i.low > i.high:
+        raise _refuse(i.site, f"nothing lies from {i.low} to {i.high}")
+
+
+def _check_tables(program: p.IntegerProgram, i: p.Softmax) -> None:
+    if i.mask and bool((program.constants[i.mask] >> 1).any()):
+        raise _refuse(i.site, f"{i.mask} is not 0 or 1")
+    if bool((program.constants[i.octaves] & ~MOST_OCTAVES).any()):
+        raise _refuse(i.site, f"{i.octaves} is not from 0 to {MOST_OCTAVES}")

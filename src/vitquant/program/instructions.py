@@ -1,13 +1,13 @@
 """An integer program: typed registers, constants, and instructions that write each register once.
 
-Instructions say what they compute in terms of integers; `runtime.interpreter` is the definition.
+docs/program-format.md says what each instruction computes, and how a file holds it; `runtime.interpreter` does it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -52,8 +52,8 @@ def smallest_type(low: int, high: int, among: tuple[str, ...] = ("u4", "s4", "u8
 
 
 @dataclass(frozen=True)
-class Instruction:
-    """The base: what is written, and which site of the model it belongs to.
+class _Written:
+    """What every instruction has: the register that it writes, and the site of the model that it belongs to.
 
     Names of registers and constants are strings; a field ending in `_zero` is the code that stands for zero.
     """
@@ -63,7 +63,7 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class Linear(Instruction):
+class Linear(_Written):
     """sum over the last axis of (input - input_zero) * (weight - weight_zero) + bias."""
 
     input: str
@@ -74,7 +74,7 @@ class Linear(Instruction):
 
 
 @dataclass(frozen=True)
-class Convolution(Instruction):
+class Convolution(_Written):
     """The two-dimensional convolution of input - input_zero with weight - weight_zero, plus bias."""
 
     input: str
@@ -89,7 +89,7 @@ class Convolution(Instruction):
 
 
 @dataclass(frozen=True)
-class Product(Instruction):
+class Product(_Written):
     """The matrix product of left - left_zero and right - right_zero."""
 
     left: str
@@ -99,7 +99,7 @@ class Product(Instruction):
 
 
 @dataclass(frozen=True)
-class Multiply(Instruction):
+class Multiply(_Written):
     """(left - left_zero) * (right - right_zero), element by element; sizes of one are repeated."""
 
     left: str
@@ -109,8 +109,12 @@ class Multiply(Instruction):
 
 
 @dataclass(frozen=True)
-class Requantize(Instruction):
-    """clamp((sum of input * multiplier + addend) >> shift, low, high), the sum in 64 bits."""
+class Requantize(_Written):
+    """clamp((sum of input * multiplier + addend) >> shift, low, high), the sum in 64 bits.
+
+    Multipliers and addend are repeated along axes of size one, so each may be one number, or differ by channel, row,
+    head, or any of these together.
+    """
 
     inputs: tuple[str, ...]
     multipliers: tuple[str, ...]
@@ -121,8 +125,8 @@ class Requantize(Instruction):
 
 
 @dataclass(frozen=True)
-class LogSoftmax(Instruction):
-    """`integer.softmax.log_int_softmax`, or as published, of the last axis.
+class SoftmaxToPowers(_Written):
+    """Probabilities of the last axis as powers: `integer.softmax.log_int_softmax`, or as published.
 
     Arguments:
         zero: the code that means zero.
@@ -131,7 +135,7 @@ class LogSoftmax(Instruction):
     """
 
     input: str
-    hidden: str | None
+    mask: str | None
     values: str
     octaves: str
     zero: int
@@ -141,11 +145,11 @@ class LogSoftmax(Instruction):
 
 
 @dataclass(frozen=True)
-class UniformSoftmax(Instruction):
-    """`integer.softmax.integer_softmax` of the last axis, plus result_zero, clamped."""
+class SoftmaxToLevels(_Written):
+    """Probabilities of the last axis on equally spaced levels: `integer.softmax.integer_softmax`."""
 
     input: str
-    hidden: str | None
+    mask: str | None
     values: str
     octaves: str
     multiplier: int
@@ -156,7 +160,7 @@ class UniformSoftmax(Instruction):
 
 
 @dataclass(frozen=True)
-class LayerNorm(Instruction):
+class LayerNorm(_Written):
     """`integer.layer_norm.LayerNorm` of (input - input_zero) << factors."""
 
     input: str
@@ -172,7 +176,7 @@ class LayerNorm(Instruction):
 
 
 @dataclass(frozen=True)
-class Lookup(Instruction):
+class Lookup(_Written):
     """The table's entry for each code, `lowest` having the first."""
 
     input: str
@@ -181,7 +185,7 @@ class Lookup(Instruction):
 
 
 @dataclass(frozen=True)
-class Sum(Instruction):
+class Sum(_Written):
     """The sum of input - input_zero over some axes."""
 
     input: str
@@ -191,7 +195,7 @@ class Sum(Instruction):
 
 
 @dataclass(frozen=True)
-class Reshape(Instruction):
+class Reshape(_Written):
     """The same elements in another shape; -1 is what is left."""
 
     input: str
@@ -199,7 +203,7 @@ class Reshape(Instruction):
 
 
 @dataclass(frozen=True)
-class Permute(Instruction):
+class Permute(_Written):
     """The axes in another order."""
 
     input: str
@@ -207,7 +211,7 @@ class Permute(Instruction):
 
 
 @dataclass(frozen=True)
-class Slice(Instruction):
+class Slice(_Written):
     """Every `step`-th element along one axis."""
 
     input: str
@@ -218,7 +222,7 @@ class Slice(Instruction):
 
 
 @dataclass(frozen=True)
-class Roll(Instruction):
+class Roll(_Written):
     """The elements rotated along some axes."""
 
     input: str
@@ -227,7 +231,7 @@ class Roll(Instruction):
 
 
 @dataclass(frozen=True)
-class Pad(Instruction):
+class Pad(_Written):
     """Elements of one value around the input: as `torch.nn.functional.pad` counts them."""
 
     input: str
@@ -236,18 +240,20 @@ class Pad(Instruction):
 
 
 @dataclass(frozen=True)
-class Concat(Instruction):
+class Concat(_Written):
     """Registers joined along one axis; what has a batch of one is repeated."""
 
     inputs: tuple[str, ...]
     axis: int
 
 
-INSTRUCTIONS: tuple[type[Instruction], ...] = (
-    Linear, Convolution, Product, Multiply, Requantize, LogSoftmax, UniformSoftmax, LayerNorm, Lookup, Sum, Reshape,
-    Permute, Slice, Roll, Pad, Concat,
-)  # fmt: skip
-MOVES = (Reshape, Permute, Slice, Roll, Pad)
+Move = Reshape | Permute | Slice | Roll | Pad
+Softmax = SoftmaxToPowers | SoftmaxToLevels
+# Whatever treats instructions one by one ends in `assert_never`, so that pyright names every place a new one must go.
+Instruction = (
+    Linear | Convolution | Product | Multiply | Requantize | Softmax | LayerNorm | Lookup | Sum | Move | Concat
+)
+INSTRUCTIONS: tuple[type[Instruction], ...] = get_args(Instruction)
 
 
 @dataclass(frozen=True)

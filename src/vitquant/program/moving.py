@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 from torch import Tensor
 from torch.nn import functional
 
-from vitquant.program.instructions import Instruction, Pad, Permute, Reshape, Roll, Slice
+from vitquant.program.instructions import Move, Pad, Permute, Reshape, Roll, Slice
 
 
-def move(instruction: Instruction, x: Tensor) -> Tensor:
-    """The tensor rearranged, of any dtype.
-
-    Raises:
-        TypeError: the instruction is no move.
-    """
+def move(instruction: Move, x: Tensor) -> Tensor:
+    """The tensor rearranged, of any dtype that holds what it is padded with."""
     match instruction:
         case Reshape(shape=shape):
             return x.reshape(shape)
@@ -26,4 +24,4 @@ def move(instruction: Instruction, x: Tensor) -> Tensor:
         case Pad(amounts=amounts, value=value):
             return functional.pad(x, amounts, value=value)
         case _:
-            raise TypeError(f"{type(instruction).__name__} is no move")
+            assert_never(instruction)

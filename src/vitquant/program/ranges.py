@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from math import isqrt, prod
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -94,9 +95,9 @@ class _Proof:
                 return min(corners), max(corners)
             case p.Requantize() as i:
                 return self._requantized(i)
-            case p.LogSoftmax() as i:
-                return self._log_softmax(i)
-            case p.UniformSoftmax() as i:
+            case p.SoftmaxToPowers() as i:
+                return self._softmax_to_powers(i)
+            case p.SoftmaxToLevels() as i:
                 self._row_of_scores(i)
                 return i.low, i.high
             case p.LayerNorm() as i:
@@ -121,7 +122,7 @@ class _Proof:
                     self.row_sums[i.output] = self.row_sums[i.input]
                 return self.ranges[i.input]
             case _:
-                raise LoweringError(f"{instruction.site}: {type(instruction).__name__} has no proof; report this")
+                assert_never(instruction)
 
     def _less(self, name: str, zero: int) -> Range:
         low, high = self.ranges[name]
@@ -178,18 +179,18 @@ class _Proof:
 
     # Operations on codes.
 
-    def _row_of_scores(self, i: p.LogSoftmax | p.UniformSoftmax) -> int:
+    def _row_of_scores(self, i: p.Softmax) -> int:
         """The length of a row, after a look at whether the tables have an entry for each distance in it."""
         length = self.program.registers[i.input].shape[-1]
         if length > LONGEST_ROW:
             raise LoweringError(f"{i.site}: rows of {length} are longer than {LONGEST_ROW}; use smaller images")
         low, high = self.ranges[i.input]
-        levels = len(self.program.constants[i.values]) - 1  # the last entry is for what a mask hides
+        levels = len(self.program.constants[i.values]) - 1  # the last entry is for what is masked
         if high - low >= levels:
             raise LoweringError(f"{i.site}: scores from {low} to {high} leave a table of {levels} levels; report this")
         return length
 
-    def _log_softmax(self, i: p.LogSoftmax) -> Range:
+    def _softmax_to_powers(self, i: p.SoftmaxToPowers) -> Range:
         """Notes what 2**(-code / steps) sums to in a row at most, without the codes that mean zero.
 
         With the sum s >= 1 of a row's values and the offset f, an octave o gives at most c * 2**-(o + f) / s, c as in

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import prod
+from typing import assert_never
 
 from vitquant.errors import LoweringError
 from vitquant.program import instructions as p
+from vitquant.program.opcodes import opcode_of
 
 Shape = tuple[int, ...]
 
@@ -28,7 +30,7 @@ def written_shape(i: p.Instruction, shapes: Mapping[str, Shape]) -> Shape:
         shape = _shape(i, shapes)
         _need(sum(size < 0 for size in shape) <= 1, "has two sizes that grow with the batch")
     except _MisfitError as misfit:
-        raise LoweringError(f"{i.site}: {type(i).__name__} {misfit}; the program is not valid") from None
+        raise LoweringError(f"{i.site}: {opcode_of(i)} {misfit}; the program is not valid") from None
     return shape
 
 
@@ -77,10 +79,10 @@ def _shape(instruction: p.Instruction, shapes: Mapping[str, Shape]) -> Shape:
             for name in (*i.inputs, *i.multipliers):
                 shape = _broadcast(shape, shapes[name])
             return shape
-        case p.LogSoftmax() | p.UniformSoftmax() as i:
+        case p.SoftmaxToPowers() | p.SoftmaxToLevels() as i:
             (values,), (octaves,) = _of_rank(1, shapes[i.values]), _of_rank(1, shapes[i.octaves])
             _need(1 < values == octaves <= 2**16 + 1, f"has tables of {values} and {octaves} entries")
-            _fits(shapes, i.hidden, shapes[i.input])
+            _fits(shapes, i.mask, shapes[i.input])
             _row(shapes[i.input])
             return shapes[i.input]
         case p.LayerNorm() as i:
@@ -97,11 +99,13 @@ def _shape(instruction: p.Instruction, shapes: Mapping[str, Shape]) -> Shape:
             return tuple(left)
         case p.Concat() as i:
             return _concat(i, [shapes[name] for name in i.inputs])
-        case _:
+        case p.Reshape() | p.Permute() | p.Slice() | p.Roll() | p.Pad():
             return _moved(instruction, shapes)
+        case _:
+            assert_never(instruction)
 
 
-def _moved(instruction: p.Instruction, shapes: Mapping[str, Shape]) -> Shape:
+def _moved(instruction: p.Move, shapes: Mapping[str, Shape]) -> Shape:
     match instruction:
         case p.Reshape() as i:
             return _reshape(i, shapes[i.input])
@@ -128,7 +132,7 @@ def _moved(instruction: p.Instruction, shapes: Mapping[str, Shape]) -> Shape:
                 sizes[-axis] += before + after
             return tuple(sizes)
         case _:
-            raise _MisfitError("is not known")
+            assert_never(instruction)
 
 
 def _convolution(i: p.Convolution, shapes: Mapping[str, Shape]) -> Shape:

@@ -1,4 +1,7 @@
-"""An integer program as one file: safetensors, with the constants packed and the program as JSON in its metadata."""
+"""An integer program as one file: safetensors, with the constants packed and the program as JSON in its metadata.
+
+docs/program-format.md is the norm.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -18,11 +22,29 @@ from vitquant.files import write_file
 from vitquant.packing import pack, packed_size, unpack
 from vitquant.parsing import parse_json, read_file
 from vitquant.program import instructions as p
+from vitquant.program import opcodes
 from vitquant.program.checking import check_program, check_register
-from vitquant.schema import Integer, ListOf, Plain, Row, Table, TableOf, Text, check, of_type, shown, take
+from vitquant.program.opcodes import form, form_of, opcode_of
+from vitquant.schema import (
+    Flag,
+    Integer,
+    ListOf,
+    Number,
+    Plain,
+    Row,
+    Schema,
+    Table,
+    TableOf,
+    Text,
+    check,
+    maybe,
+    shown,
+    take,
+)
 
-FORMAT = 2
+FORMAT = 3
 _KEY = "vitquant_program"  # one key, as several would be written in any order
+_AFTER = 66  # characters behind what the digest is of: its own digits, a quotation mark and a brace
 _LARGEST = 2**36  # bytes; constants are held once packed and once in 64 bits
 _LONGEST_HEADER = 2**23  # bytes; that of a DeiT has 2**18
 
@@ -40,12 +62,21 @@ def save_program(program: p.IntegerProgram, path: str | Path, force: bool = Fals
         ExportError: the file cannot be written.
         CheckpointError: safetensors is not installed.
     """
+    write_file(Path(path), to_bytes(program), force)
+
+
+def to_bytes(program: p.IntegerProgram) -> bytes:
+    """What the file of a program holds.
+
+    Raises:
+        LoweringError: the program is not valid.
+        CheckpointError: safetensors is not installed.
+    """
     check_program(program)
     packed = {
         name: pack(values.cpu(), p.TYPES[program.registers[name].type][0]) for name, values in program.constants.items()
     }
-    text = _text({**_plain(program), "sha256": _digest(_plain(program), packed)})
-    write_file(Path(path), _safetensors().save(packed, {_KEY: text}), force)
+    return _safetensors().save(packed, {_KEY: sealed(plain(program), packed)})
 
 
 def load_program(path: str | Path) -> p.IntegerProgram:
@@ -59,9 +90,11 @@ def load_program(path: str | Path) -> p.IntegerProgram:
     if not os.path.isfile(path):
         raise CheckpointError(f"{path} is missing; give the file that a program was saved to")
     try:
-        values, packed = _read(path, safetensors)
+        text, packed = _read(path, safetensors)
+        values = parse_json(text, CheckpointError)
         _check_format(values)
-        if values.pop("sha256", None) != _digest(values, packed):
+        said = values.pop("sha256", None)
+        if said != _digest(text, packed) or not text.endswith(f'"sha256":"{said}"}}'):
             raise CheckpointError("it was altered since it was saved, its sha256 differs; copy it again")
         program = _program(values, packed)
         check_program(program)
@@ -70,8 +103,8 @@ def load_program(path: str | Path) -> p.IntegerProgram:
     return program
 
 
-def _read(path: Path, safetensors: Any) -> tuple[Any, dict[str, Tensor]]:
-    """The JSON and the tensors of a file."""
+def _read(path: Path, safetensors: Any) -> tuple[str, dict[str, Tensor]]:
+    """The JSON text and the tensors of a file."""
     content = read_file(path, _LARGEST, CheckpointError)
     length = int.from_bytes(content[:8], "little")
     if not 0 < length <= min(_LONGEST_HEADER, len(content) - 8):
@@ -85,7 +118,7 @@ def _read(path: Path, safetensors: Any) -> tuple[Any, dict[str, Tensor]]:
     header = parse_json(content[8 : 8 + length], CheckpointError).get("__metadata__", {})
     if _KEY not in header:
         raise CheckpointError("it is no saved program: it holds tensors only")
-    return parse_json(header[_KEY], CheckpointError), packed
+    return header[_KEY], packed
 
 
 def _check_format(values: Any) -> None:
@@ -97,13 +130,21 @@ def _check_format(values: Any) -> None:
         raise CheckpointError(f"it has format {values['format']}, older than {FORMAT}: lower its model again")
 
 
-def _text(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def sealed(values: Mapping[str, Any], packed: Mapping[str, Tensor]) -> str:
+    """The JSON text of a file: it ends in the digest of what stands before and of the constants' bytes.
+
+    Arguments:
+        values: from `plain`.
+        packed: uint8 bytes by the name of the constant.
+    """
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = f'{text[:-1]},"sha256":"{"0" * 64}"}}'
+    return f'{text[:-_AFTER]}{_digest(text, packed)}"}}'
 
 
-def _digest(values: Mapping[str, Any], packed: Mapping[str, Tensor]) -> str:
-    """The sha256 of the JSON and of the constants' bytes, in order of their names."""
-    found = hashlib.sha256(_text(values).encode())
+def _digest(text: str, packed: Mapping[str, Tensor]) -> str:
+    """The sha256 of the JSON text before the digest's digits, and of the constants' bytes in order of their names."""
+    found = hashlib.sha256(text[:-_AFTER].encode())
     for name in sorted(packed):
         found.update(packed[name].numpy().data)
     return found.hexdigest()
@@ -117,31 +158,38 @@ def _safetensors() -> Any:
     return safetensors.torch
 
 
-def _plain(program: p.IntegerProgram) -> dict[str, Any]:
+def plain(program: p.IntegerProgram) -> dict[str, Any]:
+    """A program as its file has it in JSON, all but the constants' values and the digest."""
+    facts = dict(program.facts)
     return {
         "format": FORMAT,
-        "input": program.input,
-        "output": program.output,
+        "inputs": [{"register": program.input, **facts.pop("input", {})}],
+        "outputs": [{"register": program.output, **facts.pop("output", {})}],
         "registers": {name: [each.type, list(each.shape)] for name, each in program.registers.items()},
-        "instructions": [{"kind": type(each).__name__, **vars(each)} for each in program.instructions],
+        "instructions": [_plain_instruction(each) for each in program.instructions],
         "codes": dict(program.codes),
-        "facts": dict(program.facts),
+        "facts": facts,
     }
+
+
+def _plain_instruction(i: p.Instruction) -> dict[str, Any]:
+    arguments = {each.key: each.of(i) for each in form_of(i).arguments}
+    return {"op": opcode_of(i), "site": i.site, "output": i.output, **arguments}
 
 
 # And back: nothing that was read is taken for what it should be.
 
 _NAME = Text(10_000)  # `check_program` says which names registers may have
-_KINDS = {kind.__name__: kind for kind in p.INSTRUCTIONS}
-_INSTRUCTIONS = {
-    name: Table({"kind": _NAME, **{field: of_type(hint) for field, hint in get_type_hints(kind).items()}})
-    for name, kind in _KINDS.items()
-}
+_SCALE = Number()  # and which scales and zero points there are
 _SCHEMA = Table(
     {
         "format": Integer(FORMAT, FORMAT),
-        "input": _NAME,
-        "output": _NAME,
+        "inputs": ListOf(
+            Table({"register": _NAME}, {"scale": _SCALE, "zero_point": Integer(), "low": Integer(), "high": Integer()}),
+            1,
+            1,
+        ),
+        "outputs": ListOf(Table({"register": _NAME}, {"scale": ListOf(_SCALE), "zero_point": Integer()}), 1, 1),
         "registers": TableOf(Row((_NAME, ListOf(Integer(), most=64))), _NAME),
         "instructions": ListOf(TableOf(Plain())),
         "codes": TableOf(_NAME, _NAME),
@@ -150,20 +198,55 @@ _SCHEMA = Table(
 )
 
 
+def _schema_of(role: opcodes.Role) -> Schema:
+    """What a file may have for an argument; `check_program` says which names and numbers fit."""
+    match role:
+        case opcodes.Read(several):
+            return ListOf(Text()) if several else Text()
+        case opcodes.Constant(_, optional, several):
+            one = maybe(Text()) if optional else Text()
+            return ListOf(one) if several else one
+        case opcodes.Number(_, _, several):
+            return ListOf(Integer()) if several else Integer()
+        case opcodes.Flag():
+            return Flag()
+        case _:
+            assert_never(role)
+
+
+_INSTRUCTIONS = {
+    opcode: Table(
+        {"op": Text(), "site": Text(), "output": Text()}
+        | {each.key: _schema_of(each.role) for each in form(opcode).arguments}
+    )
+    for opcode in opcodes.OPCODES
+}
+
+
 def _program(values: Mapping[str, Any], packed: Mapping[str, Tensor]) -> p.IntegerProgram:
     check(values, _SCHEMA, CheckpointError)
     registers = {name: p.Register(kind, tuple(shape)) for name, (kind, shape) in values["registers"].items()}
     for name, register in registers.items():
         check_register(name, register)
-    return p.IntegerProgram(
-        input=values["input"],
-        output=values["output"],
+    given, result = dict(values["inputs"][0]), dict(values["outputs"][0])
+    facts = dict(values["facts"])
+    if twice := [name for name in ("input", "output") if name in facts]:
+        raise CheckpointError(f"facts: {twice[0]!r} is what inputs and outputs say; name it otherwise")
+    program = p.IntegerProgram(
+        input=given.pop("register"),
+        output=result.pop("register"),
         registers=registers,
         constants={name: _constant(name, registers, packed[name]) for name in sorted(packed)},
         instructions=tuple(_instruction(n, each) for n, each in enumerate(values["instructions"])),
         codes=values["codes"],
-        facts=values["facts"],
     )
+    # JSON writes 1.0 as it likes.
+    if "scale" in given:
+        given["scale"] = float(given["scale"])
+    if "scale" in result:
+        result["scale"] = [float(each) for each in result["scale"]]
+    ends = {name: said for name, said in (("input", given), ("output", result)) if said}
+    return replace(program, facts={**ends, **facts})
 
 
 def _constant(name: str, registers: Mapping[str, p.Register], packed: Tensor) -> Tensor:
@@ -179,10 +262,9 @@ def _constant(name: str, registers: Mapping[str, p.Register], packed: Tensor) ->
 
 def _instruction(number: int, value: Mapping[str, Any]) -> p.Instruction:
     place = f"instructions[{number}]"
-    kind = take(value, "kind", Text(among=tuple(_KINDS)), CheckpointError, place)
-    check(value, _INSTRUCTIONS[kind], CheckpointError, place)
-    fields_of = {field: each for field, each in value.items() if field != "kind"}
-    given: dict[str, Any] = {
-        field: tuple(each) if isinstance(each, list) else each for field, each in fields_of.items()
-    }
-    return _KINDS[kind](**given)
+    opcode = take(value, "op", Text(among=opcodes.OPCODES), CheckpointError, place)
+    check(value, _INSTRUCTIONS[opcode], CheckpointError, place)
+    found = form(opcode)
+    given: dict[str, Any] = {each.field or each.key: value[each.key] for each in found.arguments}
+    given = {field: tuple(each) if isinstance(each, list) else each for field, each in given.items()}
+    return found.kind(output=value["output"], site=value["site"], **given)

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
-from vitquant.program.instructions import (
-    Convolution,
-    IntegerProgram,
-    Linear,
-    Multiply,
-    Product,
-    Sum,
-    type_limits,
-)
+from vitquant.program import instructions as p
 from vitquant.program.ranges import prove_ranges
 
 
@@ -33,7 +25,7 @@ class Accumulator:
     @property
     def headroom(self) -> int:
         """How many bits of the type are never used."""
-        _, most = type_limits(self.type)
+        _, most = p.type_limits(self.type)
         return most.bit_length() - max(self.high.bit_length(), (-self.low - 1).bit_length() if self.low < 0 else 0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,11 +33,24 @@ class Accumulator:
         return {"type": self.type, "low": self.low, "high": self.high, "headroom_bits": self.headroom}
 
 
-def accumulators(program: IntegerProgram) -> dict[str, Accumulator]:
+def accumulators(program: p.IntegerProgram) -> dict[str, Accumulator]:
     """For each site that sums, its accumulator; for one that sums several times, the fullest."""
     ranges, found = prove_ranges(program), dict[str, Accumulator]()
     for each in program.instructions:
-        if isinstance(each, Linear | Convolution | Product | Multiply | Sum):
+        if _sums(each):
             here = Accumulator(program.registers[each.output].type, *ranges[each.output])
             found[each.site] = min(here, found.get(each.site, here), key=lambda a: a.headroom)
     return found
+
+
+def _sums(instruction: p.Instruction) -> bool:
+    """Whether what an instruction writes is an accumulator."""
+    match instruction:
+        case p.Linear() | p.Convolution() | p.Product() | p.Multiply() | p.Sum():
+            return True
+        case p.Requantize() | p.SoftmaxToPowers() | p.SoftmaxToLevels() | p.LayerNorm() | p.Lookup() | p.Concat():
+            return False
+        case p.Reshape() | p.Permute() | p.Slice() | p.Roll() | p.Pad():
+            return False
+        case _:
+            assert_never(instruction)

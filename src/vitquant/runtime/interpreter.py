@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from vitquant.integer.softmax import distances, integer_softmax, log_int_softmax
 from vitquant.packing import code_dtype, pack, unpack
 from vitquant.program import instructions as p
 from vitquant.program.moving import move
+from vitquant.program.opcodes import reads
 from vitquant.program.shapes import all_shapes
 from vitquant.runtime.products import Products, convolution, exact_products, linear, operand
 
@@ -119,15 +121,15 @@ class Interpreter(nn.Module):
                 for name, multiplier in zip(i.inputs, i.multipliers, strict=True):
                     total = torch.addcmul(total, get(name), get(multiplier))
                 return total.bitwise_right_shift_(i.shift).clamp_(i.low, i.high)
-            case p.LogSoftmax() as i:
+            case p.SoftmaxToPowers() as i:
                 table = Exponential(get(i.values), get(i.octaves))
-                distance = distances(get(i.input), _true(maybe(i.hidden)), table)
+                distance = distances(get(i.input), _true(maybe(i.mask)), table)
                 if i.published:
                     return published_log_int_softmax(distance, table, i.zero)
                 return log_int_softmax(distance, table, i.zero, i.steps, i.offset)
-            case p.UniformSoftmax() as i:
+            case p.SoftmaxToLevels() as i:
                 table = Exponential(get(i.values), get(i.octaves))
-                distance = distances(get(i.input), _true(maybe(i.hidden)), table)
+                distance = distances(get(i.input), _true(maybe(i.mask)), table)
                 return (integer_softmax(distance, table, i.multiplier, i.shift) + i.result_zero).clamp(i.low, i.high)
             case p.LayerNorm() as i:
                 x = get(i.input) - i.input_zero
@@ -141,8 +143,10 @@ class Interpreter(nn.Module):
                 return (get(i.input) - i.input_zero).sum(i.axes, keepdim=i.keep)
             case p.Concat() as i:
                 return _concatenated([get(name) for name in i.inputs], i.axis)
+            case p.Reshape() | p.Permute() | p.Slice() | p.Roll() | p.Pad() as i:
+                return move(i, held(i.input).to(_dtype(self.program.registers[i.output].type)))
             case _:
-                return move(instruction, held(instruction.input))  # type: ignore[attr-defined]
+                assert_never(instruction)
 
 
 def _dtype(type: str) -> torch.dtype:
@@ -150,8 +154,8 @@ def _dtype(type: str) -> torch.dtype:
     return code_dtype(*p.TYPES[type])
 
 
-def _true(hidden: Tensor | None) -> Tensor | None:
-    return None if hidden is None else hidden > 0
+def _true(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask > 0
 
 
 def _concatenated(parts: list[Tensor], axis: int) -> Tensor:
@@ -161,7 +165,7 @@ def _concatenated(parts: list[Tensor], axis: int) -> Tensor:
 
 def _last_uses(program: p.IntegerProgram) -> dict[int, list[str]]:
     """For each instruction the registers that nobody reads after it."""
-    last = {name: index for index, each in enumerate(program.instructions) for name in p.reads(each)}
+    last = {name: index for index, each in enumerate(program.instructions) for name in reads(each)}
     found: dict[int, list[str]] = {}
     for name, index in last.items():
         if name != program.output:

@@ -1,0 +1,5 @@
+"""Conformance vectors: small programs with inputs and expected outputs, for whoever writes an engine."""
+
+from vitquant.conformance.vectors import all_vectors, write_vectors
+
+__all__ = ["all_vectors", "write_vectors"]

@@ -1,0 +1,166 @@
+"""Vectors of the instructions from codes to codes: softmax, LayerNorm, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from vitquant.conformance.drafting import Draft, Vector, codes_between, noise
+from vitquant.integer.exponential import exact_exponential, polynomial_exponential
+from vitquant.program import instructions as p
+
+_ROW = 8
+_NAMES = ("steps", "offset", "zero", "published")
+_POWERS = {
+    "halves": (1, 0, 15, False), "roots": (2, 0, 15, False), "published": (1, 0, 15, True),
+    "offset": (1, -9000, 15, False), "offset-of-roots": (2, -30_000, 32, False), "offset-up": (2, 5000, 31, False),
+    "one-power": (1, 0, 1, False), "published-16": (1, 0, 16, True),
+}  # fmt: skip
+_LEVELS = {
+    "bytes": (255 << 22, 22, 0, 0, 255, "u8"), "signed": (2**31 - 1, 24, -128, -128, 127, "s8"),
+    "finest": (2**31 - 1, 1, 0, 0, 2**31 - 1, "s32"), "coarse": (2**31 - 1, 28, 3, 4, 9, "u4"),
+    "nothing": (2**31 - 1, 46, 7, -8, 7, "s4"), "zero": (0, 20, -1, -8, 7, "s4"),
+}  # fmt: skip
+# One mask for all rows, one for each, one for each head: two rows are masked whole, one but for an entry.
+_MASKS = {
+    "": None,
+    "-mask-of-a-row": torch.tensor([0, 1, 0, 0, 1, 1, 0, 1]),
+    "-mask-of-rows": torch.tensor([[0] * 8, [1] * 8, [1] * 7 + [0], [0, 1] * 4]),
+    "-mask-of-heads": torch.tensor([[[0]], [[1]]]),
+}
+
+
+def operations_on_codes() -> Iterator[Vector]:
+    """All of them."""
+    for number, (mask, hidden) in enumerate(_MASKS.items()):
+        for name in list(_POWERS)[number :: len(_MASKS)] if number else _POWERS:
+            yield _powers(f"{name}{mask}", name, hidden)
+        for name in list(_LEVELS)[number :: len(_MASKS)] if number else _LEVELS:
+            yield _levels(f"{name}{mask}", name, hidden)
+    yield _scores_far_out()
+    for form in ("roots", "published"):
+        yield _last_digits(form)
+    yield from _layer_norms()
+    yield from _tables()
+
+
+def _rows(low: int, high: int) -> torch.Tensor:
+    """Scores with every distance, constant rows, and one far above the others."""
+    codes = codes_between(low, high, 2, 4, _ROW)
+    peak = torch.full((2, 4, _ROW), low)
+    peak[..., 2] = high
+    ladder = torch.linspace(low, high, 64).round().long().view(2, 4, _ROW).flip(-1)
+    return torch.cat([codes, peak[None], ladder[None]])
+
+
+def _tables_of(draft: Draft, scale: float, levels: int, polynomial: bool = False) -> dict[str, str]:
+    table = (polynomial_exponential if polynomial else exact_exponential)(scale, levels)
+    return {"values": draft.constant("u16", table.values), "octaves": draft.constant("s32", table.octaves)}
+
+
+def _powers(name: str, form: str, mask: torch.Tensor | None) -> Vector:
+    draft = Draft("u8", 2, 4, _ROW)
+    given = dict(zip(_NAMES, _POWERS[form], strict=True))
+    hidden = None if mask is None else draft.constant("u8", mask)
+    tables = _tables_of(draft, 0.7 if form in ("one-power", "roots") else 0.04, 256, polynomial=form == "published")
+    type = "u4" if given["zero"] <= 15 else "u8"
+    draft.emit(p.SoftmaxToPowers, type, input="x", mask=hidden, **tables, **given)
+    said = ", ".join(f"{key} {value}".lower() for key, value in given.items())
+    return draft.vector(f"softmax-to-powers-{name}", f"{said}; {_masked(mask)}", _rows(0, 255))
+
+
+def _levels(name: str, form: str, mask: torch.Tensor | None) -> Vector:
+    draft = Draft("s8", 2, 4, _ROW)
+    multiplier, shift, zero, low, high, type = _LEVELS[form]
+    hidden = None if mask is None else draft.constant("u8", mask)
+    given = {"multiplier": multiplier, "shift": shift, "result_zero": zero, "low": low, "high": high}
+    draft.emit(p.SoftmaxToLevels, type, input="x", mask=hidden, **_tables_of(draft, 0.05, 256), **given)
+    about = f"multiplier {multiplier}, shift {shift}, zero {zero}, codes {low} to {high}; {_masked(mask)}"
+    return draft.vector(f"softmax-to-levels-{name}", about, _rows(-128, 127))
+
+
+def _masked(mask: torch.Tensor | None) -> str:
+    return "nothing is masked" if mask is None else f"a mask of {tuple(mask.shape)}"
+
+
+def _scores_far_out() -> Vector:
+    """Scores of 32 bits in a narrow band far below zero: their tables are as long as the band, and the mask is last."""
+    draft = Draft("u4", 2, 4, _ROW)
+    one, addend = draft.constant("s32", 2), draft.constant("s64", -(2**21))
+    scores = draft.emit(p.Multiply, "s32", left="x", right=draft.constant("s8", 1), left_zero=10**6, right_zero=0)
+    low = draft.constant("u8", _MASKS["-mask-of-rows"])
+    tables = _tables_of(draft, 0.3, 16)
+    powers = {"zero": 15, "steps": 1, "offset": 0, "published": False}
+    codes = draft.emit(p.SoftmaxToPowers, "u4", input=scores, mask=low, **tables, **powers)
+    draft.emit(p.Requantize, "s32", inputs=(scores, codes), multipliers=(one, one), addend=addend, shift=1,
+               low=-(2**31), high=2**31 - 1)  # fmt: skip
+    about = "scores from -1000000 to -999985 of 32 bits, tables of 17 entries"
+    return draft.vector("softmax-far-out", about, _rows(0, 15))
+
+
+def _last_digits(form: str) -> Vector:
+    """Tables that are no exponentials: row sums of all sizes, and codes that tell the last digits of a logarithm."""
+    draft = Draft("u8", 32, 64)
+    tables = {
+        "values": draft.constant("u16", noise(8, 0, 65535, 257)),
+        "octaves": draft.constant("s32", torch.arange(257) * 16),
+    }
+    given = dict(zip(_NAMES, _POWERS[form], strict=True)) | {"zero": 16}
+    draft.emit(p.SoftmaxToPowers, "u8", input="x", mask=None, **tables, **given)
+    codes = noise(9, 0, 255, 1, 32, 64)
+    codes[..., 0] = 255
+    return draft.vector(
+        f"softmax-to-powers-last-digits-of-{form}", "tables of noise: the digits of the logarithm show", codes
+    )
+
+
+def _layer_norms() -> Iterator[Vector]:
+    cases = {  # type, channels, zero, epsilon, factors
+        "plain": ("u8", 24, 0, 1, False), "factors": ("u8", 24, 128, 40_000, True), "signed": ("s8", 6, -7, 1, True),
+        "wide": ("s16", 24, 0, 2**40, False), "largest-epsilon": ("s16", 24, 9, 2**60, True),
+        "one-channel": ("u8", 1, 3, 1, False), "two-channels": ("u4", 2, 15, 1, False),
+    }  # fmt: skip
+    for name, (given, channels, zero, epsilon, has_factors) in cases.items():
+        gains = noise(5, -(2**22), 2**22, channels)
+        gains[0], gains[-1] = 2**22, 0 if channels > 1 else 2**22
+        affine = {"multiplier": gains, "addend": noise(6, -(2**38), 2**38, channels), "shift": 32, "low": -120}
+        about = f"{channels} channels of {given}, zero {zero}, epsilon {epsilon}, {'' if has_factors else 'no '}factors"
+        draft, codes = _normalized(given, channels, zero, epsilon, has_factors, "s8", {**affine, "high": 127})
+        yield draft.vector(f"layer-norm-{name}", f"{about}; constant rows, a gain of zero", codes)
+        whole = {"multiplier": [2], "addend": 0, "shift": 1, "low": -(2**31), "high": 2**31 - 1}
+        draft, codes = _normalized(given, channels, zero, epsilon, has_factors, "s32", whole)
+        yield draft.vector(f"layer-norm-{name}-digits", f"{about}; all 16 digits of the normalized values", codes)
+
+
+def _normalized(
+    given: str, channels: int, zero: int, epsilon: int, has_factors: bool, type: str, affine: dict[str, Any]
+) -> tuple[Draft, torch.Tensor]:
+    """A LayerNorm and its input: rows of every kind, constant ones, and nearly constant ones."""
+    draft = Draft(given, 5, channels)
+    low, high = draft.registers["x"].limits
+    factors = draft.constant("u8", noise(7, 0, 3, channels)) if has_factors else None
+    multiplier, addend = draft.constant("s32", affine["multiplier"]), draft.constant("s64", affine["addend"])
+    most = max(abs(low - zero), abs(high - zero)) << (3 if has_factors else 0)
+    draft.emit(
+        p.LayerNorm, type, input="x", factors=factors, input_zero=zero, epsilon=epsilon, largest=most,
+        **{**affine, "multiplier": multiplier, "addend": addend},
+    )  # fmt: skip
+    near = torch.full((1, 5, channels), high)
+    near[..., 0] -= torch.arange(5)
+    return draft, torch.cat([codes_between(low, high, 5, channels), near])
+
+
+def _tables() -> Iterator[Vector]:
+    for given, written in (("u4", "s8"), ("s4", "u16"), ("u8", "s16"), ("s8", "u4"), ("s16", "s32"), ("u8", "s64")):
+        low, high = p.type_limits(given)
+        draft = Draft(given, 16)
+        if given == "s16":  # a table that begins before its first code and ends behind its last
+            draft.emit(p.Requantize, "s8", inputs=("x",), multipliers=(draft.constant("s32", 1),),
+                       addend=draft.constant("s64", 0), shift=12, low=-8, high=7)  # fmt: skip
+            draft.emit(p.Lookup, written, input="r0", table=draft.noisy(written, 20), lowest=-10)
+        else:
+            draft.emit(p.Lookup, written, input="x", table=draft.noisy(written, high - low + 1), lowest=low)
+        codes = torch.cat([codes_between(low, high, 16), torch.arange(low, low + 16)[None]])
+        yield draft.vector(f"lookup-{given}-{written}", f"a table of {written} for codes of {given}", codes)
