@@ -161,11 +161,19 @@ def softmax_to_levels(given, held):
 
 
 def layer_norm(given, held):
+    return norm(given, held, centered=True)
+
+
+def rms_norm(given, held):
+    return norm(given, held, centered=False)
+
+
+def norm(given, held, centered):
     factors = 0 if given["factors"] is None else held[given["factors"]]
     x = read(given, "input", held, "input_zero") << factors
     channels, epsilon = x.shape[-1], given["epsilon"]
     g = max(0, min(12, (62 - ((channels * given["largest"]) ** 2 + epsilon).bit_length()) // 2))
-    total = x.sum(-1, keepdims=True)
+    total = x.sum(-1, keepdims=True) * centered
     spread = channels * (x * x).sum(-1, keepdims=True) - total * total
     deviation = np.vectorize(isqrt, otypes=[np.int64])((spread + epsilon) << (2 * g))
     normal = ((channels * x - total) * (2 ** (50 + g) // deviation) + 2**33) >> 34
@@ -194,7 +202,7 @@ def concat(given, held):
 OPERATIONS = {
     "linear": linear, "convolution": convolution, "product": product, "multiply": multiply, "sum": summed,
     "requantize": requantize, "softmax_to_powers": softmax_to_powers, "softmax_to_levels": softmax_to_levels,
-    "layer_norm": layer_norm, "pad": pad, "slice": cut, "concat": concat,
+    "layer_norm": layer_norm, "rms_norm": rms_norm, "pad": pad, "slice": cut, "concat": concat,
     "lookup": lambda given, held: held[given["table"]][held[given["input"]] - given["lowest"]],
     "reshape": lambda given, held: held[given["input"]].reshape(given["shape"]),
     "permute": lambda given, held: held[given["input"]].transpose(given["axes"]),

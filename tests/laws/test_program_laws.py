@@ -184,8 +184,9 @@ class Maker:
         type = self.random.choice(CODES)
         low, high = p.type_limits(type)
         self.x = self.emit(
-            p.LayerNorm, type, input=self.x, factors=shifts, input_zero=zero, epsilon=self.random.choice([1, 2**40]),
-            largest=largest, multiplier=self.constant("s32", values=affine.multiplier),
+            self.random.choice([p.LayerNorm, p.RmsNorm]), type, input=self.x, factors=shifts, input_zero=zero,
+            epsilon=self.random.choice([1, 2**40]), largest=largest,
+            multiplier=self.constant("s32", values=affine.multiplier),
             addend=self.constant("s64", values=affine.addend), shift=affine.shift, low=low, high=high,
         )  # fmt: skip
 

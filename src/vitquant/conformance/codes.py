@@ -42,7 +42,8 @@ def operations_on_codes() -> Iterator[Vector]:
     yield _scores_far_out()
     for form in ("roots", "published"):
         yield _last_digits(form)
-    yield from _layer_norms()
+    for kind, name in ((p.LayerNorm, "layer-norm"), (p.RmsNorm, "rms-norm")):
+        yield from _norms(kind, name)
     yield from _tables()
 
 
@@ -116,7 +117,7 @@ def _last_digits(form: str) -> Vector:
     )
 
 
-def _layer_norms() -> Iterator[Vector]:
+def _norms(kind: type[p.Norm], of: str) -> Iterator[Vector]:
     cases = {  # type, channels, zero, epsilon, factors
         "plain": ("u8", 24, 0, 1, False), "factors": ("u8", 24, 128, 40_000, True), "signed": ("s8", 6, -7, 1, True),
         "wide": ("s16", 24, 0, 2**40, False), "largest-epsilon": ("s16", 24, 9, 2**60, True),
@@ -127,24 +128,31 @@ def _layer_norms() -> Iterator[Vector]:
         gains[0], gains[-1] = 2**22, 0 if channels > 1 else 2**22
         affine = {"multiplier": gains, "addend": noise(6, -(2**38), 2**38, channels), "shift": 32, "low": -120}
         about = f"{channels} channels of {given}, zero {zero}, epsilon {epsilon}, {'' if has_factors else 'no '}factors"
-        draft, codes = _normalized(given, channels, zero, epsilon, has_factors, "s8", {**affine, "high": 127})
-        yield draft.vector(f"layer-norm-{name}", f"{about}; constant rows, a gain of zero", codes)
+        draft, codes = _normalized(kind, given, channels, zero, epsilon, has_factors, "s8", {**affine, "high": 127})
+        yield draft.vector(f"{of}-{name}", f"{about}; constant rows, a gain of zero", codes)
         whole = {"multiplier": [2], "addend": 0, "shift": 1, "low": -(2**31), "high": 2**31 - 1}
-        draft, codes = _normalized(given, channels, zero, epsilon, has_factors, "s32", whole)
-        yield draft.vector(f"layer-norm-{name}-digits", f"{about}; all 16 digits of the normalized values", codes)
+        draft, codes = _normalized(kind, given, channels, zero, epsilon, has_factors, "s32", whole)
+        yield draft.vector(f"{of}-{name}-digits", f"{about}; all 16 digits of the normalized values", codes)
 
 
 def _normalized(
-    given: str, channels: int, zero: int, epsilon: int, has_factors: bool, type: str, affine: dict[str, Any]
+    kind: type[p.Norm],
+    given: str,
+    channels: int,
+    zero: int,
+    epsilon: int,
+    has_factors: bool,
+    written: str,
+    affine: dict[str, Any],
 ) -> tuple[Draft, torch.Tensor]:
-    """A LayerNorm and its input: rows of every kind, constant ones, and nearly constant ones."""
+    """A norm and its input: rows of every kind, constant ones, and nearly constant ones."""
     draft = Draft(given, 5, channels)
     low, high = draft.registers["x"].limits
     factors = draft.constant("u8", noise(7, 0, 3, channels)) if has_factors else None
     multiplier, addend = draft.constant("s32", affine["multiplier"]), draft.constant("s64", affine["addend"])
     most = max(abs(low - zero), abs(high - zero)) << (3 if has_factors else 0)
     draft.emit(
-        p.LayerNorm, type, input="x", factors=factors, input_zero=zero, epsilon=epsilon, largest=most,
+        kind, written, input="x", factors=factors, input_zero=zero, epsilon=epsilon, largest=most,
         **{**affine, "multiplier": multiplier, "addend": addend},
     )  # fmt: skip
     near = torch.full((1, 5, channels), high)

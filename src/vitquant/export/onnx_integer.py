@@ -18,6 +18,7 @@ from vitquant.export.onnx_moves import concatenate, move
 from vitquant.export.onnx_operations import (
     distances,
     normalize,
+    normalize_by_squares,
     published_softmax_to_powers,
     softmax_to_levels,
     softmax_to_powers,
@@ -133,11 +134,12 @@ class _Export:
                 distance = self._distances(i)
                 steps = softmax_to_levels(distance, self._read(i.values, np.int32), i.multiplier, i.shift)
                 return (steps + i.result_zero).clip(i.low, i.high)
-            case p.LayerNorm() as i:
+            case p.LayerNorm() | p.RmsNorm() as i:
                 x = self._read(i.input) - i.input_zero
                 if i.factors is not None:
                     x = x * self.graph.constant(1 << self.program.constants[i.factors], np.int64)
-                normalized = normalize(x, self._shape(i.input)[-1], i.epsilon, i.largest)
+                written = normalize if isinstance(i, p.LayerNorm) else normalize_by_squares
+                normalized = written(x, self._shape(i.input)[-1], i.epsilon, i.largest)
                 total = normalized * self._read(i.multiplier) + self._read(i.addend)
                 return shift_clamped(total, i.shift, i.low, i.high)
             case p.Lookup() as i:

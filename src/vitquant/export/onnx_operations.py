@@ -1,4 +1,4 @@
-"""LayerNorm and softmax of `integer` as ONNX graphs, line by line."""
+"""Norms and softmax of `integer` as ONNX graphs, line by line."""
 
 from __future__ import annotations
 
@@ -15,12 +15,22 @@ _LOWEST = -(1 << 31)  # where all of a row is masked, what is taken from it wrap
 
 def normalize(x: Value, channels: int, epsilon: int, largest: int) -> Value:
     """`integer.layer_norm.normalize` of int64 (..., channels)."""
-    guard = guard_bits(channels, largest, epsilon)
     total = x.sum()
     spread = (x * x).sum() * channels - total * total
-    deviation = square_root((spread + epsilon) * (1 << (2 * guard)))
-    reciprocal = x.graph.scalar(1 << (RECIPROCAL_BITS + guard), x.dtype) // deviation
-    return shift_right((x * channels - total) * reciprocal, RECIPROCAL_BITS - NORMALIZED_BITS)
+    return _divided_by_root(x * channels - total, spread, epsilon, channels, largest)
+
+
+def normalize_by_squares(x: Value, channels: int, epsilon: int, largest: int) -> Value:
+    """`integer.rms_norm.normalize` of int64 (..., channels)."""
+    return _divided_by_root(x * channels, (x * x).sum() * channels, epsilon, channels, largest)
+
+
+def _divided_by_root(x: Value, squares: Value, epsilon: int, channels: int, largest: int) -> Value:
+    """`integer.layer_norm.divided_by_root`."""
+    guard = guard_bits(channels, largest, epsilon)
+    root = square_root((squares + epsilon) * (1 << (2 * guard)))
+    reciprocal = x.graph.scalar(1 << (RECIPROCAL_BITS + guard), x.dtype) // root
+    return shift_right(x * reciprocal, RECIPROCAL_BITS - NORMALIZED_BITS)
 
 
 def distances(codes: Value, mask: Value | None, last: int) -> Value:

@@ -17,6 +17,7 @@ from vitquant.errors import CaptureError
 from vitquant.graph.einsum import einsum_to_matmul
 from vitquant.graph.masks import hidden_by_infinity, is_mask
 from vitquant.graph.operators import PRODUCTS, arguments, aten, calls, is_rearrangement, packet
+from vitquant.graph.rms_norm import name_rms_norms
 from vitquant.graph.walk import depends_on_input, root
 
 _LAST = 2**62  # `slice` writes "to the end" as the largest 64-bit integer
@@ -48,6 +49,7 @@ def canonicalize(module: GraphModule) -> None:
         elif _does_nothing(node):
             node.replace_all_uses_with(arguments(node)[0])
             graph.erase_node(node)
+    name_rms_norms(module)
     dynamic = depends_on_input(graph)
     for node in list(graph.nodes):
         if calls(node, PRODUCTS):

@@ -49,6 +49,11 @@ class SiteKind:
     map: bool = False
     channels_first: bool = False
 
+    @property
+    def of_tokens(self) -> bool:
+        """Whether it normalizes the channels of tokens."""
+        return self.norm and not self.channels_first
+
 
 _LAYER = ("input", "weight")
 _SUM, _RESCALING, _ON_CODES = IntegerForm.SUM, IntegerForm.RESCALING, IntegerForm.ON_CODES
@@ -57,7 +62,7 @@ KINDS: dict[str, SiteKind] = {
     "linear": SiteKind(_LAYER, _SUM, summed=("input",), rescaled=True, layer=True),
     "conv": SiteKind(_LAYER, _SUM, summed=("input",), rescaled=True, layer=True, channels_first=True),
     "layer_norm": SiteKind(form=_ON_CODES, widest=16, word="norm", norm=True),
-    "rms_norm": SiteKind(word="norm", norm=True),
+    "rms_norm": SiteKind(form=_ON_CODES, widest=16, word="norm", norm=True),
     "group_norm": SiteKind(word="norm", norm=True, channels_first=True),
     "batch_norm": SiteKind(form=_RESCALING, word="norm", norm=True, channels_first=True),
     "softmax": SiteKind(form=_ON_CODES, word="softmax", map=True),

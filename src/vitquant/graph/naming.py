@@ -274,7 +274,7 @@ def _name_in_stem(operation: Operation, structure: _Structure, taken: Counter[st
     _, kind, operands = operation
     if kind == "conv" and not taken["patch_embed"]:
         return "patch_embed"
-    if kind == "layer_norm":
+    if KINDS[kind].of_tokens:
         return "patch_embed.norm" if not taken["patch_embed.norm"] else ""
     if kind == "residual" and operands["rhs"] not in structure.dynamic:
         return "pos_embed"
@@ -284,7 +284,7 @@ def _name_in_stem(operation: Operation, structure: _Structure, taken: Counter[st
 def _name_behind(operation: Operation, structure: _Structure) -> str:
     """Behind the last block: the norm on its sum, pooling, and the linear layers that nothing but the output reads."""
     node, kind, operands = operation
-    if kind in ("linear", "layer_norm"):
+    if kind == "linear" or KINDS[kind].of_tokens:
         weighed = [other for other, other_kind, _ in structure.operations if other_kind in ("linear", "conv", "scores")]
         if kind == "linear":
             return "" if any(other is not node and structure.depends(other, node) for other in weighed) else "head"
@@ -296,7 +296,7 @@ def _name_behind(operation: Operation, structure: _Structure) -> str:
 def _name_of_merging(operation: Operation, structure: _Structure) -> str:
     """Between two blocks: a norm and a linear layer that lead from one stage to the next (patch merging)."""
     node, kind, _ = operation
-    if kind not in ("layer_norm", "linear"):
+    if kind != "linear" and not KINDS[kind].of_tokens:
         return ""
     outside = [
         other
@@ -308,4 +308,4 @@ def _name_of_merging(operation: Operation, structure: _Structure) -> str:
     ]
     if node not in outside:
         return ""
-    return f"merge.{outside.index(node)}.{'norm' if kind == 'layer_norm' else 'reduction'}"
+    return f"merge.{outside.index(node)}.{KINDS[kind].word or 'reduction'}"

@@ -49,17 +49,28 @@ def normalize(x: Tensor, epsilon: int, largest: int) -> Tensor:
         int64, at most sqrt(channels) * 2**16 in absolute value. Its error is 2**-17 for the rounding and, relative,
         2**-g / (C d) + C d 2**-50 for root and reciprocal, with C channels, the deviation d and g guard bits.
     """
-    channels, guard = x.shape[-1], guard_bits(x.shape[-1], largest, epsilon)
-    total = x.sum(-1, keepdim=True)
-    spread = channels * (x * x).sum(-1, keepdim=True) - total * total  # channels**2 * variance
-    deviation = square_root((spread + epsilon) << (2 * guard))  # channels * deviation * 2**guard, at least 1
-    reciprocal = torch.div(1 << (RECIPROCAL_BITS + guard), deviation, rounding_mode="floor")
-    return shift_right((channels * x - total) * reciprocal, RECIPROCAL_BITS - NORMALIZED_BITS)
+    channels, total = x.shape[-1], x.sum(-1, keepdim=True)
+    spread = channels * (x * x).sum(-1, keepdim=True) - total * total
+    return divided_by_root(channels * x - total, spread, epsilon, channels, largest)
+
+
+def divided_by_root(x: Tensor, squares: Tensor, epsilon: int, channels: int, largest: int) -> Tensor:
+    """x / sqrt(squares + epsilon), times 2**16, rounded.
+
+    Arguments:
+        x: int64 (..., channels), channels times what is normalized.
+        squares: int64 (..., 1), channels**2 times the mean of what is normalized, squared.
+        epsilon, channels, largest: as for `normalize`.
+    """
+    guard = guard_bits(channels, largest, epsilon)
+    root = square_root((squares + epsilon) << (2 * guard))  # channels * deviation * 2**guard, at least 1
+    reciprocal = torch.div(1 << (RECIPROCAL_BITS + guard), root, rounding_mode="floor")
+    return shift_right(x * reciprocal, RECIPROCAL_BITS - NORMALIZED_BITS)
 
 
 @dataclass(frozen=True)
-class LayerNorm:
-    """Everything that an integer LayerNorm is made of, but its input.
+class Norm:
+    """Everything that an integer norm of the last axis is made of, but its input.
 
     Arguments:
         epsilon: from `integer_epsilon`.
@@ -73,6 +84,10 @@ class LayerNorm:
     affine: Rescaling
     low: int
     high: int
+
+
+class LayerNorm(Norm):
+    """An integer LayerNorm."""
 
     def apply(self, x: Tensor) -> Tensor:
         """The codes of the normalized x, an int64 tensor (..., channels) on one scale."""

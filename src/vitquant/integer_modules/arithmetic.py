@@ -1,4 +1,4 @@
-"""How softmax, LayerNorm and activations are computed, as frozen data."""
+"""How softmax, norms and activations are computed, as frozen data."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "exponential": ("exact", "polynomial"),
     "softmax": ("integer", "published", "float"),
     "layer_norm": ("integer", "published", "float"),
+    "rms_norm": ("integer", "float"),
     "activation": ("table", "float"),
 }
 
@@ -24,6 +25,7 @@ class Arithmetic:
             equally spaced levels in float; or `float`.
         layer_norm: `integer`; `published`, FQ-ViT's with float statistics, which leaves inputs without
             power-of-two factors in float; or `float`.
+        rms_norm: `integer`, LayerNorm's arithmetic without the mean; or `float`.
         activation: `table`, one entry for each code; or `float`.
 
     Raises:
@@ -33,6 +35,7 @@ class Arithmetic:
     exponential: str = "exact"
     softmax: str = "integer"
     layer_norm: str = "integer"
+    rms_norm: str = "integer"
     activation: str = "table"
 
     def __post_init__(self) -> None:
@@ -44,4 +47,4 @@ class Arithmetic:
     @property
     def in_integers(self) -> bool:
         """Whether it asks for every kind in integers; the published LayerNorm has float statistics."""
-        return self.layer_norm == "integer" and "float" not in (self.softmax, self.activation)
+        return self.layer_norm == "integer" and "float" not in (self.softmax, self.rms_norm, self.activation)

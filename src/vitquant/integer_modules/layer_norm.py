@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from vitquant.integer import layer_norm as integer
 from vitquant.integer.arithmetic import Rescaling, rescaling
+from vitquant.integer.rms_norm import RmsNorm
 from vitquant.integer_modules.operation import IntegerOperation, NotIntegerError
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.uniform import UniformQuantizer
@@ -65,6 +66,7 @@ class IntegerLayerNorm(_LayerNorm):
 
     description = "integer sums and square root"
     widest_input = widest_result = 16
+    form: type[integer.LayerNorm] | type[RmsNorm] = integer.LayerNorm
     multiplier: Tensor
     addend: Tensor
     shift: int
@@ -78,11 +80,11 @@ class IntegerLayerNorm(_LayerNorm):
 
     def _codes(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         affine, spec = Rescaling(self.multiplier, self.addend, self.shift), self.result.spec
-        held = integer.LayerNorm(self.integer_epsilon, self.largest, affine, spec.qmin, spec.qmax)
+        held = self.form(self.integer_epsilon, self.largest, affine, spec.qmin, spec.qmax)
         return held.apply(self.integers(x))
 
-    def definition(self, channels: int, weight: Tensor | None, bias: Tensor | None) -> integer.LayerNorm:
-        """The integers that this LayerNorm is made of."""
+    def definition(self, channels: int, weight: Tensor | None, bias: Tensor | None = None) -> integer.Norm:
+        """The integers that this norm is made of."""
         source, result = self.source, self.result
         assert result.zero_point is not None
         gain, offset = self.affine(weight, bias)
@@ -90,7 +92,7 @@ class IntegerLayerNorm(_LayerNorm):
         ratio = (gain / step / 2**integer.NORMALIZED_BITS).broadcast_to(channels)
         offset = (offset / step + result.zero_point).broadcast_to(channels)
         shifts = 0 if source.factor is None else int(source.factor.max())
-        return integer.LayerNorm(
+        return self.form(
             epsilon=integer.integer_epsilon(self.epsilon, source.scale.item(), channels),
             largest=(source.spec.qmax - source.spec.qmin) << shifts,
             affine=rescaling(ratio, offset),

@@ -7,6 +7,7 @@ from functools import partial
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -21,6 +22,7 @@ from vitquant.integer_modules.activation import Elementwise, TableActivation
 from vitquant.integer_modules.arithmetic import Arithmetic
 from vitquant.integer_modules.layer_norm import IntegerLayerNorm, PublishedLayerNorm
 from vitquant.integer_modules.operation import IntegerOperation, NotIntegerError
+from vitquant.integer_modules.rms_norm import IntegerRmsNorm
 from vitquant.integer_modules.softmax import IntegerSoftmax, LogIntSoftmax, PublishedLogIntSoftmax
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.logarithmic import LogarithmicQuantizer
@@ -127,6 +129,13 @@ def _build(
                 raise NotIntegerError("it normalizes other than the last axis")
             form = PublishedLayerNorm if arithmetic.layer_norm == "published" else IntegerLayerNorm
             return form(source, result, given.get("epsilon", 1e-5)), (given.get("weight"), given.get("bias"))
+        case "rms_norm":
+            given = dict(zip(("shape", "weight", "epsilon"), arguments(node)[1:], strict=False))
+            if len(given["shape"]) != 1:
+                raise NotIntegerError("it normalizes other than the last axis")
+            epsilon = given.get("epsilon")  # torch's own where the model gives none
+            epsilon = torch.finfo(node.meta["dtype"]).eps if epsilon is None else epsilon
+            return IntegerRmsNorm(source, result, epsilon), (given.get("weight"),)
         case _:
             if node.all_input_nodes[1:]:
                 raise NotIntegerError("it has parameters")

@@ -11,6 +11,7 @@ from vitquant.graph.operators import arguments
 from vitquant.integer_modules import (
     IntegerLayerNorm,
     IntegerOperation,
+    IntegerRmsNorm,
     IntegerSoftmax,
     LogIntSoftmax,
     TableActivation,
@@ -24,6 +25,7 @@ from vitquant.program.instructions import (
     Lookup,
     Register,
     Reshape,
+    RmsNorm,
     SoftmaxToLevels,
     SoftmaxToPowers,
     smallest_type,
@@ -82,8 +84,8 @@ def _computed(
                 octaves=context.constant(f"{context.site}.octaves", table.octaves, "s32"),
                 multiplier=multiplier, shift=shift, result_zero=int(result.zero_point), low=low, high=high,
             )  # fmt: skip
-        case IntegerLayerNorm():
-            register = _layer_norm(context, node, operation, term, written)
+        case IntegerLayerNorm():  # and RMSNorm
+            register = _norm(context, node, operation, term, written)
         case TableActivation():
             table = result.integers(operation.table())
             register = context.emit(
@@ -110,13 +112,14 @@ def _softmax_to_powers(
     return Scaled((Powers(codes, zero, scale, steps=powers.steps),), nothing())
 
 
-def _layer_norm(context: Context, node: Node, operation: IntegerLayerNorm, term: Term, written: Register) -> str:
-    gain, bias = (context.static[p] if isinstance(p, Node) else None for p in arguments(node)[1:3])
-    definition, source = operation.definition(written.shape[-1], gain, bias), operation.source
+def _norm(context: Context, node: Node, operation: IntegerLayerNorm, term: Term, written: Register) -> str:
+    parameters = (context.static[p] if isinstance(p, Node) else None for p in arguments(node)[1:3])
+    definition, source = operation.definition(written.shape[-1], *parameters), operation.source
     factors = None if source.factor is None else context.constant(f"{context.site}.factors", source.factor, "u8")
     assert source.zero_point is not None
+    kind = RmsNorm if isinstance(operation, IntegerRmsNorm) else LayerNorm
     return context.emit(
-        LayerNorm, written, input=term.register, factors=factors, input_zero=int(source.zero_point),
+        kind, written, input=term.register, factors=factors, input_zero=int(source.zero_point),
         epsilon=definition.epsilon, largest=definition.largest,
         multiplier=context.constant(f"{context.site}.multiplier", definition.affine.multiplier, "s32"),
         addend=context.constant(f"{context.site}.addend", definition.affine.addend, "s64"),

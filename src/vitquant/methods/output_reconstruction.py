@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitquant.errors import CalibrationError, RecipeError, first_line
+from vitquant.graph.kinds import kinds_that
 from vitquant.graph.segments import IMAGES, Segment
 from vitquant.methods.context import Context
 from vitquant.model import QuantizedModel, Record
@@ -20,7 +21,7 @@ from vitquant.quantizers.learnable import LearnedScale
 from vitquant.spec import PowerOfTwoScale
 from vitquant.work import WorkState
 
-_NORMS = ("layer_norm", "rms_norm")  # those of tokens; others are of a convolutional stem
+_NORMS = kinds_that(of_tokens=True)
 
 
 @dataclass(frozen=True)

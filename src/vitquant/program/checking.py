@@ -186,7 +186,7 @@ def _check_together(program: p.IntegerProgram, i: p.Instruction) -> None:
         case p.Convolution():
             if not len(i.stride) == len(i.padding) == len(i.dilation) == 2:
                 raise _refuse(i.site, "no two-dimensional convolution")
-        case p.LayerNorm():
+        case p.LayerNorm() | p.RmsNorm():
             _check_bounds(i)
             if i.factors and bool((program.constants[i.factors] >> 5).any()):
                 raise _refuse(i.site, f"{i.factors} is not from 0 to 31")
@@ -207,7 +207,7 @@ def _check_together(program: p.IntegerProgram, i: p.Instruction) -> None:
             assert_never(i)
 
 
-def _check_bounds(i: p.Requantize | p.LayerNorm | p.SoftmaxToLevels) -> None:
+def _check_bounds(i: p.Requantize | p.Norm | p.SoftmaxToLevels) -> None:
     if i.low > i.high:
         raise _refuse(i.site, f"nothing lies from {i.low} to {i.high}")
 

@@ -160,8 +160,14 @@ class SoftmaxToLevels(_Written):
 
 
 @dataclass(frozen=True)
-class LayerNorm(_Written):
-    """`integer.layer_norm.LayerNorm` of (input - input_zero) << factors."""
+class _Norm(_Written):
+    """What the norms share.
+
+    Arguments:
+        factors: shifts of each channel; what is normalized is (input - input_zero) << factors.
+        epsilon, largest: see `integer.layer_norm.Norm`.
+        multiplier, addend, shift, low, high: from normalized values to codes.
+    """
 
     input: str
     factors: str | None
@@ -173,6 +179,16 @@ class LayerNorm(_Written):
     shift: int
     low: int
     high: int
+
+
+@dataclass(frozen=True)
+class LayerNorm(_Norm):
+    """`integer.layer_norm.LayerNorm`."""
+
+
+@dataclass(frozen=True)
+class RmsNorm(_Norm):
+    """`integer.rms_norm.RmsNorm`."""
 
 
 @dataclass(frozen=True)
@@ -249,10 +265,9 @@ class Concat(_Written):
 
 Move = Reshape | Permute | Slice | Roll | Pad
 Softmax = SoftmaxToPowers | SoftmaxToLevels
+Norm = LayerNorm | RmsNorm
 # Whatever treats instructions one by one ends in `assert_never`, so that pyright names every place a new one must go.
-Instruction = (
-    Linear | Convolution | Product | Multiply | Requantize | Softmax | LayerNorm | Lookup | Sum | Move | Concat
-)
+Instruction = Linear | Convolution | Product | Multiply | Requantize | Softmax | Norm | Lookup | Sum | Move | Concat
 INSTRUCTIONS: tuple[type[Instruction], ...] = get_args(Instruction)
 
 

@@ -14,7 +14,7 @@ from vitquant.program import instructions as p
 
 Opcode = Literal[
     "linear", "convolution", "product", "multiply", "requantize", "softmax_to_powers", "softmax_to_levels",
-    "layer_norm", "lookup", "sum", "reshape", "permute", "slice", "roll", "pad", "concat",
+    "layer_norm", "rms_norm", "lookup", "sum", "reshape", "permute", "slice", "roll", "pad", "concat",
 ]  # fmt: skip
 OPCODES: tuple[Opcode, ...] = get_args(Opcode)
 
@@ -116,6 +116,8 @@ def opcode_of(instruction: p.Instruction) -> Opcode:
             return "softmax_to_levels"
         case p.LayerNorm():
             return "layer_norm"
+        case p.RmsNorm():
+            return "rms_norm"
         case p.Lookup():
             return "lookup"
         case p.Sum():
@@ -201,7 +203,7 @@ def form(opcode: Opcode) -> Form:
                 Argument("output_zero", Number(-(2**31), 2**31 - 1), "result_zero"),
             )
             return Form(p.SoftmaxToLevels, (*_SOFTMAX, *levels, *_BOUNDS))
-        case "layer_norm":
+        case "layer_norm" | "rms_norm":
             normalized = (
                 _INPUT,
                 Argument("factors", Constant(optional=True)),
@@ -211,7 +213,8 @@ def form(opcode: Opcode) -> Form:
                 Argument("multiplier", Constant("s32")),
                 Argument("addend", Constant()),
             )
-            return Form(p.LayerNorm, (*normalized, _SHIFT, *_BOUNDS))
+            kind = p.LayerNorm if opcode == "layer_norm" else p.RmsNorm
+            return Form(kind, (*normalized, _SHIFT, *_BOUNDS))
         case "lookup":
             return Form(p.Lookup, (_INPUT, Argument("table", Constant()), Argument("lowest", Number())))
         case "sum":

@@ -100,8 +100,8 @@ class _Proof:
             case p.SoftmaxToLevels() as i:
                 self._row_of_scores(i)
                 return i.low, i.high
-            case p.LayerNorm() as i:
-                return self._layer_norm(i)
+            case p.LayerNorm() | p.RmsNorm() as i:
+                return self._norm(i)
             case p.Lookup() as i:
                 return self._looked_up(i)
             case p.Sum() as i:
@@ -224,8 +224,8 @@ class _Proof:
                 self.row_sums[i.output] = codes.row_of(powers)
         return self.ranges[i.table]
 
-    def _layer_norm(self, i: p.LayerNorm) -> Range:
-        """The bounds that `integer.layer_norm.normalize` states."""
+    def _norm(self, i: p.Norm) -> Range:
+        """The bounds that `normalize` of `integer.layer_norm` and `integer.rms_norm` state."""
         channels = self.program.registers[i.input].shape[-1]
         shifts = self.ranges[i.factors][1] if i.factors else 0
         found = _largest(self._less(i.input, i.input_zero)) << shifts

@@ -85,7 +85,7 @@ def _shape(instruction: p.Instruction, shapes: Mapping[str, Shape]) -> Shape:
             _fits(shapes, i.mask, shapes[i.input])
             _row(shapes[i.input])
             return shapes[i.input]
-        case p.LayerNorm() as i:
+        case p.LayerNorm() | p.RmsNorm() as i:
             for name in (i.factors, i.multiplier, i.addend):
                 _fits(shapes, name, (_row(shapes[i.input]),))
             return shapes[i.input]

@@ -48,7 +48,9 @@ def _sums(instruction: p.Instruction) -> bool:
     match instruction:
         case p.Linear() | p.Convolution() | p.Product() | p.Multiply() | p.Sum():
             return True
-        case p.Requantize() | p.SoftmaxToPowers() | p.SoftmaxToLevels() | p.LayerNorm() | p.Lookup() | p.Concat():
+        case p.Requantize() | p.SoftmaxToPowers() | p.SoftmaxToLevels() | p.Lookup() | p.Concat():
+            return False
+        case p.LayerNorm() | p.RmsNorm():
             return False
         case p.Reshape() | p.Permute() | p.Slice() | p.Roll() | p.Pad():
             return False

@@ -16,6 +16,7 @@ from vitquant.integer.activation import look_up
 from vitquant.integer.arithmetic import Rescaling
 from vitquant.integer.exponential import Exponential
 from vitquant.integer.layer_norm import LayerNorm
+from vitquant.integer.rms_norm import RmsNorm
 from vitquant.integer.softmax import distances, integer_softmax, log_int_softmax, published_log_int_softmax
 from vitquant.packing import code_dtype, pack, unpack
 from vitquant.program import instructions as p
@@ -131,12 +132,13 @@ class Interpreter(nn.Module):
                 table = Exponential(get(i.values), get(i.octaves))
                 distance = distances(get(i.input), _true(maybe(i.mask)), table)
                 return (integer_softmax(distance, table, i.multiplier, i.shift) + i.result_zero).clamp(i.low, i.high)
-            case p.LayerNorm() as i:
+            case p.LayerNorm() | p.RmsNorm() as i:
                 x = get(i.input) - i.input_zero
                 if i.factors is not None:
                     x = x << get(i.factors)
                 affine = Rescaling(get(i.multiplier), get(i.addend), i.shift)
-                return LayerNorm(i.epsilon, i.largest, affine, i.low, i.high).apply(x)
+                form = LayerNorm if isinstance(i, p.LayerNorm) else RmsNorm
+                return form(i.epsilon, i.largest, affine, i.low, i.high).apply(x)
             case p.Lookup() as i:
                 return look_up(get(i.input), get(i.table), i.lowest)
             case p.Sum() as i:
