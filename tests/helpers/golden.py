@@ -115,7 +115,7 @@ def digests(run: Run) -> dict[str, str]:
             program = interpreted(vitquant.lower(quantized))
         except LoweringError:
             return {**found, "program": "none"}
-        answers = [program.run(program.ends.encode(batch)) for batch in images.split(16)]
+        answers = [program.run(program.input.encode(batch)) for batch in images.split(16)]
     return {**found, "program": _digest(answers)}
 
 
