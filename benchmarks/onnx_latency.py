@@ -21,7 +21,7 @@ from real_deit import PREPROCESSING, SHARED, float_deit, row
 from rich.console import Console
 
 import vitquant
-from vitquant.export.onnx_integer import onnx_integer_model
+from vitquant.exports.onnx_integer import onnx_integer_model
 from vitquant.lowering import lower
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.runtime.onnxruntime import OnnxModel

@@ -5,7 +5,9 @@ In Python::
     model = vitquant.quantize(float_model, "default", calibration_batches)
     model.save("out")
     model = vitquant.load("out")
-    program = vitquant.lower(model)
+    vitquant.evaluate(model, labelled_batches, float_model=float_model)
+    vitquant.export(model, "onnx-integer", "model.onnx", calibration_batches)
+    logits = vitquant.lower(model).run(images)
     recipe, bits = vitquant.sensitivity(float_model, "vt-ptq", calibration_batches).allocate(mean_bits=6)
 """
 
@@ -18,15 +20,17 @@ if TYPE_CHECKING:
     from vitquant.allocation.sensitivity import sensitivity
     from vitquant.allocation.table import SensitivityTable
     from vitquant.errors import VitquantError
+    from vitquant.graph.captured import CapturedModel
     from vitquant.lowering import lower
     from vitquant.model import QuantizedModel
     from vitquant.pipeline import float_model, load, quantize
     from vitquant.program.instructions import IntegerProgram
+    from vitquant.workflows import BrokenPromiseError, compare, evaluate, export
     from vitquant.zoo import ModelSource
 
 __all__ = [
-    "IntegerProgram", "ModelSource", "QuantizedModel", "SensitivityTable", "VitquantError", "float_model", "load",
-    "lower", "quantize", "sensitivity",
+    "BrokenPromiseError", "CapturedModel", "IntegerProgram", "ModelSource", "QuantizedModel", "SensitivityTable",
+    "VitquantError", "compare", "evaluate", "export", "float_model", "load", "lower", "quantize", "sensitivity",
 ]  # fmt: skip
 
 _HOMES = {
@@ -37,6 +41,11 @@ _HOMES = {
     "VitquantError": "vitquant.errors",
     "float_model": "vitquant.pipeline",
     "load": "vitquant.pipeline",
+    "BrokenPromiseError": "vitquant.workflows",
+    "CapturedModel": "vitquant.graph.captured",
+    "compare": "vitquant.workflows",
+    "evaluate": "vitquant.workflows",
+    "export": "vitquant.workflows",
     "lower": "vitquant.lowering",
     "quantize": "vitquant.pipeline",
     "sensitivity": "vitquant.allocation.sensitivity",

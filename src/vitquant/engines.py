@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vitquant.errors import ExportError, LoweringError, VitquantError
-from vitquant.export.formats import ON_INTEGERS, exported
+from vitquant.exports.formats import ON_INTEGERS, exported
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
 from vitquant.model.saved import digest

@@ -101,7 +101,7 @@ def test_models_with_it_run_in_integers(norm: str, recipe: str, tmp_path) -> Non
     assert torch.equal(interpreted(vitquant.lower(vitquant.load(tmp_path / "out", model)))(IMAGES), expected)
     pytest.importorskip("onnxruntime")
     from vitquant.engines import on_images
-    from vitquant.export.formats import write
+    from vitquant.exports.formats import write
     from vitquant.runtime.onnxruntime import OnnxModel
 
     write(quantized, "onnx-integer", tmp_path / "integer.onnx")

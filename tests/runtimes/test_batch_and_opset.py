@@ -13,11 +13,11 @@ from exported_models import exported, photos, timm_swin, timm_vit
 import vitquant
 from vitquant.engines import on_images
 from vitquant.errors import ExportError
-from vitquant.export.formats import write
-from vitquant.export.onnx_integer import onnx_integer_model
-from vitquant.export.onnx_qdq import _export, onnx_qdq_model
-from vitquant.export.openvino import write_openvino
-from vitquant.export.sizes import OPSETS
+from vitquant.exports.formats import write
+from vitquant.exports.onnx_integer import onnx_integer_model
+from vitquant.exports.onnx_qdq import _export, onnx_qdq_model
+from vitquant.exports.openvino import write_openvino
+from vitquant.exports.sizes import OPSETS
 from vitquant.model import QuantizedModel
 from vitquant.runtime.fixed_batch import in_batches
 from vitquant.runtime.onnxruntime import OnnxModel

@@ -15,7 +15,7 @@ from vitquant import engines
 from vitquant.cli import main
 from vitquant.cli.evaluate import Engine
 from vitquant.cli.export import Format
-from vitquant.export.formats import PATHS, exported
+from vitquant.exports.formats import PATHS, exported
 from vitquant.lowering import lower
 from vitquant.model.saved import digest
 from vitquant.pipeline import load

@@ -19,7 +19,7 @@ from vitquant.conformance import all_vectors, write_vectors
 from vitquant.conformance.drafting import noise
 from vitquant.conformance.vectors import covered
 from vitquant.errors import ExportError
-from vitquant.export.onnx_integer import onnx_integer_model
+from vitquant.exports.onnx_integer import onnx_integer_model
 from vitquant.integer.layer_norm import guard_bits
 from vitquant.program import instructions as p
 from vitquant.program.opcodes import OPCODES, Constant, Flag, form

@@ -129,7 +129,7 @@ def test_a_float_model_of_another_library_is_no_saved_model(tmp_path):
 
 
 def test_what_was_exported_goes_with_its_model(saved):
-    from vitquant.export.formats import PATHS
+    from vitquant.exports.formats import PATHS
 
     assert set(PATHS.values()) == EXPORTED.keys() <= SAVED_MODEL.layout.keys()
     for name, layout in EXPORTED.items():

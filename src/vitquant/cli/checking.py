@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +15,11 @@ from vitquant.errors import DataError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from torch import Tensor, nn
 
     from vitquant.model import QuantizedModel
     from vitquant.parity import Form, ParityReport
+    from vitquant.progress import Progress
 
 BROKEN = 1  # the exit code
 _BATCH = 8
@@ -48,7 +50,40 @@ def compare_forms(
     repeated: dict[str, Any],
 ) -> ParityReport:
     """Run all forms of a model on the same images; the float model is among them where its weights are."""
-    from vitquant.parity import ALONE, examine
+    import vitquant
+
+    exact = all(form.exact for form in forms)
+    tensors, reference = compared_on(terminal, out, quantized, exact, data, images, preprocessing, weights, repeated)
+    with terminal.progress("comparing") as update:
+        return vitquant.compare(quantized, tensors, forms, float_model=reference, progress=shown_by(update))
+
+
+def shown_by(update: Callable[..., None]) -> Progress:
+    """The progress of a comparison on a bar."""
+
+    def show(what: str, done: int, total: int) -> None:
+        update(description=f"comparing: {what}", completed=done, total=total, unit="")
+
+    return show
+
+
+def compared_on(
+    terminal: Terminal,
+    out: Path,
+    quantized: QuantizedModel,
+    exact: bool,
+    data: Path | None,
+    images: int,
+    preprocessing: Path | None,
+    weights: str | None,
+    repeated: dict[str, Any],
+) -> tuple[list[Tensor], nn.Module | None]:
+    """The images that forms are compared on, and the float model where its weights are.
+
+    Arguments:
+        exact: whether all forms promise the integers bit for bit, for which the float model is not needed.
+    """
+    from vitquant.parity import ALONE
     from vitquant.tasks.images import batches, load_unlabelled, subset
 
     directory = data or _calibrated_on(quantized, out)
@@ -57,10 +92,9 @@ def compare_forms(
     steps = preprocessing_of(quantized, preprocessing)
     tensors = [each for each, _ in batches(chosen, steps, _BATCH)]
     reference = float_model(out, weights, repeated, terminal)
-    if reference is None and not all(form.exact for form in forms):
+    if reference is None and not exact:
         terminal.note(f"without it QDQ and OpenVINO promise no more than a cosine of {ALONE} with the simulation")
-    with terminal.progress("comparing") as update:
-        return examine(quantized, tensors, forms, reference, lambda what: update(description=f"comparing: {what}"))
+    return tensors, reference
 
 
 def shown(report: ParityReport) -> tuple[dict[str, Any], list[RenderableType]]:

@@ -63,7 +63,7 @@ def demo(
                 network, calibration, test = model(), batches("train", _BATCH), batches("test", _BATCH)
                 seen, asked = (sum(len(classes) for _, classes in data) for data in (calibration, test))
             with terminal.progress("float", asked) as update:
-                reference = evaluate(network, None, test, progress=lambda done: update(completed=done))
+                reference = evaluate(network, None, test, progress=lambda _, done, total: update(completed=done))
             tried: list[_Trial] = []
             left_out = []
             for recipe in recipes:
@@ -134,7 +134,7 @@ def _try(
     quantized = pipeline.quantize(network, recipe, stream, source=source(), preprocessing=steps, progress=show)
     name, computed, _ = default_engine(quantized)
     asked = sum(len(classes) for _, classes in test)
-    result = evaluate(computed, network, test, None, lambda done: show("evaluating", done, asked), engine=name)
+    result = evaluate(computed, network, test, None, lambda what, done, _: show(what, done, asked), engine=name)
     return _Trial(quantized, result, time.perf_counter() - started)
 
 

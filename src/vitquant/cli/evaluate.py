@@ -111,7 +111,12 @@ def evaluate(
             name, computed = _engine(engine, quantized, reference, out, threads, where, terminal)
         with terminal.progress("evaluating", len(labelled.items)) as update:
             result = classification.evaluate(
-                computed, reference, labelled, count, progress=lambda done: update(completed=done), engine=name
+                computed,
+                reference,
+                labelled,
+                count,
+                progress=lambda _, done, total: update(completed=done),
+                engine=name,
             )
         for note in items.notes:
             terminal.note(note)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vitquant.cli import options
-from vitquant.cli.checking import Data, Images, compare_forms, end, shown
+from vitquant.cli.checking import Data, Images, compared_on, end, shown, shown_by
 from vitquant.cli.evaluate import Weights
 from vitquant.cli.terminal import Terminal
 
@@ -77,11 +77,10 @@ def export(
     """
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
-            from vitquant.engines import forms_of
-            from vitquant.export.formats import PATHS, check_options, kind_of, write
-            from vitquant.files import discard
+            from vitquant.exports.formats import ON_INTEGERS, PATHS, check_options, kind_of
             from vitquant.pipeline import load
             from vitquant.report.tables import facts
+            from vitquant.workflows import write_compared
 
             check_options(format, float_io, batch, opset)
             path = (out / PATHS[format] if output is None else output).absolute()
@@ -90,13 +89,13 @@ def export(
             with terminal.progress("loading"):
                 options.choose_device(options.Device.CPU, threads)
                 quantized = load(out, **repeated)
-            with terminal.progress("exporting"):
-                write(quantized, format, new, float_io=float_io, batch=batch, opset=opset)
-                size = _size(new)
-                forms = forms_of(new, format, quantized)
-            report = compare_forms(terminal, out, quantized, forms, data, images, preprocessing, weights, repeated)
-            if report.broken:
-                discard(new)
+            tensors, reference = compared_on(
+                terminal, out, quantized, format in ON_INTEGERS, data, images, preprocessing, weights, repeated
+            )
+            written = {"float_io": float_io, "batch": batch, "opset": opset}
+            with terminal.progress("exporting") as update:
+                report = write_compared(quantized, format, new, tensors, written, reference, shown_by(update))
+            size = 0 if report.broken else _size(new)
         values, tables = shown(report)
         where = "nowhere, since a promise is broken" if report.broken else f"{path}, {size / 1e6:.1f} MB"
         about = {"output": None if report.broken else str(path), "format": str(format), "bytes": size}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitquant.errors import VitquantError
-from vitquant.export.sizes import LARGEST_BATCH
+from vitquant.exports.sizes import LARGEST_BATCH
 
 if TYPE_CHECKING:
     import torch

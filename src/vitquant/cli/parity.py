@@ -78,7 +78,7 @@ def parity(
 
 def _forms(quantized: QuantizedModel, out: Path, against: list[Runtime], scratch: Path) -> list[Form]:
     from vitquant.engines import forms_of, program_of
-    from vitquant.export.formats import ON_INTEGERS, PATHS, exported, write
+    from vitquant.exports.formats import ON_INTEGERS, PATHS, exported, write
 
     found = exported(out)
     if not against and found:

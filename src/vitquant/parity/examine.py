@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from vitquant.model.simulation import ExactSimulation
 from vitquant.parity.comparison import Comparison, as_close_as, bit_exact, compare, same_classes
 from vitquant.parity.flips import Flips, flipped_codes
 from vitquant.program.instructions import IntegerProgram
+from vitquant.progress import Progress, silent
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.runtime.on_images import OnImages, interpreted, quantization_of
 from vitquant.runtime.products import exact_int64
@@ -75,7 +77,7 @@ def examine(
     batches: Sequence[Tensor],
     forms: Sequence[Form] = (),
     float_model: Callable[[Tensor], Any] | None = None,
-    progress: Callable[[str], object] = lambda what: None,
+    progress: Progress = silent,
 ) -> ParityReport:
     """Run the forms of a model on the same images, and compare them.
 
@@ -84,13 +86,19 @@ def examine(
         batches: images, float32 (batch, channels, height, width); gone through several times.
         forms: what was exported, besides the model itself and its integer program; in the processor's memory.
         float_model: what it was made from.
-        progress: called with what is being run.
+        progress: told which form is run, how many were, and how many there are.
     """
-    progress("simulation")
+    told = count()
+    total = 5 + (float_model is not None) + len(forms)
+
+    def run_next(what: str) -> None:
+        progress(what, next(told), total)
+
+    run_next("simulation")
     single, floats, comparisons = run(model, batches), None, []
     usual = None
     if float_model is not None:
-        progress("float model")
+        run_next("float model")
         floats = run(float_model, batches)
         usual = compare("simulation", single, "float model", floats)
         comparisons.append(usual)
@@ -100,9 +108,9 @@ def examine(
         comparisons += [_rounding(form, run(form.run, batches), single, usual) for form in forms if not form.exact]
         comparisons += [_of_no_program(form) for form in forms if form.exact]
         return ParityReport(tuple(comparisons), refused=str(reason))
-    progress("simulation in float64")
+    run_next("simulation in float64")
     double = run(ExactSimulation(model), batches).float()  # its rounding is that of the codes in float32
-    progress("integer program")
+    run_next("integer program")
     device = next(model.parameters()).device
     integers = run(interpreted(program).to(device), batches)
     comparisons.append(compare("simulation", single, "float64 simulation", double))
@@ -111,15 +119,15 @@ def examine(
     if floats is not None:
         comparisons.append(compare("integer program", integers, "float model", floats))
     for form in forms:
-        progress(form.name)
+        run_next(form.name)
         if form.exact:
             comparisons += _exact(form, program, batches, integers)
         else:
             comparisons.append(_rounding(form, run(form.run, batches), single, usual))
-    progress("int64 definition")
+    run_next("int64 definition")
     definition = Form("int64 definition", Interpreter(program, exact_int64), exact=True, on_codes=True)
     comparisons += _exact(definition, program, [batches[0][:_FEW]], integers[:_FEW])
-    progress("codes of every site")
+    run_next("codes of every site")
     flips = flipped_codes(model, program, [batches[0][:_FED]])
     return ParityReport(tuple(comparisons), tuple(flips))
 

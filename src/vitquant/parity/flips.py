@@ -14,6 +14,7 @@ from vitquant.integer_modules import IntegerOperation
 from vitquant.model import QuantizedModel
 from vitquant.model.simulation import ExactSimulation
 from vitquant.program.instructions import IntegerProgram
+from vitquant.progress import Progress, silent
 from vitquant.quantizers import Quantizer
 from vitquant.runtime.interpreter import Interpreter
 
@@ -56,7 +57,7 @@ def flipped_codes(
     model: QuantizedModel,
     program: IntegerProgram,
     batches: Iterable[Tensor],
-    progress: Callable[[int], object] | None = None,
+    progress: Progress = silent,
 ) -> list[Flips]:
     """Which codes the integers round otherwise than the simulation does, site by site.
 
@@ -68,7 +69,7 @@ def flipped_codes(
         model: calibrated.
         program: what `lower` made of it.
         batches: images, float32 (batch, channels, height, width).
-        progress: called with the number of images done.
+        progress: told how many images are done, of 0 where that is not known.
     """
     counts: dict[str, list[int]] = {}
     interpreter, done = Interpreter(program).to(next(model.parameters()).device), 0
@@ -78,8 +79,7 @@ def flipped_codes(
             with torch.inference_mode():
                 _count(exact, program, interpreter, part, counts)
             done += len(part)
-            if progress is not None:
-                progress(done)
+            progress("codes of every site", done, 0)
     made_by = _makers(model)
     return [Flips(name, made_by[name], *numbers) for name, numbers in counts.items()]
 

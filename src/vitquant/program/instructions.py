@@ -6,7 +6,8 @@ docs/program-format.md says what each instruction computes, and how a file holds
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 from torch import Tensor
@@ -293,9 +294,22 @@ class IntegerProgram:
     codes: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    def run(self, images: Tensor) -> Tensor:
+        """The logits, float32 (batch, classes), of float32 images (batch, channels, height, width).
 
-def reads(instruction: Instruction) -> tuple[str, ...]:
-    """The registers and constants that an instruction reads."""
-    values = [getattr(instruction, each.name) for each in fields(instruction) if each.name not in ("output", "site")]
-    flat = [word for value in values for word in (value if isinstance(value, tuple) else (value,))]
-    return tuple(word for word in flat if isinstance(word, str))
+        They are those of `runtime.interpreter`, which is made anew for each call: for many batches keep what
+        `runtime.on_images.interpreted` gives.
+
+        Raises:
+            LoweringError: the program does not say what its codes stand for.
+            CaptureError: images of another size.
+        """
+        from vitquant.runtime.on_images import interpreted
+
+        return interpreted(self)(images)
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write the program to one file, see `program.storage.save_program`."""
+        from vitquant.program.storage import save_program
+
+        save_program(self, path, force)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitquant.errors import DataError, ModelError
+from vitquant.progress import Progress, silent
 from vitquant.tasks.classes import refuse_features
 from vitquant.tasks.doubt import Z95, doubt
 from vitquant.tasks.images import ImageBatches
@@ -49,7 +50,7 @@ def evaluate(
     float_model: Callable[[Tensor], Any] | None,
     batches: Iterable[tuple[Tensor, Tensor]],
     num_classes: int | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress = silent,
     engine: str = "simulated",
 ) -> ClassificationResult:
     """Run a model, and its float model if given, over labelled batches, holding counts alone.
@@ -58,7 +59,7 @@ def evaluate(
         model, float_model: modules (run in eval mode, on their own device) or any callables that
             give logits of shape (images, classes), bare or as `.logits`.
         num_classes: how many logits there must be.
-        progress: called with the number of images done, after each batch.
+        progress: told after each batch how many images are done, of how many where that is known (else of 0).
 
     Raises:
         ModelError: logits of another shape or not finite (the first such image is named), or a model without a head.
@@ -82,8 +83,7 @@ def evaluate(
                 if values is not None:
                     _check(values, who, len(labels), num_classes, batches, counts.images)
             counts.add(logits, reference, labels)
-            if progress is not None:
-                progress(counts.images)
+            progress("evaluating", counts.images, len(batches.items) if isinstance(batches, ImageBatches) else 0)
     return counts.result(engine, seconds)
 
 

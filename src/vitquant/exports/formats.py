@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from vitquant.errors import ExportError
-from vitquant.export.sizes import check_batch_and_opset
+from vitquant.exports.sizes import check_batch_and_opset
 from vitquant.files import Directory, recover, replacing, write_file
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
@@ -53,7 +53,7 @@ def kind_of(format: str, path: str | Path) -> Directory | None:
     if target.name in (TENSORS, CONFIG) and is_saved_model(target.parent):
         raise ExportError(f"{path} is a file of the saved model; give another path")
     if format == "openvino":
-        from vitquant.export.openvino import OPENVINO_MODEL
+        from vitquant.exports.openvino import OPENVINO_MODEL
 
         return OPENVINO_MODEL
     return None
@@ -95,14 +95,14 @@ def write(
 
                 save_program(lower(model), new)
             case "onnx-integer":
-                from vitquant.export.onnx_integer import onnx_integer_model
+                from vitquant.exports.onnx_integer import onnx_integer_model
 
                 write_file(new, onnx_integer_model(lower(model), float_io, batch, opset).SerializeToString())
             case "onnx-qdq":
-                from vitquant.export.onnx_qdq import onnx_qdq_model
+                from vitquant.exports.onnx_qdq import onnx_qdq_model
 
                 write_file(new, onnx_qdq_model(model, batch, opset).SerializeToString())
             case _:
-                from vitquant.export.openvino import write_openvino
+                from vitquant.exports.openvino import write_openvino
 
                 write_openvino(model, new, batch=batch)

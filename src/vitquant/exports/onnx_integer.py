@@ -12,10 +12,10 @@ from typing import Any, assert_never
 import numpy as np
 
 from vitquant.errors import ExportError
-from vitquant.export.onnx_arithmetic import shift_clamped
-from vitquant.export.onnx_builder import UINT4_OPSET, Graph, ModelProto, Value
-from vitquant.export.onnx_moves import concatenate, move
-from vitquant.export.onnx_operations import (
+from vitquant.exports.onnx_arithmetic import shift_clamped
+from vitquant.exports.onnx_builder import UINT4_OPSET, Graph, ModelProto, Value
+from vitquant.exports.onnx_moves import concatenate, move
+from vitquant.exports.onnx_operations import (
     distances,
     normalize,
     normalize_by_squares,
@@ -23,8 +23,8 @@ from vitquant.export.onnx_operations import (
     softmax_to_levels,
     softmax_to_powers,
 )
-from vitquant.export.onnx_products import Bytes, bytes_of, convolution, matmul
-from vitquant.export.sizes import check_batch_and_opset
+from vitquant.exports.onnx_products import Bytes, bytes_of, convolution, matmul
+from vitquant.exports.sizes import check_batch_and_opset
 from vitquant.program import instructions as p
 from vitquant.program.shapes import all_shapes
 from vitquant.runtime.metadata import to_metadata

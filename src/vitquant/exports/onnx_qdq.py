@@ -20,14 +20,14 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from vitquant.errors import ExportError
-from vitquant.export.qdq_operators import (
+from vitquant.exports.qdq_operators import (
     FloatOperation,
     LinearOperators,
     QuantizeDequantize,
     StoredCodes,
     quantizer_operator,
 )
-from vitquant.export.sizes import OPSETS, check_batch_and_opset
+from vitquant.exports.sizes import OPSETS, check_batch_and_opset
 from vitquant.graph.operators import LINEAR, arguments, aten, calls
 from vitquant.integer_modules import IntegerOperation
 from vitquant.model import QuantizedModel
@@ -83,7 +83,7 @@ def onnx_qdq_model(model: QuantizedModel, batch: int | None = None, opset: int |
     if foreign:
         raise ExportError(f"the model holds {foreign[0]}; quantize the model in float32: model.float()")
     _require_extra()
-    from vitquant.export.qdq_rewriting import rewrite
+    from vitquant.exports.qdq_rewriting import rewrite
 
     with torch.no_grad():
         module = _with_operators(model)
