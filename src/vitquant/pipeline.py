@@ -31,6 +31,7 @@ from vitquant.model.saved import restore
 from vitquant.plain_forward import plain_forward
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Recipe, requested
+from vitquant.recipe.override import Settings
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.unwrapping import unwrapped
 from vitquant.work import WorkDirectory
@@ -50,7 +51,7 @@ def quantize(
     data: Iterable[Batch],
     *,
     bits: str | None = None,
-    settings: Sequence[str] = (),
+    settings: Settings = (),
     simulated: bool = False,
     source: ModelSource | None = None,
     preprocessing: Mapping[str, Any] | None = None,
@@ -70,7 +71,7 @@ def quantize(
             with one, or mappings with `pixel_values`. A recipe of several methods reads them several times, which
             a list or a DataLoader allows and a generator does not; image size is that of the first.
         bits: replaces the recipe's, such as "w8a8s4".
-        settings: replaces single keys of the recipe, such as "weights.observer=omse".
+        settings: replaces single keys of the recipe: {"weights.observer": "omse"}, or ["weights.observer=omse"].
         simulated: take the model also where its recipe promises integers and some of it cannot be computed so.
         source: where the model came from; with it `load(directory)` needs nothing else.
         preprocessing: the model's, timm's data-configuration keys; saved with the model.

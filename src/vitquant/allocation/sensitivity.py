@@ -23,6 +23,7 @@ from vitquant.model.saved import stored_bytes
 from vitquant.pipeline import quantize
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Bits, Method, Recipe, requested
+from vitquant.recipe.override import Settings
 from vitquant.spec import MAX_BITS, MIN_BITS
 from vitquant.work import WorkDirectory
 
@@ -40,7 +41,7 @@ def sensitivity(
     *,
     bits: str | None = None,
     candidates: Sequence[int] = CANDIDATES,
-    settings: Sequence[str] = (),
+    settings: Settings = (),
     progress: Progress = silent,
     work: str | Path | None = None,
 ) -> SensitivityTable:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 from vitquant.errors import RecipeError
@@ -17,7 +18,10 @@ _SPEC_KEYS = SPEC_KEYS + tuple(key for name in SCHEMES for key in scheme_keys(na
 _RULE_KEYS = tuple(key for key in RULE_KEYS if key not in ("name", "overlay"))
 
 
-def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+Settings = Sequence[str] | Mapping[str, Any]
+
+
+def override(recipe: Recipe, settings: Settings) -> Recipe:
     """The recipe with some keys set; all settings are applied before the result is checked.
 
     A key of a rule is one of the rule's (`observer`) or of its spec (`spec.bits`, or `bits` for short).
@@ -25,8 +29,9 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     one when `scheme` and `bits` are set, and `float=true` drops spec and observer.
 
     Arguments:
-        settings: `target.key=value`; target is a rule, a method or `calibration`. Values are TOML,
-            and a bare word is a string: `norm-inputs.observer=omse`, `weights.bits=4`.
+        settings: a mapping of `target.key` to plain values, {"weights.bits": 4}; or texts `target.key=value`, whose
+            values are TOML, and a bare word is a string: `norm-inputs.observer=omse`. A target is a rule, a method or
+            `calibration`.
 
     Raises:
         RecipeError: an unknown target or key (with the nearest), or a value that does not fit. Keys of
@@ -35,18 +40,17 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     table = deepcopy(recipe.to_dict())
     rules = {rule["name"]: rule for rule in table["rule"]}
     methods = {method["name"]: method for method in table["method"]}
-    for setting in settings:
-        with within(f"--set {setting!r}"):
-            path, equals, text = setting.partition("=")
+    for written, path, value in _assignments(settings):
+        with within(written):
             target, *keys = path.strip().split(".")
-            if not equals or not keys or not all(keys):
+            if not keys or not all(keys):
                 raise RecipeError("write target.key=value, as in weights.bits=4")
             if target in rules:
-                _set_in_rule(rules[target], keys, _value(text))
+                _set_in_rule(rules[target], keys, value())
             elif target in methods:
-                _set_in_method(methods[target], keys, _value(text))
+                _set_in_method(methods[target], keys, value())
             elif target == "calibration":
-                table["calibration"][".".join(keys)] = _value(text)
+                table["calibration"][".".join(keys)] = value()
             else:
                 raise RecipeError(f"no rule or method {target!r}; {nearest(target, (*rules, *methods, 'calibration'))}")
     for rule in rules.values():
@@ -56,6 +60,17 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
             del rule["float"]
     with within("--set"):
         return Recipe.from_dict(table)
+
+
+def _assignments(settings: Settings) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """How each setting is written, what it sets, and to what."""
+    if isinstance(settings, Mapping):
+        for path, given in settings.items():
+            yield f"settings[{path!r}]", path, partial(deepcopy, given)
+        return
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        yield f"--set {setting!r}", path if equals else "", partial(_value, text)
 
 
 def _set_in_rule(rule: dict[str, Any], keys: list[str], value: object) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vitquant.errors import RecipeError
 from vitquant.recipe.bits import Bits
 from vitquant.recipe.library import load_recipe
-from vitquant.recipe.override import override
+from vitquant.recipe.override import Settings, override
 from vitquant.recipe.recipe import Recipe
 
 DEFAULT = "default"
@@ -55,7 +54,7 @@ CHOICES = (
 _MOST_BITS = 8  # of weights and activations in an integer product
 
 
-def requested(recipe: str | Recipe, bits: str | None, settings: Sequence[str] = ()) -> tuple[Recipe, Bits]:
+def requested(recipe: str | Recipe, bits: str | None, settings: Settings = ()) -> tuple[Recipe, Bits]:
     """The recipe and the bits that a caller asks for.
 
     Arguments:
@@ -90,7 +89,7 @@ def requested(recipe: str | Recipe, bits: str | None, settings: Sequence[str] = 
     )
     widths = replace(widths, probs=probs or choice.probs)
     chosen = load_recipe("+".join([choice.recipe, *recipe.split("+")[1:]]))
-    chosen = override(chosen, [*choice.settings, *settings])
+    chosen = override(override(chosen, choice.settings), settings)
     _refuse_other_stream(chosen, widths)
     return chosen, widths
 

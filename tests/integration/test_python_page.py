@@ -1,0 +1,41 @@
+"""docs/python.md runs as it stands, on the embedded model and its images."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vitquant
+from vitquant.demo import embedded
+
+PAGE = Path(__file__).parents[2] / "docs" / "python.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    given, refused, *rest = BLOCKS
+    assert "timm.create_model" in given  # what is downloaded is here what the package carries
+    train, test = ([(x[:16], y[:16]) for x, y in embedded.batches(each, 16)[:2]] for each in ("train", "test"))
+    names: dict[str, Any] = {"model": embedded.model(), "calibration": train, "test": test, "torch": torch}
+    with pytest.raises(vitquant.VitquantError, match="no rule or method 'calibrate-nothing'"):
+        exec(refused, names)
+    for block in rest:
+        exec(block, names)
+    assert names["result"].engine == "integer"
+    assert names["logits"].shape == (16, 10)
+    assert not names["report"].broken
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "model.onnx", "model.program"}
+    with torch.no_grad():
+        images = test[0][0]
+        assert torch.equal(names["loaded"](images), names["quantized"](images))
+    assert "blocks.0.attn.scores:query" in capsys.readouterr().out
+
+
+def test_every_public_function_is_on_the_page() -> None:
+    functions = [name for name in vitquant.__all__ if name.islower() and name not in ("float_model", "compare")]
+    assert all(f"vitquant.{name}(" in "".join(BLOCKS) for name in functions)
