@@ -35,7 +35,7 @@ def test_an_export_is_there_once_it_was_compared(quantized, tmp_path: Path) -> N
     assert len({total for what, _, total in said if what != "exporting"}) == 1
     forms = forms_of(tmp_path / "model.onnx", "onnx-integer", quantized)
     assert not vitquant.compare(quantized, TRAIN, forms).broken
-    with pytest.raises(ExportError, match="is there|exists"):
+    with pytest.raises(ExportError, match=r"is there|exists"):
         vitquant.export(quantized, "onnx-integer", tmp_path / "model.onnx", TRAIN)
 
 
@@ -50,7 +50,7 @@ def test_an_export_that_is_not_the_model_is_not_written(quantized, tmp_path: Pat
     monkeypatch.setattr(workflows, "examine", broken)
     (tmp_path / "old.onnx").write_bytes(b"old")
     for path, force in (("new.onnx", False), ("old.onnx", True)):
-        with pytest.raises(vitquant.BrokenPromiseError, match="nothing was written.*bit for bit") as refused:
+        with pytest.raises(vitquant.BrokenPromiseError, match=r"nothing was written.*bit for bit") as refused:
             vitquant.export(quantized, "onnx-integer", tmp_path / path, TRAIN, force=force)
         assert refused.value.report.broken
     assert [path.name for path in tmp_path.iterdir()] == ["old.onnx"]
