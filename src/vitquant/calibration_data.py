@@ -37,7 +37,8 @@ class CalibrationData:
             raise CalibrationError("no calibration images: give at least one batch")
         images = images_of(first)
         self._data, self._begun = data, chain([first], batches)
-        self._first, self._once = first, batches is data
+        self._first: Batch = first
+        self._once = batches is data
         self._device, self._dtype = images.device if device is None else device, images.dtype
         self.example, self.first = images[:2].to(self._device), _sha256(images).hexdigest()
         self.images, self.digest = 0, ""
@@ -59,6 +60,7 @@ class CalibrationData:
             )
         if labels:
             _labels(self._first)
+        self._first = ()  # a batch is no longer held
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self._images(batch).to(self._device) for batch in self._batches())

@@ -98,7 +98,6 @@ def quantize(
     steps = planned(recipe)
     model = unwrapped(model)
     stream = CalibrationData(data, next((parameter.device for parameter in model.parameters()), None))
-    stream.check(passes(steps), any(step.definition.needs.labels for step in steps))
     example = stream.example
     shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
     captured = CapturedModel(capture(model, example), shape)
@@ -107,6 +106,7 @@ def quantize(
     quantized = QuantizedModel(captured, recipe, widths)
     for step in steps:
         step.check(quantized)
+    stream.check(passes(steps, quantized), any(step.definition.needs.labels for step in steps))
     if not simulated:
         check_possible(captured, recipe, widths)
     with ExitStack() as held:

@@ -178,7 +178,7 @@ LEVELS = st.sampled_from([4, 16, 128, 256])
 
 def assert_well_formed(table: Exponential, levels: int) -> None:
     assert len(table.values) == len(table.octaves) == levels + 1
-    assert table.hidden == levels
+    assert table.masked == levels
     assert (table.values[-1], table.octaves[-1]) == (0, 2**18 - 1)
     assert (table.values[0], table.octaves[0]) == (2**15, 0)
     for entries, bits in ((table.values, 16), (table.octaves, 18)):
@@ -271,7 +271,7 @@ def test_distances_are_those_from_the_largest_visible_score(given_rows: tuple[Te
     hidden = torch.zeros_like(codes, dtype=torch.bool)
     hidden[:, ::2] = codes.shape[-1] > 1
     found = distances(codes, hidden, table)
-    assert bool((found[hidden] == table.hidden).all())
+    assert bool((found[hidden] == table.masked).all())
     assert torch.equal(
         found[:, 1::2], distances(codes[:, 1::2], None, table) if codes.shape[-1] > 1 else found[:, 1::2]
     )

@@ -43,6 +43,11 @@ class Needs:
     memory: bool = False
 
 
+def never_idle(model: QuantizedModel) -> bool:
+    """There is always something to do."""
+    return False
+
+
 @dataclass(frozen=True)
 class Definition(Generic[Settings]):
     """One method.
@@ -54,6 +59,7 @@ class Definition(Generic[Settings]):
         needs: see there.
         after: methods without which it has nothing to work on.
         check: refuses a model that the method does not fit, by what its recipe says, before images are looked at.
+        idle: whether a model leaves the method nothing to do, so that it needs nothing either.
     """
 
     run: Callable[[QuantizedModel, Context, Settings], Record]
@@ -62,3 +68,4 @@ class Definition(Generic[Settings]):
     needs: Needs = Needs()
     after: tuple[str, ...] = ()
     check: Callable[[QuantizedModel, Settings], None] | None = None
+    idle: Callable[[QuantizedModel], bool] = never_idle

@@ -66,6 +66,12 @@ def choose_factors(model: QuantizedModel, context: Context, settings: ChooseFact
     return Record("choose-factors", {"operands": len(chosen), "batches": batches}, decisions)
 
 
+def has_no_factors(model: QuantizedModel) -> bool:
+    """Whether a model's recipe gives no operand the scheme `PowerOfTwoFactor`."""
+    specs = (assignment.spec for assignment in model.assignments.values())
+    return not any(spec is not None and isinstance(spec.scheme, PowerOfTwoFactor) for spec in specs)
+
+
 def factor_errors(x: Tensor, scale: Tensor, zero_point: Tensor, factors: int, qmax: int) -> Tensor:
     """The sum of squared errors of each channel with each factor.
 

@@ -14,7 +14,7 @@ from vitquant.methods.context import Context
 from vitquant.methods.contract import Definition, Needs, Phase
 from vitquant.methods.integer_operations import integer_operations
 from vitquant.methods.output_reconstruction import ReconstructOutputSettings, reconstruct_output
-from vitquant.methods.power_of_two_factor import ChooseFactorsSettings, choose_factors
+from vitquant.methods.power_of_two_factor import ChooseFactorsSettings, choose_factors, has_no_factors
 from vitquant.methods.scale_reparameterization import ReparameterizeScalesSettings, check_sites, reparameterize_scales
 from vitquant.methods.scale_search import SearchScalesSettings, search_scales
 from vitquant.model import QuantizedModel, Record
@@ -36,7 +36,9 @@ METHODS: dict[str, Definition[Any]] = {
     "search-scales": Definition(
         search_scales, SearchScalesSettings, Phase.SEARCH, Needs(passes=2, memory=True), _CALIBRATED
     ),
-    "choose-factors": Definition(choose_factors, ChooseFactorsSettings, Phase.SEARCH, Needs(passes=1), _CALIBRATED),
+    "choose-factors": Definition(
+        choose_factors, ChooseFactorsSettings, Phase.SEARCH, Needs(passes=1), _CALIBRATED, idle=has_no_factors
+    ),
     "reconstruct-output": Definition(
         reconstruct_output,
         ReconstructOutputSettings,
@@ -103,9 +105,9 @@ def planned(recipe: Recipe) -> tuple[Step, ...]:
     return tuple(sorted(steps, key=lambda step: (step.definition.phase, order.index(step.name))))
 
 
-def passes(steps: Sequence[Step]) -> int:
-    """How often steps go through the calibration images, at least."""
-    return sum(step.definition.needs.passes for step in steps)
+def passes(steps: Sequence[Step], model: QuantizedModel) -> int:
+    """How often steps go through the calibration images of a model, at least."""
+    return sum(step.definition.needs.passes for step in steps if not step.definition.idle(model))
 
 
 def _step(method: Method) -> Step:
