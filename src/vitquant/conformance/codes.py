@@ -161,7 +161,7 @@ def _normalized(
     """A LayerNorm and its input: rows of every kind, constant ones, and nearly constant ones."""
     draft = Draft(given, 5, channels)
     low, high = draft.registers["x"].limits
-    factors = draft.constant("u8", noise(7, 0, factor, channels)) if factor else None
+    factors = draft.constant("u8", noise(7, factor - 3, factor, channels)) if factor else None
     multiplier, addend = draft.constant("s32", affine["multiplier"]), draft.constant("s64", affine["addend"])
     most = max(abs(low - zero), abs(high - zero)) << factor
     draft.emit(
@@ -170,7 +170,7 @@ def _normalized(
     )  # fmt: skip
     near = torch.full((1, 5, channels), high)
     near[..., 0] -= torch.arange(5)
-    return draft, torch.cat([codes_between(low, high, 5, channels), near])
+    return draft, torch.cat([codes_between(low, high, 5, channels), near, noise(10, low, high, 8, 5, channels)])
 
 
 def _tables() -> Iterator[Vector]:
