@@ -1,4 +1,4 @@
-"""Vectors of the instructions from codes to codes: softmax, LayerNorm, tables."""
+"""Vectors of the instructions from codes to codes: softmax, norms, tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from vitquant.conformance.drafting import Draft, Vector, codes_between, noise
-from vitquant.integer.exponential import exact_exponential, polynomial_exponential
+from vitquant.integer.arithmetic import logarithm
+from vitquant.integer.exponential import MOST_OCTAVES, OCTAVE_BITS, exact_exponential, polynomial_exponential
 from vitquant.program import instructions as p
 
 _ROW = 8
@@ -40,8 +41,8 @@ def operations_on_codes() -> Iterator[Vector]:
         for name in list(_LEVELS)[number :: len(_MASKS)] if number else _LEVELS:
             yield _levels(f"{name}{mask}", name, hidden)
     yield _scores_far_out()
-    for form in ("roots", "published"):
-        yield _last_digits(form)
+    yield _last_digits()
+    yield _noisy_tables()
     for kind, name in ((p.LayerNorm, "layer-norm"), (p.RmsNorm, "rms-norm")):
         yield from _norms(kind, name)
     yield from _tables()
@@ -101,37 +102,57 @@ def _scores_far_out() -> Vector:
     return draft.vector("softmax-far-out", about, _rows(0, 15))
 
 
-def _last_digits(form: str) -> Vector:
-    """Tables that are no exponentials: row sums of all sizes, and codes that tell the last digits of a logarithm."""
-    draft = Draft("u8", 32, 64)
+def _last_digits() -> Vector:
+    """Codes that change at the last digit of the logarithm: a row has n entries of one exponential, for n from 1 to 64.
+
+    Of 33 entries the logarithm that the format defines is one below the floor of the real one.
+    """
+    draft, levels, exponential = Draft("u16", 64, 64), 4096, 57814
+    scores = draft.emit(
+        p.Requantize, "u16", inputs=("x",), multipliers=(draft.constant("s32", 2),), addend=draft.constant("s64", 0),
+        shift=1, low=0, high=levels - 1,
+    )  # fmt: skip
+    counts = torch.arange(1, 65)
     tables = {
-        "values": draft.constant("u16", noise(8, 0, 65535, 257)),
-        "octaves": draft.constant("s32", torch.arange(257) * 16),
+        "mask": draft.constant("u8", (torch.arange(64) >= counts[:, None]).long()),
+        "values": draft.constant("u16", [*[exponential] * levels, 0]),
+        "octaves": draft.constant("s32", [*range(levels), MOST_OCTAVES]),
     }
-    given = dict(zip(_NAMES, _POWERS[form], strict=True)) | {"zero": 16}
-    draft.emit(p.SoftmaxToPowers, "u8", input="x", mask=None, **tables, **given)
+    powers = {"zero": 32, "steps": 2, "offset": 0, "published": False}
+    draft.emit(p.SoftmaxToPowers, "u8", input=scores, **tables, **powers)
+    codes = noise(9, 0, levels - 1, 1, 64, 64)
+    distance = -(logarithm(counts * exponential, OCTAVE_BITS) + 1024) % 2048  # from here on a row has the next code
+    for column, offset in enumerate((0, 2047, 2048, 2049), 1):
+        codes[0, :, column] = levels - 1 - (distance + offset).clamp(0, levels - 1)
+    codes[..., 0] = levels - 1
+    return draft.vector("softmax-to-powers-last-digits", "row sums by which the logarithm's last digit shows", codes)
+
+
+def _noisy_tables() -> Vector:
+    draft = Draft("u8", 32, 64)
+    values = draft.constant("u16", noise(8, 0, 65535, 257))
+    tables = {"values": values, "octaves": draft.constant("s32", torch.arange(257) * 16)}
+    draft.emit(p.SoftmaxToPowers, "u8", input="x", mask=None, **tables, zero=16, steps=1, offset=0, published=True)
     codes = noise(9, 0, 255, 1, 32, 64)
     codes[..., 0] = 255
-    return draft.vector(
-        f"softmax-to-powers-last-digits-of-{form}", "tables of noise: the digits of the logarithm show", codes
-    )
+    return draft.vector("softmax-to-powers-noise", "the published rounding of tables that are no exponentials", codes)
 
 
 def _norms(kind: type[p.Norm], of: str) -> Iterator[Vector]:
-    cases = {  # type, channels, zero, epsilon, factors
-        "plain": ("u8", 24, 0, 1, False), "factors": ("u8", 24, 128, 40_000, True), "signed": ("s8", 6, -7, 1, True),
-        "wide": ("s16", 24, 0, 2**40, False), "largest-epsilon": ("s16", 24, 9, 2**60, True),
-        "one-channel": ("u8", 1, 3, 1, False), "two-channels": ("u4", 2, 15, 1, False),
+    cases = {  # type, channels, zero, epsilon, the largest factor
+        "plain": ("u8", 24, 0, 1, 0), "factors": ("u8", 24, 128, 40_000, 3), "signed": ("s8", 6, -7, 1, 3),
+        "wide": ("s16", 24, 0, 2**40, 0), "widest": ("s16", 24, 0, 1, 10), "largest-epsilon": ("s16", 24, 9, 2**60, 3),
+        "one-channel": ("u8", 1, 3, 1, 0), "two-channels": ("u4", 2, 15, 1, 0),
     }  # fmt: skip
-    for name, (given, channels, zero, epsilon, has_factors) in cases.items():
+    for name, (given, channels, zero, epsilon, factor) in cases.items():
         gains = noise(5, -(2**22), 2**22, channels)
         gains[0], gains[-1] = 2**22, 0 if channels > 1 else 2**22
         affine = {"multiplier": gains, "addend": noise(6, -(2**38), 2**38, channels), "shift": 32, "low": -120}
-        about = f"{channels} channels of {given}, zero {zero}, epsilon {epsilon}, {'' if has_factors else 'no '}factors"
-        draft, codes = _normalized(kind, given, channels, zero, epsilon, has_factors, "s8", {**affine, "high": 127})
+        about = f"{channels} channels of {given}, zero {zero}, epsilon {epsilon}, factors up to {factor}"
+        draft, codes = _normalized(kind, given, channels, zero, epsilon, factor, "s8", {**affine, "high": 127})
         yield draft.vector(f"{of}-{name}", f"{about}; constant rows, a gain of zero", codes)
         whole = {"multiplier": [2], "addend": 0, "shift": 1, "low": -(2**31), "high": 2**31 - 1}
-        draft, codes = _normalized(kind, given, channels, zero, epsilon, has_factors, "s32", whole)
+        draft, codes = _normalized(kind, given, channels, zero, epsilon, factor, "s32", whole)
         yield draft.vector(f"{of}-{name}-digits", f"{about}; all 16 digits of the normalized values", codes)
 
 
@@ -141,23 +162,23 @@ def _normalized(
     channels: int,
     zero: int,
     epsilon: int,
-    has_factors: bool,
+    factor: int,
     written: str,
     affine: dict[str, Any],
 ) -> tuple[Draft, torch.Tensor]:
     """A norm and its input: rows of every kind, constant ones, and nearly constant ones."""
     draft = Draft(given, 5, channels)
     low, high = draft.registers["x"].limits
-    factors = draft.constant("u8", noise(7, 0, 3, channels)) if has_factors else None
+    factors = draft.constant("u8", noise(7, factor - 3, factor, channels)) if factor else None
     multiplier, addend = draft.constant("s32", affine["multiplier"]), draft.constant("s64", affine["addend"])
-    most = max(abs(low - zero), abs(high - zero)) << (3 if has_factors else 0)
+    most = max(abs(low - zero), abs(high - zero)) << factor
     draft.emit(
         kind, written, input="x", factors=factors, input_zero=zero, epsilon=epsilon, largest=most,
         **{**affine, "multiplier": multiplier, "addend": addend},
     )  # fmt: skip
     near = torch.full((1, 5, channels), high)
     near[..., 0] -= torch.arange(5)
-    return draft, torch.cat([codes_between(low, high, 5, channels), near])
+    return draft, torch.cat([codes_between(low, high, 5, channels), near, noise(10, low, high, 8, 5, channels)])
 
 
 def _tables() -> Iterator[Vector]:
