@@ -59,7 +59,7 @@ def _clamped(type: str) -> Vector:
         addend=draft.constant("s32", 1), shift=1, low=low, high=high,
     )  # fmt: skip
     codes = torch.cat([codes_between(-(2**31), 2**31 - 1, 5), noise(5, -40, 40, 6, 5)])
-    return draft.vector(f"requantize-to-{type}", f"clamped to all that {type} holds", codes)
+    return draft.vector(f"requantize-to-{type}", f"clamped to what {type} holds, within the limits of a number", codes)
 
 
 def _by(name: str, shape: tuple[int, ...]) -> Vector:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import inf, prod
+from math import prod
 from typing import assert_never
 
 import torch
@@ -15,6 +15,7 @@ from vitquant.program.opcodes import LARGEST_RANK, Argument, Constant, Flag, Num
 from vitquant.program.ranges import prove_ranges
 from vitquant.program.shapes import Shape, written_shape
 
+_SCALES = 2.0**-126, 2.0**127  # float32 has them, and they are no subnormal numbers
 _LONGEST_NAME = 1000
 _MOST_ELEMENTS = 2**32  # that all instructions read and write for one image; a ViT-g with its weights has half of them
 
@@ -129,7 +130,7 @@ def _check_facts(program: p.IntegerProgram) -> None:
 
 
 def _check_quantization(end: str, scales: list[object], zero: int) -> None:
-    if abs(zero) >= 2**31 or not all(isinstance(each, float) and 0 < each < inf for each in scales):
+    if abs(zero) >= 2**31 or not all(isinstance(each, float) and _SCALES[0] <= each < _SCALES[1] for each in scales):
         raise _refuse(end, "no scale and zero point")
 
 
