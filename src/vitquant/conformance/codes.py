@@ -45,6 +45,7 @@ def operations_on_codes() -> Iterator[Vector]:
     yield _noisy_tables()
     for kind, name in ((p.LayerNorm, "layer-norm"), (p.RmsNorm, "rms-norm")):
         yield from _norms(kind, name)
+    yield from _edges_of_norms()
     yield from _tables()
 
 
@@ -154,6 +155,31 @@ def _norms(kind: type[p.Norm], of: str) -> Iterator[Vector]:
         whole = {"multiplier": [2], "addend": 0, "shift": 1, "low": -(2**31), "high": 2**31 - 1}
         draft, codes = _normalized(kind, given, channels, zero, epsilon, factor, "s32", whole)
         yield draft.vector(f"{of}-{name}-digits", f"{about}; all 16 digits of the normalized values", codes)
+
+
+def _edges_of_norms() -> Iterator[Vector]:
+    """Where one step less of a formula shows: halves, the parity of the guard bits, and roots of large numbers."""
+    whole = {"shift": 1, "low": -(2**31), "high": 2**31 - 1, "input_zero": 0, "factors": None}
+    root = [[2**10 * each for each in (1, 15, 5, 2, 1, 0, 0, 0)]]
+    cases: dict[str, tuple[type[p.Norm], int, int, list[list[int]], str]] = {
+        # name: kind, epsilon, largest, rows, about
+        "layer-norm-halves": (p.LayerNorm, 2**36 - 4, 8, [[1, -1], [-1, 1]], "a product that ends in one half exactly"),
+        "rms-norm-halves": (p.RmsNorm, 2**34 - 1, 8, [[1], [-1]], "a product that ends in one half exactly"),
+        "layer-norm-guard-bits": (p.LayerNorm, 2, 379_625_063, [[1, 0], [5, -2]], "60 bits: one guard bit"),
+        "rms-norm-guard-bits": (p.RmsNorm, 2, 759_250_125, [[1], [-3]], "60 bits: one guard bit"),
+        "rms-norm-root": (p.RmsNorm, 2**60, 2**15, root, "a root that is one less than that of the nearest float"),
+    }
+    for name, (kind, epsilon, largest, rows, about) in cases.items():
+        draft = Draft("s32", 1, len(rows[0]))
+        narrow = draft.emit(
+            p.Requantize, "s32", inputs=("x",), multipliers=(draft.constant("s32", 2),),
+            addend=draft.constant("s64", 0), shift=1, low=-largest, high=largest,
+        )  # fmt: skip
+        multiplier, addend = draft.constant("s32", [2]), draft.constant("s64", 0)
+        draft.emit(
+            kind, "s32", input=narrow, epsilon=epsilon, largest=largest, multiplier=multiplier, addend=addend, **whole
+        )
+        yield draft.vector(name, f"epsilon {epsilon}: {about}", torch.tensor(rows)[:, None])
 
 
 def _normalized(
