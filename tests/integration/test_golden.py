@@ -10,7 +10,7 @@ import pytest
 
 GOLDEN = json.loads(golden.FILE.read_text())
 # The rest of the embedded model's, and the real DeiT-Tiny's, take minutes.
-QUICK = {"minmax", "omse", "fq-vit", "repq-vit+fully-integer", "default"}
+QUICK = {"minmax", "fq-vit", "default"}
 
 
 def cases():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ZOO, Handwritten, vary
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import vitquant
@@ -31,6 +31,7 @@ from vitquant.spec import PowerOfTwoScale
 
 
 @settings(max_examples=50, deadline=None)
+@example(seed=56, images=1, classes=2, common=4.0)
 @given(seed=st.integers(0, 10_000), images=st.integers(1, 5), classes=st.integers(2, 20), common=st.floats(-10, 10))
 def test_the_error_is_a_share_of_the_squares_without_what_classes_have_in_common(
     seed: int, images: int, classes: int, common: float
@@ -44,8 +45,9 @@ def test_the_error_is_a_share_of_the_squares_without_what_classes_have_in_common
         reference.append(change / sum((a - mean) ** 2 for a in y))
     error = output_error(found, expected)
     torch.testing.assert_close(error.double(), torch.tensor(reference, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+    expected, found = expected.double(), found.double()  # in float32 a shift rounds classes that are nearly equal
     assert bool((output_error(expected + common, expected) < 1e-8).all())
-    torch.testing.assert_close(output_error(found + common, expected), error, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(output_error(found + common, expected), error.double(), rtol=1e-3, atol=1e-4)
 
 
 def test_the_error_of_constant_outputs_is_a_number() -> None:
