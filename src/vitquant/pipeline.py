@@ -93,6 +93,8 @@ def quantize(
     deadline = time.monotonic() + time_limit
     if not 0 < memory < math.inf:
         raise RecipeError(f"memory = {memory}: it is positive, in gigabytes")
+    if not time_limit >= 0:
+        raise RecipeError(f"time_limit = {time_limit}: it is seconds, 0 or more")
     said = None if preprocessing is None else Preprocessing.from_dict(preprocessing).to_dict()
     recipe, widths = requested(recipe, bits, settings)
     steps = planned(recipe)

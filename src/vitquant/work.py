@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vitquant.errors import CheckpointError
@@ -17,14 +18,47 @@ from vitquant.files import write_file
 from vitquant.files.claim import claimed
 from vitquant.files.refusal import told_as
 from vitquant.parsing import parse_json, read_file
+from vitquant.schema import Schema, check
 
-Saved = tuple[dict[str, Tensor], Any]
-
+FORMAT = 1  # of states
 _RUN = "run.json"
-_EVERY = 20.0  # seconds between two states of one piece of work
+_EVERY = 20.0  # seconds between two states of one piece of work, at least
+_SHARE = 0.05  # of the time that saving may take
 _KEY = "values"
 _LONGEST_RUN = 2**20  # bytes
 _LARGEST = 2**36
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was kept under a name, whoever wrote the file.
+
+    Arguments:
+        tensors: by name, on the CPU; `tensor` checks them.
+        values: what the schema says that was asked for.
+        file: where they are.
+    """
+
+    tensors: dict[str, Tensor]
+    values: Any
+    file: Path
+
+    def tensor(self, key: str, like: Tensor) -> Tensor:
+        """A tensor that has to be as another one is, on its device.
+
+        Raises:
+            CheckpointError: it is missing, of another shape or dtype, or holds NaN or infinity.
+        """
+        found = self.tensors.get(key)
+        if found is None or found.shape != like.shape or found.dtype != like.dtype:
+            raise self.damaged()
+        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+            raise self.damaged()
+        return found.to(like.device)
+
+    def damaged(self) -> CheckpointError:
+        """The error for a state that is not what it should be."""
+        return CheckpointError(f"{self.file} is damaged: remove it, and what it holds is computed again")
 
 
 @dataclass(frozen=True)
@@ -50,14 +84,19 @@ class WorkDirectory:
                 operating system refuses.
         """
         path = Path(path)
-        with told_as(CheckpointError, f"the work directory {path} cannot be used"):
-            path.mkdir(parents=True, exist_ok=True)
-            with claimed(path):
-                _check(path, json.loads(json.dumps(run)))
-                yield cls(path)
+        with ExitStack() as held:
+            with told_as(CheckpointError, f"the work directory {path} cannot be used"):
+                path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(claimed(path))
+                _check(path, json.loads(json.dumps({"format": FORMAT, **run})))
+            yield cls(path)
 
-    def read(self, name: str) -> Saved | None:
+    def read(self, name: str, schema: Schema) -> Saved | None:
         """The tensors and values that were written under a name; None where nothing was.
+
+        Arguments:
+            name: of the state.
+            schema: what its values may be.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -70,9 +109,10 @@ class WorkDirectory:
             content = read_file(file, _LARGEST, CheckpointError)
             tensors = torch_files.load(content)
             header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")], CheckpointError)
-            return tensors, parse_json(header["__metadata__"][_KEY], CheckpointError)
+            values = check(parse_json(header["__metadata__"][_KEY], CheckpointError), schema, CheckpointError)
         except Exception as error:
-            raise CheckpointError(f"{file} is damaged: remove it, and what it holds is computed again") from error
+            raise Saved({}, None, file).damaged() from error
+        return Saved(tensors, values, file)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Write tensors, and plain JSON values, in the place of what has that name.
@@ -85,7 +125,8 @@ class WorkDirectory:
 
     def remove(self, name: str) -> None:
         """Forget what has that name."""
-        self._file(name).unlink(missing_ok=True)
+        with told_as(CheckpointError, f"{self._file(name)} cannot be removed"):
+            self._file(name).unlink(missing_ok=True)
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
@@ -102,26 +143,31 @@ class WorkState:
 
     directory: WorkDirectory | None = None
     name: str = ""
-    _last: float = field(default_factory=time.monotonic, repr=False)
+    _next: float = field(default_factory=lambda: time.monotonic() + _EVERY, repr=False)
 
     @property
     def due(self) -> bool:
-        """Whether it is time to save: some seconds have passed since the last time."""
-        return self.directory is not None and time.monotonic() - self._last >= _EVERY
+        """Whether it is time to save: some seconds have passed since the last time, more where saving takes long."""
+        return self.directory is not None and time.monotonic() >= self._next
 
-    def load(self) -> Saved | None:
+    def load(self, schema: Schema) -> Saved | None:
         """What `save` wrote last; None where it wrote nothing.
+
+        Arguments:
+            schema: what its values may be.
 
         Raises:
             CheckpointError: the file is damaged.
         """
-        return None if self.directory is None else self.directory.read(self.name)
+        return None if self.directory is None else self.directory.read(self.name, schema)
 
     def save(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Keep what the work needs to go on: tensors, and plain JSON values."""
         if self.directory is not None:
+            started = time.monotonic()
             self.directory.write(self.name, tensors, values)
-            self._last = time.monotonic()
+            ended = time.monotonic()
+            self._next = ended + max(_EVERY, (ended - started) / _SHARE)
 
 
 def _check(path: Path, run: dict[str, Any]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -643,6 +645,60 @@ def _mutate_onnx(proto: Any, chance: random.Random, canary: Canary) -> None:
             entry.domain, entry.version = chance.choice(("", "x", "com.microsoft")), chance.choice((1, 21, 999))
 
 
+def _work(folder: Path, canary: Canary) -> Kind:
+    """States of long work: of finished methods, of a search and a reconstruction that were cut short, and the mark."""
+    from unittest.mock import patch
+
+    from vitquant.zoo import architecture
+
+    model = architecture(vitquant.ModelSource("timm:vit_tiny_patch16_224", TINY, "random"))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    recipe = "repq-vit+searched-scales+reconstructed-output"
+    settings = ["search-scales.candidates=2", "search-scales.rounds=1", "search-scales.pairs=4"]
+    settings += ["reconstruct-output.passes=2", "reconstruct-output.batch=1"]
+    asked: dict[str, Any] = {"settings": settings, "work": folder / "work"}
+
+    def until(what: str) -> dict[str, bytes]:
+        """What a run leaves that is killed at the third step of some work."""
+
+        def progress(now: str, done: int, total: int) -> None:
+            if now == what and done == 3:
+                raise KeyboardInterrupt
+
+        with patch("vitquant.work._EVERY", 0.0), patch("vitquant.work._SHARE", 1e9), suppress(KeyboardInterrupt):
+            vitquant.quantize(model, recipe, [images], progress=progress, **asked)
+        return {path.name: path.read_bytes() for path in (folder / "work").iterdir()}
+
+    left = [until("searching layers"), until("reconstructing the output")]
+
+    def write(chance: random.Random) -> None:
+        shutil.rmtree(folder / "work", ignore_errors=True)
+        (folder / "work").mkdir()
+        files = chance.choice(left)
+        for name, content in files.items():
+            (folder / "work" / name).write_bytes(content)
+        name = chance.choice(list(files))
+        path = folder / "work" / name
+        if name == "run.json":
+            path.write_text(json_text(mutated(json.loads(files[name]), chance, canary), chance))
+            return
+        length = int.from_bytes(files[name][:8], "little")
+        values = json.loads(json.loads(files[name][8 : 8 + length])["__metadata__"]["values"])
+        tensors = load(files[name])
+        if chance.random() < 0.5:
+            values = mutated(values, chance, canary) if values else chance.choice(_VALUES)
+        else:
+            _mutate_tensor(tensors, chance)
+        save_file(tensors, path, {"values": json_text(values, chance)})
+        if chance.random() < 0.2:
+            path.write_bytes(_mutate_bytes(files[name], chance, header=length))
+
+    def read() -> None:
+        vitquant.quantize(model, recipe, [images], **asked)
+
+    return Kind(write, read)
+
+
 KINDS: dict[str, Callable[[Path, Canary], Kind]] = {
     "config": _config,
     "tensors": _tensors,
@@ -656,4 +712,5 @@ KINDS: dict[str, Callable[[Path, Canary], Kind]] = {
     "onnx-integer": lambda folder, canary: _onnx(folder, canary, True),
     "onnx-qdq": lambda folder, canary: _onnx(folder, canary, False),
     "weights": _weights,
+    "work": _work,
 }

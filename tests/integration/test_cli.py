@@ -77,20 +77,6 @@ def quantize_words(images, out, *words, weights="random", model=MODEL):
 
 
 @pytest.fixture
-def run(capsys):
-    """Run one command in this process: exit code, stdout, stderr."""
-
-    def run(*words):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        printed = capsys.readouterr()
-        return ended.value.code, printed.out, printed.err
-
-    return run
-
-
-@pytest.fixture
 def refused(run, tmp_path):
     """Run a command that must be refused in one line with exit code 2, leaving `tmp_path` as it was."""
 

@@ -27,20 +27,6 @@ def command(words, code="from vitquant.cli import main; main()"):
 
 
 @pytest.fixture
-def run(capsys):
-    """Run one command in this process: exit code, stdout, stderr."""
-
-    def run(*words):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        printed = capsys.readouterr()
-        return ended.value.code, printed.out, printed.err
-
-    return run
-
-
-@pytest.fixture
 def refused(run):
     def refused(*words):
         code, out, err = run(*words)

@@ -10,23 +10,10 @@ from safetensors.torch import load, save
 from small_programs import everything
 
 import vitquant
-from vitquant.cli import main
 from vitquant.program.storage import FORMAT, plain, save_program, sealed
 from vitquant.program.text import text_form
 
 KEY = "vitquant_program"
-
-
-@pytest.fixture
-def run(capsys):
-    """Run one command in this process: exit code, stdout, stderr."""
-
-    def run(*words):
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        return ended.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -73,6 +74,13 @@ def test_what_cannot_be_ordered_is_refused(deit, names: list[str], said: str) ->
         vitquant.quantize(model, named(*names), data)
     assert said in str(refused.value)
     assert data.taken == 0
+
+
+@pytest.mark.parametrize(("option", "value"), [("memory", 0.0), ("time_limit", -1.0), ("time_limit", math.nan)])
+def test_budgets_without_meaning_are_refused(deit, option: str, value: float) -> None:
+    model, images = deit
+    with pytest.raises(RecipeError, match=f"{option} = "):
+        vitquant.quantize(model, "minmax", [images], **{option: value})
 
 
 def test_a_method_named_twice_is_refused() -> None:
@@ -196,7 +204,8 @@ def whole(deit) -> str:
 @pytest.mark.parametrize("moment", [0, 1, 5, 9, 12, 13, 15, 16])
 def test_a_killed_run_goes_on_and_ends_the_same(deit, whole, tmp_path, monkeypatch, moment: int) -> None:
     model, images = deit
-    monkeypatch.setattr(vitquant.work, "_EVERY", 0.0)  # at every chance
+    monkeypatch.setattr(vitquant.work, "_EVERY", 0.0)
+    monkeypatch.setattr(vitquant.work, "_SHARE", 1e9)  # at every chance
     said: list[tuple[str, int]] = []
 
     def until(last: int):

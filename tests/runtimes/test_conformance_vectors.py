@@ -15,7 +15,6 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load
 
-from vitquant.cli import main
 from vitquant.conformance import all_vectors, write_vectors
 from vitquant.conformance.drafting import noise
 from vitquant.conformance.vectors import covered
@@ -220,16 +219,6 @@ def test_the_index_says_what_each_is_for(directory):
     assert (index["format"], index["program_format"]) == (1, 3)
     assert [each["name"] for each in index["vectors"]] == list(VECTORS)
     assert all(each["about"] and each["covers"]["opcodes"] for each in index["vectors"])
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*words):
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        return ended.value.code, *capsys.readouterr()
-
-    return run
 
 
 def test_the_command_writes_them_and_keeps_what_is_there(run, tmp_path, directory):

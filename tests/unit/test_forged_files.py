@@ -14,6 +14,7 @@ from vitquant.runtime.onnxruntime import OnnxModel
     [
         ("config", 120), ("tensors", 12), ("recipe", 60), ("overlay", 60), ("sensitivity", 60), ("preprocessing", 60),
         ("labels", 60), ("classes", 60), ("program", 60), ("onnx-integer", 30), ("onnx-qdq", 30), ("weights", 40),
+        ("work", 8),
     ],
 )  # fmt: skip
 def test_no_forged_file_ends_in_anything_but_a_line_of_ours(kind, mutations, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vitquant.errors import CheckpointError
+from vitquant.schema import Integer, Plain, Table
 from vitquant.work import WorkDirectory, WorkState
 
 RUN = {"model": "a", "recipe": {"name": "b"}, "seed": 0}
@@ -14,15 +15,15 @@ RUN = {"model": "a", "recipe": {"name": "b"}, "seed": 0}
 def test_what_is_written_is_read(tmp_path) -> None:
     tensors = {"x/y:z": torch.arange(5), "scale": torch.tensor(0.1)}
     with WorkDirectory.opened(tmp_path / "work", RUN) as work:
-        assert work.read("one") is None
+        assert work.read("one", Plain()) is None
         work.write("one", tensors, {"done": [1, 2]})
     with WorkDirectory.opened(tmp_path / "work", RUN) as work:
-        found = work.read("one")
+        found = work.read("one", Plain())
         assert found is not None
-        assert found[1] == {"done": [1, 2]}
-        assert all(torch.equal(found[0][key], tensor) for key, tensor in tensors.items())
+        assert found.values == {"done": [1, 2]}
+        assert all(torch.equal(found.tensor(key, tensor), tensor) for key, tensor in tensors.items())
         work.remove("one")
-        assert work.read("one") is None
+        assert work.read("one", Plain()) is None
     assert [each.name for each in (tmp_path / "work").iterdir()] == ["run.json"]
 
 
@@ -62,7 +63,7 @@ def test_a_damaged_state_is_refused(tmp_path, content: bytes | None) -> None:
         file = tmp_path / "one.safetensors"
         file.write_bytes(file.read_bytes()[:-10] if content is None else content)
         with pytest.raises(CheckpointError, match="is damaged: remove it"):
-            work.read("one")
+            work.read("one", Plain())
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"model": NaN}'])
@@ -76,4 +77,46 @@ def test_a_damaged_mark_is_refused(tmp_path, text: str) -> None:
 def test_without_a_directory_nothing_is_kept() -> None:
     state = WorkState()
     state.save({}, {})
-    assert (state.load(), state.due) == (None, False)
+    assert (state.load(Plain()), state.due) == (None, False)
+
+
+@pytest.mark.parametrize("found", [torch.zeros(3), torch.zeros(2, dtype=torch.float64), torch.tensor([1, torch.nan])])
+def test_a_tensor_that_is_not_as_it_has_to_be_is_refused(tmp_path, found: torch.Tensor) -> None:
+    with WorkDirectory.opened(tmp_path, RUN) as work:
+        work.write("one", {"x": found}, {})
+        saved = work.read("one", Plain())
+        assert saved is not None
+        for key in ("x", "y"):
+            with pytest.raises(CheckpointError, match="is damaged: remove it"):
+                saved.tensor(key, torch.zeros(2))
+
+
+def test_values_are_what_their_schema_says(tmp_path) -> None:
+    with WorkDirectory.opened(tmp_path, RUN) as work:
+        work.write("one", {}, {"done": -1})
+        with pytest.raises(CheckpointError, match="is damaged: remove it"):
+            work.read("one", Table({"done": Integer(0)}))
+
+
+def test_what_fails_inside_is_no_fault_of_the_directory(tmp_path) -> None:
+    with pytest.raises(ValueError, match="mine"), WorkDirectory.opened(tmp_path, RUN):
+        raise ValueError("mine")
+    with pytest.raises(FileNotFoundError), WorkDirectory.opened(tmp_path, RUN):
+        (tmp_path / "photo.png").read_bytes()
+
+
+def test_saving_that_takes_long_is_done_seldom(tmp_path, monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("vitquant.work.time.monotonic", lambda: now[0])
+    with WorkDirectory.opened(tmp_path, RUN) as work:
+        state = WorkState(work, "one")
+
+        def write(*_: object) -> None:
+            now[0] += 60
+
+        monkeypatch.setattr(WorkDirectory, "write", write)
+        state.save({}, {})
+        now[0] += 1000
+        assert not state.due  # a minute in twenty
+        now[0] += 200
+        assert state.due

@@ -169,6 +169,7 @@ def test_a_part_copies_and_pickles(captured):
         ("images", "blocks.0.norm1:query", "no tensor 'blocks.0.norm1:query'"),
         ("%nothing", "output", "no tensor '%nothing'"),
         ("", "output", "no tensor ''"),
+        (["images", "images"], "blocks.0.norm1", "images, images: two of these are one tensor"),
         ("images", [], "a segment has inputs and outputs"),
         ([], "output", "a segment has inputs and outputs"),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vitquant.allocation.measure import Part, Sensitivity, measure
+from vitquant.allocation.measure import SENSITIVITY, Part, Sensitivity, measure
 from vitquant.allocation.modules import Module, find_modules
 from vitquant.allocation.table import SensitivityTable
 from vitquant.autocast import in_own_precision
@@ -24,6 +24,7 @@ from vitquant.pipeline import quantize
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Bits, Method, Recipe, requested
 from vitquant.recipe.override import Settings
+from vitquant.schema import Integer, ListOf, Table, TableOf
 from vitquant.spec import MAX_BITS, MIN_BITS
 from vitquant.work import WorkDirectory
 
@@ -89,6 +90,9 @@ def sensitivity(
         return _Measuring(model, whole, measured, data, device, progress, kept).table(base, widths)
 
 
+_MEASURED = Table({"measured": ListOf(SENSITIVITY), "bytes": TableOf(Integer(0))})
+
+
 @dataclass(frozen=True)
 class _Measuring:
     """What every measurement of a model needs.
@@ -118,13 +122,15 @@ class _Measuring:
         if not modules:
             name = self.whole.name
             raise AllocationError(f"{name}: no attention or MLP of a block has weights whose bits are a symbol")
-        sites, _ = self._once("sites", lambda: (self._measure(at_base, _site_parts(at_base)), {}))
+        of_sites = _site_parts(at_base)
+        names = [part.name for part in of_sites]
+        sites, _ = self._once("sites", names, lambda: (self._measure(at_base, of_sites), {}))
         found: list[Sensitivity] = []
         sizes: dict[str, dict[int, int]] = {module.name: {} for module in modules}
         for number, (width, of_width) in enumerate(widths.items()):
             self.progress("calibrating", number + steps - len(widths), steps)
             at = partial(self._at_width, at_base if of_width == base else None, of_width, width, modules)
-            measured, stored = self._once(f"{width}-bits", at)
+            measured, stored = self._once(f"{width}-bits", list(sizes), at)
             found += measured
             for name, size in stored.items():
                 sizes[name][width] = size
@@ -160,12 +166,15 @@ class _Measuring:
         return measure(quantized, parts, images, self.progress)
 
     def _once(
-        self, name: str, measured: Callable[[], tuple[list[Sensitivity], dict[str, int]]]
+        self, name: str, parts: list[str], measured: Callable[[], tuple[list[Sensitivity], dict[str, int]]]
     ) -> tuple[list[Sensitivity], dict[str, int]]:
-        """What was measured under a name, now or by a killed run."""
-        saved = None if self.kept is None else self.kept.read(name)
+        """What was measured of some parts under a name, now or by a killed run."""
+        saved = None if self.kept is None else self.kept.read(name, _MEASURED)
         if saved is not None:
-            return [Sensitivity.from_dict(each) for each in saved[1]["measured"]], saved[1]["bytes"]
+            found = [Sensitivity(**each) for each in saved.values["measured"]]
+            if [each.name for each in found] != parts or not {*saved.values["bytes"]} <= {*parts}:
+                raise saved.damaged()
+            return found, saved.values["bytes"]
         found, sizes = measured()
         if self.kept is not None:
             self.kept.write(name, {}, {"measured": [each.to_dict() for each in found], "bytes": sizes})

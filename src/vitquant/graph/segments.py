@@ -106,6 +106,8 @@ def segment(
     cuts = {_node(name, index, nodes): name for name in _several(inputs)}
     if not cuts or not _several(outputs):
         raise CaptureError("a segment has inputs and outputs: name one tensor of each at least")
+    if len(cuts) < len(_several(inputs)):
+        raise CaptureError(f"{', '.join(_several(inputs))}: two of these are one tensor; name it once")
     return _between(module, index, cuts, outputs, quantized)
 
 

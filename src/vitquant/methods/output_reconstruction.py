@@ -18,6 +18,7 @@ from vitquant.methods.context import Context
 from vitquant.model import QuantizedModel, Record
 from vitquant.objectives.relative_error import output_error, relative_error
 from vitquant.quantizers.learnable import LearnedScale
+from vitquant.schema import ListOf, Number
 from vitquant.spec import PowerOfTwoScale
 from vitquant.work import WorkState
 
@@ -97,7 +98,7 @@ def reconstruct_output(model: QuantizedModel, context: Context, settings: Recons
     student, teacher = model.segment(IMAGES, ends), context.teacher.segment(IMAGES, ends)
     with torch.inference_mode(False), torch.enable_grad(), _learnable(model) as learned:
         training = _Training.begun(model, learned, settings)
-        training.resume(context.work)
+        training.resume(context.work, total)
         for images in islice(_steps(context.data, settings), training.step, None):
             if context.out_of_time:
                 training.save(context.work)
@@ -129,6 +130,9 @@ def reconstruct_output(model: QuantizedModel, context: Context, settings: Recons
             "output error, last pass": sum(last) / len(last),
         }
     return Record("reconstruct-output", summary)
+
+
+_ERRORS = ListOf(Number(0.0, 1e30), most=2**24)
 
 
 @dataclass(frozen=True)
@@ -181,24 +185,34 @@ class _Training:
             tensors |= {f"adam/{number}/{key}": torch.as_tensor(each) for key, each in state.items()}
         work.save(tensors, self.errors)
 
-    def resume(self, work: WorkState) -> None:
-        """Go on where a killed run was; from the beginning where there was none."""
-        saved = work.load()
+    def resume(self, work: WorkState, total: int) -> None:
+        """Go on where a killed run was; from the beginning where there was none.
+
+        Arguments:
+            work: the state.
+            total: how many steps there are in all.
+
+        Raises:
+            CheckpointError: the state is not one of this model's.
+        """
+        saved = work.load(_ERRORS)
         if saved is None:
             return
-        tensors, errors = saved
+        if len(saved.values) > total:
+            raise saved.damaged()
         with torch.no_grad():
             for name, parameter in self.model.graph_module.named_parameters():
-                parameter.copy_(tensors[f"model/{name}"])
+                parameter.copy_(saved.tensor(f"model/{name}", parameter))
             for number, scale in enumerate(self.scales):
-                scale.logarithm.copy_(tensors[f"scale/{number}"])
+                scale.logarithm.copy_(saved.tensor(f"scale/{number}", scale.logarithm))
         for number, parameter in enumerate(self._parameters()):
-            prefix = f"adam/{number}/"
-            state = {key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)}
-            if state:
-                on_device = {key: each if key == "step" else each.to(parameter.device) for key, each in state.items()}
-                self.optimizer.state[parameter] = on_device
-        self.errors.extend(errors)
+            if f"adam/{number}/step" in saved.tensors:  # Adam has nothing of what had no gradient
+                step, like = torch.zeros(()), parameter.detach()
+                self.optimizer.state[parameter] = {
+                    "step": saved.tensor(f"adam/{number}/step", step),
+                    **{key: saved.tensor(f"adam/{number}/{key}", like) for key in ("exp_avg", "exp_avg_sq")},
+                }
+        self.errors.extend(saved.values)
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])

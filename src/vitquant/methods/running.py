@@ -15,9 +15,14 @@ from vitquant.methods.context import Context
 from vitquant.methods.contract import Phase
 from vitquant.methods.table import Step
 from vitquant.model import QuantizedModel, Record
+from vitquant.model.checkpoint import DIGEST
+from vitquant.model.config import RECORD
 from vitquant.model.saved import finite
 from vitquant.model.state import put_state, state_of
-from vitquant.work import WorkDirectory, WorkState
+from vitquant.schema import Integer, Table, maybe
+from vitquant.work import Saved, WorkDirectory, WorkState
+
+_DONE = Table({"record": RECORD, "data": maybe(Table({"images": Integer(0), "sha256": DIGEST}))})
 
 
 def run_steps(model: QuantizedModel, steps: Sequence[Step], context: Context, work: WorkDirectory | None) -> None:
@@ -36,11 +41,11 @@ def run_steps(model: QuantizedModel, steps: Sequence[Step], context: Context, wo
     names = [f"{number}-{step.name}" for number, step in enumerate(steps, 1)]
     done = 0
     for number, name in enumerate(names, 1):
-        if work is not None and (saved := work.read(name)) is not None:
+        if work is not None and (saved := work.read(name, _DONE)) is not None:
             done, kept = number, saved
-            model.records.append(Record(**saved[1]["record"]))
+            model.records.append(Record(**saved.values["record"]))
     if done:
-        _put(model, context, *kept)
+        _put(model, context, kept)
     for name, step in list(zip(names, steps, strict=True))[done:]:
         state = WorkState(work, f"{name}.part")
         model.records.append(step.run(model, replace(context, work=state)))
@@ -91,20 +96,22 @@ def _tensors(model: QuantizedModel, context: Context) -> dict[str, torch.Tensor]
     return tensors
 
 
-def _put(model: QuantizedModel, context: Context, tensors: dict[str, torch.Tensor], values: Any) -> None:
-    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "teacher": {}}
-    for key, tensor in tensors.items():
-        part, _, name = key.partition("/")
-        parts[part][name] = tensor
-    put_state(model, parts["model"], "the work directory")
+def _put(model: QuantizedModel, context: Context, saved: Saved) -> None:
+    prefix = "model/"
+    of_model = {key.removeprefix(prefix): each for key, each in saved.tensors.items() if key.startswith(prefix)}
+    put_state(model, of_model, str(saved.file))
     if context.teacher is not None:
-        context.teacher.graph_module.load_state_dict(parts["teacher"])
+        module = context.teacher.graph_module
+        module.load_state_dict({name: saved.tensor(f"teacher/{name}", x) for name, x in module.state_dict().items()})
     if isinstance(context.data, CalibrationData):
-        context.data.images, context.data.digest = values["data"]["images"], values["data"]["sha256"]
+        seen = saved.values["data"]
+        if seen is None:
+            raise saved.damaged()
+        context.data.images, context.data.digest = seen["images"], seen["sha256"]
 
 
-def _seen(context: Context) -> dict[str, Any]:
+def _seen(context: Context) -> dict[str, Any] | None:
     """What is known of the images that were gone through."""
     if not isinstance(context.data, CalibrationData):
-        return {}
+        return None
     return {"images": context.data.images, "sha256": context.data.digest}

@@ -35,6 +35,7 @@ from vitquant.objectives.correlation import CANDIDATES_AT_ONCE, IN_CACHE
 from vitquant.objectives.product_output import Ranking
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
+from vitquant.schema import Integer, Plain, Table, TableOf
 from vitquant.search.coordinates import Found, alternate, multiples
 from vitquant.spec import PerTensor, PowerOfTwoScale, QParams
 from vitquant.work import WorkState
@@ -145,6 +146,9 @@ def search_scales(model: QuantizedModel, context: Context, settings: SearchScale
     return Record("search-scales", {"images": images, "layers": layers_of_all, "rounds": found.rounds}, decisions)
 
 
+_STATE = Table({"decisions": TableOf(TableOf(Plain())), "groups": Integer(0), "rounds": Integer(0)})
+
+
 @dataclass
 class _Chosen:
     """What was chosen so far.
@@ -168,18 +172,26 @@ class _Chosen:
     @classmethod
     def resumed(cls, model: QuantizedModel, work: WorkState) -> _Chosen:
         """What a killed run had; nothing where there was none."""
-        module = model.graph_module
-        biases = {id(each): name for name, each in (*module.named_parameters(), *module.named_buffers())}
-        saved = work.load()
+        module, quantizers = model.graph_module, model.quantizers
+        stored = dict((*module.named_parameters(), *module.named_buffers()))
+        found = cls({id(each): name for name, each in stored.items()}, {}, {}, {})
+        saved = work.load(_STATE)
         if saved is None:
-            return cls(biases, {}, {}, {})
-        tensors, values = saved
-        device = next(module.parameters()).device
-        parts: dict[str, dict[str, Tensor]] = {"scale": {}, "bias": {}}
-        for key, tensor in tensors.items():
+            return found
+        found.decisions.update(saved.values["decisions"])
+        found.groups, found.rounds = saved.values["groups"], saved.values["rounds"]
+        for key in saved.tensors:
             part, _, name = key.partition("/")
-            parts[part][name] = tensor.to(device)
-        return cls(biases, parts["scale"], parts["bias"], **values)
+            if part == "scale" and name in quantizers:
+                scale = saved.tensor(key, quantizers[name].scale)
+                if not bool((scale >= SMALLEST_SCALE).all()):
+                    raise saved.damaged()
+                found.scales[name] = scale
+            elif part == "bias" and name in stored:
+                found.corrected[name] = saved.tensor(key, stored[name])
+            else:
+                raise saved.damaged()
+        return found
 
     def has(self, group: _Group) -> bool:
         """Whether a group's scales are chosen."""

@@ -45,7 +45,7 @@ _CALIBRATION = Table(
     {"images": Integer(1), "sha256": DIGEST},
     {"directory": Text(10_000, PATH), "seed": Integer(), "batch": Integer(1)},
 )
-_RECORD = Table({"method": Text(), "summary": TableOf(Plain()), "decisions": TableOf(TableOf(Plain()))})
+RECORD = Table({"method": Text(), "summary": TableOf(Plain()), "decisions": TableOf(TableOf(Plain()))})
 _PROVENANCE: dict[str, Schema] = {
     "source": maybe(TableOf(Plain())),
     "preprocessing": maybe(TableOf(Plain())),
@@ -57,7 +57,7 @@ _SCHEMA = Table(
         "input_shape": ListOf(Integer(1, 2**16), 3, 3),
         "graph_fingerprint": DIGEST,
         "quantization_config": _QUANTIZATION,
-        "records": ListOf(_RECORD),
+        "records": ListOf(RECORD),
     },
     {"format": Integer(FORMAT, FORMAT), "files": FILES, **_PROVENANCE},  # written and read by `checkpoint`
 )
