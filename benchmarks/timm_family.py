@@ -34,9 +34,9 @@ from vitquant.graph.sites import find_sites
 from vitquant.graph.walk import depends_on_input
 from vitquant.lowering import lower
 from vitquant.model.simulation import ExactSimulation
-from vitquant.pipeline import quantize
 from vitquant.runtime.on_images import interpreted
 from vitquant.tasks.classification import logits_of
+from vitquant.workflows import quantize
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "timm-vision-transformers.md"
 

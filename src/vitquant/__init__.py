@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from vitquant.allocation.table import SensitivityTable
     from vitquant.errors import VitquantError
     from vitquant.graph.captured import CapturedModel
+    from vitquant.loading import float_model, load
     from vitquant.lowering import lower
     from vitquant.model import QuantizedModel
-    from vitquant.pipeline import float_model, load, quantize
     from vitquant.program.instructions import IntegerProgram
-    from vitquant.workflows import BrokenPromiseError, compare, evaluate, export
+    from vitquant.workflows import BrokenPromiseError, compare, evaluate, export, quantize
     from vitquant.zoo import ModelSource
 
 __all__ = [
@@ -39,15 +39,15 @@ _HOMES = {
     "QuantizedModel": "vitquant.model",
     "SensitivityTable": "vitquant.allocation.table",
     "VitquantError": "vitquant.errors",
-    "float_model": "vitquant.pipeline",
-    "load": "vitquant.pipeline",
+    "float_model": "vitquant.loading",
+    "load": "vitquant.loading",
     "BrokenPromiseError": "vitquant.workflows",
     "CapturedModel": "vitquant.graph.captured",
     "compare": "vitquant.workflows",
     "evaluate": "vitquant.workflows",
     "export": "vitquant.workflows",
     "lower": "vitquant.lowering",
-    "quantize": "vitquant.pipeline",
+    "quantize": "vitquant.workflows",
     "sensitivity": "vitquant.allocation.sensitivity",
 }
 

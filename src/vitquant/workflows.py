@@ -1,23 +1,41 @@
-"""What is done with a quantized model, as the command line does it: evaluate, compare, export."""
+"""What is done with a model, as the command line does it: quantize, evaluate, compare, export."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from vitquant.calibration_data import Batch, images_of
+from vitquant.autocast import in_own_precision
+from vitquant.calibration_data import Batch, CalibrationData, images_of
 from vitquant.engines import default_engine, engine, forms_of
-from vitquant.errors import CalibrationError, ExportError
+from vitquant.errors import CalibrationError, ExportError, RecipeError
 from vitquant.exports.formats import check_options, kind_of, write
 from vitquant.files import discard, replacing
+from vitquant.graph.capture import capture
+from vitquant.graph.captured import CapturedModel
+from vitquant.lowering import check_possible, check_promise
+from vitquant.methods.context import Context
+from vitquant.methods.running import check_gradients, run_steps
+from vitquant.methods.table import passes, planned
 from vitquant.model import QuantizedModel
+from vitquant.model.checkpoint import digest_of
 from vitquant.parity import Form, ParityReport, examine
 from vitquant.progress import Progress, silent
+from vitquant.recipe import Recipe, requested
+from vitquant.recipe.override import Settings
 from vitquant.tasks import classification
 from vitquant.tasks.classification import ClassificationResult
+from vitquant.tasks.preprocessing import Preprocessing
+from vitquant.unwrapping import unwrapped
+from vitquant.work import WorkDirectory
+from vitquant.zoo import ModelSource
 
 Logits = Callable[[Tensor], Any]
 
@@ -32,6 +50,90 @@ class BrokenPromiseError(ExportError):
     def __init__(self, report: ParityReport) -> None:
         super().__init__(f"nothing was written, since promises are broken: {'; '.join(report.broken)}")
         self.report = report
+
+
+@in_own_precision
+def quantize(
+    model: nn.Module,
+    recipe: str | Recipe,
+    data: Iterable[Batch],
+    *,
+    bits: str | None = None,
+    settings: Settings = (),
+    simulated: bool = False,
+    source: ModelSource | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+    memory: float = 4.0,
+    time_limit: float = math.inf,
+    work: str | Path | None = None,
+) -> QuantizedModel:
+    """Quantize a model by a recipe; the model itself is left as it is.
+
+    Arguments:
+        model: any classifier that takes one batch of images; it is captured in evaluation mode, see `capture`.
+        recipe: a recipe's name, the path of a TOML file, names joined by `+` to lay overlays over a
+            recipe, or a `Recipe`; `default` is the best that lowers to integers at these bits.
+        data: calibration batches: float tensors (batch, channels, height, width), or tuples that begin
+            with one, or mappings with `pixel_values`. A recipe of several methods reads them several times, which
+            a list or a DataLoader allows and a generator does not; image size is that of the first.
+        bits: replaces the recipe's, such as "w8a8s4".
+        settings: replaces single keys of the recipe: {"weights.observer": "omse"}, or ["weights.observer=omse"].
+        simulated: take the model also where its recipe promises integers and some of it cannot be computed so.
+        source: where the model came from; with it `load(directory)` needs nothing else.
+        preprocessing: the model's, timm's data-configuration keys; saved with the model.
+        seed: of what methods draw.
+        progress: told what a method is doing, how much of it is done and how much there is.
+        memory: gigabytes that a method may hold beside the models; the result does not depend on it.
+        time_limit: seconds after which methods that choose or learn for long stop with what they have; their records
+            say how far they came.
+        work: a directory in which long work keeps its state: after an interruption the same call goes on there. It
+            can be removed afterwards.
+
+    Raises:
+        LoweringError: the recipe promises integers (its method `integer-operations` computes every kind so), the
+            bits, the model or its calibration do not allow it, and not `simulated`; it names the site and what to do.
+            Said before calibration wherever that does not depend on the images.
+        CheckpointError: the work directory is another run's.
+        VitquantError: see `capture`, `requested` and the recipe's methods.
+    """
+    deadline = time.monotonic() + time_limit
+    if not 0 < memory < math.inf:
+        raise RecipeError(f"memory = {memory}: it is positive, in gigabytes")
+    if not time_limit >= 0:
+        raise RecipeError(f"time_limit = {time_limit}: it is seconds, 0 or more")
+    said = None if preprocessing is None else Preprocessing.from_dict(preprocessing).to_dict()
+    recipe, widths = requested(recipe, bits, settings)
+    steps = planned(recipe)
+    model = unwrapped(model)
+    stream = CalibrationData(data, next((parameter.device for parameter in model.parameters()), None))
+    example = stream.example
+    shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
+    captured = CapturedModel(capture(model, example), shape)
+    check_gradients(captured, example, steps)
+    teacher = copy.deepcopy(captured) if any(step.definition.needs.teacher for step in steps) else None
+    quantized = QuantizedModel(captured, recipe, widths)
+    for step in steps:
+        step.check(quantized)
+    stream.check(passes(steps, quantized), any(step.definition.needs.labels for step in steps))
+    if not simulated:
+        check_possible(captured, recipe, widths)
+    with ExitStack() as held:
+        kept = None
+        if work is not None:
+            asked = {"recipe": recipe.to_dict(), "bits": str(widths), "seed": seed, "images": stream.first}
+            kept = held.enter_context(WorkDirectory.opened(work, {"model": _digest(captured), **asked}))
+        context = Context(stream, stream.labelled(), teacher, seed, progress, memory, deadline)
+        run_steps(quantized, steps, context, kept)
+    if not simulated:
+        check_promise(quantized)
+    quantized.provenance = {
+        "source": None if source is None else source.to_dict(),
+        "preprocessing": said,
+        "calibration": {"images": stream.images, "sha256": stream.digest},
+    }
+    return quantized
 
 
 def evaluate(
@@ -153,3 +255,8 @@ def write_compared(
     if report.broken:
         discard(new)
     return report
+
+
+def _digest(captured: CapturedModel) -> str:
+    """Tells float models apart."""
+    return digest_of(captured.graph_module.state_dict(), {"graph": captured.index.fingerprint})

@@ -224,8 +224,8 @@ def _loaded(directory: Path, captured: Any) -> Any:
     from unittest.mock import patch
 
     with (
-        patch("vitquant.pipeline.capture", lambda *_: deepcopy(captured)),
-        patch("vitquant.pipeline.architecture", lambda _: captured),
+        patch("vitquant.loading.capture", lambda *_: deepcopy(captured)),
+        patch("vitquant.loading.architecture", lambda _: captured),
     ):
         return vitquant.load(directory)
 

@@ -616,7 +616,7 @@ def test_a_fault_of_ours_is_one_line_and_a_traceback_only_with_debug(run, worksh
     def fault(*_, **__):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("vitquant.pipeline.load", fault)
+    monkeypatch.setattr("vitquant.loading.load", fault)
     code, out, err = run("inspect", workshop / "out")
     assert (code, out) == (1, "")
     assert err == "internal error: RuntimeError: two lines; run with --debug\n"
@@ -647,7 +647,7 @@ def test_a_result_that_cannot_be_written_is_one_line(words):
 
 def test_an_interrupt_is_said_in_one_line(run, workshop, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    monkeypatch.setattr("vitquant.pipeline.load", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("vitquant.loading.load", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     try:
         assert run("inspect", workshop / "out") == (130, "", "interrupted; nothing was written\n")
     finally:
@@ -719,7 +719,7 @@ def test_at_no_moment_is_a_result_neither_old_nor_new(run, workshop, sensitiviti
     monkeypatch.setattr("os.fsync", lambda _: None)
     assert run(*quantize_words(workshop / "images", tmp_path / "other", "--images", 10))[0] == 0
     other, measured = load(tmp_path / "other"), replace(SensitivityTable.from_json(sensitivities), bits="w7a7")
-    monkeypatch.setattr("vitquant.pipeline.quantize", lambda *_, **__: other)  # what is traced takes long
+    monkeypatch.setattr("vitquant.workflows.quantize", lambda *_, **__: other)  # what is traced takes long
     monkeypatch.setattr("vitquant.allocation.sensitivity.sensitivity", lambda *_, **__: measured)
     monkeypatch.setattr("vitquant.report.figures.sensitivity_figure", lambda *_: b"drawn")
     shutil.copytree(workshop / "out", tmp_path / "model")
@@ -788,7 +788,7 @@ def test_what_cannot_be_an_output_is_refused_by_every_command_before_its_work(
 ):
     for work in (
         "cli.calibrating.prepare",
-        "pipeline.load",
+        "loading.load",
         "demo.model",
         "conformance.vectors.write_into",
         "allocation.table.SensitivityTable.from_json",

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import vitquant
-from vitquant import demo, pipeline
+from vitquant import demo, workflows
 from vitquant.cli import main
 from vitquant.demo import embedded
 from vitquant.recipe import Bits, load_recipe
@@ -189,7 +189,7 @@ def test_the_table_says_how_to_go_on_and_it_works(small, run, tmp_path, capsys, 
 def test_every_recipe_starts_from_the_seed_and_an_interrupt_leaves_nothing(small, run, tmp_path, monkeypatch):
     recipes = [load_recipe("minmax"), load_recipe("percentile")]
     monkeypatch.setattr("vitquant.recipe.available", lambda: recipes)
-    quantize, seeds = pipeline.quantize, []
+    quantize, seeds = workflows.quantize, []
 
     def interrupted(*arguments, **settings):
         seeds.append(torch.initial_seed())
@@ -198,7 +198,7 @@ def test_every_recipe_starts_from_the_seed_and_an_interrupt_leaves_nothing(small
             raise KeyboardInterrupt
         return quantize(*arguments, **settings)
 
-    monkeypatch.setattr(pipeline, "quantize", interrupted)
+    monkeypatch.setattr(workflows, "quantize", interrupted)
     assert run("--output", tmp_path / "out", "--seed", 7) == (130, "", "interrupted; nothing was written\n")
     assert seeds == [7, 7]
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vitquant.cli import main
-from vitquant.pipeline import load
+from vitquant.loading import load
 from vitquant.tasks.classification import logits_of
 
 NAMES = [

@@ -16,9 +16,9 @@ from vitquant.cli import main
 from vitquant.cli.evaluate import Engine
 from vitquant.cli.export import Format
 from vitquant.exports.formats import PATHS, exported
+from vitquant.loading import load
 from vitquant.lowering import lower
 from vitquant.model.saved import digest
-from vitquant.pipeline import load
 from vitquant.program.storage import load_program, save_program
 from vitquant.runtime.metadata import to_metadata
 from vitquant.runtime.onnxruntime import OnnxModel

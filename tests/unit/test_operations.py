@@ -6,11 +6,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from vitquant.pipeline import quantize
 from vitquant.recipe import Assignment
 from vitquant.report.operations import classify, list_operations, summarize
 from vitquant.report.tables import operations_table, summary_text
 from vitquant.spec import Log2, PerAxis, PerHead, QuantSpec
+from vitquant.workflows import quantize
 
 
 def vit(**arguments):

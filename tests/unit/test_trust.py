@@ -159,7 +159,7 @@ def test_a_directory_is_not_taken_for_a_model_type_of_its_name(saved, trap, tmp_
 
 @pytest.mark.parametrize(("weights", "said"), [("pretrained", "--weights pretrained"), ("/etc/passwd", "repeat it")])
 def test_float_weights_that_a_file_names_are_not_fetched_and_not_read(saved, monkeypatch, weights, said):
-    monkeypatch.setattr("vitquant.pipeline.create", lambda *_: pytest.fail("it was made"))
+    monkeypatch.setattr("vitquant.loading.create", lambda *_: pytest.fail("it was made"))
     named(saved, "timm:vit_tiny_patch16_224", TINY, weights)
     with pytest.raises(CheckpointError, match=said):
         vitquant.float_model(saved)
@@ -242,7 +242,7 @@ def test_a_source_that_builds_more_than_was_saved_is_refused_before_memory_goes(
 
 
 def test_a_source_that_builds_another_model_is_refused_before_it_runs(saved, monkeypatch):
-    monkeypatch.setattr("vitquant.pipeline.capture", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr("vitquant.loading.capture", lambda *_: pytest.fail("it ran"))
     named(saved, "timm:vit_tiny_patch16_224", {**TINY, "num_classes": 8})
     with pytest.raises(CheckpointError, match=r"head\.weight is not the one that was saved"):
         vitquant.load(saved)

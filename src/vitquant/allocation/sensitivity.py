@@ -20,13 +20,13 @@ from vitquant.errors import AllocationError, CalibrationError, RecipeError
 from vitquant.model import QuantizedModel
 from vitquant.model.checkpoint import digest_of
 from vitquant.model.saved import stored_bytes
-from vitquant.pipeline import quantize
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Bits, Method, Recipe, requested
 from vitquant.recipe.override import Settings
 from vitquant.schema import Integer, ListOf, Table, TableOf
 from vitquant.spec import MAX_BITS, MIN_BITS
 from vitquant.work import WorkDirectory
+from vitquant.workflows import quantize
 
 CANDIDATES = (4, 5, 6, 7, 8)
 # A search for what is measured: near enough, and a fifteenth of the time. Corrected biases belong to a model whose

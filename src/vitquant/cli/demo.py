@@ -119,7 +119,7 @@ def _try(
     """Quantize by a recipe and evaluate beside the float model, with progress of each step."""
     import torch
 
-    from vitquant import pipeline
+    from vitquant import workflows
     from vitquant.demo import PREPROCESSING, source
     from vitquant.engines import default_engine
     from vitquant.tasks.classification import evaluate
@@ -131,7 +131,7 @@ def _try(
         update(description=f"{recipe.name}: {what}", completed=done, total=total, unit="")
 
     stream, steps = _Watched(calibration, show), PREPROCESSING.to_dict()
-    quantized = pipeline.quantize(network, recipe, stream, source=source(), preprocessing=steps, progress=show)
+    quantized = workflows.quantize(network, recipe, stream, source=source(), preprocessing=steps, progress=show)
     name, computed, _ = default_engine(quantized)
     asked = sum(len(classes) for _, classes in test)
     result = evaluate(computed, network, test, None, lambda what, done, _: show(what, done, asked), engine=name)

@@ -85,7 +85,7 @@ def evaluate(
         with terminal.progress("loading"):
             import torch
 
-            from vitquant import pipeline
+            from vitquant import loading
             from vitquant.engines import file_of
             from vitquant.report.tables import ends_text, facts, result_rows
             from vitquant.tasks import classification
@@ -95,7 +95,7 @@ def evaluate(
             if classes is None:  # which may name any folder, and counts the model's classes
                 load_listing(data)  # what is wrong with it is said before the model is made
             repeated = options.repeated(model, model_arguments)
-            quantized = pipeline.load(out, **repeated).to(where)
+            quantized = loading.load(out, **repeated).to(where)
             with torch.inference_mode():
                 logits = classification.logits_of(quantized(torch.zeros(1, *quantized.input_shape, device=where)))
             if logits.ndim != 2:

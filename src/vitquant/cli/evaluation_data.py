@@ -34,10 +34,10 @@ def preprocessing_of(quantized: QuantizedModel, file: Path | None) -> Preprocess
 
 def float_model(out: Path, weights: str | None, repeated: dict[str, Any], terminal: Terminal) -> nn.Module | None:
     """The float model; None, with a note, when its weights are not where they were and no others were given."""
-    from vitquant import pipeline
+    from vitquant import loading
 
     try:
-        return pipeline.float_model(out, weights, **repeated)
+        return loading.float_model(out, weights, **repeated)
     except VitquantError as error:
         if weights is not None:
             raise

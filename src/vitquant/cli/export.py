@@ -78,7 +78,7 @@ def export(
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
             from vitquant.exports.formats import ON_INTEGERS, PATHS, check_options, kind_of
-            from vitquant.pipeline import load
+            from vitquant.loading import load
             from vitquant.report.tables import facts
             from vitquant.workflows import write_compared
 

@@ -33,7 +33,7 @@ def inspect(
             return
         with terminal.progress("loading"):
             from vitquant.engines import program_of
-            from vitquant.pipeline import load
+            from vitquant.loading import load
             from vitquant.report.operations import CONSTANT, DATA, list_operations, summarize
             from vitquant.report.tables import facts, operations_table, summary_text
 
@@ -67,7 +67,7 @@ def _show_program(terminal: Terminal, out: Path, repeated: dict[str, Any]) -> No
     """The lines of a saved model's program, or of a program's file."""
     with terminal.progress("loading"):
         from vitquant.engines import program_of
-        from vitquant.pipeline import load
+        from vitquant.loading import load
         from vitquant.program.storage import load_program, plain
         from vitquant.program.text import text_form
         from vitquant.report.register_scales import register_scales

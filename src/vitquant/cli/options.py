@@ -69,7 +69,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the li
 
 
 def repeated(model: str | None, arguments: list[str] | None) -> dict[str, Any]:
-    """What the caller repeats of a saved model's source, as `pipeline.load` takes it."""
+    """What the caller repeats of a saved model's source, as `loading.load` takes it."""
     from vitquant.zoo import parse_model_arguments
 
     return {"source": model, "arguments": parse_model_arguments(arguments or ())}

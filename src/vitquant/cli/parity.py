@@ -64,7 +64,7 @@ def parity(
     """
     with Terminal(json, quiet) as terminal, tempfile.TemporaryDirectory() as scratch:
         with terminal.progress("loading"):
-            from vitquant.pipeline import load
+            from vitquant.loading import load
 
             options.choose_device(options.Device.CPU, threads)
             repeated = options.repeated(model, model_arguments)

@@ -69,7 +69,7 @@ def quantize(
     started = time.perf_counter()
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
-            from vitquant import pipeline
+            from vitquant import workflows
             from vitquant.methods.table import planned
             from vitquant.model.checkpoint import SAVED_MODEL, TENSORS
             from vitquant.recipe import requested
@@ -97,7 +97,7 @@ def quantize(
                 network, source, data = prepared.network, prepared.source, prepared.data
             with terminal.progress("capturing, first batch", len(data.items)) as update:
                 watched = calibrating.Watched(data, update)
-                quantized = pipeline.quantize(
+                quantized = workflows.quantize(
                     network,
                     chosen,
                     watched,
