@@ -1,4 +1,4 @@
-"""What can compute a saved model's logits from images, by name."""
+"""What can compute a saved model's outputs from images, by name."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def file_of(name: str, directory: str | Path) -> Path | None:
 
 
 def engine(name: str, model: QuantizedModel, directory: str | Path, threads: int | None = None) -> Engine:
-    """What computes logits, (images, classes), from float32 images (batch, channels, height, width).
+    """What computes a model's outputs from float32 images (batch, channels, height, width).
 
     Arguments:
         name: one of `ENGINES` but `float`, which is not made of the quantized model. `onnxruntime` runs the integer
@@ -85,7 +85,7 @@ def engine(name: str, model: QuantizedModel, directory: str | Path, threads: int
 
 def on_images(model: OnnxModel) -> Engine:
     """An ONNX model as a function of float images, whether it takes those or codes."""
-    return OnImages(model, *quantization_from(model.metadata)) if model.takes_codes else model
+    return OnImages(model, *quantization_from(model.metadata, model.outputs)) if model.takes_codes else model
 
 
 def forms_of(path: str | Path, format: str, model: QuantizedModel | None = None) -> list[Form]:

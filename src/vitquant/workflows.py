@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from vitquant.autocast import in_own_precision
 from vitquant.calibration_data import Batch, CalibrationData, images_of
@@ -30,14 +30,11 @@ from vitquant.parity import Form, ParityReport, examine
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Recipe, requested
 from vitquant.recipe.override import Settings
-from vitquant.tasks import classification
-from vitquant.tasks.classification import ClassificationResult
 from vitquant.tasks.preprocessing import Preprocessing
+from vitquant.tasks.task import Model, Result, Task, task_named, task_of
 from vitquant.unwrapping import unwrapped
 from vitquant.work import WorkDirectory
 from vitquant.zoo import ModelSource
-
-Logits = Callable[[Tensor], Any]
 
 
 class BrokenPromiseError(ExportError):
@@ -63,6 +60,7 @@ def quantize(
     simulated: bool = False,
     source: ModelSource | None = None,
     preprocessing: Mapping[str, Any] | None = None,
+    task: str | None = None,
     seed: int = 0,
     progress: Progress = silent,
     memory: float = 4.0,
@@ -72,7 +70,7 @@ def quantize(
     """Quantize a model by a recipe; the model itself is left as it is.
 
     Arguments:
-        model: any classifier that takes one batch of images; it is captured in evaluation mode, see `capture`.
+        model: any module that takes one batch of images; it is captured in evaluation mode, see `capture`.
         recipe: a recipe's name, the path of a TOML file, names joined by `+` to lay overlays over a
             recipe, or a `Recipe`; `default` is the best that lowers to integers at these bits.
         data: calibration batches: float tensors (batch, channels, height, width), or tuples that begin
@@ -83,6 +81,8 @@ def quantize(
         simulated: take the model also where its recipe promises integers and some of it cannot be computed so.
         source: where the model came from; with it `load(directory)` needs nothing else.
         preprocessing: the model's, timm's data-configuration keys; saved with the model.
+        task: what the outputs mean, one of `tasks.task.TASKS`; when None, `classification` where the model gives
+            logits, else `features`.
         seed: of what methods draw.
         progress: told what a method is doing, how much of it is done and how much there is.
         memory: gigabytes that a method may hold beside the models; the result does not depend on it.
@@ -104,6 +104,7 @@ def quantize(
     if not time_limit >= 0:
         raise RecipeError(f"time_limit = {time_limit}: it is seconds, 0 or more")
     said = None if preprocessing is None else Preprocessing.from_dict(preprocessing).to_dict()
+    asked_task = None if task is None else task_named(task)
     recipe, widths = requested(recipe, bits, settings)
     steps = planned(recipe)
     model = unwrapped(model)
@@ -111,6 +112,7 @@ def quantize(
     example = stream.example
     shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
     captured = CapturedModel(capture(model, example), shape)
+    meaning = asked_task or task_of(model, captured.outputs)
     check_gradients(captured, example, steps)
     teacher = copy.deepcopy(captured) if any(step.definition.needs.teacher for step in steps) else None
     quantized = QuantizedModel(captured, recipe, widths)
@@ -123,8 +125,9 @@ def quantize(
         kept = None
         if work is not None:
             asked = {"recipe": recipe.to_dict(), "bits": str(widths), "seed": seed, "images": stream.first}
+            asked["task"] = meaning.name
             kept = held.enter_context(WorkDirectory.opened(work, {"model": _digest(captured), **asked}))
-        context = Context(stream, stream.labelled(), teacher, seed, progress, memory, deadline)
+        context = Context(stream, stream.labelled(), meaning.error, teacher, seed, progress, memory, deadline)
         run_steps(quantized, steps, context, kept)
     if not simulated:
         check_promise(quantized)
@@ -132,39 +135,60 @@ def quantize(
         "source": None if source is None else source.to_dict(),
         "preprocessing": said,
         "calibration": {"images": stream.images, "sha256": stream.digest},
+        "task": meaning.name,
     }
     return quantized
 
 
 def evaluate(
     model: QuantizedModel,
-    data: Iterable[tuple[Tensor, Tensor]],
+    data: Iterable[Any],
     *,
-    float_model: Logits | None = None,
+    float_model: Model | None = None,
     engine_name: str | None = None,
     directory: str | Path | None = None,
+    task: str | None = None,
     progress: Progress = silent,
-) -> ClassificationResult:
-    """Accuracy of a quantized classifier, beside its float model on the same images.
+) -> Result:
+    """How good a quantized model is at its task, beside its float model on the same images.
+
+    A classifier's accuracy and its agreement with the float model; the cosine of features with the float model's, and
+    the share of images whose nearest neighbour is the same.
 
     Arguments:
         model: calibrated.
-        data: batches of images, float32 (batch, channels, height, width), and classes, int64 (batch,).
-        float_model: to compare with.
+        data: batches of images, float32 (batch, channels, height, width), for a classifier each with classes, int64
+            (batch,).
+        float_model: to compare with; features need it.
         engine_name: what computes, one of `engines.ENGINES`; the integer program once the model lowers, else the
             simulation, when None.
         directory: where exports are looked for, which `onnxruntime` and `openvino` run.
+        task: one of `tasks.task.TASKS`; when None, the one that the model was quantized for.
         progress: told how many images are done.
 
     Raises:
-        ModelError, DataError: see `tasks.classification.evaluate`.
+        ModelError, DataError: see `tasks.classification.evaluate` and `tasks.features.evaluate`.
         ExportError, LoweringError: see `engines.engine`.
     """
     if engine_name is None:
         engine_name, computed, _ = default_engine(model)
     else:
         computed = engine(engine_name, model, "." if directory is None else directory)
-    return classification.evaluate(computed, float_model, data, None, progress, engine_name)
+    return task_for(model, task).evaluate(computed, float_model, data, progress, engine_name)
+
+
+def task_for(model: QuantizedModel, name: str | None = None) -> Task:
+    """The task that is asked for, or else the one that a model was quantized for.
+
+    Arguments:
+        model: from `quantize` or `load`.
+        name: one of `tasks.task.TASKS`, or None.
+
+    Raises:
+        DataError: there is no task of that name.
+    """
+    name = name or model.provenance.get("task")
+    return task_of(model, model.outputs) if name is None else task_named(name)
 
 
 def compare(
@@ -172,7 +196,7 @@ def compare(
     images: Iterable[Batch],
     forms: Sequence[Form] = (),
     *,
-    float_model: Logits | None = None,
+    float_model: Model | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
     """Run all forms of a model on the same images: float, simulation, integer program, and what was exported.
@@ -193,7 +217,7 @@ def compare(
     batches = [images_of(batch) for batch in images]
     if not batches:
         raise CalibrationError("no images to compare on: give at least one batch")
-    return examine(model, batches, forms, float_model, progress)
+    return examine(model, batches, forms, float_model, progress, task_for(model).same)
 
 
 def export(
@@ -202,7 +226,7 @@ def export(
     path: str | Path,
     images: Iterable[Batch],
     *,
-    float_model: Logits | None = None,
+    float_model: Model | None = None,
     force: bool = False,
     float_io: bool = False,
     batch: int | None = None,
@@ -239,7 +263,7 @@ def write_compared(
     new: Path,
     images: Iterable[Batch],
     options: dict[str, Any],
-    float_model: Logits | None = None,
+    float_model: Model | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
     """Write an export to a place where nothing is yet, run it, and remove it again where a promise is broken.

@@ -101,8 +101,10 @@ class Program:
         for name in sorted(tensors):
             digest.update(tensors[name][2])
         need(text[-66:] == digest.hexdigest() + '"}' and p["sha256"] == digest.hexdigest(), "the digest differs")
-        need(len(p["inputs"]) == len(p["outputs"]) == 1, "not one input and one output")
-        self.input, self.output, self.instructions = p["inputs"][0], p["outputs"][0], p["instructions"]
+        need(len(p["inputs"]) == 1 <= len(p["outputs"]), "not one input and an output")
+        self.input, self.instructions = p["inputs"][0], p["instructions"]
+        self.outputs = {each["name"]: each for each in p["outputs"]}
+        need(len(self.outputs) == len(p["outputs"]), "two outputs have one name")
         self.registers, self.constants = p["registers"], {}
         for name, (dtype, shape, raw) in tensors.items():
             need(dtype == "U8" and len(shape) == 1 and name in self.registers, f"constant {name}")
@@ -121,7 +123,8 @@ class Program:
                 need(all(n in known for n in names), f"{i['op']}.{key} is not written before")
             need(i["output"] in self.registers and i["output"] not in known, f"{i['output']} is written twice")
             known.add(i["output"])
-        need(self.output["register"] in known and known == set(self.registers), "registers that nothing writes")
+        results = {each["register"] for each in self.outputs.values()}
+        need(results <= known == set(self.registers), "registers that nothing writes")
 
     def run_all(self, codes):
         """All registers, from the codes of N images."""
@@ -147,8 +150,9 @@ class Program:
     def run(self, codes):
         codes = np.asarray(codes)
         if codes.shape[0] == 0:
-            return np.zeros((0, *self.registers[self.output["register"]][1][1:]), np.int64)
-        return self.run_all(codes)[self.output["register"]]
+            return {n: np.zeros((0, *self.registers[o["register"]][1][1:]), np.int64) for n, o in self.outputs.items()}
+        values = self.run_all(codes)
+        return {name: values[output["register"]] for name, output in self.outputs.items()}
 
     def codes_of_images(self, images):
         need("scale" in self.input, "the program does not say what its codes stand for")
@@ -159,9 +163,10 @@ class Program:
         q = np.clip(q.astype(np.float64), -2.0**40, 2.0**40).astype(np.int64) + self.input["zero_point"]
         return np.clip(q, self.input["low"], self.input["high"])
 
-    def logits_of_codes(self, codes):
-        need("scale" in self.output, "the program does not say what its logits stand for")
-        return (codes - self.output["zero_point"]).astype(np.float32) * np.array(self.output["scale"], np.float32)
+    def numbers_of_codes(self, name, codes):
+        output = self.outputs[name]
+        need("scale" in output, "the program does not say what its outputs stand for")
+        return (codes - output["zero_point"]).astype(np.float32) * np.array(output["scale"], np.float32)
 
 
 def zero(x):

@@ -17,7 +17,7 @@ def program(*steps: p.Instruction, registers: dict[str, p.Register], constants: 
     """From codes u8 (-1, 4, 6) to the last step's output."""
     types = {name: p.Register("s32", tuple(values.shape)) for name, values in constants.items()}
     given = {"x": p.Register("u8", (-1, 4, 6)), **types, **registers}
-    return p.IntegerProgram("x", steps[-1].output, given, constants, steps)
+    return p.IntegerProgram("x", {"output": steps[-1].output}, given, constants, steps)
 
 
 def one(step: p.Instruction, written: p.Register, shape=(-1, 4, 6), kind="u8", **constants: torch.Tensor):
@@ -59,5 +59,5 @@ def everything() -> p.IntegerProgram:
     )
     made = program(*steps, registers=registers, constants=constants)
     ends = {"scale": 0.1, "zero_point": 3, "low": 0, "high": 255}
-    facts = {"input": ends, "output": {"scale": [0.2], "zero_point": 0}}
+    facts = {"input": ends, "outputs": {"output": {"scale": [0.2], "zero_point": 0}}}
     return replace(made, codes={"norm:input": "x"}, facts=facts)

@@ -75,7 +75,13 @@ class Maker:
 
     def program(self) -> p.IntegerProgram:
         return p.IntegerProgram(
-            "input", self.x, self.registers, self.constants, tuple(self.instructions), {"x": self.x}, {"note": 1}
+            "input",
+            {"output": self.x},
+            self.registers,
+            self.constants,
+            tuple(self.instructions),
+            {"x": self.x},
+            {"note": 1},
         )
 
     # Instructions: each reads codes and leaves codes.
@@ -301,7 +307,7 @@ def test_an_image_is_computed_alone(seed: int) -> None:
     """So a batch may be computed in parts."""
     program = made(seed)
     run, codes = Interpreter(program), codes_of(program, seed)
-    whole = run(codes, {program.output: lambda x: None})
+    whole = run(codes, {program.outputs["output"]: lambda x: None})
     assert torch.equal(run(codes), whole)
     assert torch.equal(torch.cat([run(image[None]) for image in codes]), whole)
 

@@ -32,7 +32,9 @@ def one(step: p.Instruction, given: str, shape: tuple[int, ...], **constants: tu
     registers |= {name: p.Register(kind, tuple(values.shape)) for name, (kind, values) in constants.items()}
     shapes = {name: register.shape for name, register in registers.items()}
     registers["y"] = p.Register("s64", tuple(max(size, -1) for size in written_shape(step, shapes)))
-    made = p.IntegerProgram("x", "y", registers, {name: values for name, (_, values) in constants.items()}, (step,))
+    made = p.IntegerProgram(
+        "x", {"output": "y"}, registers, {name: values for name, (_, values) in constants.items()}, (step,)
+    )
     check_program(made)
     return made
 
@@ -294,7 +296,7 @@ for low, high, kind in ((0, 255, "u8"), (-128, 127, "s8"), (0, 65535, "u16")):
             for step, name, weight in ((Linear("y", "s", "x", "w", None, 7, None), "w", w),
                                        (Product("y", "s", "x", "v", 7, -3), "v", w.T.contiguous())):
                 needed = {key: registers[key] for key in ("x", name, "y")}
-                program = IntegerProgram("x", "y", needed, {name: weight}, (step,))
+                program = IntegerProgram("x", {"output": "y"}, needed, {name: weight}, (step,))
                 seen.add(exact_products(program)["y"])
                 assert torch.equal(Interpreter(program)(x), Interpreter(program, exact_int64)(x)), (kind, summed)
 assert {torch.float32, torch.float64} <= seen, seen
@@ -340,7 +342,7 @@ def test_registers_are_held_in_the_bytes_of_their_type(monkeypatch: pytest.Monke
     registers |= {"t": p.Register("s4", (16,)), "m": p.Register("s32", ()), "a": p.Register("s64", ())}
     constants = {"t": torch.arange(-8, 8), "m": torch.tensor(5), "a": torch.tensor(80)}
     registers["y"] = p.Register("s32", (-1, 6))
-    program = p.IntegerProgram("x", "y", registers, constants, steps)
+    program = p.IntegerProgram("x", {"output": "y"}, registers, constants, steps)
     check_program(program)
     run, kept = Interpreter(program), {}
     execute = run._execute
@@ -365,7 +367,7 @@ def test_registers_that_nobody_reads_any_more_are_not_held(monkeypatch: pytest.M
     )  # fmt: skip
     registers = {name: p.Register("u4", (-1, 6 if name in "cdy" else 3)) for name in "xabcdy"}
     registers["t"] = p.Register("u4", (16,))
-    run, kept = Interpreter(p.IntegerProgram("x", "y", registers, {"t": torch.arange(16)}, steps)), []
+    run, kept = Interpreter(p.IntegerProgram("x", {"output": "y"}, registers, {"t": torch.arange(16)}, steps)), []
     execute = run._execute
 
     def spy(instruction, held):

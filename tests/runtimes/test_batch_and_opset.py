@@ -94,12 +94,14 @@ def test_qdq_and_openvino_of_a_fixed_batch(vit: QuantizedModel, batch: int, tmp_
 def test_any_number_of_images_in_batches_of_one_size(count: int, size: int) -> None:
     seen = []
 
-    def run(images: torch.Tensor) -> torch.Tensor:
+    def run(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append(len(images))
-        return 2 * images[:, 0]
+        return 2 * images[:, 0], images
 
     images = torch.arange(1, 2 * count + 1).view(count, 2)
-    assert torch.equal(in_batches(run, images, size), 2 * images[:, 0])
+    doubled, same = in_batches(run, images, size)
+    assert torch.equal(doubled, 2 * images[:, 0])
+    assert torch.equal(same, images)
     assert set(seen) == {size}
 
 
@@ -111,7 +113,7 @@ def test_a_batch_that_the_memory_does_not_hold_is_an_error_of_ours() -> None:
         with pytest.raises(ExportError, match=r"^the memory does not hold a batch of 1000000 images"):
             in_batches(run, images, 1_000_000)
     with pytest.raises(ExportError, match=r"^the memory does not hold a batch of 1000000 images"):
-        _export(torch.nn.Identity(), (3, 2**15, 2**15), 1_000_000, 20)
+        _export(torch.nn.Identity(), ["output"], (3, 2**15, 2**15), 1_000_000, 20)
 
 
 @pytest.mark.parametrize("opset", [OPSETS["onnx-integer"][0], 20, OPSETS["onnx-integer"][-1]])

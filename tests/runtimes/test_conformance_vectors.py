@@ -30,11 +30,12 @@ from vitquant.program.text import text_form
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.runtime.on_images import interpreted
 from vitquant.runtime.onnxruntime import OnnxModel
+from vitquant.runtime.outputs import named
 from vitquant.runtime.products import exact_int64, exact_products
 
 VECTORS = {vector.name: vector for vector in all_vectors()}
 # Of every byte of every file; it changes with the format, with FORMAT, and with the vectors only.
-DIGEST = "ba972f5d43d375852b5008233a742283ad670fb537519aeae565eb670a3dd5f0"
+DIGEST = "a3580e3cb9d802246eca2c4be3e48e88cd1c776fc2fd4670c75a8d2589e0a686"
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +65,9 @@ def test_the_interpreter_gives_every_register(read, name, products):
     seen = {program.input: expected[program.input]}
     taps = {each.output: lambda x, name=each.output: seen.__setitem__(name, x) for each in program.instructions}
     result = Interpreter(program, products)(expected[program.input], taps)
-    assert torch.equal(result, expected[program.output])
-    assert seen.keys() == expected.keys() - {"images", "logits"}
+    for output, codes in named(result, program.outputs).items():
+        assert torch.equal(codes, expected[program.outputs[output]])
+    assert seen.keys() == {key for key in expected if key != "images" and not key.startswith("outputs/")}
     assert all(torch.equal(values, expected[name]) for name, values in seen.items())
 
 
@@ -77,10 +79,12 @@ def test_onnx_gives_the_outputs_in_three_runtimes(read, name):
     onnx.checker.check_model(model, full_check=True)
     content = model.SerializeToString()
     for optimize in (True, False):
-        assert torch.equal(OnnxModel(content, optimize, threads=1)(codes), expected[program.output])
+        found = named(OnnxModel(content, optimize, threads=1)(codes), program.outputs)
+        assert all(torch.equal(found[output], expected[register]) for output, register in program.outputs.items())
     dtype = onnx.helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
-    (found,) = ReferenceEvaluator(model).run(None, {"images": codes.numpy().astype(dtype)})
-    assert np.array_equal(np.asarray(found, np.int64), expected[program.output].numpy())
+    results = ReferenceEvaluator(model).run(list(program.outputs), {"images": codes.numpy().astype(dtype)})
+    for result, register in zip(results, program.outputs.values(), strict=True):
+        assert np.array_equal(np.asarray(result, np.int64), expected[register].numpy())
 
 
 @pytest.mark.parametrize("name", VECTORS)
@@ -92,7 +96,8 @@ def test_an_engine_that_knows_the_page_alone_gives_every_register(directory, nam
         assert np.array_equal(found[register], expected[register]), register
     if "images" in expected:
         assert np.array_equal(program.codes_of_images(expected["images"]), expected["x"])
-        assert np.array_equal(program.logits_of_codes(found[program.output["register"]]), expected["logits"])
+        for output, codes in program.run(expected["x"]).items():
+            assert np.array_equal(program.numbers_of_codes(output, codes), expected[f"outputs/{output}"])
 
 
 def test_the_engine_of_the_page_is_short_and_shares_nothing():
@@ -102,10 +107,12 @@ def test_the_engine_of_the_page_is_short_and_shares_nothing():
     assert imported == ["import hashlib", "import json", "import math", "import numpy as np"]
 
 
-def test_images_and_logits_are_what_codes_stand_for(read):
+def test_images_and_outputs_are_what_codes_stand_for(read):
     program, expected = read("vision-transformer")
     with torch.inference_mode():
-        assert torch.equal(interpreted(program)(expected["images"]), expected["logits"])
+        found = interpreted(program)(expected["images"])
+    assert list(found) == ["logits", "tokens"]
+    assert all(torch.equal(numbers, expected[f"outputs/{output}"]) for output, numbers in found.items())
     ratio = expected["images"][1] / np.float32(program.facts["input"]["scale"])
     assert int((ratio - ratio.floor() == 0.5).sum()) > 100  # halves, which round to even
     codes = expected[program.input]
@@ -185,14 +192,15 @@ def test_no_vector_is_too_easy():
     same = ("softmax-to-levels-nothing", "softmax-to-levels-zero", "layer-norm-one-channel")
     for name, vector in VECTORS.items():
         with torch.inference_mode():
-            count = len(Interpreter(vector.program, exact_int64)(vector.codes).unique())
-        assert (count == 1) is name.startswith(same), name
+            outputs = named(Interpreter(vector.program, exact_int64)(vector.codes), vector.program.outputs)
+        assert all((len(codes.unique()) == 1) is name.startswith(same) for codes in outputs.values()), name
         assert 8 * vector.codes.numel() <= 2**16
 
 
 def test_every_line_of_text_is_whole():
     for vector in VECTORS.values():
-        assert len(text_form(vector.program)) == len(vector.program.instructions) + 2
+        program = vector.program
+        assert len(text_form(program)) == 1 + len(program.instructions) + len(program.outputs)
 
 
 # Files.
@@ -254,4 +262,4 @@ def test_scores_of_64_bits_have_no_onnx_form():
     types = {"x": ("s64", (-1, 4)), "y": ("u4", (-1, 4)), "v": ("u16", (3,)), "o": ("s32", (3,))}
     registers = {name: p.Register(*given) for name, given in types.items()}
     with pytest.raises(ExportError, match="here: its scores have 64 bits"):
-        onnx_integer_model(p.IntegerProgram("x", "y", registers, constants, steps))
+        onnx_integer_model(p.IntegerProgram("x", {"output": "y"}, registers, constants, steps))

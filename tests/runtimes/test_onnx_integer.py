@@ -172,7 +172,7 @@ def test_what_codes_mean_is_in_the_metadata(vit_program, tmp_path):
     model = OnnxModel(tmp_path / "vit.onnx", threads=1)
     said = {name.removeprefix("vitquant."): text for name, text in model.metadata.items()}
     assert json.loads(said["input"]) == vit_program.facts["input"]
-    assert json.loads(said["output"]) == vit_program.facts["output"]
+    assert json.loads(said["outputs"]) == vit_program.facts["outputs"]
     assert (said["recipe"], said["bits"]) == ("fq-vit", "w8a8s4")
     assert (said["format"], said["version"]) == (FORMAT, vitquant.__version__)
     assert all(name.startswith("vitquant.") for name in model.metadata)
@@ -184,7 +184,7 @@ def test_no_images_have_no_logits(family):
     program = lower(quantized(family))
     first = program.registers[program.input]
     images, codes = torch.zeros(0, *first.shape[1:]), torch.zeros(0, *first.shape[1:], dtype=torch.int64)
-    classes = program.registers[program.output].shape[1]
+    classes = program.registers[program.outputs["output"]].shape[1]
     assert interpreted(program)(images).shape == (0, classes)
     for float_io, given in ((False, codes), (True, images)):
         model = OnnxModel(onnx_integer_model(program, float_io).SerializeToString(), threads=1)
@@ -218,7 +218,7 @@ def test_float_images_become_the_codes_of_the_quantizer(signed):
     onnx.checker.check_model(onnx_model, full_check=True)
     content = onnx_model.SerializeToString()
     expected = Interpreter(program)(quantizer.encode(images))
-    facts = program.facts["output"]
+    facts = program.facts["outputs"]["output"]
     logits = (expected - facts["zero_point"]).float() * torch.tensor(facts["scale"])
     for optimize in (True, False):
         assert torch.equal(OnnxModel(content, optimize, threads=1)(images), logits)
@@ -251,8 +251,8 @@ def test_float_images_beyond_codes_that_do_not_fill_a_byte_are_clipped():
 
 
 def test_float_logits_have_the_scales_of_their_classes(vit_program):
-    output = {**vit_program.facts["output"], "scale": [0.01 * (number + 1) for number in range(10)]}
-    program = replace(vit_program, facts={**vit_program.facts, "output": output})
+    output = {**vit_program.facts["outputs"]["output"], "scale": [0.01 * (number + 1) for number in range(10)]}
+    program = replace(vit_program, facts={**vit_program.facts, "outputs": {"output": output}})
     content = onnx_integer_model(program, float_io=True).SerializeToString()
     images = torch.randn(3, 3, 32, 32)
     assert torch.equal(OnnxModel(content, threads=1)(images), interpreted(program)(images))
@@ -271,7 +271,7 @@ def single(instruction, output, first=("u8", (-1, 4, 6, 7)), **constants):
     registers = {"x": p.Register(*first), "y": p.Register(*output)}
     registers |= {name: p.Register(type, tuple(values.shape)) for name, (type, values) in constants.items()}
     values = {name: values for name, (_, values) in constants.items()}
-    return p.IntegerProgram("x", "y", registers, values, (instruction,))
+    return p.IntegerProgram("x", {"output": "y"}, registers, values, (instruction,))
 
 
 @pytest.mark.parametrize("type", ["s8", "s4", "u8", "u4", "s16"])

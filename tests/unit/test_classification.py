@@ -136,7 +136,7 @@ def test_batches_give_the_figures_of_the_whole_whatever_their_size():
     for size in (1, 7, 40):
         seen = []
         told = lambda _, done, total, seen=seen: seen.append(done)  # noqa: E731
-        result = evaluate(Table(rows), Table(reference), stream(order, size), 20, told)
+        result = evaluate(Table(rows), Table(reference), stream(order, size), told)
         assert dataclasses.replace(result, seconds=0.0) == expected
         assert result.seconds > 0
         assert seen[-1] == 40
@@ -152,7 +152,7 @@ def test_the_models_run_in_eval_mode_without_gradients_and_are_given_back_as_the
     assert evaluate(model, None, stream([0, 1, 2, 3], 2)).top1 == 100.0
     assert (model.training, model.inner.training, gradients) == (True, False, [])
     with pytest.raises(ModelError):
-        evaluate(model, None, stream([0, 1], 1), num_classes=5)
+        evaluate(model, Table(torch.eye(5)), stream([0, 1], 1))
     assert (model.training, model.inner.training) == (True, False)
 
 
@@ -189,10 +189,15 @@ def test_logits_that_are_not_finite_are_refused_and_the_image_is_named(tmp_path)
         evaluate(Table(torch.eye(4)), Table(rows), stream([0, 1, 2, 3], 3))
 
 
-@pytest.mark.parametrize(("output", "classes"), [(torch.eye(3), 4), (torch.eye(4)[:2], None), (torch.ones(3), None)])
-def test_logits_of_another_shape_are_refused(output, classes):
+@pytest.mark.parametrize("output", [torch.eye(4)[:2], torch.ones(3)])
+def test_logits_of_another_shape_are_refused(output):
     with pytest.raises(ModelError, match="logits of shape"):
-        evaluate(lambda images: output, None, stream([0, 1, 2], 3), classes)
+        evaluate(lambda images: output, None, stream([0, 1, 2], 3))
+
+
+def test_a_float_model_of_other_classes_is_refused():
+    with pytest.raises(ModelError, match="logits of 3 classes, the float model of 4"):
+        evaluate(lambda images: torch.eye(3), lambda images: torch.ones(3, 4), stream([0, 1, 2], 3))
 
 
 def test_no_images_is_an_error():
@@ -207,7 +212,7 @@ def test_the_real_float_model_gives_the_references_classes(shared):
     with np.load(shared / "reference" / "logits" / "fp32.npz") as file:
         reference = torch.from_numpy(file["logits"][:50].astype(np.float32))
     rows = iter(reference.split(25))
-    result = evaluate(model, lambda images: next(rows), batches(items, Preprocessing(), 25), num_classes=1000)
+    result = evaluate(model, lambda images: next(rows), batches(items, Preprocessing(), 25))
     assert result.agreement == 100.0
     assert result.top1 == result.float_top1
     assert 80 < result.top1 < 95

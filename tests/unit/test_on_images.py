@@ -30,12 +30,19 @@ def test_codes_of_images_are_those_of_the_quantizer(scale, zero, bits, steps):
 
 
 def test_logits_are_what_their_codes_stand_for():
-    ends = InputQuantization(0.5, 3, 0, 255), OutputQuantization((0.25, 0.5), 10)
-    model = OnImages(lambda codes: codes + 4, *ends)
-    assert model(torch.tensor([[1.0, 2.0]])).tolist() == [[(5 + 4 - 10) * 0.25, (7 + 4 - 10) * 0.5]]
+    image, logits = InputQuantization(0.5, 3, 0, 255), OutputQuantization((0.25, 0.5), 10)
+    model = OnImages(lambda codes: codes + 4, image, {"logits": logits})
+    expected = [[(5 + 4 - 10) * 0.25, (7 + 4 - 10) * 0.5]]
+    assert model(torch.tensor([[1.0, 2.0]])).tolist() == expected
+    both = {"map": OutputQuantization((0.5,), 1), "logits": logits}
+    found = OnImages(lambda codes: {"logits": codes + 4, "map": codes[..., None]}, image, both)(
+        torch.tensor([[1.0, 2.0]])
+    )
+    assert list(found) == ["map", "logits"]
+    assert (found["logits"].tolist(), found["map"].tolist()) == (expected, [[[2.0], [3.0]]])
 
 
 def test_a_program_that_does_not_say_what_its_codes_stand_for_is_refused():
-    program = IntegerProgram("x", "x", {"x": Register("u8", (-1, 2))}, {}, ())
+    program = IntegerProgram("x", {"output": "x"}, {"x": Register("u8", (-1, 2))}, {}, ())
     with pytest.raises(LoweringError, match="does not say what its codes stand for"):
         interpreted(replace(program, facts={"recipe": "mine"}))

@@ -13,13 +13,20 @@ from rich.console import Console
 import vitquant
 from vitquant.lowering import lower
 from vitquant.parity import Flips, Form, ParityReport, examine
-from vitquant.parity.comparison import as_close_as, bit_exact, compare, same_classes
+from vitquant.parity.comparison import as_close_as, bit_exact, same_answers
+from vitquant.parity.comparison import compare as compare_outputs
 from vitquant.parity.examine import adversarial_codes
 from vitquant.report.parity import as_dict, comparisons_table, verdict
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.runtime.products import exact_int64
+from vitquant.tasks.classification import same_classes
 
 LOGITS = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
+
+
+def compare(form, logits, beside, reference):
+    """Two forms of a classifier."""
+    return compare_outputs(form, {"output": logits}, beside, {"output": reference}, same_classes)
 
 
 def near(cosine):
@@ -39,14 +46,26 @@ def test_bits_are_the_same_or_the_promise_is_broken():
 def test_classes_are_counted_and_ties_go_to_the_first():
     swapped = LOGITS.clone()
     swapped[:3] = -swapped[:3]
-    found = same_classes(compare("a", swapped, "b", LOGITS))
+    found = same_answers(compare("a", swapped, "b", LOGITS))
     assert (found.agreement, found.kept) == (97, False)
     swapped[0] = LOGITS[0]
-    assert same_classes(compare("a", swapped, "b", LOGITS)).kept
-    assert same_classes(compare("a", swapped[1:3], "b", LOGITS[1:3])).kept is False
-    assert same_classes(compare("a", swapped[2:18], "b", LOGITS[2:18])).kept  # one of 16
+    assert same_answers(compare("a", swapped, "b", LOGITS)).kept
+    assert same_answers(compare("a", swapped[1:3], "b", LOGITS[1:3])).kept is False
+    assert same_answers(compare("a", swapped[2:18], "b", LOGITS[2:18])).kept  # one of 16
     ties = torch.zeros(4, 3)
     assert compare("a", ties, "b", ties).agreement == 100
+
+
+def test_of_several_outputs_the_worst_one_counts():
+    other, apart = torch.ones(100, 2, 3), torch.ones(100, 2, 3)
+    apart[5, 0] = 0.5
+    found = compare_outputs("a", {"x": LOGITS, "map": apart}, "b", {"x": LOGITS, "map": other}, None)
+    assert (found.agreement, found.identical, found.worst) == (None, 99, 0.5)
+    assert 0.999 < found.cosine < 1
+    apart[:] = torch.nan
+    found = compare_outputs("a", {"map": apart, "x": LOGITS}, "b", {"map": other, "x": LOGITS}, None)
+    assert not as_close_as(found, None).kept
+    assert not bit_exact(found).kept
 
 
 @pytest.mark.parametrize(
@@ -73,7 +92,7 @@ def test_logits_that_are_no_numbers_break_every_promise_and_are_null_in_json():
 def test_no_word_of_the_table_is_broken_in_80_columns():
     form = "onnxruntime, onnx-integer, not optimized, random codes"
     apart = replace(compare(form, -LOGITS, "integer program", LOGITS), worst=1.23e-5)
-    pairs = [bit_exact(apart), same_classes(replace(apart, beside="float64 simulation")), as_close_as(apart, None)]
+    pairs = [bit_exact(apart), same_answers(replace(apart, beside="float64 simulation")), as_close_as(apart, None)]
     console = Console(width=80, file=io.StringIO())
     console.print(comparisons_table(pairs))
     shown = console.file.getvalue()
@@ -157,7 +176,7 @@ def test_every_form_has_the_promise_that_it_can_keep(tiny, monkeypatch):
         Form("exact", Interpreter(program), exact=True, on_codes=True),
         Form("near", lambda x: model(x) * 2, exact=False),
     ]
-    report = examine(model, images, forms, float_model)
+    report = examine(model, images, forms, float_model, same=same_classes)
     promises = {(each.form, each.beside): each.promise for each in report.comparisons if each.promise}
     usual = report.comparisons[0]
     assert (usual.form, usual.beside) == ("simulation", "float model")
@@ -167,3 +186,7 @@ def test_every_form_has_the_promise_that_it_can_keep(tiny, monkeypatch):
     assert {form for form, _ in promises} >= {"exact", "int64 definition"}
     assert report.broken == []
     assert products == [exact_int64]
+    without = examine(model, images, forms, float_model)
+    assert {each.agreement for each in without.comparisons} == {None}
+    (rounded,) = [c for c in without.comparisons if (c.form, c.beside) == ("integer program", "float64 simulation")]
+    assert (rounded.promise, rounded.kept) == (as_close_as(usual, usual).promise, True)

@@ -139,20 +139,34 @@ SMALL = {"gain": torch.full((6,), 2**31 - 1), "weight": torch.full((5, 6), 127)}
         (lambda w: {"constants": {**w.constants, "spare": torch.zeros(5).long()}}, "a constant without a register"),
         (lambda w: {"input": "bias"}, "input: no register"),
         (lambda w: {"input": "nowhere"}, "input: no register"),
-        (lambda w: {"output": "nowhere"}, "output: no register that an instruction writes"),
-        (lambda w: {"output": "x"}, "output: no register that an instruction writes"),
-        (lambda w: {"output": "bias"}, "output: no register that an instruction writes"),
+        (lambda w: {"outputs": {"output": "nowhere"}}, "output output: no register that an instruction writes"),
+        (lambda w: {"outputs": {"output": "x"}}, "output output: no register that an instruction writes"),
+        (lambda w: {"outputs": {"output": "bias"}}, "output output: no register that an instruction writes"),
+        (lambda w: {"outputs": {}}, "outputs: 0 are not from 1 to 1024"),
+        (lambda w: {"outputs": {str(n): "y" for n in range(1025)}}, "outputs: 1025 are not from 1 to 1024"),
+        (lambda w: {"outputs": {"a\nb": "y"}}, "no name of an output that can be printed"),
+        (lambda w: {"facts": {"outputs": {"other": {"scale": [0.1], "zero_point": 0}}}}, "outputs: what is said"),
+        (lambda w: {"facts": {"outputs": []}}, "outputs: what is said"),
         (lambda w: {"codes": {"norm:input": "nowhere"}}, "no register 'nowhere'"),
         (lambda w: {"codes": {"two\nlines": "x"}}, "codes: no register 'x' for"),
         (lambda w: {"facts": {"input": {"scale": 0.0, "zero_point": 0}}}, "input: no scale"),
         (lambda w: {"facts": {"input": {**w.facts["input"], "zero_point": 2**31}}}, "input: no scale"),
         (lambda w: {"facts": {"input": {"scale": [0.1], "zero_point": 0}}}, "input: no scale"),
         (lambda w: {"facts": {"input": {"scale": 0.1, "zero_point": 0.5}}}, "input: no scale"),
-        (lambda w: {"facts": {"output": {"scale": [0.1, 0.1], "zero_point": 0}}}, "output: no scale"),
-        (lambda w: {"facts": {"output": {"scale": [float("nan")], "zero_point": 0}}}, "output: no scale"),
-        (lambda w: {"facts": {"output": []}}, "output: no scale"),
+        (
+            lambda w: {"facts": {"outputs": {"output": {"scale": [0.1, 0.1], "zero_point": 0}}}},
+            "output output: no scale",
+        ),
+        (
+            lambda w: {"facts": {"outputs": {"output": {"scale": [float("nan")], "zero_point": 0}}}},
+            "output output: no scale",
+        ),
+        (lambda w: {"facts": {"outputs": {"output": []}}}, "output output: no scale"),
         (lambda w: {"facts": {"input": {**w.facts["input"], "mean": 0}}}, "input: no scale"),
-        (lambda w: {"facts": {"output": {**w.facts["output"], "low": 0}}}, "output: no scale"),
+        (
+            lambda w: {"facts": {"outputs": {"output": {**w.facts["outputs"]["output"], "low": 0}}}},
+            "output output: no scale",
+        ),
         (lambda w: {"facts": {"input": {"scale": 0.1, "zero_point": 0}}}, "input: no scale and zero point, lowest"),
         (lambda w: {"facts": {"input": {**w.facts["input"], "high": 256}}}, "input: no lowest and highest code"),
         (lambda w: {"facts": {"input": {**w.facts["input"], "low": 255}}}, "input: no lowest and highest code"),
@@ -278,7 +292,7 @@ def test_groups_that_do_not_divide_the_outputs_are_refused():
 def test_images_are_neither_padded_nor_summed_nor_behind_another_axis():
     with pytest.raises(LoweringError, match="here: pad is along the batch"):
         check_program(one(p.Pad("y", "here", "x", (0, 0, 0, 0, 3, 0), 0), p.Register("u8", (2, 4, 6))))
-    with pytest.raises(LoweringError, match=r"output: its first size is not the batch but that of \(4, -1, 6\)"):
+    with pytest.raises(LoweringError, match=r"output output: its first size is not the batch but that of \(4, -1, 6\)"):
         check_program(one(p.Permute("y", "here", "x", (1, 0, 2)), p.Register("u8", (4, -1, 6))))
     steps = (
         p.Permute("l", "left", "x", (1, 2, 0)),

@@ -52,7 +52,7 @@ def tiny() -> p.IntegerProgram:
         "recipe": "fq-vit",
         "odd": [None, True, 1.5, "\u00fc"],
     }
-    return p.IntegerProgram("x", "z", registers, constants, steps, {"head:input": "x"}, facts)
+    return p.IntegerProgram("x", {"output": "z"}, registers, constants, steps, {"head:input": "x"}, facts)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_a_file_that_is_there_is_kept_without_force(saved):
 
 def test_a_program_that_is_not_valid_is_not_saved(tmp_path):
     with pytest.raises(LoweringError, match="no register that an instruction writes"):
-        save_program(replace(tiny(), output="nowhere"), tmp_path / "x")
+        save_program(replace(tiny(), outputs={"output": "nowhere"}), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 
@@ -308,10 +308,13 @@ def change(values: Any, path: tuple[Any, ...], new: Any) -> None:
         (("inputs", 0, "scale"), 0, "no scale"),
         (("inputs", 0, "mean"), 0, "unknown key 'mean'"),
         (("inputs",), [], "inputs = [] should be a list of 1"),
-        (("outputs",), [{"register": "z"}, {"register": "z"}], "outputs = a list of 2 should be a list of 1"),
+        (("outputs",), [], "outputs = [] should be a list of 1 or more"),
+        (("outputs",), [{"register": "z", "name": "a"}, {"register": "z", "name": "a"}], "two of them have one name"),
+        (("outputs",), [{"register": "z"}], "name"),
+        (("outputs", 0, "name"), "\n", "outputs[0].name"),
         (("outputs", 0, "register"), None, "outputs[0].register = None should be a string"),
         (("outputs", 0, "register"), "weight", "output"),
-        (("outputs", 0, "scale"), [0.1], "output: no scale"),
+        (("outputs", 0, "scale"), [0.1], "output output: no scale"),
         (("inputs", 0, "register"), "nowhere", "input"),
         (("surprise",), 1, "unknown key 'surprise'"),
     ],

@@ -27,7 +27,7 @@ def test_every_instruction_is_one_line_with_types_shapes_and_scales():
     whole = everything()
     lines = text_form(whole, {"q": (0.25, 0.25), "weight": (0.5, 0.75)})
     assert "\n".join(lines[:4]) + "\n" == WHOLE
-    assert lines[-1] == "output y: s8[N, 5]  # scale 0.2, zero point 0"
+    assert lines[-1] == "output output = y: s8[N, 5]  # scale 0.2, zero point 0"
     assert len(lines) == len(whole.instructions) + 2
     assert lines == text_form(whole, {"q": (0.25, 0.25), "weight": (0.5, 0.75)})
 
@@ -44,16 +44,16 @@ def test_what_is_absent_is_none_and_multipliers_that_differ_have_both_ends():
     constants = {"m": torch.tensor([1, -2, 4]), "a": torch.tensor(0), "w": torch.ones(2, 3).long()}
     registers |= {name: p.Register("s32", tuple(values.shape)) for name, values in constants.items()}
     steps = (p.Requantize("y", "s", ("x",), ("m",), "a", 1, 0, 9), p.Linear("z", "s", "y", "w", None, 0, None))
-    lines = text_form(p.IntegerProgram("x", "z", registers, constants, steps))
+    lines = text_form(p.IntegerProgram("x", {"output": "z"}, registers, constants, steps))
     assert "multipliers=[m: s32[3] *-1..2]" in lines[1]
     assert "bias=none, input_zero=0, weight_zero=none" in lines[2]
-    assert (lines[0], lines[-1]) == ("input x: s32[N, 3]", "output z: s32[N, 2]")
+    assert (lines[0], lines[-1]) == ("input x: s32[N, 3]", "output output = z: s32[N, 2]")
 
 
 def test_a_size_that_grows_says_how_often():
     steps = (p.Reshape("y", "windows", "x", (-1, 2, 6)),)
     registers = {"x": p.Register("u8", (-1, 4, 6)), "y": p.Register("u8", (-1, 2, 6))}
-    lines = text_form(p.IntegerProgram("x", "y", registers, {}, steps))
+    lines = text_form(p.IntegerProgram("x", {"output": "y"}, registers, {}, steps))
     assert lines[1] == "y: u8[2N, 2, 6] = reshape(input=x, shape=[-1, 2, 6])  # windows"
 
 

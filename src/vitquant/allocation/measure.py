@@ -49,7 +49,7 @@ class Sensitivity:
     Arguments:
         name, kind: the part's.
         bits: the module's width, or those of a site's operands, in their order.
-        output_error: the squared change of the logits, over the square of the float logits.
+        output_error: the squared change of an output, over the square of the float one; of several outputs the mean.
         correlation: Pearson's of the part's own output with what it is in float.
         squared_error: the squared change of the part's own output, summed over its elements.
         nuclear_norm: the sum of the singular values of the float output, over all of its matrices.
@@ -115,22 +115,22 @@ def measure(
         CalibrationError: no data, or NaN or infinity at a part, which the message names.
     """
     sums = {part.name: _Sums() for part in parts}
-    logits = _logits(model)
-    segments = {part.name: model.downstream_segment(part.values, (part.output, logits)) for part in parts}
+    ends = tuple(f"{site.name}:input" for site in model.sites if site.kind == "output")
+    segments = {part.name: model.downstream_segment(part.values, (part.output, *ends)) for part in parts}
     outputs = list(dict.fromkeys(part.output for part in parts))
     known = dict.fromkeys(name for each in segments.values() for name in each.inputs)
-    whole = model.segment(IMAGES, list(dict.fromkeys((logits, *outputs, *known))), quantized=False)
+    whole = model.segment(IMAGES, list(dict.fromkeys((*ends, *outputs, *known))), quantized=False)
     with torch.inference_mode():
         for images in _chunks(data, _bytes_of_image(whole)):
             held = dict(zip(whole.outputs, whole(images), strict=True))
-            floats = {name: _by_image(model, whole, name, held[name], len(images)) for name in (logits, *outputs)}
+            floats = {name: _by_image(model, whole, name, held[name], len(images)) for name in (*ends, *outputs)}
             norms = {output: _nuclear_norms(floats[output], output) for output in outputs}
             for done, part in enumerate(parts):
                 progress("measuring", done, len(parts))
                 segment = segments[part.name]
                 found = dict(zip(segment.outputs, segment(*(held[name] for name in segment.inputs)), strict=True))
                 found = {name: _by_image(model, whole, name, x, len(images)) for name, x in found.items()}
-                sums[part.name].add(found, floats, part.output, logits, norms[part.output])
+                sums[part.name].add(found, floats, part.output, ends, norms[part.output])
             progress("measuring", len(parts), len(parts))
     if not all(each.images for each in sums.values()):
         raise CalibrationError("no calibration images: give at least one batch")
@@ -153,36 +153,42 @@ class _Sums:
 
     def __init__(self) -> None:
         self.images = 0
-        self._logits = self._change = self._correlation = self._error = self._norm = self._product = 0.0
+        self._squares: dict[str, float] = {}  # of each of the model's outputs
+        self._changes: dict[str, float] = {}
+        self._correlation = self._error = self._norm = self._product = 0.0
 
     def add(
-        self, found: Mapping[str, Tensor], floats: Mapping[str, Tensor], output: str, logits: str, norms: Tensor
+        self,
+        found: Mapping[str, Tensor],
+        floats: Mapping[str, Tensor],
+        output: str,
+        ends: Sequence[str],
+        norms: Tensor,
     ) -> None:
         y = floats[output]
         errors = (found[output].double() - y.double()).square().flatten(1).sum(1)
         self.images += len(y)
-        self._logits += float(floats[logits].double().square().sum())
-        self._change += float((found[logits].double() - floats[logits].double()).square().sum())
+        for end in ends:
+            square = float(floats[end].double().square().sum())
+            change = float((found[end].double() - floats[end].double()).square().sum())
+            self._squares[end] = self._squares.get(end, 0.0) + square
+            self._changes[end] = self._changes.get(end, 0.0) + change
         self._correlation += float(correlation(y, found[output]).sum())
         self._error += float(errors.sum())
         self._norm += float(norms.sum())
         self._product += float((errors * norms).sum())
 
     def means(self, part: Part) -> Sensitivity:
-        change = self._change / self._logits if self._logits else 0.0
+        changes = [self._changes[end] / square if square else 0.0 for end, square in self._squares.items()]
+        change = sum(changes) / len(changes)
         rest = [each / self.images for each in (self._correlation, self._error, self._norm, self._product)]
         if not all(map(math.isfinite, (change, *rest))):
             raise CalibrationError(f"{part.name}: NaN or infinity when it is quantized to {part.bits} bits")
         return Sensitivity(part.name, part.kind, part.bits, change, *rest)
 
 
-def _logits(model: QuantizedModel) -> str:
-    """The operand that is the model's output."""
-    return next(f"{site.name}:input" for site in model.sites if site.kind == "output")
-
-
 def _by_image(model: QuantizedModel, whole: Segment, name: str, x: Tensor, images: int) -> Tensor:
-    """What a part computes, or the logits, as (images, ..., rows, columns)."""
+    """What a part computes, or an output, as (images, ..., rows, columns)."""
     kind = model.index.site(name.partition(":")[0]).kind
     x = by_image(x, whole.shapes[name].index(-1), images)
     if kind == "conv" and x.ndim > 4:

@@ -134,7 +134,7 @@ def _try(
     quantized = workflows.quantize(network, recipe, stream, source=source(), preprocessing=steps, progress=show)
     name, computed, _ = default_engine(quantized)
     asked = sum(len(classes) for _, classes in test)
-    result = evaluate(computed, network, test, None, lambda what, done, _: show(what, done, asked), engine=name)
+    result = evaluate(computed, network, test, lambda what, done, _: show(what, done, asked), engine=name)
     return _Trial(quantized, result, time.perf_counter() - started)
 
 

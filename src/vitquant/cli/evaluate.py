@@ -1,16 +1,18 @@
-"""`vitquant evaluate`: accuracy of a saved model, beside its float model."""
+"""`vitquant evaluate`: how good a saved model is at its task, beside its float model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vitquant.cli import options
-from vitquant.cli.evaluation_data import classes_of, float_model, preprocessing_of
+from vitquant.cli.evaluation_data import float_model, labelled_images, preprocessing_of
 from vitquant.cli.terminal import Terminal
 from vitquant.errors import ModelError
 
@@ -22,7 +24,21 @@ if TYPE_CHECKING:
 
 _BATCH = 50  # the float model runs on it as well
 
-Data = Annotated[Path, typer.Option(metavar="DIR", help="Labelled images: a labels.csv, or one folder per class.")]
+Data = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR", help="Images: for a classifier a labels.csv, or one folder per class; for features any."
+    ),
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help="What the outputs mean: classification (accuracy) or features (cosine with the float model's, nearest "
+        "neighbours); as quantized when not given.",
+    ),
+]
 Classes = Annotated[
     Path | None,
     typer.Option(
@@ -41,7 +57,7 @@ Weights = Annotated[
 
 
 class Engine(StrEnum):
-    """What computes the logits."""
+    """What computes the outputs."""
 
     FLOAT = "float"
     SIMULATED = "simulated"
@@ -68,6 +84,7 @@ def evaluate(
     classes: Classes = None,
     batch: options.Batch = _BATCH,
     engine: EngineName = None,
+    task: TaskName = None,
     weights: Weights = None,
     model: options.Repeated = None,
     model_arguments: options.RepeatedArguments = None,
@@ -80,55 +97,50 @@ def evaluate(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Evaluate a quantized model on labelled images, and its float model on the same."""
+    """Evaluate a quantized model at its task, and its float model on the same images."""
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
-            import torch
-
             from vitquant import loading
             from vitquant.engines import file_of
+            from vitquant.model.checkpoint import read_config
             from vitquant.report.tables import ends_text, facts, result_rows
-            from vitquant.tasks import classification
-            from vitquant.tasks.images import batches, check_labels, load_listing
+            from vitquant.tasks.images import batches, load_listing, load_unlabelled
+            from vitquant.tasks.task import task_named
+            from vitquant.workflows import task_for
 
             where = options.choose_device(device, threads)
-            if classes is None:  # which may name any folder, and counts the model's classes
-                load_listing(data)  # what is wrong with it is said before the model is made
+            said = task or read_config(out).get("task")
+            if said is not None and not task_named(said).labelled:
+                load_unlabelled(data)  # what is wrong with it is said before the model is made
+            elif classes is None:  # which may name any folder, and counts the model's classes
+                load_listing(data)
             repeated = options.repeated(model, model_arguments)
             quantized = loading.load(out, **repeated).to(where)
-            with torch.inference_mode():
-                logits = classification.logits_of(quantized(torch.zeros(1, *quantized.input_shape, device=where)))
-            if logits.ndim != 2:
-                raise ModelError(f"the model's outputs have the shape {tuple(logits.shape)}, not (images, classes)")
-            count = logits.shape[-1]
+            meaning = task_for(quantized, task)
             reference = float_model(out, weights, repeated, terminal)
-            items = load_listing(data, classes_of(quantized, reference, count, classes))
-            check_labels(items, count)
+            items = labelled_images(data, quantized, reference, classes) if meaning.labelled else load_unlabelled(data)
             steps = preprocessing_of(quantized, preprocessing)
-            labelled = batches(items, steps, batch or _BATCH, workers, skip_bad_images)
+            found = batches(items, steps, batch or _BATCH, workers, skip_bad_images)
             if reference is not None:
                 reference = reference.to(where)
             name, computed = _engine(engine, quantized, reference, out, threads, where, terminal)
-        with terminal.progress("evaluating", len(labelled.items)) as update:
-            result = classification.evaluate(
-                computed,
-                reference,
-                labelled,
-                count,
-                progress=lambda _, done, total: update(completed=done),
-                engine=name,
-            )
-        for note in items.notes:
+        with terminal.progress("evaluating", len(found.items)) as update:
+            show = partial(_show, update)
+            result = meaning.evaluate(computed, reference, found, show, name)
+        for note in (*items.notes, *result.notes):
             terminal.note(note)
-        if result.doubt:
-            terminal.note(result.doubt)
-        if labelled.skipped:
-            first = labelled.skipped[0]
-            terminal.note(f"{len(labelled.skipped)} images were left out, first: {first.path}: {first.reason}")
+        if found.skipped:
+            first = found.skipped[0]
+            terminal.note(f"{len(found.skipped)} images were left out, first: {first.path}: {first.reason}")
         recipe = {"recipe": f"{quantized.recipe.name}, {quantized.bits}", "ends": ends_text(quantized)}
         path = file_of(name, out.absolute())
         file = {} if path is None else {"file": str(path)}
-        terminal.result({**asdict(result), "file": file.get("file")}, facts({**result_rows(result), **file, **recipe}))
+        rows = {**result_rows(result), **file, **recipe}
+        terminal.result({"task": meaning.name, **asdict(result), "file": file.get("file")}, facts(rows))
+
+
+def _show(update: Callable[..., None], what: str, done: int, total: int) -> None:
+    update(completed=done)
 
 
 def _engine(
@@ -140,7 +152,7 @@ def _engine(
     where: torch.device,
     terminal: Terminal,
 ) -> tuple[str, Any]:
-    """What computes the logits, and its name."""
+    """What computes the outputs, and its name."""
     from torch import nn
 
     from vitquant.engines import default_engine, engine

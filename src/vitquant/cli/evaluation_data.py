@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from vitquant.model import QuantizedModel
     from vitquant.tasks.classes import ClassNames
+    from vitquant.tasks.images import Listing
     from vitquant.tasks.preprocessing import Preprocessing
 
 
@@ -46,7 +47,32 @@ def float_model(out: Path, weights: str | None, repeated: dict[str, Any], termin
         return None
 
 
-def classes_of(quantized: QuantizedModel, reference: nn.Module | None, count: int, file: Path | None) -> ClassNames:
+def labelled_images(data: Path, quantized: QuantizedModel, reference: nn.Module | None, file: Path | None) -> Listing:
+    """The images of a directory, each with its class.
+
+    Arguments:
+        data: the directory.
+        quantized: whose classes they are.
+        reference: its float model, if it is there.
+        file: that says which class a folder is, if one was given.
+
+    Raises:
+        ModelError: the model gives no logits.
+        DataError: the directory is none of labelled images, or of other classes.
+    """
+    from vitquant.tasks.classification import logits_among
+    from vitquant.tasks.images import check_labels, load_listing
+
+    logits = logits_among(quantized.outputs)
+    if logits is None or len(logits) != 2:
+        given = ", ".join(f"{name} {list(shape[1:])}" for name, shape in quantized.outputs.items())
+        raise ModelError(f"the model gives no logits, one number for each class: its outputs are {given} for an image")
+    items = load_listing(data, _classes_of(quantized, reference, logits[1], file))
+    check_labels(items, logits[1])
+    return items
+
+
+def _classes_of(quantized: QuantizedModel, reference: nn.Module | None, count: int, file: Path | None) -> ClassNames:
     """The model's classes: those of a file where one is given, else as its library names them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The vector of a whole model: a Vision Transformer of one block, from images to logits."""
+"""The vector of a whole model: a Vision Transformer of one block, from images to logits and tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _HEADS, _WIDTH, _CLASSES, _TOKENS = 2, 8, 5, 5
 _INPUT = InputQuantization(2.0**-6 * 1.25, 114, 0, 255)
 _FACTS = {
     "input": {"scale": _INPUT.scale, "zero_point": _INPUT.zero_point, "low": _INPUT.low, "high": _INPUT.high},
-    "output": {"scale": [0.125, 0.25, 0.1, 3.0, 0.007], "zero_point": -3},
+    "outputs": {
+        "logits": {"scale": [0.125, 0.25, 0.1, 3.0, 0.007], "zero_point": -3},
+        "tokens": {"scale": [0.03], "zero_point": 60},
+    },
     "about": "a Vision Transformer of one block with constants of noise",
 }
 
@@ -21,12 +24,16 @@ _FACTS = {
 def block() -> Vector:
     """The program, on images that reach both ends of the codes and lie on halves between them."""
     draft = Draft("u8", 3, 8, 8)
-    _attention(draft, _patches(draft))
-    program = draft.program(_FACTS)
+    tokens = _attention(draft, _patches(draft))
+    outputs = {"logits": _logits(draft, tokens), "tokens": tokens}
+    program = draft.program(outputs, codes={"pool:input": tokens}, facts=_FACTS)
     images = noise(1, -(2**12), 2**12, 3, 3, 8, 8).float() * 2.0**-11
     images[1] = (torch.arange(192).view(3, 8, 8) - 96.5) * torch.tensor(_INPUT.scale)  # exact halves, most of them
     images[2, 0], images[2, 1] = 1e30, -1e30
-    about = "one block, from images to logits: scales of query, key and value by head, a residual addition, 5 classes"
+    about = (
+        "one block, from images to logits and tokens: scales of query, key and value by head, a residual addition, 5 "
+        "classes"
+    )
     return Vector("vision-transformer", about, program, _INPUT.encode(images), images)
 
 
@@ -44,7 +51,8 @@ def _patches(draft: Draft) -> str:
     return draft.emit(p.Concat, "u8", inputs=(draft.noisy("u8", 1, 1, _WIDTH, seed=5), codes), axis=1)
 
 
-def _attention(draft: Draft, tokens: str) -> None:
+def _attention(draft: Draft, tokens: str) -> str:
+    """Codes of the tokens behind a block of attention: (images, 5, 8)."""
     normal = draft.emit(
         p.LayerNorm, "u8", input=tokens, factors=draft.constant("u8", [0, 1, 2, 3, 0, 0, 1, 0]), input_zero=128,
         epsilon=77, largest=128 * 8, multiplier=draft.constant("s32", noise(6, 2**18, 2**20, _WIDTH)),
@@ -79,15 +87,19 @@ def _attention(draft: Draft, tokens: str) -> None:
         bias=draft.noisy("s16", _WIDTH, seed=9), input_zero=128, weight_zero=draft.noisy("s4", _WIDTH, 1),
     )  # fmt: skip
     factors = [draft.constant("s32", noise(10, 2**20, 2**22, _WIDTH)), draft.constant("s32", 2**29)]
-    added = _requantize(draft, [sums, tokens], factors, 30, draft.constant("s64", 2**35))
-    pooled = draft.emit(p.Sum, "s32", input=added, axes=(1,), keep=False, input_zero=60)
+    return _requantize(draft, [sums, tokens], factors, 30, draft.constant("s64", 2**35))
+
+
+def _logits(draft: Draft, tokens: str) -> str:
+    """Codes of the logits of 5 classes: (images, 5)."""
+    pooled = draft.emit(p.Sum, "s32", input=tokens, axes=(1,), keep=False, input_zero=60)
     pooled = _requantize(draft, [pooled], [draft.constant("s32", 2**28)], 30, draft.constant("s64", 2**37))
     logits = draft.emit(
         p.Linear, "s32", input=pooled, weight=draft.noisy("s8", _CLASSES, _WIDTH, seed=11), bias=None, input_zero=128,
         weight_zero=None,
     )  # fmt: skip
-    draft.emit(p.Requantize, "s8", inputs=(logits,), multipliers=(draft.constant("s32", 2**21),),
-               addend=draft.constant("s64", 2**29), shift=30, low=-128, high=127)  # fmt: skip
+    return draft.emit(p.Requantize, "s8", inputs=(logits,), multipliers=(draft.constant("s32", 2**21),),
+                      addend=draft.constant("s64", 2**29), shift=30, low=-128, high=127)  # fmt: skip
 
 
 def _part(draft: Draft, sums: str, number: int) -> str:

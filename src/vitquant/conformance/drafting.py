@@ -58,7 +58,7 @@ def codes_between(low: int, high: int, *shape: int) -> Tensor:
 
 
 class Draft:
-    """A program while it is written; what it writes last is its output.
+    """A program while it is written.
 
     Arguments:
         type, shape: of the register `x` that it is given; without the batch.
@@ -94,12 +94,15 @@ class Draft:
         self.instructions.append(instruction)
         return output
 
-    def program(self, facts: dict[str, Any] | None = None) -> p.IntegerProgram:
-        """What was written."""
-        output = self.instructions[-1].output
-        return p.IntegerProgram(
-            "x", output, self.registers, self.constants, tuple(self.instructions), facts=facts or {}
-        )
+    def program(self, outputs: dict[str, str] | None = None, **given: Any) -> p.IntegerProgram:
+        """What was written.
+
+        Arguments:
+            outputs: registers by name; what was written last when None.
+            given: fields of the program, `codes` and `facts`.
+        """
+        outputs = outputs or {"output": self.instructions[-1].output}
+        return p.IntegerProgram("x", outputs, self.registers, self.constants, tuple(self.instructions), **given)
 
     def vector(self, name: str, about: str, codes: Tensor | None = None) -> Vector:
         """What was written, with codes of every kind that the input's type has unless some are given."""

@@ -16,6 +16,7 @@ def sums() -> Iterator[Vector]:
         yield _linear(given, weights, plain=False)
     yield _linear("u8", "s4", plain=True)
     yield _linear("s8", "s16", plain=True)
+    yield _only_zero_point()
     yield from _convolutions()
     yield from _products()
     yield from _poolings()
@@ -34,6 +35,15 @@ def _linear(given: str, weights: str, plain: bool) -> Vector:
     draft.emit(p.Linear, "s32", input="x", weight=draft.noisy(weights, 5, 6), input_zero=zero, **optional)
     what = "neither bias nor zero points of weights" if plain else "bias and a zero point of each output's weights"
     return draft.vector(f"linear-{given}-{weights}{'-plain' * plain}", f"{given} codes, {weights} weights, {what}")
+
+
+def _only_zero_point() -> Vector:
+    draft = Draft("u8", 6)
+    draft.emit(
+        p.Linear, "s32", input="x", weight=draft.noisy("s8", 5, 6), bias=None, input_zero=7,
+        weight_zero=draft.constant("s8", -77),
+    )  # fmt: skip
+    return draft.vector("linear-one-zero-point", "a zero point for the whole weight")
 
 
 def _convolutions() -> Iterator[Vector]:

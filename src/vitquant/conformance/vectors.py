@@ -24,6 +24,7 @@ from vitquant.program.storage import FORMAT as PROGRAM_FORMAT
 from vitquant.program.storage import to_bytes
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.runtime.on_images import quantization_of
+from vitquant.runtime.outputs import named
 from vitquant.runtime.products import exact_int64
 
 FORMAT = 1
@@ -38,13 +39,16 @@ def all_vectors() -> tuple[Vector, ...]:
 def values_of(vector: Vector) -> dict[str, Tensor]:
     """What an engine has to give: each register of a program that is not constant, by name, for the vector's input.
 
-    Beside int64 registers there are `images` and `logits` in float32 where the program says what its codes stand for.
+    Beside int64 registers there are `images`, and each output as `outputs/NAME`, in float32 where the program says what
+    its codes stand for.
     """
     held = {vector.program.input: vector.codes}
     taps = {each.output: lambda x, name=each.output: held.__setitem__(name, x) for each in vector.program.instructions}
-    logits = Interpreter(vector.program, exact_int64)(vector.codes, taps)
+    codes = named(Interpreter(vector.program, exact_int64)(vector.codes, taps), vector.program.outputs)
     if vector.images is not None:
-        held |= {"images": vector.images, "logits": quantization_of(vector.program)[1].decode(logits)}
+        _, outputs = quantization_of(vector.program)
+        held["images"] = vector.images
+        held |= {f"outputs/{name}": outputs[name].decode(each) for name, each in codes.items()}
     return {name: values.contiguous() for name, values in held.items()}
 
 

@@ -77,7 +77,7 @@ def write(
             OpenVINO's own files.
         path: the file, or for `openvino` the directory.
         force: replace what is there.
-        float_io: for `onnx-integer`, take images and give logits in float32 instead of codes.
+        float_io: for `onnx-integer`, take images and give outputs in float32 instead of codes.
         batch: how many images the file takes at once, so that every size in it is a number; any number when None. The
             metadata says it; `runtime` and `evaluate` fill up the last batch.
         opset: for ONNX, the version of its operators, 18 to 25; 20 or 21 when None.

@@ -177,18 +177,18 @@ class Graph:
     def model(
         self,
         given: tuple[Value, Sequence[int | str]],
-        result: tuple[Value, Sequence[int | str]],
+        results: Sequence[tuple[Value, Sequence[int | str]]],
         metadata: Mapping[str, str],
         version: str,
     ) -> ModelProto:
         """The graph as a model.
 
         Arguments:
-            given, result: its input and its output, with their shapes.
+            given, results: its input and its outputs, each with its shape.
             metadata: strings that are kept with it.
             version: of the producer.
         """
-        ends = [_info(*given)], [_info(*result)]
+        ends = [_info(*given)], [_info(*result) for result in results]
         opsets = [helper.make_opsetid("", self.opset)]
         model = helper.make_model(
             helper.make_graph(self._nodes, "vitquant", *ends, self._constants, value_info=self._shapes),

@@ -1,7 +1,7 @@
 """An integer program as an ONNX model of standard integer operators, bit for bit what the interpreter computes.
 
 It is a format to check other runtimes by rather than a fast one: no floating point between the codes of the
-images and those of the logits.
+images and those of the outputs.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from vitquant.runtime.metadata import to_metadata
 from vitquant.runtime.onnx_files import seal
 from vitquant.version import __version__
 
-FORMAT = "onnx-integer/1"
-INPUT, OUTPUT = "images", "logits"
+FORMAT = "onnx-integer/2"
+INPUT = "images"
 DTYPES: dict[str, Any] = {
     "u4": np.uint8, "s4": np.int8, "u8": np.uint8, "s8": np.int8, "u16": np.int32, "s16": np.int32,
     "s32": np.int32, "s64": np.int64,
@@ -44,12 +44,13 @@ def onnx_integer_model(
 ) -> ModelProto:
     """An integer program as an ONNX model.
 
-    Its input `images` and its output `logits` are codes, of the smallest type that ONNX Runtime computes with.
+    Its input `images` and its outputs, by the program's names, are codes, of the smallest type that ONNX Runtime
+    computes with.
     `metadata_props` hold the program's facts: scale and zero point of both as JSON, recipe and bits (docs/integers.md).
 
     Arguments:
         program: from `lower`, so that its ranges are proved.
-        float_io: quantize images that are float32 at the front, and give logits in float32 at the end.
+        float_io: quantize images that are float32 at the front, and give outputs in float32 at the end.
         batch: fixed, so that every size in the graph is a number; any when None.
         opset: of `OPSETS`; 21 when None. Before 21 weights of 4 bits take a byte each.
 
@@ -83,10 +84,12 @@ class _Export:
                 # ONNX Runtime needs ten seconds instead of one to load DeiT-Tiny where no name says what is equal.
                 graph.describe(result, self._sizes(instruction.output))
         graph.scope = "output"
-        codes = self.values[program.output]
-        logits = graph.named(self._dequantized(codes) if float_io else graph.node("Identity", codes), OUTPUT)
-        ends = (images, self._sizes(program.input)), (logits, self._sizes(program.output))
-        return seal(graph.model(*ends, self._metadata(), __version__))
+        results = []
+        for name, register in program.outputs.items():
+            codes = self.values[register]
+            result = self._dequantized(codes, name) if float_io else graph.node("Identity", codes)
+            results.append((graph.named(result, name), self._sizes(register)))
+        return seal(graph.model((images, self._sizes(program.input)), results, self._metadata(), __version__))
 
     def _sizes(self, name: str) -> list[int | str]:
         """A register's shape, with a word for what grows with the batch, where that is not fixed."""
@@ -207,9 +210,9 @@ class _Export:
         limits = self.program.registers[self.program.input].limits
         return codes if (facts["low"], facts["high"]) == limits else codes.clip(facts["low"], facts["high"])
 
-    def _dequantized(self, codes: Value) -> Value:
-        """Floats of the logits' codes."""
-        dtype, facts = self._byte(self.program.output), self.program.facts["output"]
+    def _dequantized(self, codes: Value, name: str) -> Value:
+        """Floats of an output's codes."""
+        dtype, facts = self._byte(self.program.outputs[name]), self.program.facts["outputs"][name]
         scale = np.array(facts["scale"], np.float32)
         zero = np.full(scale.shape, facts["zero_point"])
         operands = self.graph.constant(scale, np.float32), self.graph.constant(zero, dtype)

@@ -29,6 +29,7 @@ from vitquant.exports.qdq_operators import (
 )
 from vitquant.exports.sizes import OPSETS, check_batch_and_opset
 from vitquant.graph.operators import LINEAR, arguments, aten, calls
+from vitquant.graph.outputs import named_tensors
 from vitquant.integer_modules import IntegerOperation
 from vitquant.model import QuantizedModel
 from vitquant.model.saved import facts
@@ -37,13 +38,12 @@ from vitquant.quantizers.uniform import UniformQuantizer
 from vitquant.runtime.fixed_batch import held_at_once
 from vitquant.runtime.metadata import to_metadata
 from vitquant.runtime.onnx_files import seal
-from vitquant.tasks.classification import logits_of
 from vitquant.version import __version__
 
 if TYPE_CHECKING:
     import onnx
 
-FORMAT = "onnx-qdq/1"
+FORMAT = "onnx-qdq/2"
 
 # Without VNNI, x86 processors add two products of u8 and s8 in 16 bits, which saturate. With this option ONNX Runtime
 # stores weights as u8, whose products it adds in 32 bits; where there is VNNI that only takes twice the time.
@@ -55,13 +55,13 @@ SIGNED = {"session.qdqisint8allowed": "1"}
 def onnx_qdq_model(model: QuantizedModel, batch: int | None = None, opset: int | None = None) -> onnx.ModelProto:
     """The simulation as one ONNX graph of standard operators; the model is left as it is.
 
-    `images` float32 (batch, channels, height, width) to `logits` float32 (batch, classes). Every quantizer
+    `images` float32 (batch, channels, height, width) to the model's outputs by name, float32. Every quantizer
     on equally spaced levels is a QuantizeLinear and a DequantizeLinear, one on powers of two a few exact comparisons;
     weights are integers (int4 up to 4 bits, int8, int16) with a DequantizeLinear. What the simulation computes on
     codes (softmax, LayerNorm, activations) is the float operator between their quantizers.
 
     Arguments:
-        model: calibrated, a classifier with float32 tensors.
+        model: calibrated, with float32 tensors.
         batch: fixed, so that every size in the graph is a number; any when None.
         opset: of `OPSETS`, at least 21 where the model has integers of 4 or 16 bits; when None, 20 or that.
 
@@ -89,7 +89,7 @@ def onnx_qdq_model(model: QuantizedModel, batch: int | None = None, opset: int |
         module = _with_operators(model)
         linear = [each for each in module.modules() if isinstance(each, LinearOperators)]
         opset = _opset(linear, opset)
-        program = _export(_Logits(module).eval(), model.input_shape, batch, opset)
+        program = _export(_Outputs(module).eval(), list(model.outputs), model.input_shape, batch, opset)
     rewrite(program.model.graph)
     proto = program.model_proto
     signed = any(isinstance(each, QuantizeDequantize) and each.signed and each.width == 8 for each in linear)
@@ -98,15 +98,15 @@ def onnx_qdq_model(model: QuantizedModel, batch: int | None = None, opset: int |
     return seal(proto)
 
 
-class _Logits(nn.Module):
-    """The graph without the library's own output type around the logits."""
+class _Outputs(nn.Module):
+    """The graph without the library's own output type around its tensors."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__()
         self.graph_module = graph_module
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return logits_of(self.graph_module(images))
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(named_tensors(self.graph_module(images)).values())
 
 
 def _with_operators(model: QuantizedModel) -> GraphModule:
@@ -165,7 +165,9 @@ def _opset(operators: Iterable[LinearOperators], asked: int | None) -> int:
     return asked or (21 if wide else 20)
 
 
-def _export(module: nn.Module, shape: Sequence[int], batch: int | None, opset: int) -> torch.onnx.ONNXProgram:
+def _export(
+    module: nn.Module, outputs: list[str], shape: Sequence[int], batch: int | None, opset: int
+) -> torch.onnx.ONNXProgram:
     with held_at_once(batch or 2):
         example = torch.zeros(batch or 2, *shape)
     sizes = ({0: torch.export.Dim("batch")},) if batch is None else None
@@ -174,7 +176,7 @@ def _export(module: nn.Module, shape: Sequence[int], batch: int | None, opset: i
         try:
             program = torch.onnx.export(
                 module, (example,), dynamo=True, dynamic_shapes=sizes,
-                opset_version=opset, input_names=["images"], output_names=["logits"], verbose=False,
+                opset_version=opset, input_names=["images"], output_names=outputs, verbose=False,
             )  # fmt: skip
         except Exception as error:
             raise ExportError(f"torch cannot write the model as ONNX: {_reason(error)}") from error

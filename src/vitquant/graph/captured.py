@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import nn
 from torch.fx import GraphModule
 
 from vitquant.autocast import autocasts, own_precision
-from vitquant.errors import CaptureError
+from vitquant.errors import CaptureError, ModelError
 from vitquant.graph.index import GraphIndex
+from vitquant.graph.outputs import named_tensors, output_names
 from vitquant.graph.plain import plain, rebuilt
 from vitquant.graph.segments import Segment, boundary, segment
-from vitquant.graph.sites import Site, Value
+from vitquant.graph.sites import Site, Value, is_float
 from vitquant.graph.taps import Tap, TappedInterpreter, Taps
 
 _GRAPH = "graph_module"
@@ -55,6 +57,27 @@ class CapturedModel(nn.Module):
     def values(self) -> tuple[Value, ...]:
         """The tensors that they read."""
         return self.index.values
+
+    @cached_property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the float tensors that the model gives, by name, see `outputs.named_tensors`.
+
+        -1 stands for a size that grows with the batch.
+        """
+        results = next(node.args[0] for node in self.graph_module.graph.nodes if node.op == "output")
+        named: Any = zip(output_names(self.graph_module), results, strict=True)
+        return {name: tuple(node.meta["shape"]) for name, node in named if is_float(node)}
+
+    def named_outputs(self, output: Any) -> dict[str, torch.Tensor]:
+        """The float tensors in what the model, its float model or a program of it gives, by name.
+
+        Raises:
+            ModelError: there are more, or fewer.
+        """
+        tensors = list(named_tensors(output).values())
+        if len(tensors) != len(self.outputs):
+            raise ModelError(f"there are {len(tensors)} float tensors in an output, and not {len(self.outputs)}")
+        return dict(zip(self.outputs, tensors, strict=True))
 
     def forward(self, images: torch.Tensor | None = None, **named: torch.Tensor) -> Any:
         """The model's output for images (batch, channels, height, width), of the library's own type.

@@ -17,6 +17,8 @@ from torch.fx import GraphModule, Node
 
 from vitquant.graph.attention import Attention
 from vitquant.graph.kinds import KINDS
+from vitquant.graph.operators import arguments
+from vitquant.graph.outputs import output_names
 from vitquant.graph.walk import ancestors, depends_on_input, positions, root
 
 Operation = tuple[Node, str, dict[str, Node]]
@@ -50,10 +52,17 @@ class _Structure:
         self.dynamic = depends_on_input(module.graph)
         self.operations = operations
         self.attention = attention
+        results = next(arguments(node)[0] for node in module.graph.nodes if node.op == "output")
+        self._outputs = dict(zip(results, output_names(module), strict=True))
         self.branches = self._find_branches()
         self.numbered = [branch for branch in self.branches if branch.block is not None]
         self.first = min((self.start_of(branch) for branch in self.numbered), default=len(self.place))
         self.last = max((self.place[branch.addition] for branch in self.numbered), default=-1)
+
+    def output_of(self, node: Node) -> str:
+        """What the output that a node is goes by; of several by the name that the model gives it."""
+        word, several = KINDS["output"].word, sum(kind == "output" for _, kind, _ in self.operations) > 1
+        return f"{word}.{self._outputs[node]}" if several else word
 
     def depends(self, node: Node, on: Node) -> bool:
         return bool(self.before[node] >> self.place[on] & 1)
@@ -237,7 +246,7 @@ def _name_outside(operation: Operation, structure: _Structure, taken: Counter[st
     node, kind, operands = operation
     place = structure.place[node]
     if kind == "output":
-        return KINDS[kind].word, None
+        return structure.output_of(operands["input"]), None
     if KINDS[kind].norm and (block := _post_norm_of(node, operands, structure)) is not None:
         return block
     if place < structure.first:

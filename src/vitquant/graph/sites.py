@@ -114,9 +114,8 @@ def find_sites(module: GraphModule) -> tuple[Site, ...]:
     found: list[tuple[Node, str, dict[str, Node]]] = []
     for node in graph.nodes:
         if node.op == "output":
-            results = [result for result in arguments(node)[0] if isinstance(result, Node)]
-            found += [(node, "output", {"input": result}) for result in results if _is_float(result)]
-        elif node.op == "call_function" and node in dynamic and _is_float(node):
+            found += [(node, "output", {"input": result}) for result in arguments(node)[0] if is_float(result)]
+        elif node.op == "call_function" and node in dynamic and is_float(node):
             kind, operands = _classify(node, dynamic, attention)
             if kind == "softmax":
                 operands = {"input": unmasked(module, operands["input"])}
@@ -171,7 +170,7 @@ def _classify(node: Node, dynamic: set[Node], attention: Attention) -> tuple[str
 
 def _classify_elementwise(node: Node, dynamic: set[Node]) -> tuple[str, dict[str, Node]]:
     left, right = arguments(node)[0], arguments(node)[1]
-    if not (isinstance(left, Node) and isinstance(right, Node) and _is_float(left) and _is_float(right)):
+    if not (isinstance(left, Node) and isinstance(right, Node) and is_float(left) and is_float(right)):
         return "", {}
     both = left in dynamic and right in dynamic
     if calls(node, {aten.mul}):
@@ -187,8 +186,9 @@ def _is_vector(node: Node) -> bool:
     return sum(size != 1 for size in node.meta["shape"]) <= 1
 
 
-def _is_float(node: Node) -> bool:
-    dtype = node.meta.get("dtype") if node.op != "output" else None
+def is_float(node: object) -> bool:
+    """Whether something in a graph is a node that gives a tensor of floating point."""
+    dtype = node.meta.get("dtype") if isinstance(node, Node) and node.op != "output" else None
     return dtype is not None and dtype.is_floating_point
 
 

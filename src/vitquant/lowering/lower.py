@@ -20,6 +20,7 @@ from vitquant.graph.operators import (
     is_selection,
     packet,
 )
+from vitquant.graph.outputs import output_names
 from vitquant.graph.walk import origin
 from vitquant.integer_modules.replacement import operation_at
 from vitquant.lowering.affine import batch_norm, elementwise, negation
@@ -80,13 +81,14 @@ def translate(model: QuantizedModel) -> IntegerProgram:
 
 def _program(model: QuantizedModel) -> IntegerProgram:
     context, codes = Context(model), dict[str, str]()
-    first = result = image = None
+    first = image = None
+    results: dict[str, Term] = {}
     for node in model.graph_module.graph.nodes:
         context.enter(node)
         if node.op == "placeholder":
             continue  # its quantizers say what it is
         if node.op == "output":
-            result = _result(context, node)
+            results = _results(context, node)
         elif (quantizer := _quantizer(context, node)) is not None:
             context.values[node] = quantized(context, node, quantizer)
             codes[str(node.target).removeprefix("quantizers.")] = context.codes(context.values[node], "result").register
@@ -105,19 +107,21 @@ def _program(model: QuantizedModel) -> IntegerProgram:
             continue  # the image is known by its quantizer, wherever that stands, and nothing needs no registers
         elif node in context.one_image or node.meta.get("shapes"):
             context.values[node] = _lowered(context, node)
-    assert result is not None
     if first is None:
         raise context.refuse("the image is not quantized", "let the recipe quantize it")
     return IntegerProgram(
         input=first.register,
-        output=result.register,
+        outputs={name: result.register for name, result in results.items()},
         registers=context.registers,
         constants=context.constants,
         instructions=tuple(context.instructions),
         codes=codes,
         facts={
             "input": image,
-            "output": {"scale": result.scale.flatten().tolist(), "zero_point": int(result.zero)},
+            "outputs": {
+                name: {"scale": result.scale.flatten().tolist(), "zero_point": int(result.zero)}
+                for name, result in results.items()
+            },
             **facts(model),
         },
     )
@@ -166,12 +170,20 @@ def _no_integers(context: Context, node: Node) -> Exception:
     return context.refuse(f"{kind} has no integer form")
 
 
-def _result(context: Context, node: Node) -> Term:
-    results = [result for result in arguments(node)[0] if isinstance(result, Node)]
-    if len(results) != 1:
-        raise context.refuse(f"the model gives {len(results)} tensors", "wrap it so that it gives its logits only")
-    term = context.term(results[0], "result")
+def _results(context: Context, node: Node) -> dict[str, Term]:
+    """What the model gives, by name."""
+    results = zip(output_names(context.module), arguments(node)[0], strict=True)
+    found = {name: result for name, result in results if isinstance(result, Node)}
+    return {name: _result(context, name, result) for name, result in found.items()}
+
+
+def _result(context: Context, name: str, node: Node) -> Term:
+    if node not in context.dynamic or not node.meta["dtype"].is_floating_point:
+        raise context.refuse(f"{name} is no float tensor that is computed from the image", "let the model not give it")
+    term = context.term(node, "result")
     context.zero(term, "result")
+    if term.scale.numel() > 1 and term.scale.numel() != term.scale.shape[-1]:
+        raise context.refuse(f"{name} has scales along another axis than its last", "let the recipe quantize it")
     return term
 
 

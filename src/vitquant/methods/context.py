@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from vitquant.graph.captured import CapturedModel
+from vitquant.objectives.relative_error import relative_error
 from vitquant.progress import Progress, silent
 from vitquant.work import WorkState
 
@@ -23,6 +24,7 @@ class Context:
         data: calibration batches, (batch, channels, height, width) on the model's device; it may be gone through as
             often as the method says that it needs.
         labelled: the same batches, each with the classes of its images, (batch,) int64, for methods that need labels.
+        output_error: of an output, (images, ...), beside the float model's: (images,), differentiable; the task's.
         teacher: the float model, for methods that need it. Its weights are the float model's whatever methods make of
             the quantized model's; rewrites that leave the function as it is are done to both, so tensors correspond.
         seed: of everything that is drawn.
@@ -35,6 +37,7 @@ class Context:
 
     data: Iterable[torch.Tensor]
     labelled: Iterable[tuple[torch.Tensor, torch.Tensor]] = ()
+    output_error: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = relative_error
     teacher: CapturedModel | None = None
     seed: int = 0
     progress: Progress = silent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +16,7 @@ from vitquant.graph.kinds import kinds_that
 from vitquant.graph.segments import IMAGES, Segment
 from vitquant.methods.context import Context
 from vitquant.model import QuantizedModel, Record
-from vitquant.objectives.relative_error import output_error, relative_error
+from vitquant.objectives.relative_error import relative_error
 from vitquant.quantizers.learnable import LearnedScale
 from vitquant.schema import ListOf, Number
 from vitquant.spec import PowerOfTwoScale
@@ -93,8 +93,8 @@ def reconstruct_output(model: QuantizedModel, context: Context, settings: Recons
         raise CalibrationError("no calibration images: give at least one batch")
     in_a_pass = sum(math.ceil(size / settings.batch) for size in sizes)
     total = settings.passes * in_a_pass
-    ends = [site.name for site in model.sites if site.kind == "output"][:1]
-    ends += [site.name for site in model.sites if site.kind in _NORMS]
+    outputs = [site.name for site in model.sites if site.kind == "output"]
+    ends = outputs + [site.name for site in model.sites if site.kind in _NORMS]
     student, teacher = model.segment(IMAGES, ends), context.teacher.segment(IMAGES, ends)
     with torch.inference_mode(False), torch.enable_grad(), _learnable(model) as learned:
         training = _Training.begun(model, learned, settings)
@@ -105,7 +105,7 @@ def reconstruct_output(model: QuantizedModel, context: Context, settings: Recons
                 break
             context.progress("reconstructing the output", training.step, total)
             training.put(_cosine(training.step, total))
-            output, norms = _errors(student, teacher, images)
+            output, norms = _errors(student, teacher, images, len(outputs), context.output_error)
             error = output + settings.norms * norms
             if not math.isfinite(error.item()):
                 raise CalibrationError(
@@ -228,13 +228,16 @@ def _steps(data: Iterable[Tensor], settings: ReconstructOutputSettings) -> Itera
             yield from batch.clone().split(settings.batch)
 
 
-def _errors(student: Segment, teacher: Segment, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean error of some images' outputs, and that of what all norms give."""
+def _errors(
+    student: Segment, teacher: Segment, images: Tensor, outputs: int, error: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The mean error of some images' outputs, the first of what both give, and that of what all norms give."""
     with torch.no_grad():
         expected = teacher(images)
     found = student(images)
-    output = output_error(found[0], expected[0]).mean()
-    norms = [relative_error(*pair).mean() for pair in zip(found[1:], expected[1:], strict=True)]
+    pairs = list(zip(found, expected, strict=True))
+    output = torch.stack([error(*pair).mean() for pair in pairs[:outputs]]).mean()
+    norms = [relative_error(*pair).mean() for pair in pairs[outputs:]]
     return output, torch.stack(norms).mean() if norms else torch.zeros_like(output)
 
 

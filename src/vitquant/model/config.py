@@ -50,6 +50,7 @@ _PROVENANCE: dict[str, Schema] = {
     "source": maybe(TableOf(Plain())),
     "preprocessing": maybe(TableOf(Plain())),
     "calibration": maybe(_CALIBRATION),
+    "task": maybe(Text(100)),  # one of `tasks.task.TASKS`
 }
 _SCHEMA = Table(
     {

@@ -17,9 +17,6 @@ def relative_error(found: Tensor, expected: Tensor) -> Tensor:
     return (found - expected).flatten(1).square().sum(1) / squares.clamp(min=torch.finfo(squares.dtype).tiny)
 
 
-def output_error(found: Tensor, expected: Tensor) -> Tensor:
-    """`relative_error` of outputs, (images, ..., classes or features), without what all classes have in common.
-
-    That is left out of both: it changes no probability.
-    """
+def shift_free_error(found: Tensor, expected: Tensor) -> Tensor:
+    """`relative_error` of (images, ..., channels), without what all channels have in common, in either."""
     return relative_error(*(x - x.mean(-1, keepdim=True) for x in (found, expected)))

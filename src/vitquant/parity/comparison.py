@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 FARTHEST = 0.5  # 1 - cosine that rounding may explain
-AGREEMENT = 98.0  # per cent of images that the integer program gives the float64 simulation's class
+AGREEMENT = 98.0  # per cent of images that the integer program gives the float64 simulation's answer
 FLIPPED_IMAGES = 1  # that may always differ: of few images one is more than 2 %, and one flips in a correct model
 ALONE = 0.9  # cosine with the simulation that is asked for when the float model is not there to compare with
+
+Outputs = Mapping[str, Tensor]
+Same = Callable[[Outputs, Outputs], Tensor]  # bool (images,)
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,10 @@ class Comparison:
     Arguments:
         form, beside: which.
         images: how many.
-        agreement: per cent of them that both give the same class.
-        identical: per cent of them whose logits are the same, bit for bit.
-        cosine: of the logits, the mean over images.
-        worst: the largest difference of a logit.
+        agreement: per cent of them that both give the same answer; None where the task knows no answers.
+        identical: per cent of them whose outputs are the same, bit for bit.
+        cosine: of the outputs, the mean over images; of several outputs that of the one where it is the smallest.
+        worst: the largest difference of a number.
         promise: what has to hold, in words; empty when nothing is promised.
         kept: whether it does.
     """
@@ -31,7 +35,7 @@ class Comparison:
     form: str
     beside: str
     images: int
-    agreement: float
+    agreement: float | None
     identical: float
     cosine: float
     worst: float
@@ -39,17 +43,23 @@ class Comparison:
     kept: bool = True
 
 
-def compare(form: str, logits: Tensor, beside: str, reference: Tensor) -> Comparison:
-    """Two forms of a model by their logits, (images, classes)."""
-    logits, reference = logits.double(), reference.double()
+def compare(form: str, found: Outputs, beside: str, reference: Outputs, same: Same | None) -> Comparison:
+    """Two forms of a model by what they give.
+
+    Arguments:
+        form, beside: what they are called.
+        found, reference: tensors (images, ...) by name, the same names and shapes.
+        same: which images have the same answer in both; None where the task knows no answers.
+    """
+    pairs = [(found[name].double().flatten(1), reference[name].double().flatten(1)) for name in reference]
     return Comparison(
         form,
         beside,
-        len(logits),
-        agreement=100 * (_classes(logits) == _classes(reference)).double().mean().item(),
-        identical=100 * (logits == reference).all(1).double().mean().item(),
-        cosine=torch.cosine_similarity(logits, reference, dim=1).mean().item(),
-        worst=(logits - reference).abs().max().item(),
+        len(pairs[0][0]),
+        agreement=None if same is None else 100 * same(found, reference).double().mean().item(),
+        identical=100 * torch.stack([(x == y).all(1) for x, y in pairs]).all(0).double().mean().item(),
+        cosine=torch.stack([torch.cosine_similarity(x, y, dim=1).mean() for x, y in pairs]).min().item(),  # or NaN
+        worst=torch.stack([(x - y).abs().max() for x, y in pairs]).max().item(),
     )
 
 
@@ -58,8 +68,9 @@ def bit_exact(comparison: Comparison) -> Comparison:
     return replace(comparison, promise="bit for bit", kept=comparison.identical == 100)
 
 
-def same_classes(comparison: Comparison) -> Comparison:
-    """With the promise that nearly all images get the same class: all but 2 %, or but one where that is more."""
+def same_answers(comparison: Comparison) -> Comparison:
+    """With the promise that nearly all images have the same answer: all but 2 %, or but one where that is more."""
+    assert comparison.agreement is not None
     different = round(comparison.images * (1 - comparison.agreement / 100))
     kept = different <= max(FLIPPED_IMAGES, comparison.images * (1 - AGREEMENT / 100))
     return replace(comparison, promise=f"at least {AGREEMENT:g} % agree, or all but {FLIPPED_IMAGES}", kept=kept)
@@ -75,8 +86,3 @@ def as_close_as(comparison: Comparison, usual: Comparison | None) -> Comparison:
     """
     most = 1 - ALONE if usual is None else min(4 * (1 - usual.cosine) + 1e-3, FARTHEST)
     return replace(comparison, promise=f"cosine at least {1 - most:.3f}", kept=comparison.cosine >= 1 - most)
-
-
-def _classes(logits: Tensor) -> Tensor:
-    """The class of each image; of equal logits, the first."""
-    return logits.sort(dim=1, descending=True, stable=True).indices[:, 0]

@@ -14,14 +14,14 @@ from vitquant.errors import LoweringError
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
 from vitquant.model.simulation import ExactSimulation
-from vitquant.parity.comparison import Comparison, as_close_as, bit_exact, compare, same_classes
+from vitquant.parity.comparison import Comparison, Outputs, Same, as_close_as, bit_exact, compare, same_answers
 from vitquant.parity.flips import Flips, flipped_codes
 from vitquant.program.instructions import IntegerProgram
 from vitquant.progress import Progress, silent
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.runtime.on_images import OnImages, interpreted, quantization_of
+from vitquant.runtime.outputs import named
 from vitquant.runtime.products import exact_int64
-from vitquant.tasks.classification import logits_of
 
 _FED = 8  # images that are compared site by site
 _FEW = 4  # images that the definition computes, which is slow
@@ -33,7 +33,7 @@ class Form:
 
     Arguments:
         name: for the report.
-        run: codes of images to codes of logits when `on_codes`, else images to logits.
+        run: codes of images to codes of outputs when `on_codes`, else images to outputs.
         exact: whether it has to be the integer program, bit for bit, or rounds the simulation in its own way.
     """
 
@@ -78,6 +78,7 @@ def examine(
     forms: Sequence[Form] = (),
     float_model: Callable[[Tensor], Any] | None = None,
     progress: Progress = silent,
+    same: Same | None = None,
 ) -> ParityReport:
     """Run the forms of a model on the same images, and compare them.
 
@@ -87,8 +88,21 @@ def examine(
         forms: what was exported, besides the model itself and its integer program; in the processor's memory.
         float_model: what it was made from.
         progress: told which form is run, how many were, and how many there are.
+        same: which images have the same answer in two forms, see `Task.same`. Where there are answers, nearly all of
+            the integer program's are promised to be those of the simulation in float64; else that its outputs are no
+            farther away than rounding explains.
+
+    Raises:
+        ModelError: a form gives other tensors than the model.
     """
     told = count()
+
+    def beside(form: str, found: Outputs, reference: str, expected: Outputs) -> Comparison:
+        return compare(form, found, reference, expected, same)
+
+    def run(form: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> Outputs:
+        return outputs_of(form, model, batches)
+
     total = 5 + (float_model is not None) + len(forms)
 
     def run_next(what: str) -> None:
@@ -100,64 +114,76 @@ def examine(
     if float_model is not None:
         run_next("float model")
         floats = run(float_model, batches)
-        usual = compare("simulation", single, "float model", floats)
+        usual = beside("simulation", single, "float model", floats)
         comparisons.append(usual)
     try:
         program = lower(model)
     except LoweringError as reason:
-        comparisons += [_rounding(form, run(form.run, batches), single, usual) for form in forms if not form.exact]
+        rounding = [(form.name, run(form.run, batches)) for form in forms if not form.exact]
+        comparisons += [as_close_as(beside(name, found, "simulation", single), usual) for name, found in rounding]
         comparisons += [_of_no_program(form) for form in forms if form.exact]
         return ParityReport(tuple(comparisons), refused=str(reason))
     run_next("simulation in float64")
-    double = run(ExactSimulation(model), batches).float()  # its rounding is that of the codes in float32
+    exact = run(ExactSimulation(model), batches)
+    double = {name: each.float() for name, each in exact.items()}  # its rounding is that of the codes in float32
     run_next("integer program")
     device = next(model.parameters()).device
     integers = run(interpreted(program).to(device), batches)
-    comparisons.append(compare("simulation", single, "float64 simulation", double))
-    comparisons.append(same_classes(compare("integer program", integers, "float64 simulation", double)))
-    comparisons.append(compare("integer program", integers, "simulation", single))
+    comparisons.append(beside("simulation", single, "float64 simulation", double))
+    rounded = beside("integer program", integers, "float64 simulation", double)
+    comparisons.append(as_close_as(rounded, usual) if same is None else same_answers(rounded))
+    comparisons.append(beside("integer program", integers, "simulation", single))
     if floats is not None:
-        comparisons.append(compare("integer program", integers, "float model", floats))
+        comparisons.append(beside("integer program", integers, "float model", floats))
     for form in forms:
         run_next(form.name)
         if form.exact:
-            comparisons += _exact(form, program, batches, integers)
+            comparisons += _exact(form, model, program, batches, integers, same)
         else:
-            comparisons.append(_rounding(form, run(form.run, batches), single, usual))
+            comparisons.append(as_close_as(beside(form.name, run(form.run, batches), "simulation", single), usual))
     run_next("int64 definition")
     definition = Form("int64 definition", Interpreter(program, exact_int64), exact=True, on_codes=True)
-    comparisons += _exact(definition, program, [batches[0][:_FEW]], integers[:_FEW])
+    few = {name: each[:_FEW] for name, each in integers.items()}
+    comparisons += _exact(definition, model, program, [batches[0][:_FEW]], few, same)
     run_next("codes of every site")
     flips = flipped_codes(model, program, [batches[0][:_FED]])
     return ParityReport(tuple(comparisons), tuple(flips))
 
 
-def _exact(form: Form, program: IntegerProgram, batches: Sequence[Tensor], expected: Tensor) -> Iterator[Comparison]:
+def _exact(
+    form: Form,
+    model: QuantizedModel,
+    program: IntegerProgram,
+    batches: Sequence[Tensor],
+    expected: Outputs,
+    same: Same | None,
+) -> Iterator[Comparison]:
     """A form beside the integer program, on images, and on codes that no image has."""
     on_images = OnImages(form.run, *quantization_of(program)) if form.on_codes else form.run
-    logits = run(on_images, [images.cpu() for images in batches])
-    yield bit_exact(compare(form.name, logits, "integer program", expected))
+    found = outputs_of(on_images, model, [images.cpu() for images in batches])
+    yield bit_exact(compare(form.name, found, "integer program", expected, same))
     if form.on_codes:
         interpreter = Interpreter(program)
         for name, codes in adversarial_codes(program).items():
             with torch.inference_mode():
-                pair = form.run(codes), interpreter(codes)
-            yield bit_exact(compare(f"{form.name}, {name}", pair[0], "integer program", pair[1]))
+                pair = (named(run(codes), program.outputs) for run in (form.run, interpreter))
+            yield bit_exact(compare(f"{form.name}, {name}", next(pair), "integer program", next(pair), same))
 
 
 def _of_no_program(form: Form) -> Comparison:
     promise = "is of this model, which has no integer program"
-    return Comparison(form.name, "integer program", 0, 0.0, 0.0, 0.0, 0.0, promise, kept=False)
+    return Comparison(form.name, "integer program", 0, None, 0.0, 0.0, 0.0, promise, kept=False)
 
 
-def _rounding(form: Form, logits: Tensor, simulated: Tensor, usual: Comparison | None) -> Comparison:
-    return as_close_as(compare(form.name, logits, "simulation", simulated), usual)
+def outputs_of(form: Callable[[Tensor], Any], model: QuantizedModel, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """What a form of a model gives for all images, by name, on the CPU.
 
-
-def run(form: Callable[[Tensor], Any], batches: Iterable[Tensor]) -> Tensor:
-    """The logits that a form gives for all images, on the CPU."""
+    Raises:
+        ModelError: these are other tensors than the model gives.
+    """
     with torch.inference_mode():
-        return torch.cat([logits_of(form(images)).cpu() for images in batches])
+        parts = [model.named_outputs(form(images)) for images in batches]
+        return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
 
 
 def adversarial_codes(program: IntegerProgram, seed: int = 0) -> dict[str, Tensor]:

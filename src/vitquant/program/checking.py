@@ -17,6 +17,7 @@ from vitquant.program.shapes import Shape, written_shape
 
 _SCALES = 2.0**-126, 2.0**127  # float32 has them, and they are no subnormal numbers
 _LONGEST_NAME = 1000
+_MOST_OUTPUTS = 1024
 _MOST_ELEMENTS = 2**32  # that all instructions read and write for one image; a ViT-g with its weights has half of them
 
 
@@ -98,18 +99,23 @@ def _check_flow(program: p.IntegerProgram) -> None:
             raise _refuse(instruction.site, f"up to here more than {_MOST_ELEMENTS} elements for one image")
     for name in program.registers.keys() - shapes.keys():
         raise _refuse(name, "a register that is never written")
-    if program.output in program.constants or program.output == program.input or program.output not in shapes:
-        raise _refuse("output", "no register that an instruction writes")
-    if shapes[program.output][:1] != (-1,):
-        raise _refuse("output", f"its first size is not the batch but that of {shapes[program.output]}")
+    if not 0 < len(program.outputs) <= _MOST_OUTPUTS:
+        raise _refuse("outputs", f"{len(program.outputs)} are not from 1 to {_MOST_OUTPUTS}")
+    for name, register in program.outputs.items():
+        if not _is_name(name):
+            raise _refuse(repr(name[:80]), "no name of an output that can be printed")
+        if register in program.constants or register == program.input or register not in shapes:
+            raise _refuse(f"output {name}", "no register that an instruction writes")
+        if shapes[register][:1] != (-1,):
+            raise _refuse(f"output {name}", f"its first size is not the batch but that of {shapes[register]}")
     for value, name in program.codes.items():
         if not _is_name(value) or name not in shapes:
             raise _refuse("codes", f"no register {name[:80]!r} for {value[:80]!r}")
 
 
 def _check_facts(program: p.IntegerProgram) -> None:
-    """What input and output stand for, where that is said."""
-    given, result = (program.facts.get(name) for name in ("input", "output"))
+    """What input and outputs stand for, where that is said."""
+    given, results = program.facts.get("input"), program.facts.get("outputs", {})
     if given is not None:
         match given:
             case {"scale": float(scale), "zero_point": int(zero), "low": low, "high": high, **more} if not more:
@@ -119,14 +125,16 @@ def _check_facts(program: p.IntegerProgram) -> None:
         least, most = program.registers[program.input].limits
         if not (isinstance(low, int) and isinstance(high, int) and least <= low < high <= most):
             raise _refuse("input", f"no lowest and highest code between {least} and {most}")
-    if result is not None:
+    if not isinstance(results, Mapping) or not results.keys() <= program.outputs.keys():
+        raise _refuse("outputs", "what is said of them is of no output")
+    for name, result in results.items():
         match result:
             case {"scale": list(scales), "zero_point": int(zero), **more} if not more:
-                _check_quantization("output", scales, zero)
+                _check_quantization(f"output {name}", scales, zero)
             case _:
-                raise _refuse("output", "no scale and zero point")
-        if len(scales) not in (1, program.registers[program.output].shape[-1]):
-            raise _refuse("output", "no scale for all or for each of its last axis")
+                raise _refuse(f"output {name}", "no scale and zero point")
+        if len(scales) not in (1, program.registers[program.outputs[name]].shape[-1]):
+            raise _refuse(f"output {name}", "no scale for all or for each of its last axis")
 
 
 def _check_quantization(end: str, scales: list[object], zero: int) -> None:

@@ -277,25 +277,28 @@ class IntegerProgram:
     """A quantized model in integers.
 
     Arguments:
-        input, output: names of registers: the image's codes, and the logits'.
+        input: the name of the register that holds the images' codes.
+        outputs: what the program gives, by name, and the register that holds its codes.
         registers: the type and shape of every register, constants included.
         constants: int64 tensors; their values fit the type of their register.
         instructions: in order; each writes one register, and none twice.
         codes: for the name of each quantized value of the model, the register or constant that holds its codes.
-        facts: plain JSON values: scale and zero point of input and output, the lowest and the highest code of the
-            input, and where the program came from.
+        facts: plain JSON values: of `input` the scale, the zero point, the lowest and the highest code, of `outputs` by
+            name the scales and the zero point, and where the program came from.
     """
 
     input: str
-    output: str
+    outputs: Mapping[str, str]
     registers: Mapping[str, Register]
     constants: Mapping[str, Tensor]
     instructions: tuple[Instruction, ...]
     codes: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self, images: Tensor) -> Tensor:
-        """The logits, float32 (batch, classes), of float32 images (batch, channels, height, width).
+    def run(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+        """What the program gives for float32 images (batch, channels, height, width), in float32.
+
+        That is a tensor, or where the program has several outputs a dictionary of tensors by name.
 
         They are those of `runtime.interpreter`, which is made anew for each call: for many batches keep what
         `runtime.on_images.interpreted` gives.

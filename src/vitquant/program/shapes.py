@@ -61,7 +61,7 @@ def _shape(instruction: p.Instruction, shapes: Mapping[str, Shape]) -> Shape:
         case p.Linear() as i:
             x, (outputs, summed) = shapes[i.input], _of_rank(2, shapes[i.weight])
             _need(x[-1:] == (summed,), f"sums over {summed} of an input of {x}")
-            _fits(shapes, i.weight_zero, shapes[i.weight])
+            _zero_points(shapes, i.weight_zero, shapes[i.weight])
             _need(i.bias is None or shapes[i.bias] == (outputs,), f"has no bias for each of {outputs} outputs")
             return (*x[:-1], outputs)
         case p.Convolution() as i:
@@ -139,7 +139,7 @@ def _convolution(i: p.Convolution, shapes: Mapping[str, Shape]) -> Shape:
     images, channels, *sizes = _of_rank(4, shapes[i.input])
     outputs, summed, *kernel = _of_rank(4, shapes[i.weight])
     _need(channels == summed * i.groups and outputs % i.groups == 0, f"has {i.groups} groups for {channels} channels")
-    _fits(shapes, i.weight_zero, shapes[i.weight])
+    _zero_points(shapes, i.weight_zero, shapes[i.weight])
     _need(i.bias is None or shapes[i.bias] == (outputs,), f"has no bias for each of {outputs} outputs")
     found = []
     for axis, (size, width) in enumerate(zip(sizes, kernel, strict=True)):
@@ -191,6 +191,15 @@ def _broadcast(left: Shape, right: Shape) -> Shape:
     pairs = [*zip((1,) * (rank - len(left)) + left, (1,) * (rank - len(right)) + right, strict=True)]
     _need(all(a == b or 1 in (a, b) for a, b in pairs), f"reads {left} beside {right}")
     return tuple(b if a == 1 else a for a, b in pairs)
+
+
+def _zero_points(shapes: Mapping[str, Shape], name: str | None, weight: Shape) -> None:
+    """Whether a constant is a weight's only zero point, or has one for each output."""
+    if name is not None:
+        _fits(shapes, name, weight)
+        by_output = (weight[0], *(1 for _ in weight[1:]))
+        reason = f"reads zero points of {shapes[name]} for a weight of {weight}, not one or {by_output}"
+        _need(prod(shapes[name]) == 1 or shapes[name] == by_output, reason)
 
 
 def _fits(shapes: Mapping[str, Shape], name: str | None, whole: Shape) -> None:

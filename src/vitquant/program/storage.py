@@ -161,10 +161,11 @@ def _safetensors() -> Any:
 def plain(program: p.IntegerProgram) -> dict[str, Any]:
     """A program as its file has it in JSON, all but the constants' values and the digest."""
     facts = dict(program.facts)
+    said = facts.pop("outputs", {})
     return {
         "format": FORMAT,
         "inputs": [{"register": program.input, **facts.pop("input", {})}],
-        "outputs": [{"register": program.output, **facts.pop("output", {})}],
+        "outputs": [{"name": name, "register": each, **said.get(name, {})} for name, each in program.outputs.items()],
         "registers": {name: [each.type, list(each.shape)] for name, each in program.registers.items()},
         "instructions": [_plain_instruction(each) for each in program.instructions],
         "codes": dict(program.codes),
@@ -189,7 +190,9 @@ _SCHEMA = Table(
             1,
             1,
         ),
-        "outputs": ListOf(Table({"register": _NAME}, {"scale": ListOf(_SCALE), "zero_point": Integer()}), 1, 1),
+        "outputs": ListOf(
+            Table({"name": _NAME, "register": _NAME}, {"scale": ListOf(_SCALE), "zero_point": Integer()}), 1
+        ),
         "registers": TableOf(Row((_NAME, ListOf(Integer(), most=64))), _NAME),
         "instructions": ListOf(TableOf(Plain())),
         "codes": TableOf(_NAME, _NAME),
@@ -228,13 +231,15 @@ def _program(values: Mapping[str, Any], packed: Mapping[str, Tensor]) -> p.Integ
     registers = {name: p.Register(kind, tuple(shape)) for name, (kind, shape) in values["registers"].items()}
     for name, register in registers.items():
         check_register(name, register)
-    given, result = dict(values["inputs"][0]), dict(values["outputs"][0])
+    given, results = dict(values["inputs"][0]), {each["name"]: dict(each) for each in values["outputs"]}
     facts = dict(values["facts"])
-    if twice := [name for name in ("input", "output") if name in facts]:
+    if twice := [name for name in ("input", "outputs") if name in facts]:
         raise CheckpointError(f"facts: {twice[0]!r} is what inputs and outputs say; name it otherwise")
+    if len(results) < len(values["outputs"]):
+        raise CheckpointError("outputs: two of them have one name")
     program = p.IntegerProgram(
         input=given.pop("register"),
-        output=result.pop("register"),
+        outputs={each.pop("name"): each.pop("register") for each in results.values()},
         registers=registers,
         constants={name: _constant(name, registers, packed[name]) for name in sorted(packed)},
         instructions=tuple(_instruction(n, each) for n, each in enumerate(values["instructions"])),
@@ -243,9 +248,11 @@ def _program(values: Mapping[str, Any], packed: Mapping[str, Tensor]) -> p.Integ
     # JSON writes 1.0 as it likes.
     if "scale" in given:
         given["scale"] = float(given["scale"])
-    if "scale" in result:
-        result["scale"] = [float(each) for each in result["scale"]]
-    ends = {name: said for name, said in (("input", given), ("output", result)) if said}
+    for result in results.values():
+        if "scale" in result:
+            result["scale"] = [float(each) for each in result["scale"]]
+    said = {name: result for name, result in results.items() if result}
+    ends = {name: facts for name, facts in (("input", given), ("outputs", said)) if facts}
     return replace(program, facts={**ends, **facts})
 
 

@@ -11,7 +11,7 @@ from vitquant.program.shapes import Shape, all_shapes
 
 
 def text_form(program: p.IntegerProgram, scales: Mapping[str, tuple[float, float]] | None = None) -> list[str]:
-    """The lines of a program: its input, its instructions in their order, and its output.
+    """The lines of a program: its input, its instructions in their order, and its outputs.
 
     A line has what is written, its type and shape, the opcode, and the arguments as docs/program-format.md lists them;
     then the site. N is the number of images. Behind a multiplier stands what it multiplies by, shift included, the
@@ -36,8 +36,13 @@ class _Lines:
         return [
             f"input {self._typed(program.input)}{_quantization(program.facts.get('input'))}",
             *(self._line(each) for each in program.instructions),
-            f"output {self._typed(program.output)}{_quantization(program.facts.get('output'))}",
+            *(self._output(name, register) for name, register in program.outputs.items()),
         ]
+
+    def _output(self, name: str, register: str) -> str:
+        return (
+            f"output {name} = {self._typed(register)}{_quantization(self.program.facts.get('outputs', {}).get(name))}"
+        )
 
     def _line(self, i: p.Instruction) -> str:
         arguments = ", ".join(self._argument(each, i) for each in form_of(i).arguments)

@@ -36,7 +36,9 @@ def comparisons_table(comparisons: Iterable[Comparison]) -> Table:
     """One line for each pair of forms, below what they are beside; no word is broken in 80 columns."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     table.add_column("form", min_width=_FORM)
-    for header in ("images", "% same\nclass", "% same\nlogits", "cosine", "worst\nlogit"):
+    comparisons = list(comparisons)
+    answers = any(each.agreement is not None for each in comparisons)
+    for header in ("images", *(["% same\nclass"] if answers else []), "% same\nbits", "cosine", "worst\ndiff."):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("promise", min_width=_PROMISE)
     for beside, pairs in _by_reference(comparisons).items():
@@ -45,13 +47,17 @@ def comparisons_table(comparisons: Iterable[Comparison]) -> Table:
             table.add_row(
                 Text(each.form),
                 str(each.images),
-                f"{each.agreement:.1f}",
+                *([_agreement(each)] if answers else []),
                 f"{each.identical:.1f}",
                 f"{each.cosine:.6f}",
                 f"{each.worst:.3g}",
                 _kept(each.promise, each.kept),
             )
     return table
+
+
+def _agreement(each: Comparison) -> str:
+    return "" if each.agreement is None else f"{each.agreement:.1f}"
 
 
 def _by_reference(comparisons: Iterable[Comparison]) -> dict[str, list[Comparison]]:

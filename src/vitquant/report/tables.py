@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, assert_never
 
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +14,8 @@ from vitquant.printable import one_line
 from vitquant.recipe import Choice, Recipe
 from vitquant.report.operations import CONSTANT, DATA, FLOAT, FUSED, INTEGER, Operand, Operation
 from vitquant.tasks.classification import ClassificationResult
+from vitquant.tasks.features import FeaturesResult
+from vitquant.tasks.task import Result
 
 _STYLES = {INTEGER: "green", FLOAT: "yellow", FUSED: "dim", CONSTANT: "dim", DATA: "dim"}
 
@@ -120,8 +122,32 @@ def ends_text(model: QuantizedModel) -> str:
     return "; ".join(texts)
 
 
-def result_rows(result: ClassificationResult) -> dict[str, str]:
+def result_rows(result: Result) -> dict[str, str]:
     """The figures of an evaluation, in words."""
+    match result:
+        case ClassificationResult():
+            rows = _classification_rows(result)
+        case FeaturesResult():
+            rows = _features_rows(result)
+        case _:
+            assert_never(result)
+    rows["engine"] = (
+        f"{result.engine}, {result.seconds:.1f} s, {result.images / max(result.seconds, 1e-9):.0f} images/s"
+    )
+    return rows
+
+
+def _features_rows(result: FeaturesResult) -> dict[str, str]:
+    rows = {"images": f"{result.images}"}
+    for each in result.outputs:
+        shape = " x ".join(map(str, each.shape))
+        rows[each.name] = f"{shape}, cosine with the float model's {each.cosine:.4f}, lowest {each.lowest_cosine:.4f}"
+        if each.neighbours is not None:
+            rows[each.name] += f", {each.neighbours:.2f} % of the images have the same nearest neighbour"
+    return rows
+
+
+def _classification_rows(result: ClassificationResult) -> dict[str, str]:
     rows = {
         "images": f"{result.images}",
         "top-1": f"{result.top1:.2f} %",
@@ -135,9 +161,6 @@ def result_rows(result: ClassificationResult) -> dict[str, str]:
         rows["float top-1"] = f"{result.float_top1:.2f} %"
         rows["difference"] = f"{difference:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
         rows["agreement"] = f"{result.agreement:.2f} % of the images get the float model's class"
-    rows["engine"] = (
-        f"{result.engine}, {result.seconds:.1f} s, {result.images / max(result.seconds, 1e-9):.0f} images/s"
-    )
     return rows
 
 

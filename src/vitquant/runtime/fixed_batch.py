@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -32,11 +32,11 @@ def held_at_once(size: int) -> Iterator[None]:
         ) from error
 
 
-def in_batches(run: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
+def in_batches(run: Callable[[Tensor], Sequence[Tensor]], images: Tensor, size: int) -> list[Tensor]:
     """What `run` gives for images, `size` of them at once; zeros fill up the last batch, and leave no result.
 
     Arguments:
-        run: from (size, ...) to (size, ...).
+        run: from (size, ...) to tensors (size, ...).
         images: (images, ...), at least one.
 
     Raises:
@@ -46,7 +46,8 @@ def in_batches(run: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Te
     """
     with held_at_once(size):
         if len(images) == size:
-            return run(images)
+            return list(run(images))
         missing = -len(images) % size
         filled = torch.cat([images, images.new_zeros((missing, *images.shape[1:]))]) if missing else images
-        return torch.cat([run(part) for part in filled.split(size)])[: len(images)]
+        parts = [run(part) for part in filled.split(size)]
+        return [torch.cat(each)[: len(images)] for each in zip(*parts, strict=True)]

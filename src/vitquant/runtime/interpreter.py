@@ -23,6 +23,7 @@ from vitquant.program import instructions as p
 from vitquant.program.moving import move
 from vitquant.program.opcodes import reads
 from vitquant.program.shapes import all_shapes
+from vitquant.runtime.outputs import Outputs, given
 from vitquant.runtime.products import Products, convolution, exact_products, linear, operand
 
 _AT_ONCE = 2**17  # elements of the largest register, 1 MiB: larger ones leave the cache, and the heap, every time
@@ -51,8 +52,8 @@ class Interpreter(nn.Module):
         shapes = all_shapes(program)
         self._images = -(-_AT_ONCE // max(prod(map(abs, shapes[each.output])) for each in program.instructions))
 
-    def forward(self, codes: Tensor, taps: dict[str, Callable[[Tensor], None]] | None = None) -> Tensor:
-        """The codes of the logits, int64 (batch, classes).
+    def forward(self, codes: Tensor, taps: dict[str, Callable[[Tensor], None]] | None = None) -> Outputs:
+        """The codes of what the program gives, int64 (batch, ...): a tensor, or several by name.
 
         Arguments:
             codes: of the images, any integer dtype, (batch, channels, height, width).
@@ -70,15 +71,17 @@ class Interpreter(nn.Module):
                 f"the program reads codes from {low} to {high}; encode the images by its input quantizer"
             )
         if not len(codes):  # a reshape could not tell what is left of nothing
-            return torch.zeros(0, *self.program.registers[self.program.output].shape[1:], dtype=torch.int64).to(
-                codes.device
-            )
+            shapes = {
+                name: self.program.registers[register].shape[1:] for name, register in self.program.outputs.items()
+            }
+            return given({name: codes.new_zeros((0, *shape), dtype=torch.int64) for name, shape in shapes.items()})
         with own_precision(codes.device.type):  # products are exact in the dtypes that they are computed in
             if taps or codes.device.type != "cpu":
-                return self._run(codes, taps or {})
-            return torch.cat([self._run(part, {}) for part in codes.split(self._images)])
+                return given(self._run(codes, taps or {}))
+            parts = [self._run(part, {}) for part in codes.split(self._images)]
+            return given({name: torch.cat([part[name] for part in parts]) for name in self.program.outputs})
 
-    def _run(self, codes: Tensor, taps: dict[str, Callable[[Tensor], None]]) -> Tensor:
+    def _run(self, codes: Tensor, taps: dict[str, Callable[[Tensor], None]]) -> dict[str, Tensor]:
         registers = {self.program.input: codes.to(_dtype(self.program.registers[self.program.input].type))}
         for index, instruction in enumerate(self.program.instructions):
             written = self._execute(instruction, registers)
@@ -87,7 +90,7 @@ class Interpreter(nn.Module):
                 taps[instruction.output](registers[instruction.output].to(torch.int64))
             for name in self._last_use.get(index, ()):
                 registers.pop(name, None)
-        return registers[self.program.output].to(torch.int64)
+        return {name: registers[register].to(torch.int64) for name, register in self.program.outputs.items()}
 
     def _execute(self, instruction: p.Instruction, registers: dict[str, Tensor]) -> Tensor:
         def held(name: str) -> Tensor:
@@ -170,6 +173,6 @@ def _last_uses(program: p.IntegerProgram) -> dict[int, list[str]]:
     last = {name: index for index, each in enumerate(program.instructions) for name in reads(each)}
     found: dict[int, list[str]] = {}
     for name, index in last.items():
-        if name != program.output:
+        if name not in program.outputs.values():
             found.setdefault(index, []).append(name)
     return found

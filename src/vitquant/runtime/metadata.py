@@ -8,7 +8,7 @@ from typing import Any
 
 from vitquant.errors import ExportError
 from vitquant.parsing import parse_json
-from vitquant.schema import Integer, ListOf, Number, Schema, Table, Text, check
+from vitquant.schema import Integer, ListOf, Number, Schema, Table, TableOf, Text, check
 
 _PREFIX = "vitquant."
 _SCALE = Number(2.0**-140, 2.0**100)
@@ -18,7 +18,7 @@ _OPTION = Text(among=("0", "1"))
 # The facts that something here reads; others are words for people and other programs.
 _SCHEMAS: Mapping[str, Schema] = {
     "input": Table({"scale": _SCALE, "zero_point": _CODE, "low": _CODE, "high": _CODE}),
-    "output": Table({"scale": ListOf(_SCALE, 1, 2**20), "zero_point": _CODE}),
+    "outputs": TableOf(Table({"scale": ListOf(_SCALE, 1, 2**20), "zero_point": _CODE}), Text(1000)),
     # ONNX Runtime has options that read and write files; these two choose among its kernels.
     "session_options": Table({}, {"session.x64quantprecision": _OPTION, "session.qdqisint8allowed": _OPTION}),
 }

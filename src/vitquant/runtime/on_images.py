@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from vitquant.errors import LoweringError
 from vitquant.program.instructions import IntegerProgram
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.runtime.metadata import values_of
+from vitquant.runtime.outputs import Outputs, given, named
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class InputQuantization:
 
 @dataclass(frozen=True)
 class OutputQuantization:
-    """What the logits' codes stand for.
+    """What the codes of an output stand for.
 
     Arguments:
-        scales: one, or one for each class.
+        scales: one, or one for each index of its last axis.
         zero_point: a code stands for (code - zero_point) * scale.
     """
 
@@ -49,53 +50,66 @@ class OutputQuantization:
     zero_point: int
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The logits that codes stand for: float32."""
+        """The numbers that codes stand for: float32."""
         scales = torch.tensor(self.scales, dtype=torch.float32, device=codes.device)
         return (codes - self.zero_point) * scales
 
 
-def quantization_of(program: IntegerProgram) -> tuple[InputQuantization, OutputQuantization]:
-    """What the codes of a program's input and output stand for.
+Quantization = tuple[InputQuantization, dict[str, OutputQuantization]]
+
+
+def quantization_of(program: IntegerProgram) -> Quantization:
+    """What the codes of a program's input stand for, and those of its outputs by name.
 
     Raises:
         LoweringError: the program does not say it.
     """
-    return _quantization(program.facts.get("input"), program.facts.get("output"))
+    return _quantization(program.facts.get("input"), program.facts.get("outputs"), program.outputs)
 
 
-def quantization_from(metadata: Mapping[str, str]) -> tuple[InputQuantization, OutputQuantization]:
-    """What the codes of an ONNX model's input and output stand for.
+def quantization_from(metadata: Mapping[str, str], names: Iterable[str]) -> Quantization:
+    """What the codes of an ONNX model's input and outputs stand for.
+
+    Arguments:
+        metadata: the model's.
+        names: of its outputs, in their order.
 
     Raises:
         ExportError: its metadata is not what exports have.
         LoweringError: it does not say it.
     """
-    return _quantization(values_of(metadata, "input"), values_of(metadata, "output"))
+    return _quantization(values_of(metadata, "input"), values_of(metadata, "outputs"), names)
 
 
 def _quantization(
-    image: Mapping[str, Any] | None, logits: Mapping[str, Any] | None
-) -> tuple[InputQuantization, OutputQuantization]:
-    if not image or not logits:
+    image: Mapping[str, Any] | None, outputs: Mapping[str, Any] | None, names: Iterable[str]
+) -> Quantization:
+    names = tuple(names)
+    if not image or not outputs or not outputs.keys() >= set(names):
         raise LoweringError("the program does not say what its codes stand for; give and take codes yourself")
-    return InputQuantization(**image), OutputQuantization(tuple(logits["scale"]), logits["zero_point"])
+    said = {name: outputs[name] for name in names}
+    ends = {name: OutputQuantization(tuple(each["scale"]), each["zero_point"]) for name, each in said.items()}
+    return InputQuantization(**image), ends
 
 
 class OnImages(nn.Module):
-    """Images to logits by whatever runs a program's codes.
+    """A function of images, by whatever runs a program's codes.
 
     Arguments:
-        run: codes of images to codes of logits.
-        input, output: what these codes stand for.
+        run: codes of images to codes of what the program gives, a tensor or several by name.
+        input, outputs: what these codes stand for.
     """
 
-    def __init__(self, run: Callable[[Tensor], Any], input: InputQuantization, output: OutputQuantization) -> None:
+    def __init__(
+        self, run: Callable[[Tensor], Outputs], input: InputQuantization, outputs: Mapping[str, OutputQuantization]
+    ) -> None:
         super().__init__()
-        self.run, self.input, self.output = run, input, output
+        self.run, self.input, self.outputs = run, input, outputs
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The logits, float32 (batch, classes), of float32 images (batch, channels, height, width)."""
-        return self.output.decode(self.run(self.input.encode(images)))
+    def forward(self, images: Tensor) -> Outputs:
+        """What the program gives, in float32, for float32 images (batch, channels, height, width)."""
+        codes = named(self.run(self.input.encode(images)), self.outputs)
+        return given({name: self.outputs[name].decode(each) for name, each in codes.items()})
 
 
 def interpreted(program: IntegerProgram) -> OnImages:

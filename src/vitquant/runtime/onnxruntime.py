@@ -12,6 +12,7 @@ from vitquant.errors import ExportError, first_line
 from vitquant.runtime.fixed_batch import in_batches
 from vitquant.runtime.metadata import values_of
 from vitquant.runtime.onnx_files import read_onnx
+from vitquant.runtime.outputs import Outputs, given, mapped
 
 
 class OnnxModel:
@@ -25,6 +26,7 @@ class OnnxModel:
     Attributes:
         metadata: what the exporter wrote beside the graph, such as recipe and bits.
         batch: how many images the file takes at once; None for any number. Calls take any number.
+        outputs: what it gives, by name, in order.
 
     Raises:
         ExportError: onnxruntime is missing, there is no such file, or ONNX Runtime refuses the model.
@@ -46,11 +48,11 @@ class OnnxModel:
             proto, content = read_onnx(model if isinstance(model, bytes) else Path(model))
             self.metadata: dict[str, str] = {each.key: each.value for each in proto.metadata_props}
             if len(proto.graph.input) != 1 or not proto.graph.output:
-                raise ExportError("it has not one input and one output; export it again")
+                raise ExportError("it has not one input, and an output; export it again")
             for end in (*proto.graph.input, *proto.graph.output):
                 if end.type.tensor_type.elem_type not in onnx.TensorProto.DataType.values()[1:]:
                     raise ExportError(f"{end.name[:80]!r} has no type of elements; export it again")
-            for name in ("input", "output"):
+            for name in ("input", "outputs"):
                 values_of(self.metadata, name)
             for name, value in (values_of(self.metadata, "session_options") or {}).items():
                 options.add_session_config_entry(name, value)
@@ -61,10 +63,15 @@ class OnnxModel:
         except Exception as error:  # its errors have no common base
             raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {first_line(error)}") from error
         self._input = self._session.get_inputs()[0]
-        scales = (values_of(self.metadata, "output") or {}).get("scale", [1.0])
-        classes = [size.dim_value for size in proto.graph.output[0].type.tensor_type.shape.dim][-1:]
-        if len(scales) not in (1, *classes):
-            raise ExportError(f"{self._name} says {len(scales)} scales of logits of {classes}; export it again")
+        for name, said in (values_of(self.metadata, "outputs") or {}).items():
+            ends = (each.type.tensor_type.shape.dim for each in proto.graph.output if each.name == name)
+            last = [size.dim_value for size in next(ends, ())][-1:]
+            if len(said["scale"]) not in (1, *last):
+                raise ExportError(
+                    f"{self._name} says {len(said['scale'])} scales of {name[:80]!r}, whose last axis is {last}; "
+                    "export it again"
+                )
+        self.outputs = tuple(each.name for each in self._session.get_outputs())
         if self._input.type not in _DTYPES:
             raise ExportError(f"{self._name} takes {self._input.type}, which images are not")
         self._dtype = np.dtype(_DTYPES[self._input.type])
@@ -76,8 +83,8 @@ class OnnxModel:
         """Whether its images are codes, and not floats."""
         return self._dtype.kind != "f"
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """The first output: int64 for codes, as the interpreter gives them, else as the model has it.
+    def __call__(self, images: Tensor) -> Outputs:
+        """What the model gives, a tensor or several by name: int64 for codes, as the interpreter has it, else floats.
 
         Arguments:
             images: codes in any integer dtype, or floats, as the model takes them; (batch, channels, height, width).
@@ -87,25 +94,26 @@ class OnnxModel:
                 hold, or images of another size.
         """
         if not len(images):  # ONNX Runtime fails to broadcast nothing
-            return self(images.new_zeros((1, *images.shape[1:])))[:0]
+            return mapped(lambda x: x[:0], self(images.new_zeros((1, *images.shape[1:]))))
         if images.is_floating_point() != (self._dtype.kind == "f"):
             raise ExportError(f"{self._name} takes {self._dtype} images, and these are {images.dtype}")
         values = images.detach().cpu().numpy()
-        given = values.astype(self._dtype)
-        if self._dtype.kind != "f" and not np.array_equal(given, values):
+        taken = values.astype(self._dtype)
+        if self._dtype.kind != "f" and not np.array_equal(taken, values):
             raise ExportError(
                 f"{self._name} takes {self._dtype} codes, and these go from {values.min()} to {values.max()}"
             )
         try:
-            result = in_batches(self._run, torch.from_numpy(given), self.batch or len(images))
+            found = in_batches(self._run, torch.from_numpy(taken), self.batch or len(images))
         except ExportError as error:
             raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {error}") from error
         except Exception as error:
             raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {first_line(error)}") from error
-        return result if result.is_floating_point() else result.to(torch.int64)
+        results = (each if each.is_floating_point() else each.to(torch.int64) for each in found)
+        return given(dict(zip(self.outputs, results, strict=True)))
 
-    def _run(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self._session.run(None, {self._input.name: images.numpy()})[0])
+    def _run(self, images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(each) for each in self._session.run(None, {self._input.name: images.numpy()})]
 
 
 _DTYPES = {

@@ -1,4 +1,4 @@
-"""Running what was exported, in OpenVINO on the CPU: float images in, float logits out."""
+"""Running what was exported, in OpenVINO on the CPU: float images in, floats out."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vitquant.files import sha256
 from vitquant.parsing import parse_json, read_file
 from vitquant.runtime.fixed_batch import in_batches
 from vitquant.runtime.onnx_files import read_onnx
+from vitquant.runtime.outputs import Outputs, given, mapped
 from vitquant.schema import Table, Text, check
 
 _FILES = ("model.xml", "model.bin")
@@ -24,7 +25,7 @@ _DIGEST = "digest.json"
 
 
 class OpenVinoModel:
-    """An exported classifier, compiled for this machine's CPU.
+    """An exported model, compiled for this machine's CPU.
 
     Arguments:
         path: the directory that `write_openvino` wrote, an .xml file, or an .onnx file.
@@ -59,19 +60,17 @@ class OpenVinoModel:
             self._compiled = core.compile_model(model, "CPU", options)
             self._shape = self._compiled.input(0).get_partial_shape()
             self.batch: int | None = self._shape[0].get_length() if self._shape[0].is_static else None
+            self._outputs = tuple(each.get_any_name() for each in self._compiled.outputs)
             said = model.rt_info["framework"] if model.has_rt_info(["framework"]) else {}
             self.metadata: dict[str, str] = {name: text.astype(str) for name, text in said.items()}
         except RuntimeError as error:
             raise ExportError(f"OpenVINO refuses {file}: {_said(error)}") from error
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Classify images.
+    def __call__(self, images: Tensor) -> Outputs:
+        """What the model gives for images, float32 on the CPU: a tensor, or several by name.
 
         Arguments:
             images: float32 (batch, channels, height, width), any batch, on any device.
-
-        Returns:
-            float32 (batch, classes), on the CPU.
 
         Raises:
             ExportError: the images have another type or size than the model takes.
@@ -82,11 +81,13 @@ class OpenVinoModel:
                 f"the model takes float32 images {expected}; these are {images.dtype} {tuple(images.shape)}"
             )
         if not len(images):
-            return self(images.new_zeros((1, *images.shape[1:])))[:0]
-        return in_batches(self._run, images.detach().cpu(), self.batch or len(images))
+            return mapped(lambda x: x[:0], self(images.new_zeros((1, *images.shape[1:]))))
+        found = in_batches(self._run, images.detach().cpu(), self.batch or len(images))
+        return given(dict(zip(self._outputs, found, strict=True)))
 
-    def _run(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self._compiled([np.ascontiguousarray(images.numpy())])[0])
+    def _run(self, images: Tensor) -> list[Tensor]:
+        results = self._compiled([np.ascontiguousarray(images.numpy())])
+        return [torch.from_numpy(results[place]) for place in range(len(self._outputs))]
 
 
 def seal(directory: Path) -> None:

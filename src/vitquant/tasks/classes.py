@@ -72,12 +72,20 @@ def refuse_features(model: nn.Module) -> None:
     """Refuse a model without a head: what it gives are features, and the largest feature is no class.
 
     Raises:
-        ModelError: timm's `num_classes` or transformers' `num_labels` is 0, or the head passes its input on.
+        ModelError: it `is_headless`.
     """
+    if is_headless(model):
+        raise ModelError(
+            "the model has no head: it gives features, not classes; load it with the head's weights, or give --task "
+            "features"
+        )
+
+
+def is_headless(model: nn.Module) -> bool:
+    """Whether timm's `num_classes` or transformers' `num_labels` is 0, or the head passes its input on."""
     said = getattr(model, "num_classes", getattr(getattr(model, "config", None), "num_labels", None))
     heads = [head for name in _HEADS if isinstance(head := getattr(model, name, None), nn.Module)]
-    if said == 0 or (heads and all(map(_passes_on, heads))):
-        raise ModelError("the model has no head: it gives features, not classes; evaluation needs the head's weights")
+    return said == 0 or bool(heads and all(map(_passes_on, heads)))
 
 
 def _passes_on(head: Any) -> bool:

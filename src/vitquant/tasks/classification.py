@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,9 @@ from vitquant.progress import Progress, silent
 from vitquant.tasks.classes import refuse_features
 from vitquant.tasks.doubt import Z95, doubt
 from vitquant.tasks.images import ImageBatches
+from vitquant.tasks.running import evaluating, place_of, run_on
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,16 @@ class ClassificationResult:
     seconds: float
     doubt: str | None = None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said beside the figures."""
+        return () if self.doubt is None else (self.doubt,)
+
 
 def evaluate(
     model: Callable[[Tensor], Any],
     float_model: Callable[[Tensor], Any] | None,
     batches: Iterable[tuple[Tensor, Tensor]],
-    num_classes: int | None = None,
     progress: Progress = silent,
     engine: str = "simulated",
 ) -> ClassificationResult:
@@ -58,7 +64,6 @@ def evaluate(
     Arguments:
         model, float_model: modules (run in eval mode, on their own device) or any callables that
             give logits of shape (images, classes), bare or as `.logits`.
-        num_classes: how many logits there must be.
         progress: told after each batch how many images are done, of how many where that is known (else of 0).
 
     Raises:
@@ -71,17 +76,22 @@ def evaluate(
         if isinstance(each, nn.Module):
             refuse_features(each)
     counts, seconds = _Counts(), 0.0
-    with torch.inference_mode(), _eval_mode(model, float_model):
+    with evaluating(model, float_model):
         for images, labels in batches:
             started = time.perf_counter()
-            logits = logits_of(model(_on_device_of(model, images))).cpu()  # the copy waits for the device
+            logits = logits_of(run_on(model, images)).cpu()  # the copy waits for the device
             seconds += time.perf_counter() - started
             reference = None
             if float_model is not None:
-                reference = logits_of(float_model(_on_device_of(float_model, images))).cpu()
+                reference = logits_of(run_on(float_model, images)).cpu()
             for who, values in (("the model", logits), ("the float model", reference)):
                 if values is not None:
-                    _check(values, who, len(labels), num_classes, batches, counts.images)
+                    _check(values, who, len(labels), batches, counts.images)
+            if reference is not None and reference.shape != logits.shape:
+                raise ModelError(
+                    f"the model gives logits of {logits.shape[1]} classes, the float model of {reference.shape[1]}; "
+                    "give the float model that it was made from"
+                )
             counts.add(logits, reference, labels)
             progress("evaluating", counts.images, len(batches.items) if isinstance(batches, ImageBatches) else 0)
     return counts.result(engine, seconds)
@@ -129,6 +139,31 @@ def logits_of(output: object) -> Tensor:
             f"the model gives {type(output).__name__}; a classifier gives a tensor or an object with .logits"
         )
     return logits
+
+
+def logits_among(outputs: Mapping[str, T]) -> T | None:
+    """The logits, or their shape, among what a model gives by name: `logits`, or the only one; None without them."""
+    return outputs.get("logits", next(iter(outputs.values())) if len(outputs) == 1 else None)
+
+
+def same_classes(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Tensor:
+    """Which images two forms of a classifier give the same class, of equal logits the first: bool (images,).
+
+    Arguments:
+        found, reference: what they give, by name.
+
+    Raises:
+        ModelError: there are no logits among it.
+    """
+    return _classes(found) == _classes(reference)
+
+
+def _classes(outputs: Mapping[str, Tensor]) -> Tensor:
+    logits = logits_among(outputs)
+    if logits is None or logits.ndim != 2:
+        raise ModelError(f"the model gives no logits (images, classes) among: {', '.join(outputs)}")
+    # stable, so that ties (frequent in integer logits) fall to the lower class on every device
+    return logits.double().sort(dim=1, descending=True, stable=True).indices[:, 0]
 
 
 class _Counts:
@@ -203,33 +238,10 @@ def _score_interval(n: int, only_a: int, only_b: int) -> tuple[float, float]:
     return 100 * limit(-1.0), 100 * limit(1.0)
 
 
-def _check(logits: Tensor, who: str, images: int, num_classes: int | None, batches: Iterable[Any], done: int) -> None:
-    if logits.ndim != 2 or len(logits) != images or num_classes not in (None, logits.shape[1]):
-        wanted = f"({images}, {'classes' if num_classes is None else num_classes})"
-        raise ModelError(f"{who} gives logits of shape {tuple(logits.shape)}, not {wanted}")
+def _check(logits: Tensor, who: str, images: int, batches: Iterable[Any], done: int) -> None:
+    if logits.ndim != 2 or len(logits) != images:
+        raise ModelError(f"{who} gives logits of shape {tuple(logits.shape)}, not ({images}, classes)")
     finite = logits.isfinite().all(dim=1)
     if not finite.all():
-        position = done + int(finite.logical_not().nonzero()[0])
-        name = batches.path(position) if isinstance(batches, ImageBatches) else f"image {position}"
+        name = place_of(batches, done + int(finite.logical_not().nonzero()[0]))
         raise ModelError(f"{who} gives NaN or infinite logits, first for {name}; check its weights and calibration")
-
-
-def _on_device_of(model: object, images: Tensor) -> Tensor:
-    if not isinstance(model, nn.Module):
-        return images
-    tensor = next(model.parameters(), next(model.buffers(), None))
-    return images if tensor is None else images.to(tensor.device)
-
-
-@contextmanager
-def _eval_mode(*models: object) -> Iterator[None]:
-    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
-    modes = [module.training for module in modules]
-    for model in models:
-        if isinstance(model, nn.Module):
-            model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode

@@ -1,0 +1,178 @@
+"""How close a model's features are to its float model's, on the same images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitquant.calibration_data import Batch, images_of
+from vitquant.errors import DataError, ModelError
+from vitquant.graph.outputs import named_tensors
+from vitquant.progress import Progress, silent
+from vitquant.tasks.images import ImageBatches
+from vitquant.tasks.running import evaluating, place_of, run_on
+
+BANK = 2048  # images among which the nearest one is looked for
+
+
+@dataclass(frozen=True)
+class FeaturesOf:
+    """One output beside the float model's.
+
+    Arguments:
+        name: the way to it in what the model gives, see `graph.outputs.named_tensors`.
+        shape: of one image's.
+        cosine: of all its numbers, the mean over images.
+        lowest_cosine: the smallest of an image.
+        neighbours: per cent of the images whose nearest neighbour is that of the float model's features; None for
+            maps, (channels, height, width) or otherwise of rank 3, and for fewer than three images.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    cosine: float
+    lowest_cosine: float
+    neighbours: float | None
+
+
+@dataclass(frozen=True)
+class FeaturesResult:
+    """Figures of one evaluation.
+
+    Arguments:
+        engine: what computed the features, e.g. `simulated`.
+        outputs: in the order in which the model gives them.
+        seconds: spent in the evaluated model alone.
+    """
+
+    engine: str
+    images: int
+    outputs: tuple[FeaturesOf, ...]
+    seconds: float
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said beside the figures."""
+        small = [each.name for each in self.outputs if each.neighbours is None and len(each.shape) <= 2]
+        return ("nearest neighbours are compared among three images or more",) if small else ()
+
+
+def evaluate(
+    model: Callable[[Tensor], Any],
+    float_model: Callable[[Tensor], Any] | None,
+    batches: Iterable[Batch],
+    progress: Progress = silent,
+    engine: str = "simulated",
+) -> FeaturesResult:
+    """Run a model and its float model over images, and compare what they give.
+
+    The nearest neighbour of an image is the one of the first 2,048 images, itself left out, whose features have the
+    largest cosine with its own: memory does not grow with the images. Of tokens, (images, tokens, channels), it is that
+    of their mean.
+
+    Arguments:
+        model, float_model: modules (run in eval mode, on their own device) or any callables that give tensors whose
+            first axis is the images, alone or several.
+        batches: images, float32 (batch, channels, height, width), or what holds them, as `quantize` takes it.
+        progress: told after each batch how many images are done, of how many where that is known (else of 0).
+
+    Raises:
+        ModelError: there is no float model, or both do not give finite tensors of the same shapes (the first image is
+            named).
+        DataError: no images.
+    """
+    if float_model is None:
+        raise ModelError("features are compared with those of the float model, which is not there")
+    compared: list[_Compared] = []
+    done, seconds = 0, 0.0
+    with evaluating(model, float_model):
+        for batch in batches:
+            images = images_of(batch)
+            started = time.perf_counter()
+            found = [each.cpu() for each in named_tensors(run_on(model, images)).values()]  # waits for the device
+            seconds += time.perf_counter() - started
+            named = {name: each.cpu() for name, each in named_tensors(run_on(float_model, images)).items()}
+            expected = list(named.values())
+            _check(found, expected, len(images), batches, done)
+            compared = compared or [_Compared(name, tuple(each.shape[1:])) for name, each in named.items()]
+            for each, x, y in zip(compared, found, expected, strict=True):
+                each.add(x, y)
+            done += len(images)
+            progress("evaluating", done, len(batches.items) if isinstance(batches, ImageBatches) else 0)
+    if not done:
+        raise DataError("no images to evaluate on")
+    return FeaturesResult(engine, done, tuple(each.result(done) for each in compared), seconds)
+
+
+class _Compared:
+    """What the figures of one output need of the images seen so far."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        self.name, self.shape = name, shape
+        self.cosine, self.lowest, self.same = 0.0, 1.0, 0
+        self.banks: tuple[Tensor, Tensor] | None = None
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # of the images that will be the bank
+
+    def add(self, found: Tensor, expected: Tensor) -> None:
+        cosines = torch.cosine_similarity(found.double().flatten(1), expected.double().flatten(1))
+        self.cosine += float(cosines.sum())
+        self.lowest = min(self.lowest, float(cosines.min()))
+        if len(self.shape) > 2:
+            return
+        pair = _directions(found), _directions(expected)
+        if self.banks is None:
+            self.pairs.append(pair)
+            if sum(len(each) for each, _ in self.pairs) >= BANK:
+                self._fill_banks()
+        else:
+            self.same += int((_nearest(pair[0], self.banks[0]) == _nearest(pair[1], self.banks[1])).sum())
+
+    def result(self, images: int) -> FeaturesOf:
+        if self.pairs:
+            self._fill_banks()
+        compares = len(self.shape) <= 2 and images > 2
+        neighbours = 100 * self.same / images if compares else None
+        return FeaturesOf(self.name, self.shape, self.cosine / images, self.lowest, neighbours)
+
+    def _fill_banks(self) -> None:
+        """The first images are compared with each other, and the bank is what later ones are compared with."""
+        found, expected = (torch.cat(side) for side in zip(*self.pairs, strict=True))
+        self.pairs = []
+        self.banks = found[:BANK], expected[:BANK]
+        own = torch.arange(len(found))
+        self.same += int((_nearest(found, self.banks[0], own) == _nearest(expected, self.banks[1], own)).sum())
+
+
+def _directions(x: Tensor) -> Tensor:
+    """The features of each image, or the mean of its tokens, of length one: float32 (images, channels)."""
+    return torch.nn.functional.normalize(x.float() if x.ndim == 2 else x.float().mean(1), dim=1)
+
+
+def _nearest(x: Tensor, bank: Tensor, own: Tensor | None = None) -> Tensor:
+    """The place in the bank with the largest cosine; of equal ones, the first.
+
+    Arguments:
+        own: the place of each image itself, where it may be in the bank.
+    """
+    similar = x @ bank.T
+    if own is not None:
+        inside = own < len(bank)
+        similar[own[inside], own[inside]] = -2.0
+    return similar.max(1).indices
+
+
+def _check(found: list[Tensor], expected: list[Tensor], images: int, batches: Iterable[Any], done: int) -> None:
+    shapes, wanted = ([tuple(each.shape) for each in side] for side in (found, expected))
+    if shapes != wanted or not shapes or any(shape[:1] != (images,) for shape in shapes):
+        raise ModelError(f"the model gives tensors of shape {shapes} for {images} images, the float model {wanted}")
+    for who, side in (("the model", found), ("the float model", expected)):
+        for each in side:
+            finite = each.isfinite().flatten(1).all(dim=1)
+            if not finite.all():
+                name = place_of(batches, done + int(finite.logical_not().nonzero()[0]))
+                raise ModelError(f"{who} gives NaN or infinity, first for {name}; check its weights and calibration")
