@@ -25,6 +25,15 @@ Simulated = Annotated[
         "--simulated", help="Write the model also where its recipe promises integers and it can only be simulated."
     ),
 ]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help="What the outputs mean: classification or features; classification where the model gives logits, else "
+        "features, when not given.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace a saved model that is there.")]
 MemoryBudget = Annotated[
     float | None,
@@ -54,6 +63,7 @@ def quantize(
     memory_budget: MemoryBudget = None,
     time_limit: TimeLimit = None,
     work: calibrating.Work = None,
+    task: TaskName = None,
     simulated: Simulated = False,
     force: Force = False,
     seed: calibrating.Seed = 0,
@@ -74,8 +84,11 @@ def quantize(
             from vitquant.model.checkpoint import SAVED_MODEL, TENSORS
             from vitquant.recipe import requested
             from vitquant.report.tables import ends_text, facts
+            from vitquant.tasks.task import task_named
 
             chosen, widths = requested(recipe, bits, settings or ())
+            if task is not None:
+                task_named(task)  # or refused before the model is made
             if memory_budget is not None and not any(step.definition.needs.memory for step in planned(chosen)):
                 terminal.note(f"{chosen.name} holds a batch at a time: --memory-budget changes nothing")
             request = calibrating.Request(
@@ -105,6 +118,7 @@ def quantize(
                     simulated=simulated,
                     source=source,
                     preprocessing=prepared.steps.to_dict(),
+                    task=task,
                     seed=seed,
                     progress=watched.step,
                     memory=4.0 if memory_budget is None else memory_budget,
@@ -121,6 +135,7 @@ def quantize(
         seconds = time.perf_counter() - started
         rows = {
             "model": source.name,
+            "task": str(values["task"]),
             "recipe": f"{chosen.name}, {widths}",
             "calibrated on": f"{values['calibration']['images']} images of {calibration}, {prepared.batch} in a batch",
             "quantized": f"{values['quantized_values']} of {values['values']} tensors that operations read",
@@ -140,6 +155,7 @@ def _facts(
         "model": source.name,
         "recipe": quantized.recipe.name,
         "bits": str(quantized.bits),
+        "task": quantized.provenance["task"],
         "calibration": quantized.provenance["calibration"],
         "values": len(quantized.values),
         "quantized_values": len(quantized.quantized_names),

@@ -64,4 +64,4 @@ def _joins() -> Iterator[Vector]:
     part = draft.emit(p.Slice, "u8", input=turned, axis=0, start=1, stop=2, step=1)
     joined = draft.emit(p.Concat, "u8", inputs=(turned, part), axis=0)
     draft.emit(p.Permute, "u8", input=joined, axes=(1, 0, 2))
-    yield draft.vector("concat-first-axis", "the images stand in the second axis; a part whose first size is 1 is repeated")
+    yield draft.vector("concat-first-axis", "images stand in the second axis; what has a first size of 1 is repeated")

@@ -33,6 +33,7 @@ from vitquant.version import __version__
 
 FORMAT = "onnx-integer/2"
 INPUT = "images"
+_BYTES = ("u8", "s8")
 DTYPES: dict[str, Any] = {
     "u4": np.uint8, "s4": np.int8, "u8": np.uint8, "s8": np.int8, "u16": np.int32, "s16": np.int32,
     "s32": np.int32, "s64": np.int64,
@@ -212,18 +213,20 @@ class _Export:
 
     def _dequantized(self, codes: Value, name: str) -> Value:
         """Floats of an output's codes."""
-        dtype, facts = self._byte(self.program.outputs[name]), self.program.facts["outputs"][name]
+        register, facts = self.program.outputs[name], self.program.facts["outputs"][name]
         scale = np.array(facts["scale"], np.float32)
+        if self.program.registers[register].type not in _BYTES:
+            steps = codes - facts["zero_point"] if facts["zero_point"] else codes
+            return steps.cast(np.float32) * self.graph.constant(scale, np.float32)
         zero = np.full(scale.shape, facts["zero_point"])
+        dtype = np.dtype(self._dtype(register))
         operands = self.graph.constant(scale, np.float32), self.graph.constant(zero, dtype)
         return self.graph.node("DequantizeLinear", codes, *operands, dtype=np.float32, axis=-1)
 
     def _byte(self, name: str) -> np.dtype[Any]:
         type = self.program.registers[name].type
-        if type not in ("u8", "s8"):
-            raise ExportError(
-                f"{name} is {type}, and ONNX quantizes float to bytes; export it with codes as input and output"
-            )
+        if type not in _BYTES:
+            raise ExportError(f"{name} is {type}, and ONNX quantizes float to bytes; export it without --float-io")
         return np.dtype(self._dtype(name))
 
     def _metadata(self) -> dict[str, str]:

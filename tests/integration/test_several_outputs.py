@@ -1,0 +1,239 @@
+"""Models that give several tensors, feature maps, or features: quantized, lowered, exported and compared like any."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import vitquant
+from vitquant.engines import engine
+from vitquant.errors import DataError, LoweringError, ModelError
+from vitquant.exports.formats import PATHS
+from vitquant.graph.outputs import named_tensors
+from vitquant.program.storage import load_program
+from vitquant.tasks.features import FeaturesResult
+
+SIZE = 64
+DATA = [torch.randn(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))]
+TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+TINY |= {"image_size": SIZE, "patch_size": 16}
+
+
+def vit(**given):
+    sizes = {"img_size": SIZE, "depth": 2, "embed_dim": 48, "num_heads": 3}
+    return timm.create_model("vit_tiny_patch16_224", **sizes, **given)
+
+
+class LogitsAndTokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vit = vit(num_classes=5)
+
+    def forward(self, images):
+        tokens = self.vit.forward_features(images)
+        return {"logits": self.vit.forward_head(tokens), "tokens": tokens}
+
+
+def swin_maps():
+    sizes = {"img_size": SIZE, "window_size": 2, "depths": (1, 1), "embed_dim": 24, "num_heads": (1, 2)}
+    return timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **sizes)
+
+
+def dinov2_maps():
+    return transformers.Dinov2Backbone(transformers.Dinov2Config(**TINY, out_features=["stage1", "stage2"]))
+
+
+MODELS = {  # the model; the task; its outputs
+    "features": (lambda: vit(num_classes=0), "features", {"output": (48,)}),
+    "tokens": (lambda: vit(num_classes=0, global_pool=""), "features", {"output": (17, 48)}),
+    "logits and tokens": (LogitsAndTokens, "classification", {"logits": (5,), "tokens": (17, 48)}),
+    "swin maps": (swin_maps, "features", {"0": (16, 16, 24), "1": (8, 8, 48)}),
+    "transformers": (
+        lambda: transformers.ViTModel(transformers.ViTConfig(**TINY)),
+        "features",
+        {"last_hidden_state": (17, 48), "pooler_output": (48,)},
+    ),
+    "dinov2 maps": (dinov2_maps, "features", {"feature_maps.0": (48, 4, 4), "feature_maps.1": (48, 4, 4)}),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def made(request):
+    """A float model, what was quantized of it in integers, its task, and the shapes of its outputs."""
+    create, task, outputs = MODELS[request.param]
+    torch.manual_seed(0)
+    model = create().eval()
+    return model, vitquant.quantize(model, "default", DATA, bits="w8a8"), task, outputs
+
+
+def test_outputs_and_task_are_those_of_the_model(made):
+    model, quantized, task, outputs = made
+    assert quantized.outputs == {name: (-1, *shape) for name, shape in outputs.items()}
+    assert quantized.provenance["task"] == task
+    with torch.inference_mode():
+        found, expected = quantized(DATA[0]), model(DATA[0])
+    assert type(found) is type(expected)
+    assert list(named_tensors(found)) == list(named_tensors(expected)) == list(outputs)
+
+
+def test_the_program_gives_every_output_by_name_for_any_number_of_images(made):
+    _, quantized, _, outputs = made
+    program = vitquant.lower(quantized)
+    assert list(program.outputs) == list(outputs)
+    for count in (6, 1, 0):
+        found = program.run(DATA[0][:count])
+        if len(outputs) == 1:
+            assert isinstance(found, torch.Tensor)
+            found = {"output": found}
+        assert {name: tuple(each.shape) for name, each in found.items()} == {
+            name: (count, *shape) for name, shape in outputs.items()
+        }
+
+
+def test_what_was_saved_is_what_is_loaded(made, tmp_path):
+    model, quantized, task, _ = made
+    quantized.save(tmp_path / "out")
+    loaded = vitquant.load(tmp_path / "out", model)
+    assert loaded.provenance["task"] == task
+    with torch.inference_mode():
+        pairs = zip(named_tensors(loaded(DATA[0])).values(), named_tensors(quantized(DATA[0])).values(), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+    vitquant.lower(quantized).save(tmp_path / "program")
+    program = load_program(tmp_path / "program")
+    assert program.outputs == vitquant.lower(quantized).outputs
+    assert program.facts["outputs"].keys() == program.outputs.keys()
+
+
+@pytest.mark.parametrize("format", ["program", "onnx-integer", "onnx-qdq"])
+def test_every_form_keeps_its_promises_and_names_its_outputs(made, tmp_path, format):
+    model, quantized, task, outputs = made
+    path = tmp_path / ("integer.program" if format == "program" else "model.onnx")
+    report = vitquant.export(quantized, format, path, DATA, float_model=model)
+    assert report.broken == []
+    assert {each.agreement is None for each in report.comparisons} == {task == "features"}
+    if format != "program":
+        import onnx
+
+        assert [each.name for each in onnx.load(path).graph.output] == list(outputs)
+
+
+def test_integer_onnx_with_float_ends_is_the_program(made, tmp_path):
+    _, quantized, _, outputs = made
+    vitquant.export(quantized, "onnx-integer", tmp_path / PATHS["onnx-integer"], DATA, float_io=True)
+    found, expected = engine("onnxruntime", quantized, tmp_path)(DATA[0]), vitquant.lower(quantized).run(DATA[0])
+    if len(outputs) == 1:
+        assert torch.equal(found, expected)
+    else:
+        assert all(torch.equal(found[name], expected[name]) for name in outputs)
+
+
+def test_evaluation_compares_what_the_task_says(made):
+    model, quantized, task, outputs = made
+    data = DATA if task == "features" else [(DATA[0], torch.arange(6) % 5)]
+    result = vitquant.evaluate(quantized, data, float_model=model)
+    assert result.images == 6
+    features = vitquant.evaluate(quantized, data, float_model=model, task="features", engine_name="simulated")
+    assert isinstance(features, FeaturesResult)
+    assert isinstance(result, FeaturesResult) is (task == "features")
+    assert {each.name: each.shape for each in features.outputs} == outputs
+    assert all(0.9 < each.lowest_cosine <= each.cosine < 1 for each in features.outputs)
+    assert all((each.neighbours is None) is (len(each.shape) > 2) for each in features.outputs)
+    if task == "features":
+        with pytest.raises(ModelError, match=r"no head|gives (logits of shape|list|dict|BaseModel|Backbone)"):
+            vitquant.evaluate(quantized, [(DATA[0], torch.zeros(6))], float_model=model, task="classification")
+
+
+def test_reconstruction_and_sensitivity_look_at_every_output():
+    """A tensor that is given beside the logits: what only it depends on is learned, and measured."""
+
+    class Beside(nn.Module):
+        def __init__(self, give):
+            super().__init__()
+            self.vit, self.beside, self.give = vit(num_classes=5), nn.Linear(48, 7), give
+
+        def forward(self, images):
+            tokens = self.vit.forward_features(images)
+            logits = self.vit.forward_head(tokens)
+            return (logits, self.beside(tokens)) if self.give else logits
+
+    torch.manual_seed(0)
+    model = Beside(True).eval()
+    settings = ["reconstruct-output.passes=1"]
+    learned = vitquant.quantize(model, "repq-vit+reconstructed-output", DATA, bits="w4a4", settings=settings)
+    plain = vitquant.quantize(model, "repq-vit", DATA, bits="w4a4")
+    weights = (each.graph_module.get_parameter("beside.weight") for each in (learned, plain))
+    assert not torch.equal(*weights)
+    measured = {each.name: each for each in vitquant.sensitivity(model, "vt-ptq", DATA).sites}
+    assert measured["head"].output_error > 0  # each has an effect on one of the two
+    assert measured["head_2"].output_error > 0
+
+
+def test_the_task_that_is_asked_for_is_the_one_that_is_saved():
+    torch.manual_seed(0)
+    model = vit(num_classes=5).eval()
+    assert vitquant.quantize(model, "minmax", DATA).provenance["task"] == "classification"
+    assert vitquant.quantize(model, "minmax", DATA, task="features").provenance["task"] == "features"
+    with pytest.raises(DataError, match="task 'segments' is unknown; the tasks are: classification, features"):
+        vitquant.quantize(model, "minmax", DATA, task="segments")
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (lambda x, y: y.argmax(-1), "argmax has no integer form"),
+        (lambda x, y: (y > 0)[:, 0], "gt has no integer form"),
+        (lambda x, y: torch.arange(3.0), "1 is no float tensor that is computed from the image"),
+    ],
+)
+def test_what_integers_cannot_give_is_refused_by_name(more, problem):
+    class Gives(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = vit(num_classes=5)
+
+        def forward(self, images):
+            logits = self.vit(images)
+            return logits, more(images, logits)
+
+    torch.manual_seed(0)
+    with pytest.raises(LoweringError, match=problem):
+        vitquant.quantize(Gives().eval(), "fq-vit", DATA)
+
+
+def test_the_command_line_evaluates_features(run, tmp_path):
+    torch.manual_seed(0)
+    for number in range(6):
+        pixels = torch.randint(0, 256, (SIZE, SIZE, 3), dtype=torch.uint8)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{number}.png")
+    save_file(vit(num_classes=0).state_dict(), tmp_path / "weights.safetensors")
+    sizes = {"img_size": SIZE, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 0}
+    words = [f"--model-arg={key}={value}" for key, value in sizes.items()]
+    words += ["--weights", tmp_path / "weights.safetensors", "--calibration", tmp_path / "images"]
+    out = tmp_path / "out"
+    words += ["--output", out, "--recipe", "fq-vit", "--json"]
+    code, text, _ = run("quantize", "timm:vit_tiny_patch16_224", *words)
+    assert (code, json.loads(text)["task"]) == (0, "features")
+    code, text, err = run("evaluate", out, "--data", tmp_path / "images", "--json")
+    values = json.loads(text)
+    assert (code, err, values["task"], values["engine"], values["images"]) == (0, "", "features", "integer", 6)
+    (output,) = values["outputs"]
+    assert 0.9 < output["lowest_cosine"] <= output["cosine"] < 1
+    code, text, _ = run("evaluate", out, "--data", tmp_path / "images")
+    assert code == 0
+    assert "cosine with the float model's 0." in text
+    assert "have the same nearest neighbour" in text.replace("\n", " ").replace("  ", " ")
+    for words, problem in (
+        (["--task", "classification"], "the model has no head: it gives features, not classes"),
+        (["--task", "segments"], "task 'segments' is unknown; the tasks are: classification, features"),
+    ):
+        code, text, err = run("evaluate", out, "--data", tmp_path / "images", *words)
+        assert (code, text, err.count("\n")) == (2, "", 1)
+        assert problem in err, err
