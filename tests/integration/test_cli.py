@@ -27,7 +27,7 @@ from vitquant.model.checkpoint import write_checkpoint
 
 ARGUMENTS = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classes": 10}
 MODEL = ["timm:vit_tiny_patch16_224"] + [f"--model-arg={key}={value}" for key, value in ARGUMENTS.items()]
-FIGURES = ["engine", "images", "top1", "top5", "float_top1", "agreement", "top1_difference_interval", "seconds"]
+FIGURES = ["task", "engine", "images", "top1", "top5", "float_top1", "agreement", "top1_difference_interval", "seconds"]
 FIGURES += ["doubt", "file"]
 FACTORIES = """
 import torch
@@ -447,7 +447,7 @@ def test_labels_in_another_order_are_doubted(run, workshop, tmp_path):
     assert f"note: {doubt}\n" in err
 
 
-def test_features_are_calibrated_and_not_evaluated(run, refused, workshop, tmp_path):
+def test_features_are_evaluated_beside_the_float_model_alone(run, refused, workshop, tmp_path):
     model = [word for word in MODEL if "num_classes" not in word] + ["--model-arg=num_classes=0"]
     save_file(state_dict(num_classes=0), tmp_path / "weights.safetensors")
     (tmp_path / "images").mkdir()
@@ -460,11 +460,12 @@ def test_features_are_calibrated_and_not_evaluated(run, refused, workshop, tmp_p
     code, _, err = run(*words)
     assert code == 0
     assert "are not read as images: 1 .heic" in err
-    for moved in (False, True):  # without the float model as well
-        if moved:
-            (tmp_path / "weights.safetensors").unlink()
-        err = refused("evaluate", tmp_path / "out", "--data", workshop / "images", "--quiet")
-        assert "it gives features, not classes" in err
+    words = ["evaluate", tmp_path / "out", "--data", tmp_path / "images" / "any", "--quiet"]
+    assert "it gives features, not classes" in refused(*words, "--task", "classification")
+    code, out, err = run(*words, "--json")
+    assert (code, json.loads(out)["task"], len(json.loads(out)["outputs"])) == (0, "features", 1)
+    (tmp_path / "weights.safetensors").unlink()
+    assert "features are compared with those of the float model, which is not there" in refused(*words)
 
 
 def test_labels_out_of_range_are_refused_before_the_run(refused, workshop, tmp_path):

@@ -40,7 +40,7 @@ def test_a_saved_model_s_lines_have_the_scales_of_its_codes(run):
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("input input: u8[N, 3, 32, 32]  # scale 0.0")
-    assert lines[-1].startswith("output r")
+    assert lines[-1].startswith("output output = r")
     query = next(line for line in lines if "# blocks.0.attn.qkv" in line and "= requantize(" in line)
     assert " *0.0" in query
     assert "  # blocks.0.attn.qkv scale 0.0" in query

@@ -130,7 +130,10 @@ def on_images(model: QuantizedModel, x: torch.Tensor) -> torch.Tensor:
 def test_another_process_computes_the_same() -> None:
     model, x = shared("vit", "fq-vit"), images(3, seed=1)
     with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert torch.equal(pool.apply(on_images, (model, x)), on_images(model, x))
+        found = pool.apply_async(on_images, (model, x)).get(
+            timeout=300
+        )  # a process that cannot begin would be waited for
+    assert torch.equal(found, on_images(model, x))
 
 
 def test_a_pickled_model_is_the_whole_model() -> None:
