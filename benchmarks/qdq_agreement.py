@@ -27,8 +27,8 @@ from torch import Tensor
 
 import vitquant
 from vitquant.errors import ExportError
-from vitquant.exports.onnx_qdq import onnx_qdq_model
 from vitquant.exports.openvino import write_openvino
+from vitquant.exports.qdq import onnx_qdq_model
 from vitquant.model.simulation import ExactSimulation
 from vitquant.runtime.openvino import OpenVinoModel
 from vitquant.tasks.classification import logits_of

@@ -7,7 +7,7 @@ import functools
 import torch
 
 import vitquant
-from vitquant.exports.onnx_qdq import onnx_qdq_model
+from vitquant.exports.qdq import onnx_qdq_model
 
 
 def timm_vit():

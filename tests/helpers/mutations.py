@@ -560,7 +560,7 @@ def _onnx(folder: Path, canary: Canary, integer: bool) -> Kind:
 
     from vitquant.engines import on_images
     from vitquant.exports.onnx_integer import onnx_integer_model
-    from vitquant.exports.onnx_qdq import onnx_qdq_model
+    from vitquant.exports.qdq import onnx_qdq_model
     from vitquant.lowering import lower
     from vitquant.runtime.onnx_files import DIGEST, seal
     from vitquant.runtime.onnxruntime import OnnxModel

@@ -15,8 +15,8 @@ from vitquant.engines import on_images
 from vitquant.errors import ExportError
 from vitquant.exports.formats import write
 from vitquant.exports.onnx_integer import onnx_integer_model
-from vitquant.exports.onnx_qdq import _export, onnx_qdq_model
 from vitquant.exports.openvino import write_openvino
+from vitquant.exports.qdq.model import _export, onnx_qdq_model
 from vitquant.exports.sizes import OPSETS
 from vitquant.model import QuantizedModel
 from vitquant.runtime.fixed_batch import in_batches

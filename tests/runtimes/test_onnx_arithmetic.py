@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from vitquant.exports import onnx_arithmetic, onnx_operations
-from vitquant.exports.onnx_builder import Graph, Value
+from vitquant.exports.onnx_integer.builder import Graph, Value
 from vitquant.integer import arithmetic, layer_norm, softmax
 from vitquant.integer.exponential import exact_exponential
 from vitquant.runtime.onnxruntime import OnnxModel

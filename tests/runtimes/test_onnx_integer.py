@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 import vitquant
 from vitquant.errors import ExportError, LoweringError
 from vitquant.exports import onnx_builder
-from vitquant.exports.onnx_integer import FORMAT, onnx_integer_model
+from vitquant.exports.onnx_integer.model import FORMAT, onnx_integer_model
 from vitquant.files import write_file
 from vitquant.integer.exponential import exact_exponential
 from vitquant.lowering import lower
@@ -518,9 +518,9 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch):
     with pytest.raises(ExportError, match=r"pip install 'vitquant\[onnx\]'"):
         OnnxModel(b"")
     monkeypatch.setitem(sys.modules, "onnx", None)
-    monkeypatch.delitem(sys.modules, "vitquant.exports.onnx_builder")
+    monkeypatch.delitem(sys.modules, "vitquant.exports.onnx_integer.builder")
     with pytest.raises(ExportError, match=r"pip install 'vitquant\[onnx\]'"):
-        importlib.import_module("vitquant.exports.onnx_builder")
+        importlib.import_module("vitquant.exports.onnx_integer.builder")
 
 
 # The real DeiT-Tiny

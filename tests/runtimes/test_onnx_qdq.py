@@ -16,7 +16,7 @@ from torch import nn
 
 import vitquant
 from vitquant.errors import CalibrationError, ExportError
-from vitquant.exports.qdq_operators import quantizer_operator
+from vitquant.exports.qdq.operators import quantizer_operator
 from vitquant.graph.capture import capture
 from vitquant.graph.captured import CapturedModel
 from vitquant.model import QuantizedModel
@@ -43,8 +43,8 @@ from exported_models import (  # noqa: E402
 )
 from onnx import TensorProto, numpy_helper  # noqa: E402
 
-from vitquant.exports.onnx_qdq import FORMAT, SIGNED, WITHOUT_VNNI, onnx_qdq_model  # noqa: E402
-from vitquant.exports.qdq_rewriting import rewrite  # noqa: E402
+from vitquant.exports.qdq.model import FORMAT, SIGNED, WITHOUT_VNNI, onnx_qdq_model  # noqa: E402
+from vitquant.exports.qdq.rewriting import rewrite  # noqa: E402
 from vitquant.runtime.onnxruntime import OnnxModel  # noqa: E402
 
 law = settings(max_examples=60, deadline=None)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vitquant.errors import ExportError
-from vitquant.exports.qdq_operators import StoredCodes, quantizer_operator
+from vitquant.exports.qdq.operators import StoredCodes, quantizer_operator
 from vitquant.quantizers import build_quantizer
 from vitquant.spec import Log2, LogSqrt2, PerAxis, PowerOfTwoFactor, QParams, QuantSpec
 
@@ -25,7 +25,7 @@ pytest.importorskip("onnxscript")
 from exported_models import exported, photos, timm_swin, timm_vit  # noqa: E402
 
 from vitquant.exports.openvino import write_openvino  # noqa: E402
-from vitquant.exports.qdq_rewriting import rewrite  # noqa: E402
+from vitquant.exports.qdq.rewriting import rewrite  # noqa: E402
 from vitquant.runtime.onnxruntime import OnnxModel  # noqa: E402
 from vitquant.runtime.openvino import OpenVinoModel  # noqa: E402
 

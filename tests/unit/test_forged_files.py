@@ -5,7 +5,7 @@ from forging import save_tiny
 from mutations import attack
 
 from vitquant.errors import ExportError
-from vitquant.exports.onnx_qdq import onnx_qdq_model
+from vitquant.exports.qdq import onnx_qdq_model
 from vitquant.runtime.onnxruntime import OnnxModel
 
 

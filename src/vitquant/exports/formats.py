@@ -99,7 +99,7 @@ def write(
 
                 write_file(new, onnx_integer_model(lower(model), float_io, batch, opset).SerializeToString())
             case "onnx-qdq":
-                from vitquant.exports.onnx_qdq import onnx_qdq_model
+                from vitquant.exports.qdq import onnx_qdq_model
 
                 write_file(new, onnx_qdq_model(model, batch, opset).SerializeToString())
             case _:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitquant.errors import ExportError
-from vitquant.exports.onnx_qdq import onnx_qdq_model
+from vitquant.exports.qdq import onnx_qdq_model
 from vitquant.files import Directory, replacing
 from vitquant.model import QuantizedModel
 from vitquant.runtime.openvino import openvino_core, seal

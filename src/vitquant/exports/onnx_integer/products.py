@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from vitquant.errors import ExportError
-from vitquant.exports.onnx_builder import Graph, Value
+from vitquant.exports.onnx_integer.builder import Graph, Value
 from vitquant.program.instructions import TYPES
 
 

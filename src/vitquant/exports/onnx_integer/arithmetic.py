@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vitquant.exports.onnx_builder import Value
+from vitquant.exports.onnx_integer.builder import Value
 
 _LIMITS = np.iinfo(np.int64)
 

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from vitquant.errors import ExportError
-from vitquant.exports.qdq_operators import (
+from vitquant.exports.qdq.operators import (
     FloatOperation,
     LinearOperators,
     QuantizeDequantize,
@@ -83,7 +83,7 @@ def onnx_qdq_model(model: QuantizedModel, batch: int | None = None, opset: int |
     if foreign:
         raise ExportError(f"the model holds {foreign[0]}; quantize the model in float32: model.float()")
     _require_extra()
-    from vitquant.exports.qdq_rewriting import rewrite
+    from vitquant.exports.qdq.rewriting import rewrite
 
     with torch.no_grad():
         module = _with_operators(model)

@@ -8,7 +8,7 @@ from typing import assert_never
 import numpy as np
 
 from vitquant.errors import ExportError
-from vitquant.exports.onnx_builder import Value
+from vitquant.exports.onnx_integer.builder import Value
 from vitquant.program import instructions as p
 
 _END = 2**31 - 1  # of an axis, whatever its size

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from vitquant.exports.onnx_arithmetic import logarithm, shift_down, shift_right, square_root
-from vitquant.exports.onnx_builder import Value
+from vitquant.exports.onnx_integer.arithmetic import logarithm, shift_down, shift_right, square_root
+from vitquant.exports.onnx_integer.builder import Value
 from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS
 from vitquant.integer.layer_norm import NORMALIZED_BITS, RECIPROCAL_BITS, guard_bits
 from vitquant.integer.softmax import ROW_BITS, step_bits

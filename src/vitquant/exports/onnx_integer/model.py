@@ -12,10 +12,10 @@ from typing import Any, assert_never
 import numpy as np
 
 from vitquant.errors import ExportError
-from vitquant.exports.onnx_arithmetic import shift_clamped
-from vitquant.exports.onnx_builder import UINT4_OPSET, Graph, ModelProto, Value
-from vitquant.exports.onnx_moves import concatenate, move
-from vitquant.exports.onnx_operations import (
+from vitquant.exports.onnx_integer.arithmetic import shift_clamped
+from vitquant.exports.onnx_integer.builder import UINT4_OPSET, Graph, ModelProto, Value
+from vitquant.exports.onnx_integer.moves import concatenate, move
+from vitquant.exports.onnx_integer.operations import (
     distances,
     normalize,
     normalize_by_squares,
@@ -23,7 +23,7 @@ from vitquant.exports.onnx_operations import (
     softmax_to_levels,
     softmax_to_powers,
 )
-from vitquant.exports.onnx_products import Bytes, bytes_of, convolution, matmul
+from vitquant.exports.onnx_integer.products import Bytes, bytes_of, convolution, matmul
 from vitquant.exports.sizes import check_batch_and_opset
 from vitquant.program import instructions as p
 from vitquant.program.shapes import all_shapes

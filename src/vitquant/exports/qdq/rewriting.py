@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from vitquant.exports.qdq_operators import OPERAND, STORED_AS
+from vitquant.exports.qdq.operators import OPERAND, STORED_AS
 
 # Between an operator and its quantizer these hide neither from a runtime: it moves quantizers over them.
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Concat", "Mul", "Clip"}
