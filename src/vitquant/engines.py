@@ -1,30 +1,114 @@
-"""What can compute a saved model's outputs from images, by name."""
+"""What computes a model's outputs from images: the quantized model itself, and the runtimes of exported files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vitquant.errors import ExportError, LoweringError, VitquantError
-from vitquant.exports.formats import ON_INTEGERS, exported
+from vitquant.exports.formats import FORMATS, exported
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
 from vitquant.model.saved import digest
 from vitquant.parity import Form
 from vitquant.program.instructions import IntegerProgram
 from vitquant.runtime.metadata import fact_of, to_metadata
-from vitquant.runtime.on_images import OnImages, interpreted, quantization_from
-from vitquant.runtime.onnxruntime import OnnxModel
+from vitquant.runtime.on_images import OnImages, Quantization, interpreted, quantization_from, quantization_of
 
-ENGINES = ("float", "simulated", "integer", "onnxruntime", "onnx-integer", "onnx-qdq", "openvino")
-_RUNS = {  # the formats that an engine runs, of several the first that was exported
+Engine = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An exported file, ready to run.
+
+    Arguments:
+        run: codes to codes, where there is `quantization`, else images to outputs.
+        metadata: what the file says of itself.
+        quantization: what the codes stand for, found out when it is asked for; None where there are none.
+    """
+
+    run: Engine
+    metadata: Mapping[str, str]
+    quantization: Callable[[], Quantization] | None = None
+
+    @property
+    def on_images(self) -> Engine:
+        """The file as a function of float images.
+
+        Raises:
+            LoweringError: it does not say what its codes stand for.
+        """
+        return self.run if self.quantization is None else OnImages(self.run, *self.quantization())
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way in which a runtime runs the files of a format.
+
+    Arguments:
+        name: for reports.
+        open: a file, with as many threads, or the runtime's choice for None.
+    """
+
+    name: str
+    open: Callable[[Path, int | None], Opened]
+
+
+def _interpreter(path: Path, threads: int | None) -> Opened:
+    from vitquant.program.storage import load_program
+    from vitquant.runtime.interpreter import Interpreter
+
+    program = load_program(path)
+    return Opened(Interpreter(program), to_metadata(program.facts), lambda: quantization_of(program))
+
+
+def _onnxruntime(path: Path, threads: int | None, optimize: bool = True) -> Opened:
+    from vitquant.runtime.onnxruntime import OnnxModel
+
+    model = OnnxModel(path, optimize, threads)
+    codes = (lambda: quantization_from(model.metadata, model.outputs)) if model.takes_codes else None
+    return Opened(model, model.metadata, codes)
+
+
+def _not_optimized(path: Path, threads: int | None) -> Opened:
+    return _onnxruntime(path, threads, optimize=False)
+
+
+def _openvino(path: Path, threads: int | None) -> Opened:
+    from vitquant.runtime.openvino import OpenVinoModel
+
+    model = OpenVinoModel(path, threads=threads)
+    return Opened(model, model.metadata)
+
+
+# For each format the ways to run its files: the first is the engine, and all of them are compared.
+WAYS: Mapping[str, Sequence[Way]] = {
+    "program": (Way("interpreter, stored program", _interpreter),),
+    **{
+        format: (
+            Way(f"onnxruntime, {format}", _onnxruntime),
+            Way(f"onnxruntime, {format}, not optimized", _not_optimized),
+        )
+        for format in ("onnx-integer", "onnx-qdq")
+    },
+    "openvino": (Way("openvino", _openvino),),
+}
+# Engines of the quantized model itself; `float` is the model that it was made from, which the caller has.
+_OF_THE_MODEL: Mapping[str, Callable[[QuantizedModel], Engine]] = {
+    "simulated": lambda model: model,
+    "integer": lambda model: interpreted(lower(model)),
+}
+# Engines of exported files: the formats that each runs, of several the first that was exported.
+_OF_FILES: Mapping[str, Sequence[str]] = {
     "onnxruntime": ("onnx-integer", "onnx-qdq"),
     "onnx-integer": ("onnx-integer",),
     "onnx-qdq": ("onnx-qdq",),
     "openvino": ("openvino",),
 }
-Engine = Callable[[Any], Any]
+ENGINES = ("float", *_OF_THE_MODEL, *_OF_FILES)
 
 
 def program_of(model: QuantizedModel) -> tuple[IntegerProgram | None, str]:
@@ -43,8 +127,7 @@ def default_engine(model: QuantizedModel) -> tuple[str, Engine, str]:
 
 def file_of(name: str, directory: str | Path) -> Path | None:
     """The exported file, or OpenVINO's directory, that an engine runs; None where there is none."""
-    files = exported(directory)
-    return next((files[format] for format in _RUNS.get(name, ()) if format in files), None)
+    return next(iter(_files(name, directory).values()), None)
 
 
 def engine(name: str, model: QuantizedModel, directory: str | Path, threads: int | None = None) -> Engine:
@@ -61,31 +144,15 @@ def engine(name: str, model: QuantizedModel, directory: str | Path, threads: int
         ExportError: the name is unknown, nothing was exported for that runtime, or it was of another model.
         LoweringError: `integer` or `onnx-integer`, of a model that does not lower.
     """
-    match name:
-        case "simulated":
-            return model
-        case "integer":
-            return interpreted(lower(model))
-        case "onnxruntime" | "onnx-integer" | "onnx-qdq" | "openvino":
-            path = file_of(name, directory)
-            if path is None:
-                raise _nothing_for(name, model, directory)
-            if name != "openvino":
-                loaded = OnnxModel(path, threads=threads)
-                _refuse_another(model, loaded.metadata, path)
-                return on_images(loaded)
-            from vitquant.runtime.openvino import OpenVinoModel
-
-            loaded = OpenVinoModel(path, threads=threads)
-            _refuse_another(model, loaded.metadata, path)
-            return loaded
-        case _:
-            raise ExportError(f"engine {name!r} is unknown; the engines are: {', '.join(ENGINES)}")
-
-
-def on_images(model: OnnxModel) -> Engine:
-    """An ONNX model as a function of float images, whether it takes those or codes."""
-    return OnImages(model, *quantization_from(model.metadata, model.outputs)) if model.takes_codes else model
+    if name in _OF_THE_MODEL:
+        return _OF_THE_MODEL[name](model)
+    if name not in _OF_FILES:
+        raise ExportError(f"engine {name!r} is unknown; the engines are: {', '.join(ENGINES)}")
+    for format, path in _files(name, directory).items():
+        opened = WAYS[format][0].open(path, threads)
+        _refuse_another(model, opened.metadata, path)
+        return opened.on_images
+    raise _nothing_for(name, model, directory)
 
 
 def forms_of(path: str | Path, format: str, model: QuantizedModel | None = None) -> list[Form]:
@@ -100,27 +167,18 @@ def forms_of(path: str | Path, format: str, model: QuantizedModel | None = None)
         ExportError: it cannot be run, or says that it is of another model.
         CheckpointError: `program`, of no valid file.
     """
-    path = Path(path)
-    match format:
-        case "program":
-            from vitquant.program.storage import load_program
-            from vitquant.runtime.interpreter import Interpreter
+    path, forms = Path(path), []
+    for way in WAYS[format]:
+        opened = way.open(path, None)
+        _refuse_another(model, opened.metadata, path)
+        forms.append(Form(way.name, opened.run, FORMATS[format].on_integers, opened.quantization is not None))
+    return forms
 
-            program = load_program(path)
-            _refuse_another(model, to_metadata(program.facts), path)
-            return [Form("interpreter, stored program", Interpreter(program), exact=True, on_codes=True)]
-        case "onnx-integer" | "onnx-qdq":
-            names = {True: f"onnxruntime, {format}", False: f"onnxruntime, {format}, not optimized"}
-            models = {name: OnnxModel(path, optimize=optimize) for optimize, name in names.items()}
-            exact = format == "onnx-integer"
-            _refuse_another(model, models[names[True]].metadata, path)
-            return [Form(name, loaded, exact, loaded.takes_codes) for name, loaded in models.items()]
-        case _:
-            from vitquant.runtime.openvino import OpenVinoModel
 
-            loaded = OpenVinoModel(path)
-            _refuse_another(model, loaded.metadata, path)
-            return [Form("openvino", loaded, exact=False)]
+def _files(name: str, directory: str | Path) -> dict[str, Path]:
+    """What an engine of files could run, by format, what it prefers first."""
+    files = exported(directory)
+    return {format: files[format] for format in _OF_FILES.get(name, ()) if format in files}
 
 
 def _refuse_another(model: QuantizedModel | None, metadata: Mapping[str, str], path: Path) -> None:
@@ -138,7 +196,7 @@ def _refuse_another(model: QuantizedModel | None, metadata: Mapping[str, str], p
 def _nothing_for(name: str, model: QuantizedModel, directory: str | Path) -> VitquantError:
     """What to export for an engine, of what the model allows."""
     program, refused = program_of(model)
-    possible = [format for format in _RUNS[name] if program is not None or format not in ON_INTEGERS]
+    possible = [format for format in _OF_FILES[name] if program is not None or not FORMATS[format].on_integers]
     if not possible:
         return LoweringError(f"{directory} holds nothing for {name}, and cannot: {refused}")
     return ExportError(f"{directory} holds nothing for {name}: vitquant export {directory} --format {possible[0]}")

@@ -558,12 +558,11 @@ def _weights(folder: Path, canary: Canary) -> Kind:
 def _onnx(folder: Path, canary: Canary, integer: bool) -> Kind:
     import onnx
 
-    from vitquant.engines import on_images
+    from vitquant.engines import WAYS
     from vitquant.exports.onnx_integer import onnx_integer_model
     from vitquant.exports.qdq import onnx_qdq_model
     from vitquant.lowering import lower
     from vitquant.runtime.onnx_files import DIGEST, seal
-    from vitquant.runtime.onnxruntime import OnnxModel
 
     model = save_tiny(folder / "out", "fq-vit" if integer else "minmax")
     proto = onnx_integer_model(lower(model)) if integer else onnx_qdq_model(model)
@@ -583,10 +582,10 @@ def _onnx(folder: Path, canary: Canary, integer: bool) -> Kind:
         path.write_bytes(_mutate_bytes(data, chance, header=500) if chance.random() < 0.05 else data)
 
     def read() -> None:
-        runtime = OnnxModel(path, threads=1)
+        opened = WAYS["onnx-integer"][0].open(path, 1)
         if altered[0] and path.read_bytes() != content:
             raise AssertionError("an altered file was taken")
-        on_images(runtime)(torch.zeros(1, 3, 32, 32))
+        opened.on_images(torch.zeros(1, 3, 32, 32))
 
     return Kind(write, read)
 

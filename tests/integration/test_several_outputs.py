@@ -15,7 +15,7 @@ from torch import nn
 import vitquant
 from vitquant.engines import engine
 from vitquant.errors import DataError, LoweringError, ModelError
-from vitquant.exports.formats import PATHS
+from vitquant.exports.formats import FORMATS
 from vitquant.graph.outputs import named_tensors
 from vitquant.program.storage import load_program
 from vitquant.tasks.features import FeaturesResult
@@ -126,7 +126,7 @@ def test_every_form_keeps_its_promises_and_names_its_outputs(made, tmp_path, for
 
 def test_integer_onnx_with_float_ends_is_the_program(made, tmp_path):
     _, quantized, _, outputs = made
-    vitquant.export(quantized, "onnx-integer", tmp_path / PATHS["onnx-integer"], DATA, float_io=True)
+    vitquant.export(quantized, "onnx-integer", tmp_path / FORMATS["onnx-integer"].path, DATA, float_io=True)
     found, expected = engine("onnxruntime", quantized, tmp_path)(DATA[0]), vitquant.lower(quantized).run(DATA[0])
     if len(outputs) == 1:
         assert torch.equal(found, expected)

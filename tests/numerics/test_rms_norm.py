@@ -100,12 +100,11 @@ def test_models_with_it_run_in_integers(norm: str, recipe: str, tmp_path) -> Non
     quantized.save(tmp_path / "out")
     assert torch.equal(interpreted(vitquant.lower(vitquant.load(tmp_path / "out", model)))(IMAGES), expected)
     pytest.importorskip("onnxruntime")
-    from vitquant.engines import on_images
+    from vitquant.engines import WAYS
     from vitquant.exports.formats import write
-    from vitquant.runtime.onnxruntime import OnnxModel
 
     write(quantized, "onnx-integer", tmp_path / "integer.onnx")
-    assert torch.equal(on_images(OnnxModel(tmp_path / "integer.onnx"))(IMAGES), expected)
+    assert torch.equal(WAYS["onnx-integer"][0].open(tmp_path / "integer.onnx", 1).on_images(IMAGES), expected)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from exported_models import exported, photos, timm_swin, timm_vit
 
 import vitquant
-from vitquant.engines import on_images
+from vitquant.engines import WAYS
 from vitquant.errors import ExportError
 from vitquant.exports.formats import write
 from vitquant.exports.onnx_integer import onnx_integer_model
@@ -169,6 +169,6 @@ def test_integers_of_4_bits_need_opset_21(swin: QuantizedModel) -> None:
 def test_a_file_of_one_image_serves_images(vit: QuantizedModel, tmp_path: Path) -> None:
     for format in ("onnx-integer", "onnx-qdq"):
         write(vit, format, tmp_path / format, batch=1, opset=22)
-        run = on_images(OnnxModel(tmp_path / format, threads=1))
+        run = WAYS["onnx-integer"][0].open(tmp_path / format, 1).on_images
         with torch.no_grad():
             assert torch.cosine_similarity(run(photos(3)), vit(photos(3))).min() > 0.9

@@ -15,7 +15,7 @@ from vitquant import engines
 from vitquant.cli import main
 from vitquant.cli.evaluate import Engine
 from vitquant.cli.export import Format
-from vitquant.exports.formats import PATHS, exported
+from vitquant.exports.formats import FORMATS, exported
 from vitquant.loading import load
 from vitquant.lowering import lower
 from vitquant.model.saved import digest
@@ -75,7 +75,7 @@ def run(capsys):
 
 def test_the_command_line_offers_what_python_does():
     assert tuple(Engine) == engines.ENGINES
-    assert list(Format) == list(PATHS)
+    assert list(Format) == list(FORMATS)
 
 
 def test_what_is_evaluated_is_the_integer_program_and_every_engine_can_be_asked_for(run, workshop, out):
@@ -112,7 +112,7 @@ def test_python_takes_paths_as_strings(run, workshop, out):
     for format in ("program", "onnx-qdq"):
         assert run("export", out, "--format", format, "--images", 4, "--quiet")[0] == 0
     model, images = load(str(out)), torch.zeros(1, 3, 32, 32)
-    assert exported(str(out)) == exported(out) == {name: out / PATHS[name] for name in ("program", "onnx-qdq")}
+    assert exported(str(out)) == exported(out) == {name: out / FORMATS[name].path for name in ("program", "onnx-qdq")}
     assert engines.engine("onnxruntime", model, str(out))(images).shape == (1, 10)
     assert all(engines.forms_of(str(path), name, model) for name, path in exported(out).items())
 
@@ -198,9 +198,9 @@ def test_a_file_of_a_fixed_batch_is_compared_and_evaluated_on_any_number_of_imag
     code, found, err = run("export", out, "--format", format, "--batch", 5, *opset, "--images", 4, "--json")
     assert (code, found["parity"]["broken"], err.count("error")) == (0, [], 0)
     code, found, _ = run("evaluate", out, "--data", workshop / "images", "--engine", format, "--json")
-    assert (code, found["images"], found["file"]) == (0, 12, str(out / PATHS[format]))
+    assert (code, found["images"], found["file"]) == (0, 12, str(out / FORMATS[format].path))
     runs = {"openvino": OpenVinoModel}.get(format, OnnxModel)
-    assert runs(out / PATHS[format]).batch == 5
+    assert runs(out / FORMATS[format].path).batch == 5
 
 
 def test_an_export_that_cannot_be_leaves_everything_as_it_was(run, workshop, out, tmp_path):
@@ -225,7 +225,7 @@ def test_parity_makes_what_was_not_exported_and_throws_it_away(run, workshop):
 
 
 def test_every_export_says_the_same_of_its_model(run, out):
-    for format in PATHS:
+    for format in FORMATS:
         assert run("export", out, "--format", format, "--images", 4, "--quiet")[0] == 0
     said = [OnnxModel(out / "integer.onnx").metadata, OnnxModel(out / "qdq.onnx").metadata]
     said += [OpenVinoModel(out / "openvino").metadata, to_metadata(load_program(out / "integer.program").facts)]
@@ -243,17 +243,17 @@ def test_an_export_of_another_model_is_refused(run, workshop, out):
         ("onnx-qdq", "onnxruntime"),
         ("openvino",) * 2,
     ):
-        others = workshop / "others" / PATHS[format]
+        others = workshop / "others" / FORMATS[format].path
         assert run("export", workshop / "others", "--format", format, "--images", 4, "--quiet", "--force")[0] == 0
-        shutil.move(others, out / PATHS[format])
+        shutil.move(others, out / FORMATS[format].path)
         words = [("parity", out, "--images", 4)]
         words += [("evaluate", out, "--data", workshop / "images", "--engine", engine)] if engine else []
         for each in words:
             code, _, err = run(*each)
             assert (code, err.count("\n")) == (2, 1)
-            assert f"{out / PATHS[format]} was exported from another model" in err
+            assert f"{out / FORMATS[format].path} was exported from another model" in err
         remove = shutil.rmtree if format == "openvino" else os.remove
-        remove(out / PATHS[format])
+        remove(out / FORMATS[format].path)
 
 
 def lying(saved, other):

@@ -129,9 +129,9 @@ def test_a_float_model_of_another_library_is_no_saved_model(tmp_path):
 
 
 def test_what_was_exported_goes_with_its_model(saved):
-    from vitquant.exports.formats import PATHS
+    from vitquant.exports.formats import FORMATS
 
-    assert set(PATHS.values()) == EXPORTED.keys() <= SAVED_MODEL.layout.keys()
+    assert {format.path for format in FORMATS.values()} == EXPORTED.keys() <= SAVED_MODEL.layout.keys()
     for name, layout in EXPORTED.items():
         (saved / name).mkdir() if layout else (saved / name).write_text("")
     write_checkpoint(saved, TENSOR, {}, force=True)

@@ -35,7 +35,7 @@ Output = Annotated[
     Path | None, typer.Option(metavar="PATH", help="What to write; a file or directory in OUT when not given.")
 ]
 FloatEnds = Annotated[
-    bool, typer.Option("--float-io", help="onnx-integer: float images in, float logits out, instead of codes.")
+    bool, typer.Option("--float-io", help="onnx-integer: float images in, floats out, instead of codes.")
 ]
 FixedBatch = Annotated[
     int | None,
@@ -77,20 +77,20 @@ def export(
     """
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
-            from vitquant.exports.formats import ON_INTEGERS, PATHS, check_options, kind_of
+            from vitquant.exports.formats import FORMATS, check_options, kind_of
             from vitquant.loading import load
             from vitquant.report.tables import facts
             from vitquant.workflows import write_compared
 
             check_options(format, float_io, batch, opset)
-            path = (out / PATHS[format] if output is None else output).absolute()
+            path = (out / FORMATS[format].path if output is None else output).absolute()
             repeated = options.repeated(model, model_arguments)
         with terminal.replacing(path, force, kind_of(format, path)) as new:
             with terminal.progress("loading"):
                 options.choose_device(options.Device.CPU, threads)
                 quantized = load(out, **repeated)
             tensors, reference = compared_on(
-                terminal, out, quantized, format in ON_INTEGERS, data, images, preprocessing, weights, repeated
+                terminal, out, quantized, FORMATS[format].on_integers, data, images, preprocessing, weights, repeated
             )
             written = {"float_io": float_io, "batch": batch, "opset": opset}
             with terminal.progress("exporting") as update:

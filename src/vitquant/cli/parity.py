@@ -78,7 +78,7 @@ def parity(
 
 def _forms(quantized: QuantizedModel, out: Path, against: list[Runtime], scratch: Path) -> list[Form]:
     from vitquant.engines import forms_of, program_of
-    from vitquant.exports.formats import ON_INTEGERS, PATHS, exported, write
+    from vitquant.exports.formats import FORMATS, exported, write
 
     found = exported(out)
     if not against and found:
@@ -95,8 +95,8 @@ def _forms(quantized: QuantizedModel, out: Path, against: list[Runtime], scratch
         raise LoweringError(f"--against interpreter: {refused}")
     for format in dict.fromkeys(format for runtime in against for format in _FORMATS[runtime]):
         path = found.get(format)
-        if path is None and (format not in ON_INTEGERS or lowers):
-            path = scratch / PATHS[format]
+        if path is None and (not FORMATS[format].on_integers or lowers):
+            path = scratch / FORMATS[format].path
             write(quantized, format, path)
         forms += [] if path is None else forms_of(path, format, quantized)
     return forms

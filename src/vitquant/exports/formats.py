@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from vitquant.errors import ExportError
@@ -12,19 +14,76 @@ from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
 from vitquant.model.checkpoint import CONFIG, TENSORS, is_saved_model
 
-# Names in the directory of the saved model; quantizing into it again removes them with the model they were made from.
-PATHS = {
-    "program": "integer.program",
-    "onnx-integer": "integer.onnx",
-    "onnx-qdq": "qdq.onnx",
-    "openvino": "openvino",
+
+@dataclass(frozen=True)
+class Format:
+    """One format that a model is written in.
+
+    Arguments:
+        path: where it lies in the directory of the saved model; quantizing into that again removes it with the model
+            that it was made from.
+        on_integers: whether it is of the integer program, which not every model has, and computes it bit for bit.
+        write: a model, where nothing is yet, with the options `float_io`, `batch` and `opset`.
+        directory: what kind of directory it is; None for a file.
+    """
+
+    path: str
+    on_integers: bool
+    write: Callable[[QuantizedModel, Path, Options], None]
+    directory: Callable[[], Directory | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller chooses of an export, see `write`."""
+
+    float_io: bool = False
+    batch: int | None = None
+    opset: int | None = None
+
+
+def _program(model: QuantizedModel, path: Path, options: Options) -> None:
+    from vitquant.program.storage import save_program
+
+    save_program(lower(model), path)
+
+
+def _onnx_integer(model: QuantizedModel, path: Path, options: Options) -> None:
+    from vitquant.exports.onnx_integer import onnx_integer_model
+
+    proto = onnx_integer_model(lower(model), options.float_io, options.batch, options.opset)
+    write_file(path, proto.SerializeToString())
+
+
+def _onnx_qdq(model: QuantizedModel, path: Path, options: Options) -> None:
+    from vitquant.exports.qdq import onnx_qdq_model
+
+    write_file(path, onnx_qdq_model(model, options.batch, options.opset).SerializeToString())
+
+
+def _openvino(model: QuantizedModel, path: Path, options: Options) -> None:
+    from vitquant.exports.openvino import write_openvino
+
+    write_openvino(model, path, batch=options.batch)
+
+
+def _openvino_directory() -> Directory:
+    from vitquant.exports.openvino import OPENVINO_MODEL
+
+    return OPENVINO_MODEL
+
+
+FORMATS = {
+    "program": Format("integer.program", True, _program),
+    "onnx-integer": Format("integer.onnx", True, _onnx_integer),
+    "onnx-qdq": Format("qdq.onnx", False, _onnx_qdq),
+    "openvino": Format("openvino", False, _openvino, _openvino_directory),
 }
-ON_INTEGERS = ("program", "onnx-integer")  # those of the integer program, which not every model has
 
 
 def exported(directory: str | Path) -> dict[str, Path]:
     """What was exported into the directory of a saved model, by format."""
-    paths = {name: Path(directory, path) for name, path in PATHS.items()}
+    paths = {name: Path(directory, format.path) for name, format in FORMATS.items()}
     for path in paths.values():
         recover(path)
     return {name: path for name, path in paths.items() if path.exists()}
@@ -36,8 +95,8 @@ def check_options(format: str, float_io: bool = False, batch: int | None = None,
     Raises:
         ExportError: it says what belongs to which format.
     """
-    if format not in PATHS:
-        raise ExportError(f"format {format!r} is unknown; the formats are: {', '.join(PATHS)}")
+    if format not in FORMATS:
+        raise ExportError(f"format {format!r} is unknown; the formats are: {', '.join(FORMATS)}")
     if float_io and format != "onnx-integer":
         raise ExportError(f"--float-io (float_io=True) belongs to onnx-integer; {format} has the ends that it has")
     check_batch_and_opset(format, batch, opset)
@@ -52,11 +111,7 @@ def kind_of(format: str, path: str | Path) -> Directory | None:
     target = Path(os.path.realpath(path))
     if target.name in (TENSORS, CONFIG) and is_saved_model(target.parent):
         raise ExportError(f"{path} is a file of the saved model; give another path")
-    if format == "openvino":
-        from vitquant.exports.openvino import OPENVINO_MODEL
-
-        return OPENVINO_MODEL
-    return None
+    return FORMATS[format].directory()
 
 
 def write(
@@ -89,20 +144,4 @@ def write(
     """
     check_options(format, float_io, batch, opset)
     with replacing(path, force, kind_of(format, path)) as new:
-        match format:
-            case "program":
-                from vitquant.program.storage import save_program
-
-                save_program(lower(model), new)
-            case "onnx-integer":
-                from vitquant.exports.onnx_integer import onnx_integer_model
-
-                write_file(new, onnx_integer_model(lower(model), float_io, batch, opset).SerializeToString())
-            case "onnx-qdq":
-                from vitquant.exports.qdq import onnx_qdq_model
-
-                write_file(new, onnx_qdq_model(model, batch, opset).SerializeToString())
-            case _:
-                from vitquant.exports.openvino import write_openvino
-
-                write_openvino(model, new, batch=batch)
+        FORMATS[format].write(model, new, Options(float_io, batch, opset))

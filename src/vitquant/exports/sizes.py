@@ -15,7 +15,7 @@ def check_batch_and_opset(format: str, batch: int | None = None, opset: int | No
     """Refuse what a format cannot have.
 
     Arguments:
-        format: one of `formats.PATHS`.
+        format: one of `formats.FORMATS`.
         batch: how many images the file takes at once; any number when None.
         opset: the version of ONNX's operators; the exporter's choice when None.
 
