@@ -63,26 +63,26 @@ class CalibrationData:
         self._first = ()  # a batch is no longer held
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return (self._images(batch).to(self._device) for batch in self._batches())
+        return (self.images_of(batch).to(self._device) for batch in self.batches())
 
     def labelled(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """The batches with the classes of their images, (batch,) int64."""
         return _Labelled(self)
 
-    def _batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
         if self._begun is None:
             yield from self._data
             return
         batches, self._begun = self._begun, None
         images, digest = 0, hashlib.sha256()
         for batch in batches:
-            found = self._images(batch)
+            found = self.images_of(batch)
             images += len(found)
             digest.update(_bytes(found))
             yield batch
         self.images, self.digest = images, digest.hexdigest()
 
-    def _images(self, batch: Batch) -> torch.Tensor:
+    def images_of(self, batch: Batch) -> torch.Tensor:
         images = images_of(batch)
         if images.dtype != self._dtype:
             raise CalibrationError(
@@ -97,7 +97,7 @@ class _Labelled:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         device = self._data.example.device
-        return ((self._data._images(b).to(device), _labels(b).to(device)) for b in self._data._batches())
+        return ((self._data.images_of(b).to(device), _labels(b).to(device)) for b in self._data.batches())
 
 
 def _sha256(images: torch.Tensor) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ _SWITCHES = threading.RLock()
 
 
 @contextmanager
-def plain_forward(model: nn.Module) -> Iterator[None]:
+def plain_forward(model: nn.Module) -> Generator[None]:
     """Let a model compute by plain operators, in evaluation mode and without gradients; all is given back afterwards.
 
     PyTorch's fused inference paths (`torch.backends.mha`) are off, `torch.compile` is ignored, and
@@ -41,7 +41,7 @@ def takes_nested_tensors(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Generator[None]:
     """Evaluation mode; each submodule gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -53,7 +53,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_fast_paths() -> Iterator[None]:
+def _without_fast_paths() -> Generator[None]:
     """Attention and encoder layers of torch, which are one fused operator each otherwise, are what they consist of."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -64,13 +64,13 @@ def _without_fast_paths() -> Iterator[None]:
 
 
 @contextmanager
-def _without_compiled_calls(model: nn.Module) -> Iterator[None]:
+def _without_compiled_calls(model: nn.Module) -> Generator[None]:
     """Parts that were compiled, in place (`part.compile()`) or wrapped (`torch.compile(part)`), run as written."""
     plain: list[tuple[nn.Module, str, Callable[..., Any] | None]] = []
     for module in model.modules():
         if isinstance(module, OptimizedModule):
-            plain.append((module, "forward", module._orig_mod.__call__))
-        elif module._compiled_call_impl is not None:
+            plain.append((module, "forward", module._orig_mod.__call__))  # pyright: ignore[reportPrivateUsage]
+        elif module._compiled_call_impl is not None:  # pyright: ignore[reportPrivateUsage]
             plain.append((module, "_compiled_call_impl", None))
     before = [(module, name, getattr(module, name)) for module, name, _ in plain]
     try:
@@ -83,7 +83,7 @@ def _without_compiled_calls(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hinted(module: nn.Module, hint: str, place: int) -> Iterator[None]:
+def _hinted(module: nn.Module, hint: str, place: int) -> Generator[None]:
     """A stack of layers is told that its mask need not be causal, where its caller does not say that it is.
 
     The mask is applied all the same. Otherwise the stack compares its values with those of a causal mask, and a

@@ -38,7 +38,7 @@ def unwrapped(model: Any) -> nn.Module:
         if type(model).__module__ == "timm.utils.model_ema":
             model = getattr(model, "module", getattr(model, "ema", None))
         elif isinstance(model, OptimizedModule):
-            model = model._orig_mod
+            model = model._orig_mod  # pyright: ignore[reportPrivateUsage]
         elif isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
             model = model.module
         else:
@@ -68,7 +68,7 @@ def _why_not(model: Any) -> str | None:
         return f"the model is a {kind} with adapters beside its weights; {_MERGE}"
     if kind in ("FullyShardedDataParallel", "FSDP") or hasattr(model, "unshard"):
         return f"the model is sharded by FSDP, a part of it in each process; {_GATHER}"
-    if isinstance(model, torch.fx.GraphModule) and "_guards_fn" in model._modules:
+    if isinstance(model, torch.fx.GraphModule) and hasattr(model, "_guards_fn"):
         return "the model is the module of an ExportedProgram, which fixes its input; give the one it was made from"
     if any(
         type(part).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic")) for part in model.modules()

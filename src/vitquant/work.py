@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +72,7 @@ class WorkDirectory:
 
     @classmethod
     @contextmanager
-    def opened(cls, path: str | Path, run: Mapping[str, Any]) -> Iterator[WorkDirectory]:
+    def opened(cls, path: str | Path, run: Mapping[str, Any]) -> Generator[WorkDirectory]:
         """The work directory of a run, made when missing; one run at a time has it.
 
         Arguments:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -89,7 +89,7 @@ def _refuse_empty(words: Sequence[str]) -> None:
 
 
 @contextmanager
-def _silence(debug: bool) -> Iterator[None]:
+def _silence(debug: bool) -> Generator[None]:
     """Libraries warn about what a user of this command cannot change."""
     level = logging.root.manager.disable
     with warnings.catch_warnings():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ class Terminal:
             raise InterruptedAfterWritingError(f"interrupted; {', '.join(written)} was written") from error
 
     @contextmanager
-    def replacing(self, path: Path, force: bool, directory: Directory | None = None) -> Iterator[Path]:
+    def replacing(self, path: Path, force: bool, directory: Directory | None = None) -> Generator[Path]:
         """`vitquant.files.replacing`, with which an interrupt says truly whether something was written."""
         with replacing(path, force, directory) as new:
             self._outputs[path] = identity(path)
@@ -76,7 +76,7 @@ class Terminal:
             self._stderr.print(one_line(text), soft_wrap=True, markup=False, highlight=False)
 
     @contextmanager
-    def progress(self, description: str, images: int | None = None) -> Iterator[Callable[..., None]]:
+    def progress(self, description: str, images: int | None = None) -> Generator[Callable[..., None]]:
         """A spinner, or a bar when the number of images is known; shown on a terminal only.
 
         Yields a function that takes what rich's `Progress.update` takes: `description`, `total`, `completed`; and

@@ -93,7 +93,9 @@ def _scores_far_out() -> Vector:
     draft = Draft("u4", 2, 4, _ROW)
     one, addend = draft.constant("s32", 2), draft.constant("s64", -(2**21))
     scores = draft.emit(p.Multiply, "s32", left="x", right=draft.constant("s8", 1), left_zero=10**6, right_zero=0)
-    low = draft.constant("u8", _MASKS["-mask-of-rows"])
+    rows = _MASKS["-mask-of-rows"]
+    assert rows is not None
+    low = draft.constant("u8", rows)
     tables = _tables_of(draft, 0.3, 16)
     powers = {"zero": 15, "steps": 1, "offset": 0, "published": False}
     codes = draft.emit(p.SoftmaxToPowers, "u4", input=scores, mask=low, **tables, **powers)

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def old_in(hidden: Path, target: Path) -> Path:
 
 
 @contextmanager
-def claimed(target: Path) -> Iterator[Path]:
+def claimed(target: Path) -> Generator[Path]:
     """The hidden directory of an output, made or taken over from a killed run; gone at the end.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from vitquant.errors import VitquantError
@@ -13,7 +13,7 @@ class RefusedError(Exception):
 
 
 @contextmanager
-def told_as(error: type[VitquantError], what: str) -> Iterator[None]:
+def told_as(error: type[VitquantError], what: str) -> Generator[None]:
     """What is refused, here or by the operating system, becomes an error of vitquant.
 
     Arguments:

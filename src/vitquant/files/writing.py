@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,7 +20,7 @@ _AT_ONCE = 32
 
 
 @contextmanager
-def replacing(path: str | Path, force: bool = False, directory: Directory | None = None) -> Iterator[Path]:
+def replacing(path: str | Path, force: bool = False, directory: Directory | None = None) -> Generator[Path]:
     """A place for the new content of an output; it is put at its path, in one step, when the block ends.
 
     What cannot be written is refused before the block, so long work belongs inside it. Until the block ends, and when
@@ -103,7 +103,7 @@ def identity(path: str | Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _folders(parent: Path) -> Iterator[None]:
+def _folders(parent: Path) -> Generator[None]:
     """A directory with those above it; of those that are made, the ones that stay empty are removed at the end."""
     missing = [each for each in (parent, *parent.parents) if not each.exists()]
     try:

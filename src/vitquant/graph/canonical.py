@@ -87,7 +87,9 @@ def _fill_with_infinity(module: GraphModule, node: Node) -> None:
                 return
 
 
-def _emit(graph: Graph, like: Node, target: Callable, args: tuple, shape: tuple[int, ...] | None = None) -> Node:
+def _emit(
+    graph: Graph, like: Node, target: Callable[..., Any], args: tuple[Any, ...], shape: tuple[int, ...] | None = None
+) -> Node:
     """A new call that belongs to the module of `like`, and has its shape unless another is given."""
     node = graph.call_function(target, args)
     node.meta = {**like.meta, "shape": like.meta["shape"] if shape is None else shape}

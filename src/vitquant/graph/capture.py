@@ -8,7 +8,7 @@ import logging
 import operator
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo  # pyright: ignore[reportPrivateUsage]
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -85,7 +85,7 @@ def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
 
 
 @contextmanager
-def _batches_of(*sizes: int) -> Iterator[None]:
+def _batches_of(*sizes: int) -> Generator[None]:
     """What torch says of a captured graph that cannot be run becomes a refusal."""
     try:
         yield
@@ -144,7 +144,7 @@ def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """torch.export logs and prints pages about every constraint; the error we raise says it in a line."""
     logger = logging.getLogger("torch")
     level = logger.level

@@ -71,7 +71,7 @@ def _size(labels: list[str], sizes: dict[str, int]) -> int:
     return max(-1, math.prod(sizes[label] for label in labels))
 
 
-def _call(like: Node, target: Any, args: tuple, shape: tuple[int, ...]) -> Node:
+def _call(like: Node, target: Any, args: tuple[Any, ...], shape: tuple[int, ...]) -> Node:
     node = like.graph.call_function(target, args)
     node.meta = {**like.meta, "shape": shape}
     return node

@@ -32,7 +32,7 @@ def _arguments(node: Node) -> tuple[object, ...]:
     """The positional arguments of a node, without those at their end that change nothing."""
     found = list(node.args)
     if isinstance(node.target, OpOverload):
-        declared = node.target._schema.arguments
+        declared = node.target._schema.arguments  # pyright: ignore[reportPrivateUsage]
         while found and _changes_nothing(declared[len(found) - 1], found[-1]):
             found.pop()
     return tuple(found)

@@ -128,7 +128,7 @@ def _keeps_channels_last(source: Node, node: Node) -> bool:
     if not source.meta.get("shape"):  # one part of a split: the split itself was looked at
         return True
     rank, width = len(source.meta["shape"]), source.meta["shape"][-1]
-    axes: tuple = ()
+    axes: tuple[int, ...] = ()
     match packet(node):
         case aten.permute:
             return arguments(node)[1][-1] % rank == rank - 1

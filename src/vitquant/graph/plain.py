@@ -42,7 +42,7 @@ class _Plain:
 def plain(module: GraphModule) -> dict[str, Any]:
     """Everything that a graph module consists of, its graph as plain data."""
     parts = {name: part for name, part in module.__dict__.items() if name != "_graph"}
-    nodes, codegen = plain_nodes(module.graph), module.graph._codegen
+    nodes, codegen = plain_nodes(module.graph), module.graph._codegen  # pyright: ignore[reportPrivateUsage]
     return {"class_name": type(module).__name__, "nodes": nodes, "codegen": codegen, "parts": parts}
 
 

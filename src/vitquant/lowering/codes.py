@@ -137,15 +137,15 @@ def _requantized(context: Context, value: Value, shape: tuple[int, ...], target:
     axis = shape.index(-1) if -1 in shape else len(shape)
     rows = max(size_along(each, axis - len(shape)) for each in (*multipliers, addend)) if -1 in shape else 1
     inputs = tuple(term.register for term in value.terms)
+    apart = (*shape[:axis], -1, rows, *shape[axis + 1 :]) if rows > 1 else shape
     if rows > 1:
-        apart = (*shape[:axis], -1, rows, *shape[axis + 1 :])
         inputs = tuple(
             context.emit(Reshape, Register(context.registers[name].type, apart), input=name, shape=apart)
             for name in inputs
         )
     output = context.emit(
         Requantize,
-        Register(code_type(quantizer), apart if rows > 1 else shape),
+        Register(code_type(quantizer), apart),
         inputs=inputs,
         multipliers=tuple(context.constant(f"{context.site}.multiplier", m, "s32") for m in multipliers),
         addend=context.constant(f"{context.site}.addend", addend, "s64"),

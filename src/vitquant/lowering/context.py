@@ -18,7 +18,7 @@ from vitquant.lowering.scaled import Joined, Masked, Powers, Scaled, Static, Ter
 from vitquant.model import QuantizedModel
 from vitquant.program.instructions import TYPES, Instruction, Lookup, Register, smallest_type
 
-Value = Scaled | Static | Joined | Masked | tuple
+Value = Scaled | Static | Joined | Masked | tuple[()]  # nothing: a split, whose parts are taken one by one
 SIMULATE = "run it with --engine simulated, or export it as onnx-qdq"
 
 

@@ -5,7 +5,7 @@ Every operand is observed in float, as FQ-ViT does: no quantizer sees the error 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -123,7 +123,7 @@ def _tap(name: str, observer: Observer) -> Callable[[torch.Tensor], None]:
 
 
 @contextmanager
-def _at(name: str) -> Iterator[None]:
+def _at(name: str) -> Generator[None]:
     """Say at which value a `CalibrationError` raised inside arose."""
     try:
         yield

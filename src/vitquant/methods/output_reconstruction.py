@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -261,7 +261,7 @@ class _Learned:
 
 
 @contextmanager
-def _learnable(model: QuantizedModel) -> Iterator[_Learned]:
+def _learnable(model: QuantizedModel) -> Generator[_Learned]:
     """Everything that is learned, with gradients while this lasts."""
     parameters = [each for each in model.graph_module.parameters() if each.is_floating_point()]
     asked = [each.requires_grad for each in parameters]

@@ -39,12 +39,12 @@ def run_steps(model: QuantizedModel, steps: Sequence[Step], context: Context, wo
         VitquantError: a method's own.
     """
     names = [f"{number}-{step.name}" for number, step in enumerate(steps, 1)]
-    done = 0
+    done, kept = 0, None
     for number, name in enumerate(names, 1):
         if work is not None and (saved := work.read(name, _DONE)) is not None:
             done, kept = number, saved
             model.records.append(Record(**saved.values["record"]))
-    if done:
+    if kept is not None:
         _put(model, context, kept)
     for name, step in list(zip(names, steps, strict=True))[done:]:
         state = WorkState(work, f"{name}.part")

@@ -39,6 +39,8 @@ def params_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
             return _covering_factors(low, high, spec, factors)
         case TwinUniform(shift):
             return _covering_twin(low, high, spec, shift)
+        case Uniform() | PowerOfTwoScale():
+            pass
     if spec.symmetric:
         scale = _floored(torch.maximum(-low, high) / ((spec.qmax - spec.qmin) / 2))
     else:

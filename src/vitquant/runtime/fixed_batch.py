@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from vitquant.errors import ExportError
 
 
 @contextmanager
-def held_at_once(size: int) -> Iterator[None]:
+def held_at_once(size: int) -> Generator[None]:
     """What the memory does not hold becomes an error of ours, whichever library asked for it.
 
     Arguments:

@@ -173,7 +173,7 @@ def fingerprint(items: Sequence[Item]) -> str:
     return digest.hexdigest()
 
 
-class ImageDataset(Dataset):
+class ImageDataset(Dataset[tuple[Tensor, int] | BadImage]):
     """Preprocessed images by index: `(tensor, label)` with label -1 for none, or a `BadImage`."""
 
     def __init__(self, items: Sequence[Item], preprocessing: Preprocessing) -> None:

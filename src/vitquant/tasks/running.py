@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def place_of(batches: Iterable[Any], position: int) -> str | Path:
 
 
 @contextmanager
-def evaluating(*models: object) -> Iterator[None]:
+def evaluating(*models: object) -> Generator[None]:
     """Without gradients, and modules in evaluation mode while this lasts."""
     modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
     modes = [module.training for module in modules]

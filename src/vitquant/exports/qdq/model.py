@@ -6,11 +6,12 @@ docs/onnx-qdq.md says what is in the file, and which runtime does what with it.
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import logging
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +151,7 @@ def _store(module: GraphModule, node: Node, name: str, quantizer: UniformQuantiz
 
 def _require_extra() -> None:
     try:
-        import onnxscript  # noqa: F401  torch's exporter imports it, and it onnx and onnx_ir
+        importlib.import_module("onnxscript")  # which torch's exporter imports, and it onnx and onnx_ir
     except ImportError as error:
         raise ExportError("ONNX files need onnx and onnxscript: pip install 'vitquant[onnx]'") from error
 
@@ -197,7 +198,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """The exporter logs and prints what is of no use to a user."""
     loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -224,7 +225,7 @@ def _describe(proto: onnx.ModelProto, model: QuantizedModel, options: dict[str, 
     }
     set_model_props(proto, to_metadata(said))
     proto.ir_version = find_min_ir_version_for(proto.opset_import)
-    proto.producer_name, proto.producer_version = "vitquant", said["version"]
+    proto.producer_name, proto.producer_version = "vitquant", __version__
 
 
 def _check(proto: onnx.ModelProto) -> None:
