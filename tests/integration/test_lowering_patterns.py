@@ -58,12 +58,12 @@ def quantized(body=lambda s, x: x, prepare=same, recipe="fq-vit", mix=torch.matm
     return vitquant.quantize(Block(body, prepare, mix).eval(), recipe, data, settings=settings, simulated=True)
 
 
-def masked(before=same, after=same, hide=lambda s, x: s.later, fill=-math.inf, first=same):
+def masked(before=same, after=same, mask=lambda s, x: s.later, fill=-math.inf, first=same):
     """An attention whose scores are moved before the mask and between it and the softmax, and moved back."""
 
     def body(s, x):
         h = s.fc(x).unflatten(-1, (2, 8)).transpose(1, 2)
-        scores = before(first(h @ h.mT).masked_fill(hide(s, x), fill))
+        scores = before(first(h @ h.mT).masked_fill(mask(s, x), fill))
         return (after(scores.softmax(-1)) @ h).transpose(1, 2).flatten(2)
 
     return body
@@ -83,7 +83,7 @@ BODIES = {
     "a mask that grows with the batch along the second axis": masked(
         after=lambda probs: probs.transpose(0, 1),
         first=lambda scores: scores.transpose(0, 1),
-        hide=lambda s, x: s.later.expand(2, len(x), 16, 16),
+        mask=lambda s, x: s.later.expand(2, len(x), 16, 16),
     ),
     "a constant joined along the tokens": lambda s, x: s.fc(torch.cat([x, s.token.expand(len(x), -1, -1), s.fc(x)], 1)),
     "a repeated sum joined": lambda s, x: s.fc(torch.cat([s.fc(x).mean(1, keepdim=True) * 2 + s.token, x], 1)),
@@ -326,7 +326,7 @@ def check(model, images=None):
         (lambda s, x: s.bare(functional.pad(s.fc(x), (1, 2), "reflect")[..., :16]), "padding with other than zeros"),
         (lambda s, x: s.fc(torch.add(s.fc(x), s.position, alpha=2)), "it adds a multiple"),
         (lambda s, x: s.fc(torch.div(s.fc(x), 0.5, rounding_mode="floor")), "divides by whole numbers"),
-        (masked(fill=-5.0), "fills with -5.0, which does not hide"),
+        (masked(fill=-5.0), "fills with -5.0, which is no mask"),
         (masked(lambda scores: scores.mT, lambda probs: probs.mT), "rows of masked scores are rearranged"),
         (
             masked(lambda scores: scores.flatten(), lambda probs: probs.view(-1, 2, 16, 16)),
@@ -340,7 +340,7 @@ def check(model, images=None):
             masked(
                 after=lambda probs: probs[0].unflatten(0, (-1, 2)),
                 first=lambda scores: scores.flatten(0, 1)[None],
-                hide=lambda s, x: torch.stack([s.later, s.later.T]).repeat(len(x), 1, 1)[None],
+                mask=lambda s, x: torch.stack([s.later, s.later.T]).repeat(len(x), 1, 1)[None],
             ),
             "its mask grows with the batch along another axis than the first",
         ),

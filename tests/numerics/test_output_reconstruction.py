@@ -23,7 +23,7 @@ from vitquant.methods.output_reconstruction import ReconstructOutputSettings, re
 from vitquant.model import QuantizedModel
 from vitquant.model.saved import digest
 from vitquant.model.simulation import ExactSimulation
-from vitquant.objectives.relative_error import output_error, relative_error
+from vitquant.objectives.relative_error import relative_error, shift_free_error
 from vitquant.recipe import load_recipe
 from vitquant.recipe.rule import Rule
 from vitquant.runtime.on_images import interpreted
@@ -43,15 +43,15 @@ def test_the_error_is_a_share_of_the_squares_without_what_classes_have_in_common
         mean, mean_hat = sum(y) / classes, sum(y_hat) / classes
         change = sum(((a - mean) - (b - mean_hat)) ** 2 for a, b in zip(y, y_hat, strict=True))
         reference.append(change / sum((a - mean) ** 2 for a in y))
-    error = output_error(found, expected)
+    error = shift_free_error(found, expected)
     torch.testing.assert_close(error.double(), torch.tensor(reference, dtype=torch.float64), rtol=1e-4, atol=1e-5)
     expected, found = expected.double(), found.double()  # in float32 a shift rounds classes that are nearly equal
-    assert bool((output_error(expected + common, expected) < 1e-8).all())
-    torch.testing.assert_close(output_error(found + common, expected), error.double(), rtol=1e-3, atol=1e-4)
+    assert bool((shift_free_error(expected + common, expected) < 1e-8).all())
+    torch.testing.assert_close(shift_free_error(found + common, expected), error.double(), rtol=1e-3, atol=1e-4)
 
 
 def test_the_error_of_constant_outputs_is_a_number() -> None:
-    assert output_error(torch.zeros(2, 5), torch.ones(2, 5)).tolist() == [0, 0]
+    assert shift_free_error(torch.zeros(2, 5), torch.ones(2, 5)).tolist() == [0, 0]
 
 
 def made(name: str, recipe: str = "repq-vit", bits: str = "w4a4") -> tuple[QuantizedModel, torch.Tensor]:
@@ -74,7 +74,7 @@ class Teacher:
 
 
 def given_to(model: QuantizedModel, data: Iterable[torch.Tensor], **others: Any) -> Context:
-    return Context(data, teacher=Teacher(model), **others)  # type: ignore[arg-type]
+    return Context(data, output_error=shift_free_error, teacher=Teacher(model), **others)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def gradients(model: QuantizedModel, images: torch.Tensor, norms: float) -> dict
         held: dict[str, torch.Tensor] = {}
         taps = {node: [lambda x, node=node: held.__setitem__(node, x)] for node in of_norms}
         output = TappedInterpreter(model.graph_module, model.graph_module.graph, taps, True).run(images)
-        error = output_error(output, expected).mean()
+        error = shift_free_error(output, expected).mean()
         for node, x in of_norms.items():
             error = error + norms * relative_error(held[node], x).mean() / len(of_norms)
         found = torch.autograd.grad(error, [*learned.values(), *scales.values()], allow_unused=True)

@@ -18,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 
 import vitquant
 from vitquant.errors import ExportError, LoweringError
-from vitquant.exports import onnx_builder
+from vitquant.exports.onnx_integer import builder
 from vitquant.exports.onnx_integer.model import FORMAT, onnx_integer_model
 from vitquant.files import write_file
 from vitquant.integer.exponential import exact_exponential
@@ -491,7 +491,7 @@ def test_a_roll_along_the_batch_is_refused():
 
 
 def test_a_model_that_is_too_large_for_one_file_is_refused(vit_program, monkeypatch):
-    monkeypatch.setattr(onnx_builder, "LARGEST_MODEL", onnx_builder._ROOM + 20_000)
+    monkeypatch.setattr(builder, "LARGEST_MODEL", builder._ROOM + 20_000)
     with pytest.raises(ExportError, match=r"blocks\.\d.*more than 2 GB"):
         onnx_integer_model(vit_program)
 

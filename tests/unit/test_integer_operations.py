@@ -99,11 +99,11 @@ def test_hidden_scores_have_the_code_of_zero_and_the_others_those_of_a_shorter_r
     make, spec, *_ = SOFTMAXES[kind]
     x = covering(random(4, 9), U8)(random(4, 9))
     operation = make(covering(x, U8), covering(x.softmax(-1), spec))
-    hidden = torch.tensor([0, 1, 0, 0, 1, 1, 0, 1, 0], dtype=torch.bool)
-    codes = operation.codes(x.masked_fill(hidden, -torch.inf))
-    assert bool((codes[:, hidden] == operation.result.encode(torch.zeros(()))).all())
-    assert torch.equal(codes[:, ~hidden], operation.codes(x[:, ~hidden]))
-    assert not operation(x.masked_fill(hidden, -torch.inf))[:, hidden].any()
+    masked = torch.tensor([0, 1, 0, 0, 1, 1, 0, 1, 0], dtype=torch.bool)
+    codes = operation.codes(x.masked_fill(masked, -torch.inf))
+    assert bool((codes[:, masked] == operation.result.encode(torch.zeros(()))).all())
+    assert torch.equal(codes[:, ~masked], operation.codes(x[:, ~masked]))
+    assert not operation(x.masked_fill(masked, -torch.inf))[:, masked].any()
 
 
 def test_probabilities_beyond_the_result_s_range_are_clamped() -> None:
@@ -326,7 +326,7 @@ def test_the_published_rounding_is_of_powers_of_two_that_begin_at_1() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 2.0**-33, 2.0**33, torch.inf, torch.nan])
 def test_powers_that_begin_nowhere_near_a_probability_are_refused(scale: float) -> None:
-    """A hidden entry, 64 octaves down, must stay zero."""
+    """A masked entry, 64 octaves down, must stay zero."""
     with pytest.raises(NotIntegerError, match=r"the scale of its result, .*, is not between"):
         LogIntSoftmax(quantizer(U8), build_quantizer(POWERS, QParams(torch.tensor(scale))), "exact")
 

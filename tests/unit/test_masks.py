@@ -1,4 +1,4 @@
-"""Masks before a softmax: what is one, where the scores are quantized, and what hidden entries become."""
+"""Masks before a softmax: what is one, where the scores are quantized, and what masked entries become."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 import vitquant
 from vitquant.errors import CalibrationError, LoweringError
 from vitquant.graph.capture import capture
-from vitquant.graph.masks import hide_whole_rows, hides, masks_between, unmasked
+from vitquant.graph.masks import is_mask_on, masks_between, masks_whole_rows, unmasked
 from vitquant.graph.operators import FILLS, SOFTMAX, arguments, aten, calls
 from vitquant.model import QuantizedModel
 from vitquant.model.simulation import ExactSimulation
@@ -20,12 +20,12 @@ from vitquant.runtime.on_images import interpreted
 
 TOKENS, HEADS, WIDTH = 16, 2, 16
 
-HIDDEN = torch.rand(TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)) < 0.4
-HIDDEN[range(TOKENS), range(TOKENS)] = False
+MASKED = torch.rand(TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)) < 0.4
+MASKED[range(TOKENS), range(TOKENS)] = False
 
 
 def mask_of(value: float) -> Tensor:
-    return torch.zeros(TOKENS, TOKENS).masked_fill(HIDDEN, value)
+    return torch.zeros(TOKENS, TOKENS).masked_fill(MASKED, value)
 
 
 MASKS = {
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         super().__init__()
         self.how = how
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.register_buffer("hidden", HIDDEN.clone())
+        self.register_buffer("excluded", MASKED.clone())
         value = {"smallest_float": torch.finfo(torch.float32).min, "minus_infinity": -math.inf, "positive": 100.0}
         mask = mask_of(value.get(how, -100.0))
         if how == "slopes":
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         split = self.qkv(x).reshape(count, TOKENS, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
         query, key, value = split.unbind(0)
         if self.how.startswith("attention"):
-            mask, causal = (~self.hidden, False) if self.how == "attention_boolean" else (None, True)
+            mask, causal = (~self.excluded, False) if self.how == "attention_boolean" else (None, True)
             context = nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
         else:
             scores = self.masked(query @ key.transpose(-2, -1) * 0.35, x)
@@ -110,13 +110,13 @@ class Attention(nn.Module):
             case "mask_first":
                 return self.mask + scores
             case "fill_minus_infinity":
-                return scores.masked_fill(self.hidden, -math.inf)
+                return scores.masked_fill(self.excluded, -math.inf)
             case "fill_minus_10000":
-                return scores.masked_fill(self.hidden[None], -1e4)
+                return scores.masked_fill(self.excluded[None], -1e4)
             case "fill_minus_3":
-                return scores.masked_fill(self.hidden, -3.0)
+                return scores.masked_fill(self.excluded, -3.0)
             case "two_masks":
-                return (scores + self.mask).masked_fill(self.hidden.T, -math.inf)
+                return (scores + self.mask).masked_fill(self.excluded.T, -math.inf)
             case "behind_a_bias" | "position_bias":
                 biased = scores + self.table[self.index].permute(2, 0, 1)[None]
                 return biased + self.mask if self.how == "behind_a_bias" else biased
@@ -125,30 +125,30 @@ class Attention(nn.Module):
                 kept[:, 12:] = 0
                 return scores + (1 - kept)[:, None, None] * torch.finfo(torch.float32).min
             case "made_by_filling":
-                return scores + x.new_zeros(len(x), 1, 1, TOKENS).masked_fill(self.hidden[0], -1e9)
+                return scores + x.new_zeros(len(x), 1, 1, TOKENS).masked_fill(self.excluded[0], -1e9)
             case "made_of_a_buffer":
-                return scores + self.hidden.float() * -1e4
+                return scores + self.excluded.float() * -1e4
             case "made_boolean":
-                hidden = torch.zeros(len(x), TOKENS, dtype=torch.bool)
-                hidden[:, -4:] = True
-                return scores.masked_fill(hidden[:, None, None], -math.inf)
+                masked = torch.zeros(len(x), TOKENS, dtype=torch.bool)
+                masked[:, -4:] = True
+                return scores.masked_fill(masked[:, None, None], -math.inf)
             case "infinite_from_the_image":
-                hidden = (x.mean(-1) > 0.1)[:, None, None].expand(-1, HEADS, TOKENS, -1)
-                hidden = hidden & ~torch.eye(TOKENS, dtype=torch.bool)
-                return torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, -math.inf) + scores
+                masked = (x.mean(-1) > 0.1)[:, None, None].expand(-1, HEADS, TOKENS, -1)
+                masked = masked & ~torch.eye(TOKENS, dtype=torch.bool)
+                return torch.zeros_like(masked, dtype=x.dtype).masked_fill(masked, -math.inf) + scores
             case "infinite_where":
                 shown = ((x.mean(-1) < 0.1)[:, None] | torch.eye(TOKENS, dtype=torch.bool))[:, None]
                 return scores + torch.where(shown, 0.0, -math.inf)
             case "infinite_and_causal":  # nn.MultiheadAttention adds up the two that it is given
-                hidden = (x.mean(-1) > 0.1) & (torch.arange(TOKENS) > 0)
-                padding = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, -math.inf)[:, None, None]
+                masked = (x.mean(-1) > 0.1) & (torch.arange(TOKENS) > 0)
+                padding = torch.zeros_like(masked, dtype=x.dtype).masked_fill(masked, -math.inf)[:, None, None]
                 causal = torch.zeros(TOKENS, TOKENS).masked_fill(torch.ones(TOKENS, TOKENS).triu(1) > 0, -math.inf)
                 return scores + (causal + padding.expand(-1, HEADS, TOKENS, -1))
             case "other_for_late_images":
                 late, places = torch.arange(len(x))[:, None] > 7, torch.arange(TOKENS)
                 return scores + torch.where((places > 12) | (late & (places > 3)), -100.0, 0.0)[:, None, None]
             case "other_for_each_head":
-                heads = torch.stack([self.hidden, self.hidden.T]).repeat(len(x), 1, 1)
+                heads = torch.stack([self.excluded, self.excluded.T]).repeat(len(x), 1, 1)
                 return (scores.flatten(0, 1) + heads.float() * -100.0).view(scores.shape)
             case "learned_for_the_batch":
                 return scores + self.learned_mask.expand(len(x), 1, -1, -1) * 1.0
@@ -205,10 +205,10 @@ def test_what_hides_entries_is_a_mask(captured: GraphModule, how: str) -> None:
     read = arguments(softmax_of(captured, how))[0]
     scores = unmasked(captured, read)
     assert scores is not read
-    assert not hides(captured, scores)
+    assert not is_mask_on(captured, scores)
     masks = masks_between(captured, scores, read)
     assert len(masks) == MASKS[how]
-    assert all(hides(captured, mask) for mask in masks)
+    assert all(is_mask_on(captured, mask) for mask in masks)
     assert calls(scores, {aten.add}) == ("bias" in how)  # the bias belongs to the scores
 
 
@@ -293,9 +293,9 @@ def test_a_mask_does_not_widen_the_range_of_the_scores(by_minmax: QuantizedModel
 def test_a_hidden_entry_has_no_probability_and_a_visible_one_its_own(by_fq_vit: QuantizedModel, how: str) -> None:
     name = value_of(by_fq_vit, how, "context:probs")
     found, expected = tapped(by_fq_vit, name, quantized=True), tapped(by_fq_vit, name, quantized=False)
-    hidden = (expected < 1e-20).any(0, keepdim=True).expand_as(found)
-    assert hidden.any()
-    assert not found[hidden].any()
+    masked = (expected < 1e-20).any(0, keepdim=True).expand_as(found)
+    assert masked.any()
+    assert not found[masked].any()
     visible = expected > 2**-13
     assert bool((torch.log2(found[visible] / expected[visible]).abs() < 1.2).all())  # to the nearest power of two
 
@@ -324,7 +324,7 @@ def test_a_row_that_is_hidden_whole_keeps_its_softmax_in_float(value: float) -> 
     model = make("minus_100")
     with torch.no_grad():
         model.get_submodule("attentions.minus_100").mask[3] = value
-    with pytest.raises(LoweringError, match="hides every entry of a row: give every row at least one"):
+    with pytest.raises(LoweringError, match="covers every entry of a row: give every row at least one"):
         vitquant.quantize(model, "fq-vit", [photos()])
     quantized = vitquant.quantize(model, "fq-vit", [photos()], simulated=True)
     with torch.no_grad():
@@ -333,13 +333,13 @@ def test_a_row_that_is_hidden_whole_keeps_its_softmax_in_float(value: float) -> 
 
 def test_rows_are_hidden_whole_by_one_mask_or_by_several() -> None:
     causal, padding = torch.ones(4, 4, dtype=torch.bool).triu(1), torch.tensor([-1e9, 0.0, 0.0, 0.0])
-    assert not hide_whole_rows([])
-    assert not hide_whole_rows([causal])
-    assert not hide_whole_rows([padding])
-    assert hide_whole_rows([causal, padding])  # the first row sees the first entry only
-    assert hide_whole_rows([padding, causal, torch.zeros(7, 3, 5)])
-    assert not hide_whole_rows([causal, padding.flip(0)])
-    assert hide_whole_rows([torch.full((2, 1), -100.0)])
+    assert not masks_whole_rows([])
+    assert not masks_whole_rows([causal])
+    assert not masks_whole_rows([padding])
+    assert masks_whole_rows([causal, padding])  # the first row sees the first entry only
+    assert masks_whole_rows([padding, causal, torch.zeros(7, 3, 5)])
+    assert not masks_whole_rows([causal, padding.flip(0)])
+    assert masks_whole_rows([torch.full((2, 1), -100.0)])
 
 
 def test_masks_made_for_a_batch_are_constants_of_the_program() -> None:
@@ -350,9 +350,9 @@ def test_masks_made_for_a_batch_are_constants_of_the_program() -> None:
 
 
 def boolean_of(x: Tensor) -> Tensor:
-    hidden = torch.zeros(len(x), TOKENS, dtype=torch.bool)
-    hidden[:, -4:] = True
-    return hidden[:, None].expand(-1, TOKENS, -1)
+    masked = torch.zeros(len(x), TOKENS, dtype=torch.bool)
+    masked[:, -4:] = True
+    return masked[:, None].expand(-1, TOKENS, -1)
 
 
 def float_of(x: Tensor) -> Tensor:
@@ -401,7 +401,7 @@ def test_scores_with_a_mask_that_is_not_known_are_refused(value: float) -> None:
 
     torch.manual_seed(0)
     with pytest.raises(
-        CalibrationError, match=r"softmax:input: scores go down to -.*masked_fill\(hidden, -torch.inf\)"
+        CalibrationError, match=r"softmax:input: scores go down to -.*masked_fill\(masked, -torch.inf\)"
     ):
         vitquant.quantize(Model().eval(), "minmax", [photos()])
 

@@ -253,7 +253,7 @@ def test_rows_that_are_longer_than_the_sum_s_32_bits_are_refused():
 
 
 def test_scores_beyond_the_table_are_refused():
-    """Entry 255 of 256 would have been read as hidden."""
+    """Entry 255 of 256 would have been read as masked."""
     values, octaves = (
         torch.cat([TABLE.values[:255], TABLE.values[-1:]]),
         torch.cat([TABLE.octaves[:255], TABLE.octaves[-1:]]),

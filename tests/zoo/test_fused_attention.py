@@ -31,16 +31,16 @@ def mask_arguments(mask, tokens, name):
             square = nn.Transformer.generate_square_subsequent_mask(TOKENS)
             return {name("mask"): square, name("is_causal"): True}
         case "padding":
-            hidden = torch.zeros(len(tokens), TOKENS, dtype=torch.bool)
-            hidden[:, -2:] = True
-            return {name("key_padding_mask"): hidden}
+            masked = torch.zeros(len(tokens), TOKENS, dtype=torch.bool)
+            masked[:, -2:] = True
+            return {name("key_padding_mask"): masked}
         case "padding of images":
             return {name("key_padding_mask"): tokens.abs().amax(-1) > 2.5}
     return {}
 
 
 class Encoder(nn.Module):
-    """`nn.TransformerEncoder`; its head reads the first token, which no padding hides."""
+    """`nn.TransformerEncoder`; its head reads the first token, which no padding masks."""
 
     def __init__(self, mask="none", nested=True, first_only=True, strict=False, **layer):
         super().__init__()
@@ -152,9 +152,9 @@ def test_masks_of_the_batch_are_no_range_of_the_scores(name, needs_weights):
         def forward(self, images):
             tokens = self.norm(self.patches(images))
             shape = (len(images), TOKENS) if name == "key_padding_mask" else (2 * len(images), TOKENS, TOKENS)
-            hidden = torch.zeros(shape, dtype=torch.bool)
-            hidden[..., -4:] = True
-            given = {name: hidden, "need_weights": needs_weights}
+            masked = torch.zeros(shape, dtype=torch.bool)
+            masked[..., -4:] = True
+            given = {name: masked, "need_weights": needs_weights}
             return self.head((tokens + self.attention(tokens, tokens, tokens, **given)[0]).mean(1))
 
     torch.manual_seed(0)
@@ -162,7 +162,7 @@ def test_masks_of_the_batch_are_no_range_of_the_scores(name, needs_weights):
 
 
 def assert_quantized(model, in_integers=True):
-    """Quantized in the range that its scores have without what hides some of them, which integers know as constants."""
+    """Quantized in the range that its scores have without what masks some of them, which integers know as constants."""
     quantized = vitquant.quantize(model, "fq-vit", [IMAGES], simulated=True)
     ((low, high),) = [each.range() for name, each in quantized.quantizers.items() if name.endswith("softmax:input")]
     assert -20 < low <= high < 20

@@ -72,11 +72,16 @@ def test_what_is_refused_is_refused_for_what_it_is(name):
     assert str(early.value).startswith(late.value.problem)
 
 
-def test_a_model_that_gives_two_tensors_is_refused():
+def test_logits_and_attention_maps_are_outputs_of_one_program():
     build, size = ZOO["attention maps"]
-    model = vitquant.quantize(build().eval(), "fq-vit", [torch.randn(2, 3, size, size)], simulated=True)
-    with pytest.raises(LoweringError, match="the model gives 2 tensors; wrap it so that it gives its logits only"):
-        lower(model)
+    torch.manual_seed(0)
+    model = vitquant.quantize(build().eval(), "fq-vit", [torch.randn(2, 3, size, size)])
+    images = torch.randn(3, 3, size, size)
+    found = lower(model).run(images)
+    assert {name: each.shape[0] for name, each in found.items()} == {"logits": 3, "maps": 3}
+    with torch.no_grad():
+        expected = model(images)
+    assert all(torch.cosine_similarity(found[name].flatten(), expected[name].flatten(), 0) > 0.99 for name in expected)
 
 
 def test_talking_heads_lower_without_powers_of_two():

@@ -35,11 +35,11 @@ _MASKS = {
 
 def operations_on_codes() -> Iterator[Vector]:
     """All of them."""
-    for number, (mask, hidden) in enumerate(_MASKS.items()):
+    for number, (mask, masked) in enumerate(_MASKS.items()):
         for name in list(_POWERS)[number :: len(_MASKS)] if number else _POWERS:
-            yield _powers(f"{name}{mask}", name, hidden)
+            yield _powers(f"{name}{mask}", name, masked)
         for name in list(_LEVELS)[number :: len(_MASKS)] if number else _LEVELS:
-            yield _levels(f"{name}{mask}", name, hidden)
+            yield _levels(f"{name}{mask}", name, masked)
     yield _scores_far_out()
     yield _last_digits()
     yield _noisy_tables()
@@ -66,10 +66,10 @@ def _tables_of(draft: Draft, scale: float, levels: int, polynomial: bool = False
 def _powers(name: str, form: str, mask: torch.Tensor | None) -> Vector:
     draft = Draft("u8", 2, 4, _ROW)
     given = dict(zip(_NAMES, _POWERS[form], strict=True))
-    hidden = None if mask is None else draft.constant("u8", mask)
+    masked = None if mask is None else draft.constant("u8", mask)
     tables = _tables_of(draft, 0.7 if form in ("one-power", "roots") else 0.04, 256, polynomial=form == "published")
     type = "u4" if given["zero"] <= 15 else "u8"
-    draft.emit(p.SoftmaxToPowers, type, input="x", mask=hidden, **tables, **given)
+    draft.emit(p.SoftmaxToPowers, type, input="x", mask=masked, **tables, **given)
     said = ", ".join(f"{key} {value}".lower() for key, value in given.items())
     return draft.vector(f"softmax-to-powers-{name}", f"{said}; {_masked(mask)}", _rows(0, 255))
 
@@ -77,9 +77,9 @@ def _powers(name: str, form: str, mask: torch.Tensor | None) -> Vector:
 def _levels(name: str, form: str, mask: torch.Tensor | None) -> Vector:
     draft = Draft("s8", 2, 4, _ROW)
     multiplier, shift, zero, low, high, type = _LEVELS[form]
-    hidden = None if mask is None else draft.constant("u8", mask)
+    masked = None if mask is None else draft.constant("u8", mask)
     given = {"multiplier": multiplier, "shift": shift, "result_zero": zero, "low": low, "high": high}
-    draft.emit(p.SoftmaxToLevels, type, input="x", mask=hidden, **_tables_of(draft, 0.05, 256), **given)
+    draft.emit(p.SoftmaxToLevels, type, input="x", mask=masked, **_tables_of(draft, 0.05, 256), **given)
     about = f"multiplier {multiplier}, shift {shift}, zero {zero}, codes {low} to {high}; {_masked(mask)}"
     return draft.vector(f"softmax-to-levels-{name}", about, _rows(-128, 127))
 

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from vitquant.errors import CaptureError
 from vitquant.graph.einsum import einsum_to_matmul
-from vitquant.graph.masks import hidden_by_infinity, is_mask
+from vitquant.graph.masks import is_mask, masked_by_infinity
 from vitquant.graph.operators import PRODUCTS, arguments, aten, calls, is_rearrangement, packet
 from vitquant.graph.rms_norm import name_rms_norms
 from vitquant.graph.walk import depends_on_input, root
@@ -77,13 +77,13 @@ def canonicalize(module: GraphModule) -> None:
 
 
 def _fill_with_infinity(module: GraphModule, node: Node) -> None:
-    """Write scores plus a mask of zeros and minus infinity as scores that are filled where the mask hides."""
+    """Write scores plus a mask of zeros and minus infinity as scores that are filled where the mask says so."""
     left, right = arguments(node)
     for scores, mask in ((left, right), (right, left)):
         if isinstance(scores, Node) and isinstance(mask, Node) and scores.meta["shape"] == node.meta["shape"]:
-            hidden = hidden_by_infinity(module, mask)
-            if hidden is not None:
-                node.target, node.args = aten.masked_fill.Scalar, (scores, hidden, -math.inf)
+            masked = masked_by_infinity(module, mask)
+            if masked is not None:
+                node.target, node.args = aten.masked_fill.Scalar, (scores, masked, -math.inf)
                 return
 
 
@@ -130,8 +130,8 @@ def _add_mask(module: GraphModule, like: Node, scores: Node, mask: Node, shape: 
         for part in _summands(module, mask):
             scores = _emit(graph, like, aten.add.Tensor, (scores, part), shape)
         return scores
-    hidden = _emit(graph, mask, aten.logical_not.default, (mask,))
-    return _emit(graph, like, aten.masked_fill.Scalar, (scores, hidden, -math.inf), shape)
+    masked = _emit(graph, mask, aten.logical_not.default, (mask,))
+    return _emit(graph, like, aten.masked_fill.Scalar, (scores, masked, -math.inf), shape)
 
 
 def _summands(module: GraphModule, mask: Node) -> list[Node]:

@@ -16,7 +16,7 @@ from vitquant.graph.operators import FILLS, arguments, aten, calls
 def fold_made_masks(module: GraphModule, example: Tensor, longer: Tensor) -> None:
     """Replace masks that are the same for every image, and have a batch's shape, by constants of one image.
 
-    As a constant a mask is known as one (`masks.is_mask`): it hides entries, and is no range of values. Sizes that grow
+    As a constant a mask is known as one (`masks.is_mask`): it masks entries, and is no range of values. Sizes that grow
     with the batch become 1, which what reads a mask broadcasts.
 
     Arguments:

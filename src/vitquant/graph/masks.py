@@ -1,4 +1,4 @@
-"""Masks between scores and their softmax: which node hides entries, and where the scores are still whole."""
+"""Masks between scores and their softmax: which node masks entries, and where the scores are still whole."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vitquant.graph.walk import origin
 
 # A score this far below its row's largest has no probability that any code holds. Libraries write -100, the smallest
 # float or minus infinity.
-_HIDING = -64.0
+_MASKING = -64.0
 
 
 def unmasked(module: GraphModule, node: Node) -> Node:
-    """The scores that a softmax reads, before any mask hides entries of them: `node` itself when none does.
+    """The scores that a softmax reads, before any mask is applied: `node` itself where there is none.
 
     A mask is data about positions and not a range of values: a quantizer behind it would spread its levels over
     everything down to -100.
@@ -30,47 +30,47 @@ def unmasked(module: GraphModule, node: Node) -> Node:
     while True:
         if is_rearrangement(node):
             node = node.all_input_nodes[0]
-        elif hides(module, node):
+        elif is_mask_on(module, node):
             found = node = arguments(node)[0]
         else:
             return found
 
 
 def masks_between(module: GraphModule, scores: Node, node: Node) -> list[Node]:
-    """The nodes that hide entries on the way from `scores` to `node`, the last one first."""
+    """The nodes that mask entries on the way from `scores` to `node`, the last one first."""
     found = []
     while node is not scores:
-        if hides(module, node):
+        if is_mask_on(module, node):
             found.append(node)
         node = arguments(node)[0]
     return found
 
 
-def hides(module: GraphModule, node: Node) -> bool:
-    """Whether a node does nothing but hide entries of its first argument."""
+def is_mask_on(module: GraphModule, node: Node) -> bool:
+    """Whether a node does nothing but mask entries of its first argument."""
     if calls(node, {aten.masked_fill}):
         value = arguments(node)[2]
-        return isinstance(value, int | float) and value <= _HIDING
+        return isinstance(value, int | float) and value <= _MASKING
     if calls(node, {aten.add}) and not node.kwargs:
         return is_mask(module, arguments(node)[1])
     return False
 
 
 def is_mask(module: GraphModule, node: object) -> bool:
-    """Whether a node is a constant that, added to scores, hides some of them and leaves the others as they are."""
+    """Whether a node is a constant that, added to scores, masks some of them and leaves the others as they are."""
     mask = stored_constant(module, node)
     return mask is not None and hides_some(mask)
 
 
 def hides_some(mask: torch.Tensor) -> bool:
-    """Whether a tensor that is added to scores hides some of them and leaves the others as they are."""
+    """Whether a tensor that is added to scores masks some of them and leaves the others as they are."""
     if not mask.is_floating_point():
         return False
-    return bool(((mask == 0) | (mask <= _HIDING)).all()) and bool((mask != 0).any())
+    return bool(((mask == 0) | (mask <= _MASKING)).all()) and bool((mask != 0).any())
 
 
-def hidden_by_infinity(module: GraphModule, node: Node) -> Node | None:
-    """Which entries a mask of zeros and minus infinity hides, where it is made of boolean ones; else None.
+def masked_by_infinity(module: GraphModule, node: Node) -> Node | None:
+    """Which entries a mask of zeros and minus infinity masks, where it is made of boolean ones; else None.
 
     So libraries turn boolean masks, of padding that the image decides, into what is added to scores.
 
@@ -79,7 +79,7 @@ def hidden_by_infinity(module: GraphModule, node: Node) -> Node | None:
     """
 
     def find(made: Node) -> Node | None:
-        return _hidden_in_sum(module, made) if calls(made, {aten.add}) else _hidden_by_fill(module, made)
+        return _masked_in_sum(module, made) if calls(made, {aten.add}) else _masked_by_fill(module, made)
 
     return _behind_moves(module, node, find)
 
@@ -99,35 +99,35 @@ def _behind_moves(module: GraphModule, node: Node, find: Callable[[Node], Node |
     return found
 
 
-def _hidden_by_fill(module: GraphModule, made: Node) -> Node | None:
+def _masked_by_fill(module: GraphModule, made: Node) -> Node | None:
     """The condition by which zeros and minus infinity were put side by side; None where something else was."""
     if calls(made, {aten.masked_fill}):
-        shown, condition, hidden = arguments(made)
+        shown, condition, masked = arguments(made)
     elif calls(made, {aten.where}) and len(arguments(made)) == 3:
-        condition, hidden, shown = arguments(made)
+        condition, masked, shown = arguments(made)
     else:
         return None
-    numbers = _number(module, shown), _number(module, hidden)
+    numbers = _number(module, shown), _number(module, masked)
     if condition.meta["shape"] != made.meta["shape"] or set(numbers) != {0.0, -math.inf}:
         return None
     return condition if numbers[0] == 0.0 else _boolean(module, made, aten.logical_not.default, condition)
 
 
-def _hidden_in_sum(module: GraphModule, made: Node) -> Node | None:
-    """What two masks hide that were added up, as nn.MultiheadAttention does; either may be a constant."""
+def _masked_in_sum(module: GraphModule, made: Node) -> Node | None:
+    """The entries that two masks, added up, mask, as nn.MultiheadAttention does; either may be a constant."""
     if made.kwargs:  # a multiple is added
         return None
     found = []
     for part in arguments(made):
-        hidden = None
+        masked = None
         if isinstance(part, Node):
-            hidden = _behind_moves(module, part, partial(_hidden_by_fill, module))
+            masked = _behind_moves(module, part, partial(_masked_by_fill, module))
         constant = stored_constant(module, part)
         if constant is not None and bool(((constant == 0) | (constant == -math.inf)).all()):
-            hidden = _boolean(module, made, aten.lt.Scalar, part, 0.0, shape=part.meta["shape"])
-        if hidden is None:
+            masked = _boolean(module, made, aten.lt.Scalar, part, 0.0, shape=part.meta["shape"])
+        if masked is None:
             return None
-        found.append(hidden)
+        found.append(masked)
     return _boolean(module, made, aten.logical_or.default, *found)
 
 
@@ -158,8 +158,8 @@ def _number(module: GraphModule, value: object) -> float | None:
     return float(constant.flatten()[0])
 
 
-def hide_whole_rows(masks: Sequence[torch.Tensor]) -> bool:
-    """Whether masks of one softmax hide, one or several together, every entry of a row.
+def masks_whole_rows(masks: Sequence[torch.Tensor]) -> bool:
+    """Whether masks of one softmax mask, one or several together, every entry of a row.
 
     Such a row has no probabilities: a softmax of scores that are all minus infinity is NaN.
 
@@ -168,23 +168,23 @@ def hide_whole_rows(masks: Sequence[torch.Tensor]) -> bool:
     """
     together: list[torch.Tensor] = []
     for mask in masks:
-        hidden = mask if mask.dtype == torch.bool else mask <= _HIDING
+        masked = mask if mask.dtype == torch.bool else mask <= _MASKING
         both = []
         for other in together:
             with suppress(RuntimeError):  # of other axes, such as those of windows
-                both.append(hidden | other)
-        together += [hidden, *both]
-    return any(bool(hidden.all(-1).any()) for hidden in together)
+                both.append(masked | other)
+        together += [masked, *both]
+    return any(bool(masked.all(-1).any()) for masked in together)
 
 
-def hide_exactly(module: GraphModule, node: Node) -> None:
-    """Rewrite a hiding node in place as `masked_fill(scores, hidden, -inf)`."""
+def mask_exactly(module: GraphModule, node: Node) -> None:
+    """Rewrite a masking node in place as `masked_fill(scores, masked, -inf)`."""
     if calls(node, {aten.masked_fill}):
         node.target, node.args = aten.masked_fill.Scalar, (*arguments(node)[:2], -math.inf)
         return
     mask = arguments(node)[1]
-    hidden = _boolean(module, node, aten.lt.Scalar, mask, 0.0, shape=mask.meta["shape"])
-    node.target, node.args = aten.masked_fill.Scalar, (arguments(node)[0], hidden, -math.inf)
+    masked = _boolean(module, node, aten.lt.Scalar, mask, 0.0, shape=mask.meta["shape"])
+    node.target, node.args = aten.masked_fill.Scalar, (arguments(node)[0], masked, -math.inf)
 
 
 def stored_constant(module: GraphModule, node: object) -> torch.Tensor | None:

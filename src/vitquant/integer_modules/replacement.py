@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from vitquant.errors import LoweringError
 from vitquant.graph.kinds import KINDS, IntegerForm
-from vitquant.graph.masks import hide_exactly, hide_whole_rows, masks_between, unmasked
+from vitquant.graph.masks import mask_exactly, masks_between, masks_whole_rows, unmasked
 from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, is_selection, packet
 from vitquant.graph.sites import Site
 from vitquant.graph.walk import ancestors, depends_on_input, nodes_by_name, origin, path_between, root
@@ -56,7 +56,7 @@ def replace_operations(module: GraphModule, sites: Iterable[Site], arithmetic: A
             continue
         if site.kind == "softmax":
             for mask in _masks(module, node):
-                hide_exactly(module, mask)
+                mask_exactly(module, mask)
         parts = [node, *(_copy_for(module, node, users) for users in list(readers.values())[1:])]
         for number, (part, (operation, parameters)) in enumerate(zip(parts, built, strict=True)):
             target = f"{ROOT}.{site.name}" + (f".part{number}" if number else "")
@@ -186,18 +186,18 @@ def _scores(module: GraphModule, node: Node) -> Node:
 
 
 def _masks(module: GraphModule, node: Node) -> list[Node]:
-    """The nodes that hide scores of a softmax."""
+    """The nodes that mask scores of a softmax."""
     return masks_between(module, _scores(module, node), arguments(node)[0])
 
 
 def _is_masked(module: GraphModule, node: Node) -> bool:
-    """Whether anything hides scores of a softmax; masks that leave nothing of a row are refused."""
+    """Whether anything masks scores of a softmax; masks that leave nothing of a row are refused."""
     masks = [arguments(mask)[1] for mask in _masks(module, node)]
     read = ancestors(module.graph)
     images = next(read[each] for each in module.graph.nodes if each.op == "placeholder")
     known = [mask for mask in masks if not read[mask] & images]  # one of the batch's size reads the shape of the images
-    if hide_whole_rows([_stored(module, mask) for mask in known]):
-        raise NotIntegerError("its mask hides every entry of a row: give every row at least one that is not hidden")
+    if masks_whole_rows([_stored(module, mask) for mask in known]):
+        raise NotIntegerError("its mask covers every entry of a row: give every row at least one that is not masked")
     return bool(masks)
 
 

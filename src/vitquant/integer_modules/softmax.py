@@ -35,9 +35,9 @@ class _Softmax(IntegerOperation):
     """What both forms share.
 
     Arguments:
-        source, result: see `IntegerOperation`. A score of minus infinity is hidden by a mask.
+        source, result: see `IntegerOperation`. A score of minus infinity is masked by a mask.
         exponential: `exact` or `polynomial`.
-        masked: whether a mask may hide scores.
+        masked: whether a mask may mask scores.
     """
 
     kind = "softmax"

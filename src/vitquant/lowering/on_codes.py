@@ -39,7 +39,7 @@ def masked(context: Context, node: Node) -> Masked:
         raise context.refuse("its mask depends on the image", "give a constant mask")
     value = arguments(node)[2]
     if not isinstance(value, int | float) or value != -math.inf:
-        raise context.refuse(f"it fills with {value}, which does not hide", "fill with minus infinity before a softmax")
+        raise context.refuse(f"it fills with {value}, which is no mask", "fill with minus infinity before a softmax")
     shape = growing_shape(arguments(node)[1])
     if -1 in shape[1:]:
         raise context.refuse("its mask grows with the batch along another axis than the first", "repeat it there")

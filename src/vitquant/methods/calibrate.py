@@ -20,7 +20,7 @@ from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.recipe import Assignment
 from vitquant.recipe.tables import within
 
-_NO_SCORE = -1e4  # of a softmax: no model has scores that low, and libraries hide entries with that and less
+_NO_SCORE = -1e4  # of a softmax: no model has scores that low, and libraries mask entries with that and less
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _refuse_masked(name: str, observer: Observer) -> None:
     if low <= _NO_SCORE:
         raise CalibrationError(
             f"scores go down to {low:.3g}: a mask of finite numbers is added to them that the image decides, or that "
-            "differs between the images of a batch; write it as masked_fill(hidden, -torch.inf)",
+            "differs between the images of a batch; write it as masked_fill(masked, -torch.inf)",
             name,
         )
 
