@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from vitquant.exports.onnx_integer import arithmetic, operations
+from vitquant.exports.onnx_integer import arithmetic as onnx_arithmetic
+from vitquant.exports.onnx_integer import operations as onnx_operations
 from vitquant.exports.onnx_integer.builder import Graph, Value
 from vitquant.integer import arithmetic, layer_norm, softmax
 from vitquant.integer.exponential import exact_exponential
@@ -63,13 +64,13 @@ def column(values: Sequence[int]) -> Tensor:
     return torch.tensor(values)[:, None]
 
 
-BIT_LENGTH = Everywhere(arithmetic.bit_length)
-SQUARE_ROOT = Everywhere(arithmetic.square_root)
-LOGARITHMS = {bits: Everywhere(lambda x, bits=bits: arithmetic.logarithm(x, bits)) for bits in (0, 1, 12, 14)}
-FLOORS = {digits: Everywhere(lambda x, d=digits: arithmetic.shift_floor(x, d)) for digits in (1, 31, 34, 62, 63)}
-NEAREST = {digits: Everywhere(lambda x, d=digits: arithmetic.shift_right(x, d)) for digits in (1, 2, 34, 60)}
+BIT_LENGTH = Everywhere(onnx_arithmetic.bit_length)
+SQUARE_ROOT = Everywhere(onnx_arithmetic.square_root)
+LOGARITHMS = {bits: Everywhere(lambda x, bits=bits: onnx_arithmetic.logarithm(x, bits)) for bits in (0, 1, 12, 14)}
+FLOORS = {digits: Everywhere(lambda x, d=digits: onnx_arithmetic.shift_floor(x, d)) for digits in (1, 31, 34, 62, 63)}
+NEAREST = {digits: Everywhere(lambda x, d=digits: onnx_arithmetic.shift_right(x, d)) for digits in (1, 2, 34, 60)}
 CLAMPS = {
-    key: Everywhere(lambda x, key=key: arithmetic.shift_clamped(x, *key))
+    key: Everywhere(lambda x, key=key: onnx_arithmetic.shift_clamped(x, *key))
     for key in ((1, 0, 255), (30, -128, 127), (31, 0, 15), (32, -8, 7), (40, 0, 255), (61, -1, 0))
 }
 
@@ -129,7 +130,7 @@ def test_a_minimum_of_int64_is_refused_because_onnx_runtime_has_it_wrong() -> No
 # LayerNorm and softmax
 
 CHANNELS, LARGEST, EPSILON = 24, 2040, 300
-NORMALIZE = Everywhere(lambda x: operations.normalize(x, CHANNELS, EPSILON, LARGEST), CHANNELS)
+NORMALIZE = Everywhere(lambda x: onnx_operations.normalize(x, CHANNELS, EPSILON, LARGEST), CHANNELS)
 TABLE = exact_exponential(0.04)
 ROW = 5
 
@@ -140,7 +141,7 @@ def softmax_of(form: Callable[..., Value], hidden: Tensor | None = None) -> Ever
     def build(x: Value) -> Value:
         values, octaves = (x.graph.constant(table, np.int32) for table in (TABLE.values, TABLE.octaves))
         mask = None if hidden is None else x.graph.constant(hidden, bool)
-        return form(operations.distances(x.cast(np.int32), mask, TABLE.masked), values, octaves)
+        return form(onnx_operations.distances(x.cast(np.int32), mask, TABLE.masked), values, octaves)
 
     return Everywhere(build, ROW)
 
@@ -148,23 +149,23 @@ def softmax_of(form: Callable[..., Value], hidden: Tensor | None = None) -> Ever
 HIDDEN = torch.tensor([True, False, True, False, False])
 FORMS = {
     "log": (
-        lambda d, values, octaves: operations.softmax_to_powers(d, values, octaves, 15),
+        lambda d, values, octaves: onnx_operations.softmax_to_powers(d, values, octaves, 15),
         lambda d: softmax.log_int_softmax(d, TABLE, 15),
     ),
     "roots": (
-        lambda d, values, octaves: operations.softmax_to_powers(d, values, octaves, 31, 2),
+        lambda d, values, octaves: onnx_operations.softmax_to_powers(d, values, octaves, 31, 2),
         lambda d: softmax.log_int_softmax(d, TABLE, 31, 2),
     ),
     "roots below 1": (
-        lambda d, values, octaves: operations.softmax_to_powers(d, values, octaves, 31, 2, -7321),
+        lambda d, values, octaves: onnx_operations.softmax_to_powers(d, values, octaves, 31, 2, -7321),
         lambda d: softmax.log_int_softmax(d, TABLE, 31, 2, -7321),
     ),
     "published": (
-        lambda d, values, _: operations.published_softmax_to_powers(d, values, 16),
+        lambda d, values, _: onnx_operations.published_softmax_to_powers(d, values, 16),
         lambda d: softmax.published_log_int_softmax(d, TABLE, 16),
     ),
     "uniform": (
-        lambda d, values, _: operations.softmax_to_levels(d, values, 2**31 - 9, 23),
+        lambda d, values, _: onnx_operations.softmax_to_levels(d, values, 2**31 - 9, 23),
         lambda d: softmax.integer_softmax(d, TABLE, 2**31 - 9, 23),
     ),
 }

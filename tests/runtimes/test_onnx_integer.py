@@ -176,7 +176,7 @@ def test_what_codes_mean_is_in_the_metadata(vit_program, tmp_path):
     assert (said["recipe"], said["bits"]) == ("fq-vit", "w8a8s4")
     assert (said["format"], said["version"]) == (FORMAT, vitquant.__version__)
     assert all(name.startswith("vitquant.") for name in model.metadata)
-    assert quantization_from(model.metadata) == quantization_of(vit_program)
+    assert quantization_from(model.metadata, model.outputs) == quantization_of(vit_program)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
@@ -258,9 +258,19 @@ def test_float_logits_have_the_scales_of_their_classes(vit_program):
     assert torch.equal(OnnxModel(content, threads=1)(images), interpreted(program)(images))
 
 
-def test_logits_of_4_bits_stay_codes():
-    with pytest.raises(ExportError, match=r"u4.*codes as input and output"):
-        onnx_integer_model(lower(quantized("vit", bits="w4a4s4")), float_io=True)
+def test_float_logits_of_4_bits_are_those_of_the_program():
+    program = lower(quantized("vit", bits="w4a4s4"))
+    assert program.registers[program.outputs["output"]].type == "u4"
+    content = onnx_integer_model(program, float_io=True).SerializeToString()
+    images = torch.randn(3, 3, 32, 32)
+    for optimize in (True, False):
+        assert torch.equal(OnnxModel(content, optimize, threads=1)(images), interpreted(program)(images))
+
+
+def test_images_of_4_bits_stay_codes(vit_program):
+    registers = {**vit_program.registers, vit_program.input: p.Register("u4", (-1, 3, 32, 32))}
+    with pytest.raises(ExportError, match=r"u4, and ONNX quantizes float to bytes; export it without --float-io"):
+        onnx_integer_model(replace(vit_program, registers=registers), float_io=True)
 
 
 # Single instructions: what lowering does not write today, or not in every form
