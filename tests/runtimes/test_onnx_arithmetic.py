@@ -48,7 +48,7 @@ class Everywhere:
         graph = Graph()
         x = graph.input("x", np.int64)
         y = graph.named(self.build(x), "y")
-        model = graph.model((x, ["rows", self.columns]), (y, ["rows", "columns"]), {}, "")
+        model = graph.model((x, ["rows", self.columns]), [(y, ["rows", "columns"])], {}, "")
         content = model.SerializeToString()
         return OnnxModel(content, threads=1), OnnxModel(content, optimize=False, threads=1), ReferenceEvaluator(model)
 

@@ -216,7 +216,7 @@ class _Export:
         register, facts = self.program.outputs[name], self.program.facts["outputs"][name]
         scale = np.array(facts["scale"], np.float32)
         if self.program.registers[register].type not in _BYTES:
-            steps = codes - facts["zero_point"] if facts["zero_point"] else codes
+            steps = codes.cast(np.int64) - facts["zero_point"]
             return steps.cast(np.float32) * self.graph.constant(scale, np.float32)
         zero = np.full(scale.shape, facts["zero_point"])
         dtype = np.dtype(self._dtype(register))
