@@ -35,7 +35,7 @@ from vitquant.runtime.products import exact_int64, exact_products
 
 VECTORS = {vector.name: vector for vector in all_vectors()}
 # Of every byte of every file; it changes with the format, with FORMAT, and with the vectors only.
-DIGEST = "7fb9c54748d8e5d5fa61856933fece9273cf23d919440051f46fdac19f66a36a"
+DIGEST = "d70f393439c9dde0b639b882ab1d93d84b7dc11e4d31f2e1212875aaf4044f91"
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +185,26 @@ def test_a_logarithm_that_is_off_by_one_shows_in_every_row_that_is_long_enough(m
         assert bool((found != expected).any(-1)[0, 4:].all())
     real = torch.floor(torch.log2(torch.tensor(33.0 * 57814, dtype=torch.float64)) * 4096)
     assert int(logarithm(torch.tensor(33 * 57814), 12)) == int(real) - 1
+
+
+@pytest.mark.parametrize("digits", [24, 28, 30])
+def test_a_logarithm_of_fewer_digits_shows(monkeypatch, digits):
+    def cut(x, bits):
+        length = torch.floor(torch.log2(x.double())).long()
+        m = x << (30 - length)
+        for _ in range(bits):
+            m = m >> (31 - digits) << (31 - digits)
+            m = m * m >> 30
+            m, length = m >> (m >> 31), 2 * length + (m >> 31)
+        return length
+
+    vector = VECTORS["softmax-to-powers-few-digits"]
+    expected = Interpreter(vector.program, exact_int64)(vector.codes)
+    for fewer in (0, 31 - digits):
+        digits = 31 - fewer
+        monkeypatch.setattr(softmax, "logarithm", cut)
+        found = Interpreter(vector.program, exact_int64)(vector.codes)
+        assert int((found != expected).any(-1).sum()) == (6 if fewer else 0)
 
 
 def test_no_vector_is_too_easy():

@@ -41,7 +41,10 @@ def operations_on_codes() -> Iterator[Vector]:
         for name in list(_LEVELS)[number :: len(_MASKS)] if number else _LEVELS:
             yield _levels(f"{name}{mask}", name, masked)
     yield _scores_far_out()
-    yield _last_digits()
+    about = "row sums by which the logarithm's last digit shows"
+    yield _row_sums("softmax-to-powers-last-digits", about, 57814)
+    about = "row sums by which a logarithm shows whose intermediate numbers have fewer than 31 digits"
+    yield _row_sums("softmax-to-powers-few-digits", about, 37436)
     yield _noisy_tables()
     for kind, name in ((p.LayerNorm, "layer-norm"), (p.RmsNorm, "rms-norm")):
         yield from _norms(kind, name)
@@ -105,12 +108,13 @@ def _scores_far_out() -> Vector:
     return draft.vector("softmax-far-out", about, _rows(0, 15))
 
 
-def _last_digits() -> Vector:
+def _row_sums(name: str, about: str, exponential: int) -> Vector:
     """Codes that change at the last digit of the logarithm: a row has n entries of one exponential, for n from 1 to 64.
 
-    Of 33 entries the logarithm that the format defines is one below the floor of the real one.
+    Of 33 entries of 57814 the logarithm that the format defines is one below the floor of the real one. Of 7 numbers of
+    entries of 37436 it is another with 30 digits or fewer in place of 31.
     """
-    draft, levels, exponential = Draft("u16", 64, 64), 4096, 57814
+    draft, levels = Draft("u16", 64, 64), 4096
     scores = draft.emit(
         p.Requantize, "u16", inputs=("x",), multipliers=(draft.constant("s32", 2),), addend=draft.constant("s64", 0),
         shift=1, low=0, high=levels - 1,
@@ -128,7 +132,7 @@ def _last_digits() -> Vector:
     for column, offset in enumerate((0, 2047, 2048, 2049), 1):
         codes[0, :, column] = levels - 1 - (distance + offset).clamp(0, levels - 1)
     codes[..., 0] = levels - 1
-    return draft.vector("softmax-to-powers-last-digits", "row sums by which the logarithm's last digit shows", codes)
+    return draft.vector(name, about, codes)
 
 
 def _noisy_tables() -> Vector:
