@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from vitquant.model import QuantizedModel
     from vitquant.pipeline import float_model, load, quantize
     from vitquant.program.instructions import IntegerProgram
+    from vitquant.submodules import inputs_of, put_back
     from vitquant.workflows import BrokenPromiseError, compare, evaluate, export
     from vitquant.zoo import ModelSource
 
 __all__ = [
     "BrokenPromiseError", "CapturedModel", "IntegerProgram", "ModelSource", "QuantizedModel", "SensitivityTable",
-    "VitquantError", "compare", "evaluate", "export", "float_model", "load", "lower", "quantize", "sensitivity",
+    "VitquantError", "compare", "evaluate", "export", "float_model", "inputs_of", "load", "lower", "put_back", "quantize",
+    "sensitivity",
 ]  # fmt: skip
 
 _HOMES = {
@@ -46,7 +48,9 @@ _HOMES = {
     "compare": "vitquant.workflows",
     "evaluate": "vitquant.workflows",
     "export": "vitquant.workflows",
+    "inputs_of": "vitquant.submodules",
     "lower": "vitquant.lowering",
+    "put_back": "vitquant.submodules",
     "quantize": "vitquant.pipeline",
     "sensitivity": "vitquant.allocation.sensitivity",
 }
