@@ -8,6 +8,8 @@ In Python::
     vitquant.evaluate(model, labelled_batches, float_model=float_model)
     vitquant.export(model, "onnx-integer", "model.onnx", calibration_batches)
     logits = vitquant.lower(model).run(images)
+    inputs = vitquant.inputs_of(detector, "backbone", batches)
+    detector = vitquant.put_back(detector, "backbone", vitquant.quantize(detector.backbone, "default", inputs))
     recipe, bits = vitquant.sensitivity(float_model, "vt-ptq", calibration_batches).allocate(mean_bits=6)
 """
 
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BrokenPromiseError", "CapturedModel", "IntegerProgram", "ModelSource", "QuantizedModel", "SensitivityTable",
-    "VitquantError", "compare", "evaluate", "export", "float_model", "inputs_of", "load", "lower", "put_back", "quantize",
-    "sensitivity",
+    "VitquantError", "compare", "evaluate", "export", "float_model", "inputs_of", "load", "lower", "put_back",
+    "quantize", "sensitivity",
 ]  # fmt: skip
 
 _HOMES = {

@@ -22,6 +22,7 @@ from vitquant.graph.captured import CapturedModel
 from vitquant.plain_forward import plain_forward
 from vitquant.unwrapping import unwrapped
 
+_ALONE = "takes images alone"
 _WORDS = bool | int | float | str | None  # constants that can be compared
 
 
@@ -163,13 +164,11 @@ class _Call:
         if any(_same(value, default) for default in self._defaults(argument)):
             return
         if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
-            raise CaptureError(
-                f"{self.name} is given a tensor beside the images, {argument}: name a part of it that takes images alone"
-            )
-        raise CaptureError(
-            f"{self.name} is called with {argument}={_shown(value)}, which is not its default, and is captured with its "
-            f"defaults; {self._remedy(argument, value)}"
-        )
+            problem, remedy = f"given a tensor beside the images, {argument}", f"name a part of it that {_ALONE}"
+        else:
+            problem = f"called with {argument}={_shown(value)}, which is not its default, and is captured with that"
+            remedy = self._remedy(argument, value)
+        raise CaptureError(f"{self.name} is {problem}; {remedy}")
 
     def _defaults(self, argument: str) -> tuple[object, ...]:
         """What may be said in a call and is the same as nothing."""
@@ -186,7 +185,7 @@ class _Call:
         if argument not in self.given and hasattr(self.config, argument):
             return f"change the default before you quantize: {where}.config.{argument} = {_shown(value)}"
         if not argument.isidentifier():
-            return f"name a part of {self.name} that takes images alone"
+            return f"name a part of it that {_ALONE}"
         return (
             f"change the default before you quantize: part = {where}; "
             f"part.forward = functools.partial(part.forward, {argument}={_shown(value)})"

@@ -277,7 +277,7 @@ def test_one_batch_at_a_time() -> None:
     next(iter(inputs))
     assert read == [0]
     with pytest.raises(CalibrationError, match="can be read once only"):
-        vitquant.quantize(detector().backbone, "omse", inputs, simulated=True)
+        vitquant.quantize(detector().backbone, "repq-vit", inputs, simulated=True)
 
 
 def test_the_model_is_left_as_it_is() -> None:
@@ -433,7 +433,7 @@ def _asking(model: Any) -> nn.Module:
 
 # --- refusals --------------------------------------------------------------------------------------------
 
-MASKED = "backbone is given a tensor beside the images, mask: name a part of it that takes images alone"
+MASKED = "backbone is given a tensor beside the images, mask; name a part of it that takes images alone"
 
 
 class Nested:
@@ -468,7 +468,7 @@ class Nested:
         (lambda model, x: model.backbone([x]), "what backbone is given first is of type list, not a float tensor"),
         (
             lambda model, x: model.backbone(mask=x),
-            "what backbone is given first is of type NoneType, not a float tensor",
+            "backbone is called otherwise than its forward is written: missing a required argument: 'x'",
         ),
         (
             lambda model, x: model.backbone(x > 0),
@@ -546,7 +546,7 @@ def test_other_refusals() -> None:
     with pytest.raises(CaptureError, match="the model was captured for images of 3x32x32, these are 3x48x48; resize"):
         run(whole, images(2, size=48))
     model.memory = model.head.weight * 2
-    with pytest.raises(ModelError, match="^the model cannot be copied: Only Tensors created explicitly"):
+    with pytest.raises(ModelError, match=r"^the model cannot be copied: Only Tensors created explicitly"):
         vitquant.put_back(model, "backbone", shared())
-    with pytest.raises(ModelError, match="^the model is of type str, not a torch.nn.Module$"):
+    with pytest.raises(ModelError, match=r"^the model is of type str, not a torch.nn.Module$"):
         vitquant.inputs_of("timm:vit", "backbone", [])  # type: ignore[arg-type]
