@@ -65,7 +65,7 @@ def put_back(model: nn.Module, name: str, quantized: CapturedModel) -> nn.Module
     Arguments:
         model: the whole model; it is left as it is.
         name: of the submodule, as `model.get_submodule` takes it.
-        quantized: what was made of that submodule, by `quantize`, `load` or `capture`.
+        quantized: what `quantize` or `load` made of that submodule, or a `CapturedModel` of it.
 
     Raises:
         ModelError: the model has no such submodule, or cannot be copied, or that is no captured model.
@@ -174,20 +174,28 @@ class _Call:
         """What may be said in a call and is the same as nothing."""
         if argument in self.given:
             return (self.given[argument],)
+        default = self._written(argument)
+        return (default, getattr(self.config, argument)) if self._in_config(argument) else (default,)
+
+    def _written(self, argument: str) -> object:
+        """The default in the signature, `Parameter.empty` where there is none."""
         parameter = self.signature.parameters.get(argument)
-        default = inspect.Parameter.empty if parameter is None else parameter.default
-        if default is None or default is inspect.Parameter.empty:
-            return (default, getattr(self.config, argument, default))
-        return (default,)
+        return inspect.Parameter.empty if parameter is None else parameter.default
+
+    def _in_config(self, argument: str) -> bool:
+        """Whether a default that is not written is one of the config."""
+        if argument in self.given or not hasattr(self.config, argument):
+            return False
+        return self._written(argument) is None or self._written(argument) is inspect.Parameter.empty
 
     def _remedy(self, argument: str, value: object) -> str:
-        where = f"model.get_submodule({self.name!r})"
-        if argument not in self.given and hasattr(self.config, argument):
-            return f"change the default before you quantize: {where}.config.{argument} = {_shown(value)}"
+        part = f"model.get_submodule({self.name!r})"
+        if self._in_config(argument):
+            return f"change the default before you quantize: {part}.config.{argument} = {_shown(value)}"
         if not argument.isidentifier():
             return f"name a part of it that {_ALONE}"
         return (
-            f"change the default before you quantize: part = {where}; "
+            f"change the default before you quantize, and call it by keyword: part = {part}; "
             f"part.forward = functools.partial(part.forward, {argument}={_shown(value)})"
         )
 

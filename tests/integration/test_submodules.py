@@ -206,7 +206,6 @@ class Tokens(nn.Module):
 PHOTOGRAPHS = list(images(2).sigmoid())
 LIBRARIES = {
     "torchvision's detector": (faster_rcnn, "backbone.body", PHOTOGRAPHS, PHOTOGRAPHS),
-    "with targets": (faster_rcnn, "backbone", (tuple(PHOTOGRAPHS), ({"boxes": 0}, {"boxes": 0})), PHOTOGRAPHS),
     "transformers' segmentation": (upernet, "backbone", {"pixel_values": images(2), "labels": 0}, images(2)),
     "transformers' depth": (depth_anything, "backbone", (images(2, size=28), 0), images(2, size=28)),
     "a graph module": (features, "body", images(2), images(2)),
@@ -234,6 +233,16 @@ def test_backbones_of_libraries(which: str, tmp_path: Path) -> None:
     assert same(run(vitquant.put_back(model, name, loaded), given), run(whole, given))
     assert same(list(model.state_dict().values()), list(before.values()))
     assert same(run(model, given), expected)
+
+
+def test_batches_of_a_detector() -> None:
+    """As a list of images, as a collated batch with targets, and as images of other sizes, which it resizes."""
+    model, targets = made(faster_rcnn), ({"boxes": 0}, {"boxes": 0})
+    larger = [image.repeat_interleave(2, dim=1) for image in PHOTOGRAPHS]
+    data = [PHOTOGRAPHS, (tuple(PHOTOGRAPHS), targets), larger]
+    first, second, third = vitquant.inputs_of(model, "backbone", data)
+    assert torch.equal(first, second)
+    assert first.shape == third.shape == (2, 3, 32, 32)
 
 
 # --- how a submodule is called ---------------------------------------------------------------------------
