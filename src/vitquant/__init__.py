@@ -8,6 +8,8 @@ In Python::
     vitquant.evaluate(model, labelled_batches, float_model=float_model)
     vitquant.export(model, "onnx-integer", "model.onnx", calibration_batches)
     logits = vitquant.lower(model).run(images)
+    inputs = vitquant.inputs_of(detector, "backbone", batches)
+    detector = vitquant.put_back(detector, "backbone", vitquant.quantize(detector.backbone, "default", inputs))
     recipe, bits = vitquant.sensitivity(float_model, "vt-ptq", calibration_batches).allocate(mean_bits=6)
 """
 
@@ -25,12 +27,14 @@ if TYPE_CHECKING:
     from vitquant.lowering import lower
     from vitquant.model import QuantizedModel
     from vitquant.program.instructions import IntegerProgram
+    from vitquant.submodules import inputs_of, put_back
     from vitquant.workflows import BrokenPromiseError, compare, evaluate, export, quantize
     from vitquant.zoo import ModelSource
 
 __all__ = [
     "BrokenPromiseError", "CapturedModel", "IntegerProgram", "ModelSource", "QuantizedModel", "SensitivityTable",
-    "VitquantError", "compare", "evaluate", "export", "float_model", "load", "lower", "quantize", "sensitivity",
+    "VitquantError", "compare", "evaluate", "export", "float_model", "inputs_of", "load", "lower", "put_back",
+    "quantize", "sensitivity",
 ]  # fmt: skip
 
 _HOMES = {
@@ -46,7 +50,9 @@ _HOMES = {
     "compare": "vitquant.workflows",
     "evaluate": "vitquant.workflows",
     "export": "vitquant.workflows",
+    "inputs_of": "vitquant.submodules",
     "lower": "vitquant.lowering",
+    "put_back": "vitquant.submodules",
     "quantize": "vitquant.workflows",
     "sensitivity": "vitquant.allocation.sensitivity",
 }

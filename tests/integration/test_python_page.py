@@ -1,4 +1,4 @@
-"""docs/python.md runs as it stands, on the embedded model and its images."""
+"""docs/python.md runs as it stands, on the embedded model and its images; docs/submodules.md on a small detector."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 import vitquant
 from vitquant.demo import embedded
 
-PAGE = Path(__file__).parents[2] / "docs" / "python.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
+DOCS = Path(__file__).parents[2] / "docs"
+BLOCKS, SUBMODULES = (
+    re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.S) for page in ("python.md", "submodules.md")
+)
 
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +38,26 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "blocks.0.attn.scores:query" in capsys.readouterr().out
 
 
-def test_every_public_function_is_on_the_page() -> None:
+def test_the_page_on_submodules_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    classes, given, *rest = SUBMODULES
+    names: dict[str, Any] = {}
+    exec(classes, names)
+    tiny = "pretrained=False, out_channels=16, depth=12, embed_dim=16, num_heads=2, patch_size=8, img_size=224"
+    small = given.replace("pretrained=True, img_size=224", tiny).replace("224", "32").replace("range(8)", "range(2)")
+    assert small.count("32, 32") == 1
+    exec(small, names)
+    for block in rest:
+        exec(block, names)
+    with torch.no_grad():
+        found, expected = (names["quantized"](names["batches"][1]), names["detector"](names["batches"][1]))
+    assert len(found) == len(expected) == 4
+    assert [name for name, _ in names["quantized"].backbone.body.named_children()] == ["captured"]
+    assert capsys.readouterr().out.count("torch.Size") == 2
+
+
+def test_every_public_function_is_on_a_page() -> None:
     functions = [name for name in vitquant.__all__ if name.islower() and name not in ("float_model", "compare")]
-    assert all(f"vitquant.{name}(" in "".join(BLOCKS) for name in functions)
+    assert all(f"vitquant.{name}(" in "".join(BLOCKS + SUBMODULES) for name in functions)
