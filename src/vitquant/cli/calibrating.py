@@ -12,14 +12,13 @@ import typer
 from vitquant.cli import options
 from vitquant.cli.completing import recipe_names
 from vitquant.cli.terminal import Terminal
-from vitquant.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from vitquant.recipe import Recipe
-    from vitquant.tasks.images import ImageBatches, Item
+    from vitquant.tasks.images import ImageBatches
     from vitquant.tasks.preprocessing import Preprocessing
     from vitquant.zoo import ModelSource
 
@@ -115,8 +114,8 @@ def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
     """
     import torch
 
-    from vitquant.tasks.images import batches, load_unlabelled
-    from vitquant.zoo import ModelSource, check_name, create, parse_model_arguments, pinned
+    from vitquant.image_folders import CalibrationImages
+    from vitquant.zoo import ModelSource, check_name, create, parse_model_arguments, pinned, preprocessing_of
 
     torch.manual_seed(request.seed)
     weights = request.weights
@@ -125,17 +124,13 @@ def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
     arguments = parse_model_arguments(request.model_arguments or ())
     named = ModelSource(request.model, arguments, weights, request.seed, weights_key=request.weights_key)
     check_name(named)
-    listing = load_unlabelled(request.calibration)
-    items = _choose(listing, request.calibration, request.images, recipe.calibration.images, request.seed)
-    size = request.batch or min(recipe.calibration.batch, len(items))
-    _refuse_less_than_a_batch(len(items), request.batch, request.calibration)
+    chosen = CalibrationImages.chosen(request.calibration, recipe, request.images, request.batch, request.seed)
     source = pinned(named)
     notes: list[str] = []
     network = create(source, notes.append).to(where)
-    steps = _preprocessing(network, source, request.preprocessing)
-    data = batches(items, steps, size, request.workers, request.skip_bad_images)
-    _refuse_less_than_a_batch(len(data.items), request.batch, request.calibration)
-    return Prepared(network, source, steps, data, len(items), size, (*notes, *listing.notes))
+    steps = preprocessing_of(network, source, request.preprocessing)
+    data = chosen.batches(steps, request.workers, request.skip_bad_images)
+    return Prepared(network, source, steps, data, len(chosen.items), chosen.batch, (*notes, *chosen.notes))
 
 
 def say_what_was_used(terminal: Terminal, prepared: Prepared, request: Request, recipe: Recipe) -> None:
@@ -148,38 +143,6 @@ def say_what_was_used(terminal: Terminal, prepared: Prepared, request: Request, 
         terminal.note(f"{there} were used; {recipe.name} asks for {usual}")
     if skipped:
         terminal.note(f"{len(skipped)} images were left out, first: {skipped[0].path}: {skipped[0].reason}")
-
-
-def _choose(items: list[Item], directory: Path, asked: int | None, usual: int, seed: int) -> list[Item]:
-    """The images to calibrate on: as many as asked for, or else the recipe's number or all there are."""
-    from vitquant.tasks.images import subset
-
-    if asked is not None and asked > len(items):
-        raise DataError(
-            f"{directory}: {asked} images asked for, {len(items)} there; give --images {len(items)} or less"
-        )
-    return subset(items, asked or min(usual, len(items)), seed)
-
-
-def _refuse_less_than_a_batch(count: int, asked: int | None, directory: Path) -> None:
-    if asked is not None and count < asked:
-        raise DataError(
-            f"{directory}: {count} calibration images are less than a batch of {asked}; give more, or --batch {count}"
-        )
-
-
-def _preprocessing(network: nn.Module, source: ModelSource, file: Path | None) -> Preprocessing:
-    """The model's own preprocessing, with the keys of a file laid over it."""
-    from vitquant.tasks.preprocessing import Preprocessing
-    from vitquant.zoo import preprocessing_of
-
-    if file is None:
-        return preprocessing_of(network, source)
-    try:
-        own = preprocessing_of(network, source)
-    except ModelError:  # it says to give a file, and here is one
-        own = None
-    return Preprocessing.from_toml(file, own)
 
 
 class Watched:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitquant.cli.evaluation_data import float_model, preprocessing_of
+from vitquant.cli.float_model import float_model
 from vitquant.cli.terminal import Terminal
-from vitquant.errors import DataError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from vitquant.progress import Progress
 
 BROKEN = 1  # the exit code
-_BATCH = 8
 
 Images = Annotated[
     int,
@@ -83,14 +80,11 @@ def compared_on(
     Arguments:
         exact: whether all forms promise the integers bit for bit, for which the float model is not needed.
     """
+    from vitquant.image_folders import comparison_images, preprocessing_for
     from vitquant.parity import ALONE
-    from vitquant.tasks.images import batches, load_unlabelled, subset
 
-    directory = data or _calibrated_on(quantized, out)
-    items = load_unlabelled(directory)
-    chosen = subset(items, min(images, len(items)), seed=0)
-    steps = preprocessing_of(quantized, preprocessing)
-    tensors = [each for each, _ in batches(chosen, steps, _BATCH)]
+    steps = preprocessing_for(quantized, preprocessing)
+    tensors = comparison_images(quantized, data, images, steps)
     reference = float_model(out, weights, repeated, terminal)
     if reference is None and not exact:
         terminal.note(f"without it QDQ and OpenVINO promise no more than a cosine of {ALONE} with the simulation")
@@ -112,10 +106,3 @@ def end(terminal: Terminal, report: ParityReport) -> None:
     if report.broken:
         terminal.failure(f"broken: {'; '.join(report.broken)}")
         raise typer.Exit(BROKEN)
-
-
-def _calibrated_on(quantized: QuantizedModel, out: Path) -> Path:
-    directory = (quantized.provenance.get("calibration") or {}).get("directory")
-    if directory is None or not os.path.isdir(directory):
-        raise DataError(f"{out}: the images that it was calibrated on are not there; give --data DIR")
-    return Path(directory)

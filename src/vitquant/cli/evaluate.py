@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitquant.cli import options
-from vitquant.cli.evaluation_data import float_model, labelled_images, preprocessing_of
+from vitquant.cli.float_model import float_model
 from vitquant.cli.terminal import Terminal
 from vitquant.errors import ModelError
 
@@ -102,6 +102,7 @@ def evaluate(
         with terminal.progress("loading"):
             from vitquant import loading
             from vitquant.engines import file_of
+            from vitquant.image_folders import evaluation_images, preprocessing_for
             from vitquant.model.checkpoint import read_config
             from vitquant.report.tables import ends_text, facts, result_rows
             from vitquant.tasks.images import batches, load_listing, load_unlabelled
@@ -118,8 +119,8 @@ def evaluate(
             quantized = loading.load(out, **repeated).to(where)
             meaning = task_for(quantized, task)
             reference = float_model(out, weights, repeated, terminal)
-            items = labelled_images(data, quantized, reference, classes) if meaning.labelled else load_unlabelled(data)
-            steps = preprocessing_of(quantized, preprocessing)
+            items = evaluation_images(data, quantized, meaning, reference, classes)
+            steps = preprocessing_for(quantized, preprocessing)
             found = batches(items, steps, batch or _BATCH, workers, skip_bad_images)
             if reference is not None:
                 reference = reference.to(where)

@@ -16,18 +16,30 @@ from vitquant.zoo.failures import import_library
 from vitquant.zoo.source import ModelSource
 
 
-def preprocessing_of(model: nn.Module, source: ModelSource) -> Preprocessing:
-    """The preprocessing that the library says the model was trained with.
+def preprocessing_of(model: nn.Module, source: ModelSource, file: str | Path | None = None) -> Preprocessing:
+    """The preprocessing that the library says the model was trained with, with the keys of a file laid over it.
 
     timm: the model's data configuration. torchvision: the default weights' transforms. transformers:
     the checkpoint's image processor, or the default one of the model type when there is none, in the
     size of the config. A user's factory: the common ImageNet one.
 
     Raises:
-        ModelError: a step cannot be said in these words (another rescaling than 1/255, channels flipped).
+        ModelError: a step cannot be said in these words (another rescaling than 1/255, channels flipped), and there is
+            no file.
+        DataError: the file is none of preprocessing.
 
     Pitfall: a default may not be what given weights were trained with; a `--preprocessing` file decides.
     """
+    if file is None:
+        return _said_by_library(model, source)
+    try:
+        own = _said_by_library(model, source)
+    except ModelError:  # it says to give a file, and here is one
+        own = None
+    return Preprocessing.from_toml(file, own)
+
+
+def _said_by_library(model: nn.Module, source: ModelSource) -> Preprocessing:
     if source.library == "timm":
         return _timm_preprocessing(model, source)
     if source.library == "torchvision":
