@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vitquant.allocation.table import SensitivityTable
     from vitquant.errors import VitquantError
     from vitquant.graph.captured import CapturedModel
+    from vitquant.image_size import at_image_size
     from vitquant.loading import float_model, load
     from vitquant.lowering import lower
     from vitquant.model import QuantizedModel
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BrokenPromiseError", "CapturedModel", "IntegerProgram", "ModelSource", "QuantizedModel", "SensitivityTable",
-    "VitquantError", "compare", "evaluate", "export", "float_model", "inputs_of", "load", "lower", "put_back",
-    "quantize", "sensitivity",
+    "VitquantError", "at_image_size", "compare", "evaluate", "export", "float_model", "inputs_of", "load", "lower",
+    "put_back", "quantize", "sensitivity",
 ]  # fmt: skip
 
 _HOMES = {
@@ -47,6 +48,7 @@ _HOMES = {
     "load": "vitquant.loading",
     "BrokenPromiseError": "vitquant.workflows",
     "CapturedModel": "vitquant.graph.captured",
+    "at_image_size": "vitquant.image_size",
     "compare": "vitquant.workflows",
     "evaluate": "vitquant.workflows",
     "export": "vitquant.workflows",

@@ -20,6 +20,7 @@ from vitquant.cli.interrupts import INTERRUPTED
 from vitquant.cli.parity import parity
 from vitquant.cli.quantize import quantize
 from vitquant.cli.recipes import recipes
+from vitquant.cli.resize import resize
 from vitquant.cli.sensitivity import sensitivity
 from vitquant.cli.vectors import vectors
 from vitquant.errors import VitquantError
@@ -31,7 +32,7 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 app = typer.Typer(
     name="vitquant", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
-for command in (quantize, evaluate, inspect, export, parity, sensitivity, allocate, recipes, demo, vectors):
+for command in (quantize, evaluate, inspect, export, parity, sensitivity, allocate, resize, recipes, demo, vectors):
     app.command()(command)
 
 
