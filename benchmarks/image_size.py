@@ -17,14 +17,21 @@ from real_deit import EVALUATION, SHARED, WEIGHTS, cosine, interval, row, run, s
 import vitquant
 from vitquant.engines import default_engine
 from vitquant.image_folders import CalibrationImages
-from vitquant.recipe import requested
+from vitquant.recipe import Bits, Recipe, requested
 from vitquant.tasks.classification import compare
 from vitquant.tasks.images import batches, load_listing, subset
 from vitquant.zoo import ModelSource, create
 
-SIZES = (160, 192, 224, 256, 288)
+SIZES = (192, 224, 256)
 DRAWS = (0, 1, 2)
 HEADERS = ("set", "recipe", "pixels", "float top-1", "scales of", "top-1", "agreement", "cosine", "top-1 - float, 95 %")
+
+
+def _calibrated(
+    model: torch.nn.Module, recipe: Recipe, bits: Bits, chosen: CalibrationImages, size: int
+) -> vitquant.QuantizedModel:
+    steps = replace(EVALUATION["photos_eval"], input_size=(3, size, size))
+    return vitquant.quantize(model, recipe, chosen.batches(steps), bits=str(bits))
 
 
 def main() -> None:
@@ -43,17 +50,12 @@ def main() -> None:
         recipe, widths = requested(name, bits)
         logits: dict[tuple[str, int, str], list[torch.Tensor]] = {}
         for draw in DRAWS:
-            chosen = CalibrationImages.chosen(SHARED / "images" / "calib", recipe, seed=draw)
-
-            def made(size: int, chosen: CalibrationImages = chosen) -> vitquant.QuantizedModel:
-                steps = replace(EVALUATION["photos_eval"], input_size=(3, size, size))
-                return vitquant.quantize(model, recipe, chosen.batches(steps), bits=str(widths))
-
-            at_224 = made(224)
+            chosen = CalibrationImages.chosen(SHARED / "images" / "photos_calibration", recipe, seed=draw)
+            at_224 = _calibrated(model, recipe, widths, chosen, 224)
             for size in SIZES:
                 there = {"224": at_224 if size == 224 else vitquant.at_image_size(at_224, model, size)}
                 if size != 224:
-                    there[str(size)] = made(size)
+                    there[str(size)] = _calibrated(model, recipe, widths, chosen, size)
                 for data, steps in EVALUATION.items():
                     items = subset(load_listing(SHARED / "images" / data), asked.images, seed=0)
                     stream = batches(items, replace(steps, input_size=(3, size, size)), 25)
