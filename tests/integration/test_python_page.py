@@ -1,4 +1,4 @@
-"""docs/python.md runs as it stands, on the embedded model and its images; docs/submodules.md on a small detector."""
+"""The pages on Python, submodules and image sizes run as they stand, on the embedded model and small ones."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 import vitquant
 from vitquant.demo import embedded
 
 DOCS = Path(__file__).parents[2] / "docs"
-BLOCKS, SUBMODULES = (
-    re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.S) for page in ("python.md", "submodules.md")
+BLOCKS, SUBMODULES, SIZES = (
+    re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.S)
+    for page in ("python.md", "submodules.md", "image-size.md")
 )
 
 
@@ -22,7 +24,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.chdir(tmp_path)
     given, refused, *rest = BLOCKS
     assert "timm.create_model" in given  # what is downloaded is here what the package carries
-    train, test = ([(x[:16], y[:16]) for x, y in embedded.batches(each, 16)[:2]] for each in ("train", "test"))
+    train, test = ([(x, y) for x, y in embedded.batches(each, size)[:2]] for each, size in (("train", 4), ("test", 16)))
     names: dict[str, Any] = {"model": embedded.model(), "calibration": train, "test": test, "torch": torch}
     with pytest.raises(vitquant.VitquantError, match="no rule or method 'calibrate-nothing'"):
         exec(refused, names)
@@ -58,6 +60,18 @@ def test_the_page_on_submodules_runs(
     assert capsys.readouterr().out.count("torch.Size") == 2
 
 
+def test_the_page_on_image_sizes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = SIZES
+    sizes = "pretrained=False, img_size=32, depth=2, embed_dim=48, num_heads=3"
+    small = block.replace("pretrained=True", sizes).replace("256", "48")
+    names: dict[str, Any] = {"timm": timm, "vitquant": vitquant, "calibration": [torch.randn(4, 3, 32, 32)]}
+    exec(small, names)
+    loaded = vitquant.load("out-48", names["model"])
+    with torch.no_grad():
+        assert loaded(torch.randn(2, 3, 48, 48)).shape == (2, 1000)
+
+
 def test_every_public_function_is_on_a_page() -> None:
     functions = [name for name in vitquant.__all__ if name.islower() and name not in ("float_model", "compare")]
-    assert all(f"vitquant.{name}(" in "".join(BLOCKS + SUBMODULES) for name in functions)
+    assert all(f"vitquant.{name}(" in "".join(BLOCKS + SUBMODULES + SIZES) for name in functions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vitquant.errors import RecipeError
@@ -39,6 +38,5 @@ class BestPercentile(SearchingObserver):
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         low, high = (each.view(-1) for each in Observer.observed_range(self))
-        lows = torch.stack([self.histogram.quantiles(1 - q).clamp(low, high) for q in QUANTILES])
-        highs = torch.stack([self.histogram.quantiles(q).clamp(low, high) for q in QUANTILES])
-        return lows, highs
+        found = self.histogram.quantiles([*(1 - q for q in QUANTILES), *QUANTILES]).clamp(low, high)
+        return found[: len(QUANTILES)], found[len(QUANTILES) :]

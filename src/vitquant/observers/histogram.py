@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,21 +53,24 @@ class Histogram:
 
     def centers(self) -> Tensor:
         """The middle of every bin: float32 (channels, bins), exact."""
-        j = self.first[:, None] + torch.arange(self.bins, device=self.first.device)
-        return ((j + 0.5) * torch.exp2(self.exponent.double())[:, None]).to(torch.float32)
+        return self._centers_of(torch.arange(self.bins, device=self.first.device))
 
-    def quantiles(self, q: float) -> Tensor:
-        """What a share q of each channel's values lies below: float64 (channels,).
+    def quantiles(self, shares: Sequence[float]) -> Tensor:
+        """What some shares of each channel's values lie below: float64 (shares, channels).
 
-        Interpolated linearly at position (n - 1) * q between the centres of the bins of its two neighbours.
+        Interpolated linearly at position (n - 1) * share between the centres of the bins of its two neighbours.
         """
-        position = (self.counts.sum(dim=1) - 1).double() * q
         cumulated = self.counts.cumsum(dim=1)
+        position = (cumulated[:, -1:] - 1).double() * torch.tensor(shares, dtype=torch.float64, device=cumulated.device)
         below, above = (
-            self.centers().double().gather(1, torch.searchsorted(cumulated, index.long()[:, None] + 1))[:, 0]
+            self._centers_of(torch.searchsorted(cumulated, index.long() + 1)).double()
             for index in (position.floor(), position.ceil())
         )
-        return torch.lerp(below, above, position - position.floor())
+        return torch.lerp(below, above, position - position.floor()).T
+
+    def _centers_of(self, bins: Tensor) -> Tensor:
+        """The middle of some bins of the window: float32 (channels, ...), exact."""
+        return ((self.first[:, None] + bins + 0.5) * torch.exp2(self.exponent.double())[:, None]).to(torch.float32)
 
     def _grow(self, low: Tensor, high: Tensor) -> None:
         """Widen the window so that it holds [low, high] too."""

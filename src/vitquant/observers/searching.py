@@ -54,8 +54,9 @@ class SearchingObserver(Observer):
     def _best_with(self, params: Params) -> tuple[Tensor, Tensor]:
         whole, _ = super().observed_range()
         if params not in self._best:
-            best = self.errors(params).argmin(0, keepdim=True)
-            low, high = (each.gather(0, best).view(whole.shape) for each in self.candidates())
+            ranges = self.candidates()
+            best = self.errors(params, ranges).argmin(0, keepdim=True)
+            low, high = (each.gather(0, best).view(whole.shape) for each in ranges)
             self._best[params] = low, high
         return self._best[params]
 
@@ -63,13 +64,14 @@ class SearchingObserver(Observer):
         """The smallest and the largest value of each range that is tried: float64 (candidates, channels)."""
         raise NotImplementedError
 
-    def errors(self, params: Params = params_from_range) -> Tensor:
+    def errors(self, params: Params = params_from_range, ranges: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The sum of squared errors of every candidate: float64 (candidates, channels).
 
         Arguments:
             params: what makes a quantizer's parameters of a range.
+            ranges: the candidates, where they are at hand.
         """
-        lows, highs = self.candidates()
+        lows, highs = self.candidates() if ranges is None else ranges
         centers, counts = self.histogram.centers(), self.histogram.counts
         channels = max(1, BLOCK // (len(lows) * self.histogram.bins))  # at once: bounds the memory
         found = []
