@@ -479,6 +479,17 @@ def test_a_distilled_model_and_a_model_without_head_are_told_apart(loads, traine
     refused(loads, {k: v for k, v in trained.items() if not k.startswith("head")}, said="no classifier")
 
 
+def test_the_head_of_a_file_is_left_out_of_a_model_that_is_asked_for_without(loads, trained):
+    headless = {**ONE_BLOCK, "num_classes": 0}
+    body = {key: tensor for key, tensor in trained.items() if not key.startswith("head.")}
+    found, notes = loads(trained, TIMM, headless)
+    assert equal(found, body)
+    assert notes[0].endswith("left out, as the model has no head: head.weight, head.bias")
+    assert loads(body, TIMM, headless)[1] == []
+    refused(loads, {**trained, "more.weight": torch.rand(2)}, TIMM, headless, said="unexpected: .*more.weight")
+    refused(loads, {**trained, "head.other.weight": torch.rand(2)}, said="unexpected: head.other.weight")
+
+
 def make_two():
     """A user's factory, of layers in a module."""
     return nn.Sequential(OrderedDict(body=nn.Linear(4, 4), head=nn.Linear(4, 2)))

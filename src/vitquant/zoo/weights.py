@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitquant.errors import ModelError
+from vitquant.tasks.classes import is_headless
 from vitquant.zoo.conversion import converted_by_library
 from vitquant.zoo.failures import first_five
 from vitquant.zoo.source import ModelSource
@@ -64,6 +65,10 @@ def load_weights(model: nn.Module, source: ModelSource, note: Note = warn) -> No
             library, tensors = converted
             notes.append(_what_was_converted(library, given, tensors))
             given, found = tensors, now
+    if heads := _of_a_head_that_is_not_there(model, found, wanted):
+        given = {key: tensor for key, tensor in given.items() if key not in heads}
+        notes.append(f"left out, as the model has no head: {first_five(heads)}")
+        found = _problems(given, wanted)
     if _count(found):
         said = "; ".join(f"{len(keys)} {what}: {first_five(keys)}" for what, keys in found.items() if keys)
         raise ModelError(f"{path} does not fit {source.name}: {said}{_advice(source, given, wanted, found)}")
@@ -86,6 +91,15 @@ def _problems(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict
             if key in given and given[key].shape != wanted[key].shape
         ],
     }
+
+
+def _of_a_head_that_is_not_there(
+    model: nn.Module, problems: Mapping[str, list[str]], wanted: Mapping[str, Tensor]
+) -> list[str]:
+    """The tensors of a file's classifier where they are all that does not fit, and the model was asked for without."""
+    unexpected = problems["unexpected"]
+    alone = _count(problems) == len(unexpected) and all(map(is_head, unexpected))
+    return unexpected if alone and is_headless(model) and not any(map(is_head, wanted)) else []
 
 
 def _count(problems: Mapping[str, list[str]]) -> int:
