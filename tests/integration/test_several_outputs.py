@@ -237,3 +237,34 @@ def test_the_command_line_evaluates_features(run, tmp_path):
         code, text, err = run("evaluate", out, "--data", tmp_path / "images", *words)
         assert (code, text, err.count("\n")) == (2, "", 1)
         assert problem in err, err
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (("r3", "constant.0"), ["r3", "constant.0"]),  # registers and constants are called so in exported files
+        (("val_0", "getitem"), ["val_0", "getitem"]),  # and values by torch's exporter
+        (("input", "head.weight"), ["input", "head.weight"]),
+        (("\u00e9 b", "a/b'"), ["\u00e9 b", "a/b'"]),
+        (("images", "logits"), ["0", "1"]),  # as the input of every file is called
+        (("a\nb", "logits"), ["0", "1"]),
+    ],
+)
+def test_outputs_may_be_called_as_anything_else_is(tmp_path, keys, names):
+    class Gives(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = vit(num_classes=5)
+
+        def forward(self, images):
+            tokens = self.vit.forward_features(images)
+            return dict(zip(keys, (self.vit.forward_head(tokens), tokens), strict=True))
+
+    torch.manual_seed(0)
+    quantized = vitquant.quantize(Gives().eval(), "fq-vit", DATA)
+    assert list(quantized.outputs) == names
+    for format in ("onnx-integer", "onnx-qdq"):
+        assert vitquant.export(quantized, format, tmp_path / f"{format}.onnx", DATA).broken == []
+        import onnx
+
+        assert [each.name for each in onnx.load(tmp_path / f"{format}.onnx").graph.output] == names

@@ -113,7 +113,7 @@ def test_a_batch_that_the_memory_does_not_hold_is_an_error_of_ours() -> None:
         with pytest.raises(ExportError, match=r"^the memory does not hold a batch of 1000000 images"):
             in_batches(run, images, 1_000_000)
     with pytest.raises(ExportError, match=r"^the memory does not hold a batch of 1000000 images"):
-        _export(torch.nn.Identity(), ["output"], (3, 2**15, 2**15), 1_000_000, 20)
+        _export(torch.nn.Identity(), 1, (3, 2**15, 2**15), 1_000_000, 20)
 
 
 @pytest.mark.parametrize("opset", [OPSETS["onnx-integer"][0], 20, OPSETS["onnx-integer"][-1]])

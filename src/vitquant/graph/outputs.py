@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 ONLY = "output"  # what a tensor is called that is all of a model's output
+_TAKEN = "images"  # by the input, of every exported file
 
 
 def named_tensors(output: Any) -> dict[str, Tensor]:
@@ -38,7 +39,7 @@ def output_names(module: GraphModule) -> tuple[str, ...]:
 
 def _names(spec: pytree.TreeSpec) -> tuple[str, ...]:
     ways = [".".join(way) or ONLY for way in _ways(spec)]
-    if len(set(ways)) < len(ways) or not all(way.isprintable() and ":" not in way for way in ways):
+    if len(set(ways)) < len(ways) or not all(way.isprintable() and ":" not in way and way != _TAKEN for way in ways):
         # Keys may hold dots, and be anything; a colon parts a site from its operand.
         return tuple(str(place) for place in range(len(ways)))
     return tuple(ways)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,13 +113,15 @@ class Graph:
 
     Arguments:
         opset: the version of ONNX's operators.
+        ends: the names of inputs and outputs, which no other value gets.
 
     Attributes:
         scope: what names of nodes begin with.
     """
 
-    def __init__(self, opset: int = UINT4_OPSET) -> None:
+    def __init__(self, opset: int = UINT4_OPSET, ends: Iterable[str] = ()) -> None:
         self.scope, self.opset = "", opset
+        self._taken = set(ends)
         self._nodes: list[NodeProto] = []
         self._constants: list[TensorProto] = []
         self._shapes: list[ValueInfoProto] = []
@@ -128,7 +130,7 @@ class Graph:
 
     def node(self, operator: str, *inputs: Value, dtype: Any = None, **attributes: Any) -> Value:
         """The result of an operator; of the dtype of its first input unless said otherwise."""
-        name = f"{self.scope}/{operator}.{len(self._nodes)}"
+        name = self._free(f"{self.scope}/{operator}.{len(self._nodes)}")
         self._nodes.append(helper.make_node(operator, [each.name for each in inputs], [name], name, **attributes))
         return Value(self, name, inputs[0].dtype if dtype is None else np.dtype(dtype))
 
@@ -136,7 +138,12 @@ class Graph:
         """The result of the last node under another name; any other value under its own."""
         if not self._nodes or self._nodes[-1].output[0] != value.name:
             return value
-        self._nodes[-1].output[0] = name
+        self._nodes[-1].output[0] = self._free(name)
+        return replace(value, name=self._nodes[-1].output[0])
+
+    def output(self, value: Value, name: str) -> Value:
+        """A value under the name of an output."""
+        self._nodes.append(helper.make_node("Identity", [value.name], [name], self._free(f"{self.scope}/{name}")))
         return replace(value, name=name)
 
     def describe(self, value: Value, shape: Sequence[int | str]) -> None:
@@ -148,14 +155,15 @@ class Graph:
         array = np.asarray(values)
         stored = array.astype(dtype)
         assert np.array_equal(array, stored), f"{self.scope}: values do not fit {np.dtype(dtype)}"
-        self._constants.append(self._counted(numpy_helper.from_array(stored, f"constant.{len(self._constants)}")))
+        name = self._free(f"constant.{len(self._constants)}")
+        self._constants.append(self._counted(numpy_helper.from_array(stored, name)))
         return Value(self, self._constants[-1].name, stored.dtype)
 
     def nibbles(self, codes: Tensor) -> Value:
         """Numbers 0..15 stored two to a byte, where the opset can; uint8 when they are read."""
         if self.opset < UINT4_OPSET:
             return self.constant(codes, np.uint8)
-        raw, name = pack(codes, 4).numpy().tobytes(), f"constant.{len(self._constants)}"
+        raw, name = pack(codes, 4).numpy().tobytes(), self._free(f"constant.{len(self._constants)}")
         self._constants.append(self._counted(helper.make_tensor(name, TensorProto.UINT4, codes.shape, raw, raw=True)))
         return Value(self, name, np.dtype(np.void)).cast(np.uint8)
 
@@ -199,6 +207,13 @@ class Graph:
         )
         helper.set_model_props(model, dict(metadata))
         return model
+
+    def _free(self, name: str) -> str:
+        """A name that no value has yet: this one, or this one with strokes behind it."""
+        while name in self._taken:
+            name += "'"
+        self._taken.add(name)
+        return name
 
     def _counted(self, constant: TensorProto) -> TensorProto:
         self._bytes += len(constant.raw_data)

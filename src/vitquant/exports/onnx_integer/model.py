@@ -67,7 +67,7 @@ class _Export:
     """Goes through a program once; for every register it knows the value of the graph that it is."""
 
     def __init__(self, program: p.IntegerProgram, batch: int | None, opset: int) -> None:
-        self.program, self.batch, self.graph = program, batch, Graph(opset)
+        self.program, self.batch, self.graph = program, batch, Graph(opset, (INPUT, *program.outputs))
         self.values: dict[str, Value] = {}
         self.shapes = all_shapes(program)
 
@@ -88,8 +88,8 @@ class _Export:
         results = []
         for name, register in program.outputs.items():
             codes = self.values[register]
-            result = self._dequantized(codes, name) if float_io else graph.node("Identity", codes)
-            results.append((graph.named(result, name), self._sizes(register)))
+            result = graph.output(self._dequantized(codes, name) if float_io else codes, name)
+            results.append((result, self._sizes(register)))
         return seal(graph.model((images, self._sizes(program.input)), results, self._metadata(), __version__))
 
     def _sizes(self, name: str) -> list[int | str]:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     import onnx
 
 FORMAT = "onnx-qdq/2"
+_RESULT = "vitquant.output."  # what outputs are called until all other names are known
 
 # Without VNNI, x86 processors add two products of u8 and s8 in 16 bits, which saturate. With this option ONNX Runtime
 # stores weights as u8, whose products it adds in 32 bits; where there is VNNI that only takes twice the time.
@@ -90,9 +91,10 @@ def onnx_qdq_model(model: QuantizedModel, batch: int | None = None, opset: int |
         module = _with_operators(model)
         linear = [each for each in module.modules() if isinstance(each, LinearOperators)]
         opset = _opset(linear, opset)
-        program = _export(_Outputs(module).eval(), list(model.outputs), model.input_shape, batch, opset)
+        program = _export(_Outputs(module).eval(), len(model.outputs), model.input_shape, batch, opset)
     rewrite(program.model.graph)
     proto = program.model_proto
+    _name_outputs(proto, list(model.outputs))
     signed = any(isinstance(each, QuantizeDequantize) and each.signed and each.width == 8 for each in linear)
     _describe(proto, model, SIGNED if signed and opset > 20 else {}, {} if batch is None else {"batch": batch})
     _check(proto)
@@ -167,17 +169,18 @@ def _opset(operators: Iterable[LinearOperators], asked: int | None) -> int:
 
 
 def _export(
-    module: nn.Module, outputs: list[str], shape: Sequence[int], batch: int | None, opset: int
+    module: nn.Module, outputs: int, shape: Sequence[int], batch: int | None, opset: int
 ) -> torch.onnx.ONNXProgram:
     with held_at_once(batch or 2):
         example = torch.zeros(batch or 2, *shape)
     sizes = ({0: torch.export.Dim("batch")},) if batch is None else None
+    results = [f"{_RESULT}{number}" for number in range(outputs)]
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
                 module, (example,), dynamo=True, dynamic_shapes=sizes,
-                opset_version=opset, input_names=["images"], output_names=outputs, verbose=False,
+                opset_version=opset, input_names=["images"], output_names=results, verbose=False,
             )  # fmt: skip
         except Exception as error:
             raise ExportError(f"torch cannot write the model as ONNX: {_reason(error)}") from error
@@ -210,6 +213,23 @@ def _quiet() -> Generator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _name_outputs(proto: onnx.ModelProto, names: list[str]) -> None:
+    """Give outputs their names; a value inside that has one of them gets another."""
+    graph = proto.graph
+    values = {name for node in graph.node for name in node.output} | {each.name for each in graph.initializer}
+    renamed = {f"{_RESULT}{number}": name for number, name in enumerate(names)}
+    for name in values.intersection(names):
+        free = f"{name}'"
+        while free in values or free in names:
+            free += "'"
+        renamed[name] = free
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    for each in (*graph.initializer, *graph.value_info, *graph.output):
+        each.name = renamed.get(each.name, each.name)
 
 
 def _describe(proto: onnx.ModelProto, model: QuantizedModel, options: dict[str, str], fixed: dict[str, int]) -> None:
