@@ -190,6 +190,9 @@ def test_the_task_that_is_asked_for_is_the_one_that_is_saved():
         (lambda x, y: y.argmax(-1), "argmax has no integer form"),
         (lambda x, y: (y > 0)[:, 0], "gt has no integer form"),
         (lambda x, y: torch.arange(3.0), "1 is no float tensor that is computed from the image"),
+        (lambda x, y: x, "1 is the image itself"),
+        (lambda x, y: y.transpose(0, 1), "the first axis of 1 is not the images"),
+        (lambda x, y: y.reshape(-1), "the first axis of 1 is not the images"),
     ],
 )
 def test_what_integers_cannot_give_is_refused_by_name(more, problem):
@@ -237,6 +240,45 @@ def test_the_command_line_evaluates_features(run, tmp_path):
         code, text, err = run("evaluate", out, "--data", tmp_path / "images", *words)
         assert (code, text, err.count("\n")) == (2, "", 1)
         assert problem in err, err
+
+
+@pytest.mark.parametrize("numbers", [lambda y: y[:, 0], lambda y: y.mean(-1)])
+def test_one_number_for_an_image_is_an_output(tmp_path, numbers):
+    class Gives(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = vit(num_classes=5)
+
+        def forward(self, images):
+            logits = self.vit(images)
+            return {"logits": logits, "number": numbers(logits)}
+
+    torch.manual_seed(0)
+    model = Gives().eval()
+    quantized = vitquant.quantize(model, "fq-vit", DATA)
+    assert quantized.outputs == {"logits": (-1, 5), "number": (-1,)}
+    for format in ("program", "onnx-integer"):
+        assert vitquant.export(quantized, format, tmp_path / format, DATA, float_model=model).broken == []
+    result = vitquant.evaluate(quantized, DATA, float_model=model, task="features")
+    assert [each.neighbours is None for each in result.outputs] == [False, True]
+
+
+def test_outputs_that_are_not_by_image_are_simulated_and_not_compared(tmp_path):
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = vit(num_classes=5)
+
+        def forward(self, images):
+            return self.vit(images).mean()
+
+    torch.manual_seed(0)
+    model = Loss().eval()
+    quantized = vitquant.quantize(model, "minmax", DATA)
+    with pytest.raises(ModelError, match="let its first axis be the images"):
+        vitquant.export(quantized, "onnx-qdq", tmp_path / "model.onnx", DATA)
+    with pytest.raises(ModelError, match="whose first axis is the images"):
+        vitquant.evaluate(quantized, DATA, float_model=model)
 
 
 @pytest.mark.parametrize(

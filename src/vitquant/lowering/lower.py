@@ -180,8 +180,12 @@ def _results(context: Context, node: Node) -> dict[str, Term]:
 def _result(context: Context, name: str, node: Node) -> Term:
     if node not in context.dynamic or not node.meta["dtype"].is_floating_point:
         raise context.refuse(f"{name} is no float tensor that is computed from the image", "let the model not give it")
+    if node.meta["shape"][:1] != (-1,) or context.one_image[node][:1] != (1,):
+        raise context.refuse(f"the first axis of {name} is not the images", "let the model give it so that it is")
     term = context.term(node, "result")
     context.zero(term, "result")
+    if context.image is not None and term.register == context.image.register:
+        raise context.refuse(f"{name} is the image itself", "let the model not give it")
     if term.scale.numel() > 1 and term.scale.numel() != term.scale.shape[-1]:
         raise context.refuse(f"{name} has scales along another axis than its last", "let the recipe quantize it")
     return term

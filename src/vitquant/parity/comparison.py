@@ -51,7 +51,7 @@ def compare(form: str, found: Outputs, beside: str, reference: Outputs, same: Sa
         found, reference: tensors (images, ...) by name, the same names and shapes.
         same: which images have the same answer in both; None where the task knows no answers.
     """
-    pairs = [(found[name].double().flatten(1), reference[name].double().flatten(1)) for name in reference]
+    pairs = [(_by_image(found[name]), _by_image(reference[name])) for name in reference]
     return Comparison(
         form,
         beside,
@@ -86,3 +86,8 @@ def as_close_as(comparison: Comparison, usual: Comparison | None) -> Comparison:
     """
     most = 1 - ALONE if usual is None else min(4 * (1 - usual.cosine) + 1e-3, FARTHEST)
     return replace(comparison, promise=f"cosine at least {1 - most:.3f}", kept=comparison.cosine >= 1 - most)
+
+
+def _by_image(x: Tensor) -> Tensor:
+    """All numbers of an image in a row: float64 (images, n)."""
+    return x.double().reshape(len(x), -1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitquant.errors import LoweringError
+from vitquant.errors import LoweringError, ModelError
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
 from vitquant.model.simulation import ExactSimulation
@@ -179,11 +179,19 @@ def outputs_of(form: Callable[[Tensor], Any], model: QuantizedModel, batches: It
     """What a form of a model gives for all images, by name, on the CPU.
 
     Raises:
-        ModelError: these are other tensors than the model gives.
+        ModelError: these are other tensors than the model gives, or their first axis is not the images.
     """
+    parts: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
-        parts = [model.named_outputs(form(images)) for images in batches]
-        return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+        for images in batches:
+            for name, part in model.named_outputs(form(images)).items():
+                if part.shape[:1] != (len(images),):
+                    raise ModelError(
+                        f"the model gives {name!r} of shape {list(part.shape)} for {len(images)} images; forms are "
+                        "compared image by image: let its first axis be the images"
+                    )
+                parts.setdefault(name, []).append(part.cpu())
+    return {name: torch.cat(each) for name, each in parts.items()}
 
 
 def adversarial_codes(program: IntegerProgram, seed: int = 0) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ class FeaturesOf:
         cosine: of all its numbers, the mean over images.
         lowest_cosine: the smallest of an image.
         neighbours: per cent of the images whose nearest neighbour is that of the float model's features; None for
-            maps, (channels, height, width) or otherwise of rank 3, and for fewer than three images.
+            single numbers, for maps, (channels, height, width) or otherwise of rank 3, and for fewer than three images.
     """
 
     name: str
@@ -58,7 +58,7 @@ class FeaturesResult:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is to be said beside the figures."""
-        small = [each.name for each in self.outputs if each.neighbours is None and len(each.shape) <= 2]
+        small = [each.name for each in self.outputs if each.neighbours is None and len(each.shape) in (1, 2)]
         return ("nearest neighbours are compared among three images or more",) if small else ()
 
 
@@ -119,10 +119,11 @@ class _Compared:
         self.pairs: list[tuple[Tensor, Tensor]] = []  # of the images that will be the bank
 
     def add(self, found: Tensor, expected: Tensor) -> None:
-        cosines = torch.cosine_similarity(found.double().flatten(1), expected.double().flatten(1))
+        rows = [x.double().reshape(len(x), -1) for x in (found, expected)]
+        cosines = torch.cosine_similarity(rows[0], rows[1])
         self.cosine += float(cosines.sum())
         self.lowest = min(self.lowest, float(cosines.min()))
-        if len(self.shape) > 2:
+        if len(self.shape) not in (1, 2):
             return
         pair = _directions(found), _directions(expected)
         if self.banks is None:
@@ -135,7 +136,7 @@ class _Compared:
     def result(self, images: int) -> FeaturesOf:
         if self.pairs:
             self._fill_banks()
-        compares = len(self.shape) <= 2 and images > 2
+        compares = len(self.shape) in (1, 2) and images > 2
         neighbours = 100 * self.same / images if compares else None
         return FeaturesOf(self.name, self.shape, self.cosine / images, self.lowest, neighbours)
 
@@ -169,10 +170,13 @@ def _nearest(x: Tensor, bank: Tensor, own: Tensor | None = None) -> Tensor:
 def _check(found: list[Tensor], expected: list[Tensor], images: int, batches: Iterable[Any], done: int) -> None:
     shapes, wanted = ([tuple(each.shape) for each in side] for side in (found, expected))
     if shapes != wanted or not shapes or any(shape[:1] != (images,) for shape in shapes):
-        raise ModelError(f"the model gives tensors of shape {shapes} for {images} images, the float model {wanted}")
+        raise ModelError(
+            f"the model gives tensors of shape {shapes} for {images} images, the float model {wanted}; the same are "
+            "compared, whose first axis is the images"
+        )
     for who, side in (("the model", found), ("the float model", expected)):
         for each in side:
-            finite = each.isfinite().flatten(1).all(dim=1)
+            finite = each.isfinite().reshape(images, -1).all(dim=1)
             if not finite.all():
                 name = place_of(batches, done + int(finite.logical_not().nonzero()[0]))
                 raise ModelError(f"{who} gives NaN or infinity, first for {name}; check its weights and calibration")
