@@ -1,4 +1,4 @@
-"""The preprocessing and the float model that a saved model is evaluated with."""
+"""Preprocessing, float model and labelled images for the evaluation of a saved model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def preprocessing_of(quantized: QuantizedModel, file: Path | None) -> Preprocessing:
-    """The preprocessing that was saved with the model, with the keys of a file laid over it."""
+    """The preprocessing that was saved with the model, overridden by the keys of a file."""
     from vitquant.tasks.preprocessing import Preprocessing
 
     saved = quantized.provenance.get("preprocessing")
@@ -34,7 +34,7 @@ def preprocessing_of(quantized: QuantizedModel, file: Path | None) -> Preprocess
 
 
 def float_model(out: Path, weights: str | None, repeated: dict[str, Any], terminal: Terminal) -> nn.Module | None:
-    """The float model; None, with a note, when its weights are not where they were and no others were given."""
+    """The float model; None, with a note, if it is not available and no weights were given."""
     from vitquant import loading
 
     try:
@@ -52,13 +52,13 @@ def labelled_images(data: Path, quantized: QuantizedModel, reference: nn.Module 
 
     Arguments:
         data: the directory.
-        quantized: whose classes they are.
-        reference: its float model, if it is there.
-        file: that says which class a folder is, if one was given.
+        quantized: the model whose classes are used.
+        reference: its float model, if available.
+        file: a file that maps folders to classes, if given.
 
     Raises:
-        ModelError: the model gives no logits.
-        DataError: the directory is none of labelled images, or of other classes.
+        ModelError: the model has no logits among its outputs.
+        DataError: the directory has no labelled images, or they have other classes.
     """
     from vitquant.tasks.classification import logits_among
     from vitquant.tasks.images import check_labels, load_listing
@@ -73,10 +73,10 @@ def labelled_images(data: Path, quantized: QuantizedModel, reference: nn.Module 
 
 
 def _classes_of(quantized: QuantizedModel, reference: nn.Module | None, count: int, file: Path | None) -> ClassNames:
-    """The model's classes: those of a file where one is given, else as its library names them.
+    """The names of the model's classes, from a file if one is given, else from its library.
 
     Raises:
-        ModelError: it has no head, and its outputs are no classes.
+        ModelError: the model has no classification head.
     """
     from vitquant.tasks.classes import ClassNames, refuse_features
     from vitquant.tasks.classes_file import read_classes
