@@ -48,7 +48,7 @@ class Flips:
 
     @property
     def kept(self) -> bool:
-        """Whether the promise holds: rescaling flips at most `FLIPPED` of the codes, or one, by a step; others none."""
+        """Whether the criterion is met: a rescaling flips at most a share `FLIPPED`, or one, by a step; others none."""
         few = self.flipped <= max(1, FLIPPED * self.codes)
         return self.flipped == 0 or (self.made_by == RESCALING and few and self.largest <= 1)
 
