@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Protocol, Union, get_args, get_origin
 from vitquant.errors import VitquantError
 
 _TURNING = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # characters that change the direction of text
-# Patterns without the characters that a terminal does not show in place, in which a file could hide text.
+# Text of one line and of several, without control characters, with which a file could mislead a reader in a terminal.
 LINE = rf"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_TURNING}]*"
 LINES = rf"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff{_TURNING}]*"
 PATH = r"[^\x00]+"  # lone surrogates are allowed, since names may not be UTF-8

@@ -30,7 +30,7 @@ _BYTES = 3 * _SIZE * _SIZE  # of one image, which is one row of a sheet
 
 
 def source() -> ModelSource:
-    """Where the float model comes from: timm's plain Vision Transformer and the weights beside this file.
+    """The source of the float model: timm's plain Vision Transformer with the weights beside this file.
 
     It is given by timm's own name, so that models quantized from it can be loaded without naming a factory again.
     """

@@ -9,7 +9,7 @@ CALIBRATION, EVALUATION, CAPTURE_SECONDS = 1.5, 2.5, 1.5
 
 
 def estimated_seconds(relative_cost: int, calibration_images: int, test_images: int, seconds_per_image: float) -> float:
-    """The time to capture, calibrate, and evaluate beside the float model.
+    """The time in seconds to capture, calibrate, and evaluate together with the float model.
 
     Arguments:
         relative_cost: the recipe's `relative_cost`, in float passes over the calibration images.

@@ -154,7 +154,7 @@ def _keeps_channels_last(source: Node, node: Node) -> bool:
 
 
 def _affine_nodes(node: Node, first: int) -> tuple[Node, Node | None]:
-    """The weight, which is argument `first` of a layer, and the bias behind it."""
+    """The weight, which is argument `first` of a layer, and the bias, which is the next argument, or None."""
     given = (*arguments(node), *(None,) * 5)
     return given[first], node.kwargs.get("bias", given[first + 1])  # type: ignore[return-value]
 

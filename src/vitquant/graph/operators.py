@@ -20,7 +20,7 @@ REARRANGEMENTS = {
     aten.movedim, aten.squeeze, aten.unsqueeze, aten.roll, aten.flip, aten.pixel_shuffle, aten.pixel_unshuffle,
     aten.channel_shuffle, aten.alias, aten.clone, aten.contiguous, aten.detach,
 }  # fmt: skip
-# The output holds some of the input's elements, perhaps several times, perhaps with zeros beside them.
+# The output has some of the input's elements, perhaps several times, perhaps padded with zeros.
 SELECTIONS = {
     aten.slice, aten.select, aten.narrow, aten.index_select, aten.split, aten.split_with_sizes, aten.chunk,
     aten.unbind, aten.unfold, aten.expand, aten.repeat, aten.pad, aten.constant_pad_nd, aten.tile,

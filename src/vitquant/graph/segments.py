@@ -99,8 +99,8 @@ def segment(
         quantized: whether its quantizers quantize, or the targets of those that do.
 
     Raises:
-        CaptureError: no tensor has such a name; an output is computed from something else beside the inputs, which
-            the message names; or an input is not read.
+        CaptureError: no tensor has such a name; an output depends on another tensor than the inputs, which the message
+            names; or an input is not read.
     """
     nodes = nodes_by_name(module.graph)
     cuts = {_node(name, index, nodes): name for name in _several(inputs)}

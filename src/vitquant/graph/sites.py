@@ -139,7 +139,7 @@ def find_sites(module: GraphModule) -> tuple[Site, ...]:
 
 
 def _classify(node: Node, dynamic: set[Node], attention: Attention) -> tuple[str, dict[str, Node]]:
-    """The kind of an operation and what it reads; an empty kind when it is no site."""
+    """The kind of an operation and its operands; the kind is empty if the operation is not a site."""
     read = arguments(node)
     if calls(node, ops.LINEAR) or calls(node, ops.CONVOLUTIONS):
         kind = "linear" if calls(node, ops.LINEAR) else "conv"

@@ -52,7 +52,7 @@ def selected_from(node: Node) -> Node | None:
 
 
 def _origin(node: Node) -> Node:
-    """The tensor that `node` is a part of, however many selections ago."""
+    """The tensor of which `node` is a part, through any number of selections."""
     node = root(node)
     while is_selection(node):
         node = root(node.all_input_nodes[0])
@@ -74,7 +74,7 @@ def ancestors(graph: Graph) -> dict[Node, int]:
 
 
 def positions(graph: Graph) -> dict[Node, int]:
-    """The place of each node in the graph's order: the bit that stands for it in `ancestors`."""
+    """The position of each node in the graph's order, which is the number of its bit in `ancestors`."""
     return {node: index for index, node in enumerate(graph.nodes)}
 
 

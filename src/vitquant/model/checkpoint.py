@@ -52,7 +52,7 @@ SAVED_MODEL = Directory("saved model", {CONFIG: None, TENSORS: None, **EXPORTED}
 def write_checkpoint(
     directory: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], force: bool = False
 ) -> None:
-    """Write a checkpoint so that the directory holds either all of it or what it held before.
+    """Write a checkpoint atomically: the directory holds either all of it or its old content.
 
     Arguments:
         directory: created, with its parents, when missing.
