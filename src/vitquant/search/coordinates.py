@@ -34,8 +34,8 @@ def alternate(
     """Choose the best candidate of each coordinate while the others stay, round after round.
 
     A candidate replaces the current one only if its score is higher, and the first of equal candidates is taken, so
-    that the search does not cycle among equals. A coordinate is not scored again while nothing that its scores depend
-    on has changed.
+    that a search that has settled does not change again. A coordinate is not scored again while nothing that its
+    scores depend on has changed.
 
     Arguments:
         coordinates: in the order in which they are searched.
