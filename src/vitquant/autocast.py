@@ -1,4 +1,4 @@
-"""Computing in the precision that a model has, whatever autocast says: other sums round to other codes."""
+"""Computing in a model's own precision even under autocast, whose less precise sums would round to other codes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Result = TypeVar("Result")
 
 
 def autocasts(kind: str) -> bool:
-    """Whether autocast is on for a kind of device, such as `cuda`."""
+    """Whether autocast is enabled for a kind of device, such as `cuda`."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def own_precision(kind: str) -> AbstractContextManager[object]:
-    """A context without autocast for a kind of device; nothing at all where it is off, so that nothing is captured."""
+    """A context without autocast for a kind of device; a null context if it is off, so that a capture records none."""
     return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
 
 
 def in_own_precision(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """A function that runs without autocast on the processor and on the accelerator."""
+    """A function that runs without autocast on the CPU and on the accelerator."""
 
     @wraps(function)
     def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:

@@ -1,4 +1,4 @@
-"""Calibration images on their way to methods: batches of any form that users have, checked, counted and hashed."""
+"""Calibration images for methods: batches in any of the accepted forms, checked, counted and hashed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Batch = torch.Tensor | Sequence[Any] | Mapping[str, torch.Tensor]
 
 
 class CalibrationData:
-    """Batches of images on a device, which are counted and hashed the first time that they are gone through.
+    """Batches of images on a device, which are counted and hashed in the first iteration over them.
 
     Arguments:
-        data: batches, as `quantize` takes them.
-        device: where they go; where the first is when None.
+        data: batches, as for `quantize`.
+        device: where they are moved to; the device of the first batch when None.
 
     Attributes:
         example: the first two images.
         first: the sha256 of the first batch.
-        images, digest: how many there were, and the sha256 of all; known once they were gone through.
+        images, digest: the number of images and the sha256 of all of them; known after the first iteration.
 
     Raises:
-        CalibrationError: there are none, or the first is no batch of images.
+        CalibrationError: there are no batches, or the first is not a batch of images.
     """
 
     def __init__(self, data: Iterable[Batch], device: torch.device | None) -> None:
@@ -44,14 +44,14 @@ class CalibrationData:
         self.images, self.digest = 0, ""
 
     def check(self, passes: int, labels: bool) -> None:
-        """Refuse data that methods cannot work with, before they are gone through.
+        """Refuse data that do not meet the needs of the methods, before iterating over them.
 
         Arguments:
-            passes: how often they will be gone through.
-            labels: whether the classes of the images are needed.
+            passes: how many times methods will iterate over the data.
+            labels: whether methods need the classes of the images.
 
         Raises:
-            CalibrationError: it says what to give.
+            CalibrationError: the data do not meet the needs; the message says what to give.
         """
         if passes > 1 and self._once:
             raise CalibrationError(
@@ -60,7 +60,7 @@ class CalibrationData:
             )
         if labels:
             _labels(self._first)
-        self._first = ()  # a batch is no longer held
+        self._first = ()  # release the batch
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self.images_of(batch).to(self._device) for batch in self.batches())
@@ -119,10 +119,10 @@ def _labels(batch: Batch) -> torch.Tensor:
 
 
 def batches_of(data: Iterable[Batch]) -> Iterable[Batch]:
-    """The data, where it is many batches.
+    """The data, after checking that they are an iterable of batches.
 
     Raises:
-        CalibrationError: it is one tensor, or one mapping, or nothing that holds batches.
+        CalibrationError: they are a single tensor or mapping, or not iterable.
     """
     if isinstance(data, torch.Tensor | Mapping):
         raise CalibrationError(f"the calibration data is one {type(data).__name__}: give a list of batches, [data]")
@@ -134,10 +134,10 @@ def batches_of(data: Iterable[Batch]) -> Iterable[Batch]:
 
 
 def images_of(batch: Batch) -> torch.Tensor:
-    """The images of a batch, as `quantize` takes it.
+    """The images of a batch in any form that `quantize` accepts.
 
     Raises:
-        CalibrationError: it is none.
+        CalibrationError: it is not a batch of images.
     """
     images: Any = batch
     if isinstance(batch, Mapping):

@@ -1,4 +1,4 @@
-"""What computes a model's outputs from images: the quantized model itself, and the runtimes of exported files."""
+"""Engines, which compute a model's outputs from images: the quantized model itself, and runtimes of exported files."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Opened:
     """An exported file, ready to run.
 
     Arguments:
-        run: codes to codes, where there is `quantization`, else images to outputs.
-        metadata: what the file says of itself.
-        quantization: what the codes stand for, found out when it is asked for; None where there are none.
+        run: maps codes to codes if there is `quantization`, else images to outputs.
+        metadata: of the file.
+        quantization: returns scales and zero points of input and outputs; None if the file takes images.
     """
 
     run: Engine
@@ -39,7 +39,7 @@ class Opened:
         """The file as a function of float images.
 
         Raises:
-            LoweringError: it does not say what its codes stand for.
+            LoweringError: the file has no scales and zero points.
         """
         return self.run if self.quantization is None else OnImages(self.run, *self.quantization())
 
@@ -50,7 +50,7 @@ class Way:
 
     Arguments:
         name: for reports.
-        open: a file, with as many threads, or the runtime's choice for None.
+        open: opens a file, with a number of threads, or that of the runtime's choice when None.
     """
 
     name: str
@@ -84,7 +84,7 @@ def _openvino(path: Path, threads: int | None) -> Opened:
     return Opened(model, model.metadata)
 
 
-# For each format the ways to run its files: the first is the engine, and all of them are compared.
+# For each format the ways to run its files: the first is used as the engine, and parity compares all of them.
 WAYS: Mapping[str, Sequence[Way]] = {
     "program": (Way("interpreter, stored program", _interpreter),),
     **{
@@ -96,12 +96,12 @@ WAYS: Mapping[str, Sequence[Way]] = {
     },
     "openvino": (Way("openvino", _openvino),),
 }
-# Engines of the quantized model itself; `float` is the model that it was made from, which the caller has.
+# Engines of the quantized model itself; the engine `float` is the float model, which the caller has.
 _OF_THE_MODEL: Mapping[str, Callable[[QuantizedModel], Engine]] = {
     "simulated": lambda model: model,
     "integer": lambda model: interpreted(lower(model)),
 }
-# Engines of exported files: the formats that each runs, of several the first that was exported.
+# Engines of exported files: the formats that each runs; the first one that was exported is used.
 _OF_FILES: Mapping[str, Sequence[str]] = {
     "onnxruntime": ("onnx-integer", "onnx-qdq"),
     "onnx-integer": ("onnx-integer",),
@@ -112,7 +112,7 @@ ENGINES = ("float", *_OF_THE_MODEL, *_OF_FILES)
 
 
 def program_of(model: QuantizedModel) -> tuple[IntegerProgram | None, str]:
-    """The integer program of a model; or None, and why there is none."""
+    """The integer program of a model and an empty text, or None and the reason why it cannot be lowered."""
     try:
         return lower(model), ""
     except LoweringError as reason:
@@ -120,29 +120,29 @@ def program_of(model: QuantizedModel) -> tuple[IntegerProgram | None, str]:
 
 
 def default_engine(model: QuantizedModel) -> tuple[str, Engine, str]:
-    """The integer program once the model lowers, else the simulation: its name, itself, and why it is no other."""
+    """Name and engine: the integer program if the model can be lowered, else the simulation with the reason."""
     program, reason = program_of(model)
     return ("simulated", model, reason) if program is None else ("integer", interpreted(program), "")
 
 
 def file_of(name: str, directory: str | Path) -> Path | None:
-    """The exported file, or OpenVINO's directory, that an engine runs; None where there is none."""
+    """The exported file, or OpenVINO's directory, that an engine runs; None if there is none."""
     return next(iter(_files(name, directory).values()), None)
 
 
 def engine(name: str, model: QuantizedModel, directory: str | Path, threads: int | None = None) -> Engine:
-    """What computes a model's outputs from float32 images (batch, channels, height, width).
+    """The function that computes a model's outputs from float32 images (batch, channels, height, width).
 
     Arguments:
-        name: one of `ENGINES` but `float`, which is not made of the quantized model. `onnxruntime` runs the integer
-            ONNX file, or the QDQ one where that is all there is; `onnx-integer` and `onnx-qdq` say which.
-        model: what `directory` holds.
-        directory: where exports are looked for.
-        threads: that a runtime of its own uses; its choice when None.
+        name: one of `ENGINES` except `float`, which does not run the quantized model. `onnxruntime` runs the integer
+            ONNX file, or the QDQ one if there is no other; `onnx-integer` and `onnx-qdq` choose one of them.
+        model: the model that is saved in `directory`.
+        directory: where exports are searched.
+        threads: the number of threads of an external runtime; its choice when None.
 
     Raises:
-        ExportError: the name is unknown, nothing was exported for that runtime, or it was of another model.
-        LoweringError: `integer` or `onnx-integer`, of a model that does not lower.
+        ExportError: the name is unknown, nothing was exported for that runtime, or the export is of another model.
+        LoweringError: for `integer` or `onnx-integer`, the model cannot be lowered.
     """
     if name in _OF_THE_MODEL:
         return _OF_THE_MODEL[name](model)
@@ -156,16 +156,16 @@ def engine(name: str, model: QuantizedModel, directory: str | Path, threads: int
 
 
 def forms_of(path: str | Path, format: str, model: QuantizedModel | None = None) -> list[Form]:
-    """What was exported to a path, as each of its runtimes computes it.
+    """The forms of an export for parity: the file in each of its runtimes.
 
     Arguments:
         path: of the file, or for `openvino` of the directory.
-        format: what it was exported as.
-        model: what it has to be an export of; None when that is not known.
+        format: in which it was exported.
+        model: the model that must have been exported; None if that is not known.
 
     Raises:
-        ExportError: it cannot be run, or says that it is of another model.
-        CheckpointError: `program`, of no valid file.
+        ExportError: the file cannot be run, or was exported from another model.
+        CheckpointError: for `program`, the file is not valid.
     """
     path, forms = Path(path), []
     for way in WAYS[format]:
@@ -176,13 +176,13 @@ def forms_of(path: str | Path, format: str, model: QuantizedModel | None = None)
 
 
 def _files(name: str, directory: str | Path) -> dict[str, Path]:
-    """What an engine of files could run, by format, what it prefers first."""
+    """The exported files that an engine can run, by format, in order of preference."""
     files = exported(directory)
     return {format: files[format] for format in _OF_FILES.get(name, ()) if format in files}
 
 
 def _refuse_another(model: QuantizedModel | None, metadata: Mapping[str, str], path: Path) -> None:
-    """Refuse a file that does not say that it is of this model, or that nothing would tell when it was altered."""
+    """Refuse a file whose metadata do not name this model, or which has no digest to detect alterations."""
     if model is None:
         return
     if fact_of(metadata, "model") != digest(model):
@@ -194,7 +194,7 @@ def _refuse_another(model: QuantizedModel | None, metadata: Mapping[str, str], p
 
 
 def _nothing_for(name: str, model: QuantizedModel, directory: str | Path) -> VitquantError:
-    """What to export for an engine, of what the model allows."""
+    """The error for a missing export, which names the format to export, or why the model has none."""
     program, refused = program_of(model)
     possible = [format for format in _OF_FILES[name] if program is not None or not FORMATS[format].on_integers]
     if not possible:

@@ -1,10 +1,10 @@
-"""The one family of errors that a user can cause and mend; everything else is a fault of ours."""
+"""The errors that a user can cause and correct; any other exception is a bug."""
 
 from __future__ import annotations
 
 
 class VitquantError(Exception):
-    """A request that cannot be met, said in one line: what is wrong, where, and what to do.
+    """A request that cannot be met; the message says in one line what is wrong, where, and what to do.
 
     The command line prints it without a traceback and exits with code 2.
     """
@@ -19,11 +19,11 @@ class RecipeError(VitquantError):
 
 
 class CalibrationError(VitquantError):
-    """The calibration data or what the model makes of it cannot give quantization parameters.
+    """Quantization parameters cannot be determined from the calibration data or the model's tensors.
 
     Arguments:
         problem: what is wrong, and what to do.
-        site: where in the model, a site or one of its operands; empty when it is no single place.
+        site: the site or operand of the model concerned; empty if it is not a single one.
     """
 
     def __init__(self, problem: str, site: str = "") -> None:
@@ -32,7 +32,7 @@ class CalibrationError(VitquantError):
 
 
 class AllocationError(VitquantError):
-    """Bits cannot be spent as asked, or what says how sensitive a model is cannot be read."""
+    """Bits cannot be allocated as asked, or a sensitivity table cannot be read."""
 
 
 class CheckpointError(VitquantError):
@@ -44,7 +44,7 @@ class LoweringError(VitquantError):
 
     Arguments:
         problem: the site and the reason.
-        remedy: what to do; empty when the problem says it.
+        remedy: what to do; empty if `problem` includes it.
     """
 
     def __init__(self, problem: str, remedy: str = "") -> None:
@@ -53,7 +53,7 @@ class LoweringError(VitquantError):
 
 
 class ExportError(VitquantError):
-    """A file cannot be written, a format cannot hold the model, or a runtime refuses it."""
+    """A file cannot be written, a format cannot represent the model, or a runtime refuses it."""
 
 
 class DataError(VitquantError):
@@ -65,6 +65,6 @@ class ModelError(VitquantError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, 300 characters at most; its type where it says nothing."""
+    """The first line of another library's message, at most 300 characters; the error's type if the message is empty."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Saved models and the float models that they were made from, made again of what their files say."""
+"""Loading saved models, and the float models that they were made from."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def load(
 ) -> QuantizedModel:
     """Load a saved model; its outputs are bit for bit those of the model that was saved.
 
-    What a file names is not trusted: of the model's source it may say by itself only names that its library lists, and
-    arguments that are numbers and words of an architecture (`zoo.trust`).
+    The files are not trusted: by themselves they may name only a model that its library lists, and only arguments that
+    are numbers and words of an architecture (`zoo.trust`). Everything else the caller must repeat.
 
     Arguments:
-        directory: what `QuantizedModel.save` wrote.
-        model: the float model, or one of the same architecture; needed when it was saved without a source.
-        source: the name of the model, repeated: a `python:` factory, a hub's name or a directory that a file names
-            alone is never imported, asked for or read.
-        arguments: arguments of the model, repeated, that may load code or files, or be of any size.
+        directory: of a model that `QuantizedModel.save` wrote.
+        model: the float model, or one of the same architecture; needed if the model was saved without a source.
+        source: the name of the model, repeated: a `python:` factory is not imported, and a hub name or a directory not
+            read, unless it is repeated here.
+        arguments: those arguments of the model, repeated, that may load code or files, or be of any size.
 
     Raises:
-        CheckpointError: the files are damaged, of another model or of a newer format; or say what has to be repeated.
-        ModelError: the source cannot be made again.
+        CheckpointError: the files are damaged, of another model or of another format; or the source must be repeated.
+        ModelError: the model cannot be built from its source.
     """
     directory = Path(directory)
     recover(directory)
@@ -85,14 +85,14 @@ def float_model(
     """The float model that a saved model was made from, to compare with.
 
     Arguments:
-        directory: what `QuantizedModel.save` wrote.
-        weights: where the weights file is now, when it is not where it was; its content must be the same.
+        directory: of a model that `QuantizedModel.save` wrote.
+        weights: the new path of the weights file if it was moved; its content must be the same.
         source, arguments: see `load`.
 
     Raises:
-        CheckpointError: it was saved without a source, or with one that has to be repeated, or with weights that would
-            be fetched.
-        ModelError: the weights are gone, or are others.
+        CheckpointError: the model was saved without a source, with one that must be repeated, or with weights that
+            would be downloaded.
+        ModelError: the weights are missing, or their content has changed.
     """
     directory = Path(directory)
     config = check_config(read_config(directory), directory)
@@ -119,7 +119,7 @@ def _source(
 
 
 def _named(directory: Path, read: Callable[[], T]) -> T:
-    """What is read of a config; an error names the directory."""
+    """The result of `read`; its errors become CheckpointErrors that name the directory."""
     try:
         return read()
     except VitquantError as error:
@@ -127,7 +127,7 @@ def _named(directory: Path, read: Callable[[], T]) -> T:
 
 
 def _shapes(directory: Path, config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
-    """The shapes of a saved model's tensors, those of packed ones as they are in the model."""
+    """The shapes of a saved model's tensors; for packed tensors those of the unpacked weights."""
     stored = read_shapes(directory, config)
     packed = config["quantization_config"]["packed"]
     fits = {
@@ -139,17 +139,17 @@ def _shapes(directory: Path, config: Mapping[str, Any]) -> dict[str, Sequence[in
 
 
 def _refuse_other_tensors(directory: Path, model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse a source that builds another model before that model runs, which could take any time."""
+    """Refuse a source that builds another model, before that model is run, which could take any time."""
     for key, tensor in model.state_dict().items():
         if list(tensor.shape) != list(shapes.get(key, [-1])):
             raise CheckpointError(f"{directory}: its source builds another model: {key} is not the one that was saved")
 
 
 def _refuse_large_passes(model: nn.Module, shape: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse a model, and an image size, that take far more memory than models of its size do.
+    """Refuse a model and image size that take far more memory than is usual for models of its size.
 
     Raises:
-        ModelError: an operator of one forward pass would make a tensor that is too large.
+        ModelError: an operator of a forward pass would create a tensor that is too large.
     """
     budget = ForwardBudget(shapes)
     if 2 * math.prod(shape) > budget.largest:

@@ -1,4 +1,4 @@
-"""Integers of 2 to 64 bits as bytes and back: how weights and constants are stored, and held while a program runs."""
+"""Packing of integers of 2 to 64 bits into bytes, for weights and constants in files and in running programs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vitquant.errors import CheckpointError
 
 
 def code_dtype(bits: int, signed: bool) -> torch.dtype:
-    """The integer type that codes of so many bits are given in.
+    """The dtype for codes of a number of bits.
 
-    uint8 or int8 up to 8 bits, int16 or, unsigned, int32 up to 16, int32 up to 32, int64 above; those of more than 16
-    bits are signed.
+    It is uint8 or int8 up to 8 bits, int16 or for unsigned codes int32 up to 16 bits, int32 up to 32 bits, and int64
+    above; codes of more than 16 bits are signed.
     """
     if bits <= 8:
         return torch.int8 if signed else torch.uint8
@@ -25,9 +25,9 @@ def code_dtype(bits: int, signed: bool) -> torch.dtype:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Store codes as a little-endian stream of `bits` bits each, or of 16, 32 or 64 from 9, 17 and 33 bits on.
+    """Store codes as a little-endian stream of `bits` bits each; more than 8 bits take 16, 32 or 64.
 
-    Two 4-bit codes share a byte, the first in its low half; 3, 5, 6 and 7 bits cross byte borders.
+    Two 4-bit codes share a byte, the first in its low half; codes of 3, 5, 6 and 7 bits cross byte boundaries.
     Negative codes are stored in two's complement.
 
     Arguments:
@@ -56,14 +56,15 @@ def unpack(packed: Tensor, bits: int, signed: bool, shape: Sequence[int]) -> Ten
 
     Arguments:
         packed: uint8 (packed_size(count, bits),).
-        bits, signed: as in the spec that the codes belong to; signed above 16 bits.
+        bits, signed: as when the codes were packed; codes of more than 16 bits are signed.
         shape: of the codes.
 
     Returns:
-        Codes of dtype `code_dtype(bits, signed)`; of 8, 32 and 64 bits they share the memory of `packed`.
+        Codes of dtype `code_dtype(bits, signed)`; if they are stored in 8, 32 or 64 bits, they share the memory of
+        `packed`.
 
     Raises:
-        CheckpointError: `packed` has another length than `shape` asks for.
+        CheckpointError: the length of `packed` does not fit `shape`.
     """
     count = prod(shape)
     expected = packed_size(count, bits)
@@ -88,12 +89,12 @@ def unpack(packed: Tensor, bits: int, signed: bool, shape: Sequence[int]) -> Ten
     codes = codes.flatten()[:count]
     if signed:
         sign = 1 << (width - 1)
-        codes = (codes ^ sign) - sign  # of uint8 it wraps around, to the byte of the negative number
+        codes = (codes ^ sign) - sign  # in uint8 it wraps around to the byte of the negative number
     return codes.to(dtype).view(tuple(shape))
 
 
 def packed_size(count: int, bits: int) -> int:
-    """How many bytes `count` codes of `bits` bits take."""
+    """The number of bytes of `count` packed codes of `bits` bits."""
     return -(-count * _stored_width(bits) // 8)
 
 

@@ -1,6 +1,6 @@
-"""Files as plain values: the bytes of JSON and TOML, read within bounds and parsed strictly.
+"""Reading JSON and TOML files of bounded size, and parsing them strictly into plain values.
 
-What the values may be is a schema's to say.
+The values are checked by schemas, see `schema`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _KEY_PARTS = re.compile(r"""(?:(?<![\w-])[\w-]++|"[^"\n]*+"|'[^'\n]*+')(?:[ \t]*
 
 
 def read_file(path: Path, most: int, error: type[VitquantError]) -> bytes:
-    """What a file holds.
+    """The content of a file.
 
     Arguments:
-        path: of a regular file; pipes and devices are refused, they may never end.
-        most: bytes that a file of its kind has at most.
-        error: what is raised.
+        path: of a regular file; pipes and devices, which may never end, are refused.
+        most: the largest size in bytes of such a file.
+        error: the type of the error to raise.
 
     Raises:
-        VitquantError: `error`, without the path: it is no file, cannot be read, or is larger.
+        VitquantError: `error`, without the path: it is not a regular file, cannot be read, or is too large.
     """
     try:
         about = path.stat()
@@ -43,13 +43,16 @@ def read_file(path: Path, most: int, error: type[VitquantError]) -> bytes:
 
 
 def parse_json(content: bytes | str, error: type[VitquantError], edited: bool = False) -> Any:
-    """The values of a JSON text; keys that come twice, NaN, infinity and integers of more than 64 bits are refused.
+    """The values of a JSON text; duplicate keys, NaN, infinity and integers of more than 20 digits are refused.
 
     Arguments:
-        edited: people may have saved it, and editors put a byte order mark before it or take another encoding.
+        content: the text, or its bytes in UTF-8.
+        error: the type of the error to raise.
+        edited: whether users may have edited the file, whose editor may have added a byte order mark or changed the
+            encoding.
 
     Raises:
-        VitquantError: `error`; the message has line and column where the text is no JSON.
+        VitquantError: `error`; the message has the line and column at which the text is not valid JSON.
     """
     return _parsed("JSON", content, error, lambda text: json.loads(text, **_STRICT), edited)
 
@@ -58,11 +61,11 @@ def parse_toml(content: bytes | str, error: type[VitquantError]) -> dict[str, An
     """The table of a TOML text, with or without a byte order mark.
 
     Raises:
-        VitquantError: `error`; the message has line and column where the text is no TOML.
+        VitquantError: `error`; the message has the line and column at which the text is not valid TOML.
     """
 
     def parse(text: str) -> dict[str, Any]:
-        if _KEY_PARTS.search(text):  # tomllib takes the square of their number
+        if _KEY_PARTS.search(text):  # the time of tomllib is quadratic in them
             raise ValueError(f"a key has more than {DEEPEST} parts")
         return tomllib.loads(text)
 
@@ -78,7 +81,7 @@ def _parsed(
         refuse_depth(value)
     except RecursionError:
         raise error(f"not valid {form}: lists and tables are nested more than {DEEPEST} deep") from None
-    except (ValueError, Mismatch) as reason:  # no UTF-8, no JSON, or more digits than Python converts
+    except (ValueError, Mismatch) as reason:  # not UTF-8, not JSON, or more digits than Python converts
         raise error(f"not valid {form}: {str(reason)[:300]}") from None
     return value
 
@@ -90,7 +93,7 @@ def _decoded(content: bytes, edited: bool) -> str:
         text = content.decode()
     except UnicodeDecodeError:
         text = "\0"
-    if "\0" in text:  # UTF-16 without its mark is UTF-8 with a null in every other place
+    if "\0" in text:  # UTF-16 without a byte order mark is valid UTF-8 with nulls
         raise ValueError("it is not text in UTF-8; save it as UTF-8")
     return text
 

@@ -1,4 +1,4 @@
-"""A forward pass as its modules are written, for the time of a capture: no fused paths, nothing compiled."""
+"""A context for capturing, in which a forward pass uses neither fused paths nor compiled modules."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-# The switches below are the process's, and a module's mode is everybody's who holds it: one capture at a time.
+# The settings below are global, and a module's mode is shared by all threads: only one capture at a time.
 _SWITCHES = threading.RLock()
 
 
 @contextmanager
 def plain_forward(model: nn.Module) -> Generator[None]:
-    """Let a model compute by plain operators, in evaluation mode and without gradients; all is given back afterwards.
+    """A context in which a model uses plain operators, in evaluation mode without gradients; settings are restored.
 
     PyTorch's fused inference paths (`torch.backends.mha`) are off, `torch.compile` is ignored, and
-    `nn.TransformerEncoder` and `nn.TransformerDecoder` do not look into a mask to see whether it is causal.
+    `nn.TransformerEncoder` and `nn.TransformerDecoder` do not inspect the values of a mask to see if it is causal.
     """
     with _SWITCHES, ExitStack() as stack:
         stack.enter_context(_evaluating(model))
@@ -36,13 +36,13 @@ def plain_forward(model: nn.Module) -> Generator[None]:
 
 
 def takes_nested_tensors(model: nn.Module) -> bool:
-    """Whether a part of a model may compute on nested tensors, which leave zeros where tokens are masked."""
+    """Whether a module of the model may compute on nested tensors, which leave zeros at masked tokens."""
     return any(isinstance(part, nn.TransformerEncoder) and part.use_nested_tensor for part in model.modules())
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Generator[None]:
-    """Evaluation mode; each submodule gets its own mode back."""
+    """Evaluation mode; afterwards the mode of each submodule is restored."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -54,7 +54,7 @@ def _evaluating(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def _without_fast_paths() -> Generator[None]:
-    """Attention and encoder layers of torch, which are one fused operator each otherwise, are what they consist of."""
+    """Switch off the fast path of torch's attention and encoder layers, which is a single fused operator."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -65,7 +65,7 @@ def _without_fast_paths() -> Generator[None]:
 
 @contextmanager
 def _without_compiled_calls(model: nn.Module) -> Generator[None]:
-    """Parts that were compiled, in place (`part.compile()`) or wrapped (`torch.compile(part)`), run as written."""
+    """Run submodules without compilation, whether compiled in place (`part.compile()`) or by `torch.compile(part)`."""
     plain: list[tuple[nn.Module, str, Callable[..., Any] | None]] = []
     for module in model.modules():
         if isinstance(module, OptimizedModule):
@@ -84,10 +84,10 @@ def _without_compiled_calls(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def _hinted(module: nn.Module, hint: str, place: int) -> Generator[None]:
-    """A stack of layers is told that its mask need not be causal, where its caller does not say that it is.
+    """Pass `hint=False` to a stack of layers unless its caller gives the hint that its mask is causal.
 
-    The mask is applied all the same. Otherwise the stack compares its values with those of a causal mask, and a
-    graph that depends on values cannot be captured.
+    The mask is applied anyway. Without a hint the stack compares the mask's values with those of a causal mask, and
+    control flow that depends on values cannot be captured.
     """
 
     def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

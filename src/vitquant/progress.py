@@ -1,12 +1,12 @@
-"""How long work says how far it is."""
+"""Progress callbacks of long work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# What is being done, how much of it is done, and how much there is.
+# Called with the current activity, the amount done and the total.
 Progress = Callable[[str, int, int], None]
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Nobody wants to know."""
+    """Ignore the progress."""

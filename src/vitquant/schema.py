@@ -1,7 +1,7 @@
-"""What files may hold, declared as data: values of JSON and TOML are checked against it before anything reads them.
+"""Schemas of files, declared as data, against which values of JSON and TOML are checked before they are used.
 
-A file's owner declares a schema and calls `check`; behind that call every key is known, every value has its type and
-lies within its bounds. Errors say which key it is, what it holds and what it should hold.
+The module that reads a kind of file declares a schema and calls `check`; after that call every key is known, and every
+value has its type and lies within its bounds. Errors name the key, its value and what it should be.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from typing import Any, NoReturn, Protocol, Union, get_args, get_origin
 
 from vitquant.errors import VitquantError
 
-_TURNING = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # characters that change the direction of what is shown
-# What a terminal shows on one line, and no file hides in.
+_TURNING = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # characters that change the direction of text
+# Text of one line and of several, without control characters, with which a file could mislead a reader in a terminal.
 LINE = rf"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_TURNING}]*"
 LINES = rf"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff{_TURNING}]*"
-PATH = r"[^\x00]+"  # names that are no UTF-8 hold lone surrogates
-DEEPEST = 32  # lists and tables in each other
-LONGEST_INTEGER = 20  # digits; those of 64 bits
+PATH = r"[^\x00]+"  # lone surrogates are allowed, since names may not be UTF-8
+DEEPEST = 32  # levels of nested lists and tables
+LONGEST_INTEGER = 20  # digits, enough for 64 bits
 
 
 class Schema(Protocol):
-    """What a value may be."""
+    """The schema of a value."""
 
     def __str__(self) -> str:
-        """What it should be, in words that follow "should be"."""
+        """A description of valid values, to follow "should be" in a message."""
         ...
 
     def check(self, value: Any, place: str) -> None:
-        """Raise `Mismatch` unless the value fits; `place` is its key, as errors write it."""
+        """Raise `Mismatch` unless the value fits; `place` is its key, for the message."""
         ...
 
 
 class Mismatch(Exception):  # noqa: N818
-    """A value that does not fit a schema; the message says which, what it is and what it should be."""
+    """A value does not fit a schema; the message names its key, the value and what it should be."""
 
 
 def check(value: Any, schema: Schema, error: type[VitquantError], place: str = "") -> Any:
-    """The value, when it is what the schema says.
+    """Check that a value fits a schema, and return it.
 
     Arguments:
-        value: of JSON, TOML, or a caller; tuples count as lists.
-        schema: what it may be.
-        error: what is raised when it is not.
-        place: the key that it is the value of, for the message.
+        value: from JSON, TOML, or a caller; tuples count as lists.
+        schema: its schema.
+        error: the type of the error to raise if it does not fit.
+        place: the key of the value, for the message.
 
     Raises:
-        VitquantError: `error`, with the key, what it holds and what it should hold.
+        VitquantError: `error`; the message names the key, the value and what it should be.
     """
     try:
         schema.check(value, place)
@@ -61,7 +61,7 @@ def check(value: Any, schema: Schema, error: type[VitquantError], place: str = "
 
 
 def take(table: Mapping[str, Any], key: str, schema: Schema, error: type[VitquantError], place: str = "") -> Any:
-    """The value of one key, whatever the others are; raises as `check` does."""
+    """The checked value of one key of a table, whose other keys are ignored; it raises the errors of `check`."""
     return check({key: table[key]} if key in table else {}, Table({key: schema}), error, place)[key]
 
 
@@ -70,7 +70,7 @@ def _refuse(value: Any, place: str, expected: object) -> NoReturn:
 
 
 def shown(value: Any) -> str:
-    """A value as an error mentions it: whole when it is short."""
+    """A value as text for an error message, shortened if it is long."""
     match value:
         case Mapping():
             return "a table"
@@ -84,7 +84,7 @@ def shown(value: Any) -> str:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """The part of an error message that helps: the closest of `words`, or all of them."""
+    """A hint for an error message: the closest of `words`, or all of them."""
     words = list(words)
     close = get_close_matches(word[:100], words, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(words) or 'none'}"
@@ -95,10 +95,10 @@ class Text:
     """A string.
 
     Arguments:
-        longest: characters.
-        pattern: a regular expression that all of it matches.
-        among: what it is one of; empty for any.
-        least: characters.
+        longest: the largest number of characters.
+        pattern: a regular expression that matches the whole string.
+        among: the allowed strings; empty for any.
+        least: the smallest number of characters.
     """
 
     longest: int = 1000
@@ -123,7 +123,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Integer:
-    """A whole number from `low` to `high`; true and 1.0 are none."""
+    """An integer from `low` to `high`; true and 1.0 are not integers."""
 
     low: int = -(2**63)
     high: int = 2**63 - 1
@@ -139,7 +139,7 @@ class Integer:
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number from `low` to `high`, whole or not."""
+    """A finite number from `low` to `high`, integer or not."""
 
     low: float = -sys.float_info.max
     high: float = sys.float_info.max
@@ -179,7 +179,7 @@ class Nothing:
 
 @dataclass(frozen=True)
 class Either:
-    """One of several; when none fits, the error is that of the only one whose kind of value it is, or names all."""
+    """Any of several schemas; if none fits, the error is that of the only list or table among them, or names all."""
 
     options: tuple[Schema, ...]
 
@@ -200,13 +200,13 @@ class Either:
 
 
 def maybe(schema: Schema) -> Either:
-    """What fits the schema, or null."""
+    """A value of the schema, or null."""
     return Either((schema, Nothing()))
 
 
 @dataclass(frozen=True)
 class ListOf:
-    """A list of `least` to `most` values of one kind."""
+    """A list of `least` to `most` values with the same schema."""
 
     each: Schema
     least: int = 0
@@ -226,7 +226,7 @@ class ListOf:
 
 @dataclass(frozen=True)
 class Row:
-    """A list of certain values, each of its own kind."""
+    """A list of fixed length, with a schema for each value."""
 
     items: tuple[Schema, ...]
 
@@ -242,7 +242,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TableOf:
-    """Any number of keys of one form, with values of one kind."""
+    """A table with at least `least` keys, and with the same schema for all values."""
 
     each: Schema
     key: Text = field(default_factory=lambda: Text(least=1))
@@ -261,10 +261,10 @@ class TableOf:
 
 @dataclass(frozen=True)
 class Table:
-    """Certain keys, each with a value of its own kind; others are refused.
+    """A table with fixed keys, and with a schema for the value of each; other keys are refused.
 
     Arguments:
-        required, optional: by key.
+        required, optional: the schemas by key.
     """
 
     required: Mapping[str, Schema]
@@ -319,7 +319,7 @@ class Plain:
 
 
 def of_type(hint: Any) -> Schema:
-    """What a dataclass's field may be, by the type that it is declared with: plain ones, optional ones, and tuples."""
+    """The schema for the declared type of a dataclass's field: plain types, optional types, unions and sequences."""
     match hint:
         case _ if hint in _OF_TYPE:
             return _OF_TYPE[hint]
@@ -344,7 +344,7 @@ def _below(place: str, key: str) -> str:
 
 
 def refuse_depth(value: Any, place: str = "") -> None:
-    """Raise `Mismatch` for what is nested deeper than any file is, without following it down."""
+    """Raise `Mismatch` for a value that is nested too deep, without recursion."""
     level = [value]
     for _ in range(DEEPEST + 1):
         level = [

@@ -1,7 +1,7 @@
-"""What a quantizer is, as frozen data: bits, sign, symmetry, granularity, scheme; and its parameters.
+"""The spec of a quantizer as frozen data: bits, sign, symmetry, granularity, scheme; and its parameters.
 
-Nothing here computes: `quantizers` turns a spec and its parameters into arithmetic, `observers`
-turn tensors into parameters.
+This module computes nothing: `quantizers` implement the arithmetic of a spec and its parameters, and `observers`
+estimate parameters from tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class PerTensor:
 
 @dataclass(frozen=True)
 class PerAxis:
-    """One scale per index of `axis`, counted as the reading operation sees the operand."""
+    """One scale per index of `axis`, an axis of the operand as the operation reads it."""
 
     axis: int
 
@@ -65,11 +65,11 @@ class PowerOfTwoFactor:
 
 @dataclass(frozen=True)
 class Log2:
-    """Powers of two, `scale * 2**-code`, for values in [0, scale]; the largest code means zero.
+    """Powers of two, `scale * 2**-code`, for values in [0, scale]; the largest code is zero.
 
     Arguments:
-        separate_zero: zero has a code of its own after the 2**bits powers, as in FQ-ViT's code: 2**bits + 1 levels,
-            which `bits` bits cannot hold.
+        separate_zero: whether zero has an extra code after 2**bits powers, as in FQ-ViT's code: 2**bits + 1 levels,
+            which do not fit into `bits` bits.
     """
 
     separate_zero: bool = False
@@ -77,13 +77,13 @@ class Log2:
 
 @dataclass(frozen=True)
 class LogSqrt2:
-    """Powers of the square root of two, `scale * 2**(-code / 2)`, in [0, scale]; the largest code means zero.
+    """Powers of the square root of two, `scale * 2**(-code / 2)`, in [0, scale]; the largest code is zero.
 
-    RepQ-ViT, its log-sqrt2 quantizer.
+    The log-sqrt2 quantizer of RepQ-ViT.
 
     Arguments:
-        separate_zero: zero has a code of its own after the 2**bits powers, as in RepQ-ViT's code: 2**bits + 1 levels,
-            which `bits` bits cannot hold.
+        separate_zero: whether zero has an extra code after 2**bits powers, as in RepQ-ViT's code: 2**bits + 1 levels,
+            which do not fit into `bits` bits.
     """
 
     separate_zero: bool = False
@@ -91,9 +91,9 @@ class LogSqrt2:
 
 @dataclass(frozen=True)
 class TwinUniform:
-    """Half of the codes are `scale` apart, around zero, and the others `scale * 2**shift`, beyond them.
+    """Half of the codes are `scale` apart, around zero, and the others, on both sides, `scale * 2**shift` apart.
 
-    PTQ4ViT, its twin uniform quantization; piecewise linear quantization.
+    Related: the twin uniform quantization of PTQ4ViT, and piecewise linear quantization.
     """
 
     shift: int = 2
@@ -112,10 +112,10 @@ class QuantSpec:
         signed: codes run from -2**(bits-1) to 2**(bits-1)-1, else from 0 to 2**bits-1.
         symmetric: the zero point is fixed, at 0 for signed codes and at the middle for unsigned ones.
         granularity: which elements share a scale.
-        scheme: where the levels lie.
+        scheme: how the levels are spaced.
 
     Raises:
-        RecipeError: the combination has no meaning.
+        RecipeError: the combination is not valid.
     """
 
     bits: int
@@ -174,11 +174,11 @@ def _snake_case(value: object) -> str:
 
 @dataclass(frozen=True)
 class QParams:
-    """The numbers that complete a spec, on one device.
+    """The parameters of a quantizer with a given spec, on one device.
 
     Arguments:
         scale: float32, positive; shape () for one scale, (n,) along the granularity's axis.
-        zero_point: int32 of scale's shape, the code of the real number 0; None for powers.
+        zero_point: int32 of scale's shape, the code of the real number 0; None for logarithmic schemes.
         factor: int32 (channels,), the power-of-two factors; None for every other scheme.
     """
 

@@ -1,4 +1,4 @@
-"""The plain module within what people wrap it in, or one line on how to get it."""
+"""Unwrapping a plain module, or one line on how to get it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ _GATHER = "gather a full state dict (torch.distributed.checkpoint.state_dict.get
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The module that computes, whose state-dict keys the user knows.
+    """The module inside of all wrappers, which has the state-dict keys that the user knows.
 
-    `torch.compile`, DataParallel, DistributedDataParallel, AveragedModel and timm's ModelEma are taken off, however
-    many there are.
+    Wrappers are `torch.compile`, DataParallel, DistributedDataParallel, AveragedModel and timm's ModelEma, also nested.
 
     Arguments:
-        model: a module, wrapped or not; it is left as it is.
+        model: a module, wrapped or not; it is not changed.
 
     Raises:
-        ModelError: it is no module, or one that cannot be captured: scripted, exported, sharded, with adapters or
-            quantized by others, or without values (on the meta device, or lazy); the message says how to get a plain
-            one.
+        ModelError: it is not a module, or one that cannot be captured: scripted, exported, sharded, with adapters,
+            quantized already, or without values (on the meta device, or lazy); the message says how to get a plain
+            module.
     """
     while True:
         if type(model).__module__ == "timm.utils.model_ema":
@@ -50,7 +49,7 @@ def unwrapped(model: Any) -> nn.Module:
 
 
 def _why_not(model: Any) -> str | None:
-    """Why this cannot be captured, and what to give instead; None when it can."""
+    """Why a model cannot be captured, and what to give instead; None if it can."""
     kind = type(model).__name__
     if isinstance(model, ExportedProgram):
         return "the model is an ExportedProgram, which fixes what was exported; give the module it was made from"
@@ -86,7 +85,7 @@ def _is_scripted(part: nn.Module) -> bool:
 
 
 def _refuse_tensors(model: nn.Module) -> None:
-    """Refuse tensors that hold no plain numbers, by name."""
+    """Refuse tensors that are not plain strided tensors with values, and name the first."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     parameters = {id(parameter) for parameter in model.parameters()}
     for name, tensor in tensors:

@@ -1,3 +1,3 @@
-"""The version: pyproject.toml reads it here, and so does whatever says it."""
+"""The version, defined only here; pyproject.toml reads it from this file."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Where long work keeps what it has, so that a run that was killed goes on where it was."""
+"""Saved states of long work, so that a run that was killed can be continued."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from vitquant.schema import Schema, check
 
 FORMAT = 1  # of states
 _RUN = "run.json"
-_EVERY = 20.0  # seconds between two states of one piece of work, at least
-_SHARE = 0.05  # of the time that saving may take
+_EVERY = 20.0  # the least number of seconds between two saved states of one piece of work
+_SHARE = 0.05  # the share of the time that saving may take
 _KEY = "values"
 _LONGEST_RUN = 2**20  # bytes
 _LARGEST = 2**36
@@ -31,12 +31,12 @@ _LARGEST = 2**36
 
 @dataclass(frozen=True)
 class Saved:
-    """What was kept under a name, whoever wrote the file.
+    """A saved state, which may come from any file.
 
     Arguments:
-        tensors: by name, on the CPU; `tensor` checks them.
-        values: what the schema says that was asked for.
-        file: where they are.
+        tensors: by name, on the CPU; unchecked, see `tensor`.
+        values: plain values that fit the schema with which they were read.
+        file: the file of the state.
     """
 
     tensors: dict[str, Tensor]
@@ -44,10 +44,10 @@ class Saved:
     file: Path
 
     def tensor(self, key: str, like: Tensor) -> Tensor:
-        """A tensor that has to be as another one is, on its device.
+        """A tensor, after checking that its shape and dtype are those of another, moved to the other's device.
 
         Raises:
-            CheckpointError: it is missing, of another shape or dtype, or holds NaN or infinity.
+            CheckpointError: it is missing, has another shape or dtype, or holds NaN or infinity.
         """
         found = self.tensors.get(key)
         if found is None or found.shape != like.shape or found.dtype != like.dtype:
@@ -57,15 +57,15 @@ class Saved:
         return found.to(like.device)
 
     def damaged(self) -> CheckpointError:
-        """The error for a state that is not what it should be."""
+        """The error for a state that is not valid."""
         return CheckpointError(f"{self.file} is damaged: remove it, and what it holds is computed again")
 
 
 @dataclass(frozen=True)
 class WorkDirectory:
-    """A directory of states by name, each a file that is written whole or not at all.
+    """A directory of saved states by name, each a file that is written atomically.
 
-    Use `opened` to make one.
+    Use `opened` to create one.
     """
 
     path: Path
@@ -73,15 +73,15 @@ class WorkDirectory:
     @classmethod
     @contextmanager
     def opened(cls, path: str | Path, run: Mapping[str, Any]) -> Generator[WorkDirectory]:
-        """The work directory of a run, made when missing; one run at a time has it.
+        """The work directory of a run, created when missing; only one run at a time can use it.
 
         Arguments:
             path: of the directory.
-            run: what tells runs apart, plain JSON values: a directory of another run is refused.
+            run: the identity of the run, plain JSON values: a directory of another run is refused.
 
         Raises:
-            CheckpointError: it is of another run, which the message names, is in use, holds something else, or the
-                operating system refuses.
+            CheckpointError: the directory belongs to another run, and the message names a difference; it is in use or
+                holds something else; or the operating system refuses.
         """
         path = Path(path)
         with ExitStack() as held:
@@ -92,11 +92,11 @@ class WorkDirectory:
             yield cls(path)
 
     def read(self, name: str, schema: Schema) -> Saved | None:
-        """The tensors and values that were written under a name; None where nothing was.
+        """The tensors and values that were written under a name; None if there are none.
 
         Arguments:
             name: of the state.
-            schema: what its values may be.
+            schema: of its values.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -115,7 +115,7 @@ class WorkDirectory:
         return Saved(tensors, values, file)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], values: Any) -> None:
-        """Write tensors, and plain JSON values, in the place of what has that name.
+        """Write tensors and plain JSON values under a name, replacing the previous state of that name.
 
         Raises:
             ExportError: the file cannot be written.
@@ -124,7 +124,7 @@ class WorkDirectory:
         write_file(self._file(name), _safetensors().save(held, {_KEY: json.dumps(values)}), force=True)
 
     def remove(self, name: str) -> None:
-        """Forget what has that name."""
+        """Remove the state of a name, if there is one."""
         with told_as(CheckpointError, f"{self._file(name)} cannot be removed"):
             self._file(name).unlink(missing_ok=True)
 
@@ -134,10 +134,10 @@ class WorkDirectory:
 
 @dataclass
 class WorkState:
-    """The state of one piece of work, such as a method of a recipe; without a directory nothing is kept.
+    """The saved state of one piece of work, such as a method of a recipe; without a directory nothing is saved.
 
     Arguments:
-        directory: where it is kept.
+        directory: where the state is saved.
         name: of the work.
     """
 
@@ -147,14 +147,14 @@ class WorkState:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to save: some seconds have passed since the last time, more where saving takes long."""
+        """Whether it is time to save: at least 20 seconds after the last time, or more if saving takes long."""
         return self.directory is not None and time.monotonic() >= self._next
 
     def load(self, schema: Schema) -> Saved | None:
-        """What `save` wrote last; None where it wrote nothing.
+        """The state that `save` wrote last; None if there is none.
 
         Arguments:
-            schema: what its values may be.
+            schema: of its values.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -162,7 +162,7 @@ class WorkState:
         return None if self.directory is None else self.directory.read(self.name, schema)
 
     def save(self, tensors: Mapping[str, Tensor], values: Any) -> None:
-        """Keep what the work needs to go on: tensors, and plain JSON values."""
+        """Save the tensors and plain JSON values with which the work can be continued."""
         if self.directory is not None:
             started = time.monotonic()
             self.directory.write(self.name, tensors, values)
@@ -171,7 +171,7 @@ class WorkState:
 
 
 def _check(path: Path, run: dict[str, Any]) -> None:
-    """Refuse a directory that another run made, and mark a new one as this run's."""
+    """Refuse the directory of another run, and record the identity of this run in a new one."""
     file = path / _RUN
     if not file.exists():
         others = [each.name for each in path.iterdir() if not each.name.startswith(".")]

@@ -1,4 +1,4 @@
-"""What is done with a model, as the command line does it: quantize, evaluate, compare, export."""
+"""The workflows of Python and the command line: quantize, evaluate, compare, export."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from vitquant.zoo import ModelSource
 
 
 class BrokenPromiseError(ExportError):
-    """An export is not what was evaluated, and was not written.
+    """An export does not compute what was evaluated, and was therefore not written.
 
     Arguments:
-        report: the comparison.
+        report: the comparison that shows it.
     """
 
     def __init__(self, report: ParityReport) -> None:
@@ -67,35 +67,35 @@ def quantize(
     time_limit: float = math.inf,
     work: str | Path | None = None,
 ) -> QuantizedModel:
-    """Quantize a model by a recipe; the model itself is left as it is.
+    """Quantize a model by a recipe; the model itself is not changed.
 
     Arguments:
         model: any module that takes one batch of images; it is captured in evaluation mode, see `capture`.
         recipe: a recipe's name, the path of a TOML file, names joined by `+` to lay overlays over a
-            recipe, or a `Recipe`; `default` is the best that lowers to integers at these bits.
+            recipe, or a `Recipe`; `default` is the best one that lowers to integers at these bits.
         data: calibration batches: float tensors (batch, channels, height, width), or tuples that begin
-            with one, or mappings with `pixel_values`. A recipe of several methods reads them several times, which
-            a list or a DataLoader allows and a generator does not; image size is that of the first.
-        bits: replaces the recipe's, such as "w8a8s4".
+            with one, or mappings with `pixel_values`. A recipe with several methods iterates over them several times,
+            which a list or a DataLoader allows and a generator does not; the first batch fixes the image size.
+        bits: replaces the recipe's bits, such as "w8a8s4".
         settings: replaces single keys of the recipe: {"weights.observer": "omse"}, or ["weights.observer=omse"].
-        simulated: take the model also where its recipe promises integers and some of it cannot be computed so.
-        source: where the model came from; with it `load(directory)` needs nothing else.
-        preprocessing: the model's, timm's data-configuration keys; saved with the model.
-        task: what the outputs mean, one of `tasks.task.TASKS`; when None, `classification` where the model gives
+        simulated: accept the model even if its recipe promises integers and it cannot be lowered.
+        source: the model's source, with which `load(directory)` needs no further argument.
+        preprocessing: of the model, with the keys of timm's data configuration; saved with the model.
+        task: how the outputs are evaluated, one of `tasks.task.TASKS`; when None, `classification` if the model returns
             logits, else `features`.
-        seed: of what methods draw.
-        progress: told what a method is doing, how much of it is done and how much there is.
+        seed: of the methods' random draws.
+        progress: called with a method's current activity, the amount done and the total.
         memory: gigabytes that a method may hold beside the models; the result does not depend on it.
-        time_limit: seconds after which methods that choose or learn for long stop with what they have; their records
-            say how far they came.
-        work: a directory in which long work keeps its state: after an interruption the same call goes on there. It
+        time_limit: seconds after which long searches and training stop with what they have; their records say how far
+            they came.
+        work: a directory in which long work saves its state: after an interruption the same call continues there. It
             can be removed afterwards.
 
     Raises:
-        LoweringError: the recipe promises integers (its method `integer-operations` computes every kind so), the
-            bits, the model or its calibration do not allow it, and not `simulated`; it names the site and what to do.
-            Said before calibration wherever that does not depend on the images.
-        CheckpointError: the work directory is another run's.
+        LoweringError: the recipe promises integers (its method `integer-operations` computes every kind so), the bits,
+            the model or its calibration do not allow it, and `simulated` is false; the message names the site and what
+            to do. It is raised before calibration if it does not depend on the images.
+        CheckpointError: the work directory belongs to another run.
         VitquantError: see `capture`, `requested` and the recipe's methods.
     """
     deadline = time.monotonic() + time_limit
@@ -150,21 +150,21 @@ def evaluate(
     task: str | None = None,
     progress: Progress = silent,
 ) -> Result:
-    """How good a quantized model is at its task, beside its float model on the same images.
+    """Evaluate a quantized model on its task, and compare it with its float model on the same images.
 
-    A classifier's accuracy and its agreement with the float model; the cosine of features with the float model's, and
-    the share of images whose nearest neighbour is the same.
+    For a classifier the result is the accuracy and the agreement with the float model; for features the cosine
+    similarity with those of the float model, and the share of images with the same nearest neighbour.
 
     Arguments:
         model: calibrated.
         data: batches of images, float32 (batch, channels, height, width), for a classifier each with classes, int64
             (batch,).
-        float_model: to compare with; features need it.
-        engine_name: what computes, one of `engines.ENGINES`; the integer program once the model lowers, else the
-            simulation, when None.
-        directory: where exports are looked for, which `onnxruntime` and `openvino` run.
-        task: one of `tasks.task.TASKS`; when None, the one that the model was quantized for.
-        progress: told how many images are done.
+        float_model: to compare with; needed for features.
+        engine_name: one of `engines.ENGINES`; when None, the integer program if the model can be lowered, else the
+            simulation.
+        directory: where the exports are that `onnxruntime` and `openvino` run.
+        task: one of `tasks.task.TASKS`; when None, the one for which the model was quantized.
+        progress: called with the number of images done and the total.
 
     Raises:
         ModelError, DataError: see `tasks.classification.evaluate` and `tasks.features.evaluate`.
@@ -178,7 +178,7 @@ def evaluate(
 
 
 def task_for(model: QuantizedModel, name: str | None = None) -> Task:
-    """The task that is asked for, or else the one that a model was quantized for.
+    """The task of a name, or without a name the task for which a model was quantized.
 
     Arguments:
         model: from `quantize` or `load`.
@@ -199,17 +199,17 @@ def compare(
     float_model: Model | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
-    """Run all forms of a model on the same images: float, simulation, integer program, and what was exported.
+    """Run all forms of a model on the same images: float, simulation, integer program, and exported files.
 
     Arguments:
         model: calibrated.
-        images: a few batches, as `quantize` takes them; they are held in memory.
-        forms: exported ones, from `engines.forms_of`.
-        float_model: what the model was made from.
-        progress: told which form is run, how many were, and how many there are.
+        images: a few batches, as for `quantize`; all of them are held in memory.
+        forms: of exported files, from `engines.forms_of`.
+        float_model: the model that was quantized.
+        progress: called with the form that is run, how many are done, and how many there are.
 
     Returns:
-        The comparisons, and `broken`: the promises that do not hold.
+        The comparisons, and `broken`: the criteria that are not met.
 
     Raises:
         CalibrationError: there are no images.
@@ -233,19 +233,19 @@ def export(
     opset: int | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
-    """Write a model for another runtime, once it was run there and is what it should be.
+    """Export a model to the format of a runtime, after running the export there and comparing it with the model.
 
     Arguments:
         model: calibrated.
-        format, path, force, float_io, batch, opset: see `export.formats.write`.
+        format, path, force, float_io, batch, opset: see `exports.formats.write`.
         images, float_model, progress: see `compare`.
 
     Returns:
-        What the comparison with the model found.
+        The comparison of the export with the model.
 
     Raises:
-        BrokenPromiseError: the export is not the model; nothing is written.
-        ExportError, LoweringError: see `export.formats.write`.
+        BrokenPromiseError: the export does not compute the same as the model; nothing is written.
+        ExportError, LoweringError: see `exports.formats.write`.
         CalibrationError: there are no images.
     """
     check_options(format, float_io, batch, opset)
@@ -266,11 +266,11 @@ def write_compared(
     float_model: Model | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
-    """Write an export to a place where nothing is yet, run it, and remove it again where a promise is broken.
+    """Write an export to a path that does not exist yet, run it, and remove it again if a criterion is not met.
 
     Arguments:
-        new: from `files.replacing`.
-        options: `float_io`, `batch` and `opset` of `export.formats.write`.
+        new: the path from `files.replacing`.
+        options: `float_io`, `batch` and `opset` of `exports.formats.write`.
         model, format, images, float_model, progress: see `export`.
     """
     progress("exporting", 0, 1)
@@ -282,5 +282,5 @@ def write_compared(
 
 
 def _digest(captured: CapturedModel) -> str:
-    """Tells float models apart."""
+    """The identity of a captured float model: a digest of its tensors and graph."""
     return digest_of(captured.graph_module.state_dict(), {"graph": captured.index.fingerprint})

@@ -1,1 +1,1 @@
-"""Bits for each part of a model: how sensitive it is, what bits cost there, and the best of all ways to spend them."""
+"""Mixed precision: the sensitivity of each part of a model to its bits, their costs, and the optimal allocation."""

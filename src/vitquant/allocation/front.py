@@ -1,4 +1,4 @@
-"""The best ways to spend bits: all that no other way beats in cost and sensitivity, exactly."""
+"""The exact Pareto front of bit allocations, by cost and sensitivity."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vitquant.errors import AllocationError
 
-_LONGEST = 100_000  # allocations of a front; those of like blocks have a few thousand
+_LONGEST = 100_000  # allocations on a front; for blocks of equal size there are a few thousand
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,9 @@ class Choice:
     """One of the bit widths that a part of a model may have.
 
     Arguments:
-        bits: how many.
-        cost: of the part at these bits, in any unit; costs of parts are added.
-        sensitivity: what is lost at these bits; sensitivities of parts are added.
+        bits: the bit width.
+        cost: the cost of the part at this width, in any unit; costs of parts add up.
+        sensitivity: the loss at this width; sensitivities of parts add up.
     """
 
     bits: int
@@ -27,15 +27,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Costs:
-    """What the parts of a model cost at each bit width, in a unit that adds up: bits of weights, bytes, seconds.
+    """The costs of a model's parts at each bit width, in an additive unit: bits of weights, bytes, seconds.
 
-    Whole numbers are better than shares of a total: sums of those that are equal differ by rounding.
+    Integers are better than fractions of a total, since with rounding equal sums of fractions would differ.
 
     Arguments:
-        of: for each part, by bits.
-        unit: what totals are given in.
-        fixed: what everything else costs.
-        per: how many of these make one unit.
+        of: the cost of each part at each bit width.
+        unit: the name of the unit in which totals are given.
+        fixed: the cost of everything else.
+        per: the divisor from costs to the unit of totals.
     """
 
     of: Mapping[str, Mapping[int, float]]
@@ -44,13 +44,13 @@ class Costs:
     per: float = 1.0
 
     def total(self, cost: float) -> float:
-        """What parts that cost so much make of the whole, in the unit."""
+        """The total cost of the model in the unit, given the cost of all parts."""
         return (self.fixed + cost) / self.per
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Bits for every part, what they cost together, and how sensitive the whole is to them."""
+    """The bits of every part, with their total cost and total sensitivity."""
 
     bits: Mapping[str, int]
     cost: float
@@ -58,18 +58,18 @@ class Allocation:
 
 
 def pareto_front(choices: Mapping[str, Sequence[Choice]]) -> list[Allocation]:
-    """Every allocation that no other equals or beats in both cost and sensitivity, the cheapest first.
+    """The Pareto-optimal allocations, in order of cost: no other is at least as good in both cost and sensitivity.
 
-    Part by part, the allocations of the parts so far that none beats are kept: as cost and sensitivity are sums, what
-    is beaten there is beaten in the whole. There are at most as many as there are different costs, which for sizes of
-    like blocks are few. Of equals the one that comes first is taken.
+    Parts are added one by one, and only Pareto-optimal allocations of the parts so far are kept: since cost and
+    sensitivity are sums, a dominated allocation of some parts cannot be a part of an optimal one. There are at most as
+    many as different total costs, which are few if blocks have equal sizes. Among equal allocations the first is taken.
 
     Arguments:
-        choices: for each part its candidates, at least one.
+        choices: the candidates of each part, at least one.
 
     Raises:
-        AllocationError: costs that are all different, such as measured times, let the front grow with each part, here
-            beyond 100,000.
+        AllocationError: the front has more than 100,000 allocations, as with costs that are all different, such
+            as measured times.
 
     Source: dynamic programming over the objective of VT-PTQ, Liu et al. 2021, section "Nuclear Norm Based Mixed
     Precision".
@@ -94,21 +94,21 @@ def pareto_front(choices: Mapping[str, Sequence[Choice]]) -> list[Allocation]:
 def best_within(
     front: Sequence[Allocation], choices: Mapping[str, Sequence[Choice]], costs: Costs, budget: float
 ) -> Allocation:
-    """The least sensitive allocation that costs no more than a budget.
+    """The allocation with the least sensitivity whose cost is within a budget.
 
     Arguments:
-        front: of these choices.
-        choices: whose cheapest and dearest say which budgets have a meaning.
-        costs: from which the choices have theirs.
+        front: the Pareto front of the choices.
+        choices: the candidates of each part, which determine the range of valid budgets.
+        costs: the costs from which those of the choices were taken.
         budget: in the unit of the costs.
 
     Raises:
-        AllocationError: nothing is that cheap, or everything is cheaper; it says the range.
+        AllocationError: the budget is below the cheapest or above the dearest allocation; the message gives the range.
     """
     low, high = (
         costs.total(sum(pick(choice.cost for choice in part) for part in choices.values())) for pick in (min, max)
     )
-    slack = 1e-9 * abs(high)  # a budget may be given with ten digits
+    slack = 1e-9 * abs(high)  # for a budget that was rounded to ten digits
     if not low - slack <= budget <= high + slack:
         raise AllocationError(f"{budget:g} {costs.unit}: these candidates need between {low:.4g} and {high:.4g}")
     return next(allocation for allocation in reversed(front) if costs.total(allocation.cost) <= budget + slack)

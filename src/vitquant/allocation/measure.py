@@ -1,4 +1,4 @@
-"""How much a model's outputs change when one part of it is quantized and all else is float."""
+"""Measuring how much a model's outputs change when only one part of it is quantized."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from vitquant.progress import Progress, silent
 from vitquant.schema import Number, Table, Text, check
 
 _IMAGES_AT_ONCE = 8
-_HELD = 1 << 30  # bytes of float results of parts, and of what stands before them
+_HELD = 1 << 30  # bytes for the float outputs and inputs of all parts
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is quantized by itself, and where the effect is looked at.
+    """A part of the model that is quantized by itself, and the tensor at which the effect is measured.
 
     Arguments:
-        name: a site's or a module's.
-        kind: a site's, or `module`.
-        bits: what it is called: the module's width, or those of a site's operands.
+        name: of the site or module.
+        kind: the site's kind, or `module`.
+        bits: a text for the report: the module's width, or the widths of the site's operands.
         values: the names of the values that are quantized.
-        output: what is compared with float: what a site computes, or `site:operand`, what one reads.
+        output: the name of the tensor that is compared with float, `SITE` or `SITE:OPERAND`.
     """
 
     name: str
@@ -44,16 +44,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What one part loses at one bit width, as means over images.
+    """The sensitivity of one part at one bit width, as means over images.
 
     Arguments:
-        name, kind: the part's.
+        name, kind: of the part.
         bits: the module's width, or those of a site's operands, in their order.
-        output_error: the squared change of an output, over the square of the float one; of several outputs the mean.
-        correlation: Pearson's of the part's own output with what it is in float.
-        squared_error: the squared change of the part's own output, summed over its elements.
-        nuclear_norm: the sum of the singular values of the float output, over all of its matrices.
-        nuclear_sensitivity: the product of these two, image by image: Omega.
+        output_error: the squared error of the model's output relative to the square of the float output; the mean over
+            several outputs.
+        correlation: Pearson's correlation of the part's own output with its float output.
+        squared_error: the squared error of the part's own output, summed over its elements.
+        nuclear_norm: the sum of the singular values of the part's float output, over all of its matrices.
+        nuclear_sensitivity: the product of `squared_error` and `nuclear_norm` for each image, Omega in the paper.
 
     Source: VT-PTQ, Liu et al. 2021, section "Nuclear Norm Based Mixed Precision".
     """
@@ -73,10 +74,10 @@ class Sensitivity:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Sensitivity:
-        """Read what `to_dict` gave.
+        """Read what `to_dict` returned.
 
         Raises:
-            AllocationError: keys are missing, or values are of another type.
+            AllocationError: keys are missing or unknown, or values do not fit.
         """
         return cls(**check(table, SENSITIVITY, AllocationError))
 
@@ -86,7 +87,7 @@ SENSITIVITY = Table(
     {
         **dict.fromkeys(("name", "kind", "bits"), Text()),
         **dict.fromkeys(("output_error", "squared_error", "nuclear_norm", "nuclear_sensitivity"), _ERROR),
-        "correlation": Number(-1.001, 1.001),  # rounded
+        "correlation": Number(-1.001, 1.001),  # with room for rounding
     }
 )
 
@@ -99,20 +100,20 @@ def measure(
 ) -> list[Sensitivity]:
     """Quantize every part by itself, and compare with the float model.
 
-    For each part an image goes through all that stands behind it, and once through the float model; memory does not
-    grow with the images.
+    It takes one float forward pass, and for each part a pass through the rest of the model after it; memory does not
+    grow with the number of images.
 
     Arguments:
         model: calibrated, its operations in float.
         parts: of the model.
         data: the calibration batches.
-        progress: told how many parts of how many are done in a batch.
+        progress: called with the number of parts done for a chunk of images and the number of all parts.
 
     Returns:
-        One for each part.
+        The sensitivity of each part, in their order.
 
     Raises:
-        CalibrationError: no data, or NaN or infinity at a part, which the message names.
+        CalibrationError: no data; or a part, named in the message, gives NaN or infinity.
     """
     sums = {part.name: _Sums() for part in parts}
     ends = tuple(f"{site.name}:input" for site in model.sites if site.kind == "output")
@@ -138,18 +139,18 @@ def measure(
 
 
 def _chunks(data: Iterable[Tensor], bytes_of_image: int) -> Iterator[Tensor]:
-    """Batches cut so small that what is held of them fits."""
+    """Batches split into chunks so small that the cached tensors fit into the memory."""
     size = max(1, min(_IMAGES_AT_ONCE, _HELD // max(1, bytes_of_image)))
     return (chunk for batch in data for chunk in batch.split(size))
 
 
 def _bytes_of_image(whole: Segment) -> int:
-    """Of what is held for one image; windows, which stand in the batch, count as one."""
+    """The bytes of the cached tensors for one image; windows along the batch axis are counted only once."""
     return 4 * sum(math.prod(size for size in shape if size > 0) for shape in whole.shapes.values())
 
 
 class _Sums:
-    """Over images, of what a sensitivity is the mean of."""
+    """The sums over images from which a sensitivity is computed."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -188,7 +189,7 @@ class _Sums:
 
 
 def _by_image(model: QuantizedModel, whole: Segment, name: str, x: Tensor, images: int) -> Tensor:
-    """What a part computes, or an output, as (images, ..., rows, columns)."""
+    """A part's tensor, or an output of the model, as matrices (images, ..., rows, columns)."""
     kind = model.index.site(name.partition(":")[0]).kind
     x = by_image(x, whole.shapes[name].index(-1), images)
     if kind == "conv" and x.ndim > 4:

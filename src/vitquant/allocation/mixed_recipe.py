@@ -1,4 +1,4 @@
-"""A recipe whose modules have bits of their own."""
+"""A mixed-precision recipe, in which each module has its own bits."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from vitquant.recipe.rule import Rule
 
 
 def mixed_recipe(recipe: Recipe, values: Mapping[str, Mapping[str, Sequence[str]]], bits: Mapping[str, int]) -> Recipe:
-    """The recipe with each module's weights and activations at its bits; all else is as it was.
+    """The recipe with each module's weights and activations at the module's bits, and everything else unchanged.
 
-    Behind every rule that decides about modules stand copies of it, one for each bit width, which name the values.
+    Every rule that applies to modules is followed by copies of it, one for each bit width, which name the values.
 
     Arguments:
-        recipe: whose rules have symbols for these bits.
-        values: for each module the rules that decide about it, and the names of what they decide about there.
+        recipe: its rules have symbols for these bits.
+        values: for each module the names of its values, by the name of the rule that decides about them.
         bits: of each module.
 
     Raises:
-        RecipeError: a bit width that a rule's scheme does not have.
+        RecipeError: a rule's scheme does not support a bit width.
 
-    Pitfall: a later `--set` of a rule does not reach its copies; change the recipe before it is measured.
+    Pitfall: a later `--set` of a rule does not change its copies; change the recipe before it is measured.
     """
     grown: list[Rule] = []
     for rule in recipe.rules:

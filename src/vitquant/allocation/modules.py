@@ -1,4 +1,4 @@
-"""The parts of a model that get bits of their own: the attention and the MLP of every block."""
+"""The modules of mixed precision, which get bits of their own: the attention and the MLP of every block."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _PARTS = ("attn", "mlp")
 
 @dataclass(frozen=True)
 class Module:
-    """One part, whose weights and activations share a bit width.
+    """A part of the model whose weights and activations share a bit width.
 
     Arguments:
-        name: `blocks.0.attn`, which the names of its sites begin with.
-        values: for each rule of the recipe that decides about them, the names of the values that get its bits.
-        weights: the state-dict keys of its weights, and how many numbers each has.
-        output: what is compared with float, `softmax:input` or the last layer: the scaled scores of attention, or what
-            an MLP computes.
+        name: such as `blocks.0.attn`, the prefix of the names of its sites.
+        values: the names of the values that get its bits, by the name of the recipe's rule that decides about them.
+        weights: the number of elements of each of its weights, by state-dict key.
+        output: the name of the tensor that is compared with float: the scaled scores of attention, `SITE:input` of its
+            softmax, or the result of an MLP's last layer.
     """
 
     name: str
@@ -33,9 +33,9 @@ class Module:
 
 
 def follows(rule: Rule, bits: Bits) -> bool:
-    """Whether what a rule quantizes has the bits of its module: those of weights and of activations.
+    """Whether the values of a rule get the bits of their module, as weights and activations do.
 
-    Attention probabilities have them where they follow the activations; a number in a rule stays as it is.
+    Attention probabilities do so if they have the same bits as activations; a rule with a number keeps it.
     """
     symbol = None if rule.spec is None else rule.spec.bits
     return symbol in ("w", "a") or (symbol == "s" and bits.probs == bits.activations)
@@ -44,8 +44,8 @@ def follows(rule: Rule, bits: Bits) -> bool:
 def find_modules(model: QuantizedModel) -> tuple[Module, ...]:
     """The modules of every block that have quantized weights, in graph order.
 
-    A value that something outside of the module reads too, such as the residual stream, is none of its; nor is an
-    operation that is neither attention nor MLP, such as a convolution between them.
+    A value that something outside of the module reads too, such as the residual stream, does not belong to it, and
+    neither does an operation outside of attention and MLP, such as a convolution between them.
     """
     rules = {rule.name: rule for rule in model.recipe.rules}
     members: dict[str, list[Site]] = {}

@@ -1,4 +1,4 @@
-"""How sensitive a model is to the bits of its parts, which is what bits are allocated by."""
+"""The sensitivity of a model to the bits of its parts, by which bits are allocated."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from vitquant.work import WorkDirectory
 from vitquant.workflows import quantize
 
 CANDIDATES = (4, 5, 6, 7, 8)
-# A search for what is measured: near enough, and a fifteenth of the time. Corrected biases belong to a model whose
-# layers are all quantized, and here all but one part are in float.
+# A short search is accurate enough for measuring, and takes a fifteenth of the time. Bias correction is left out, since
+# it assumes that all layers are quantized, and here all but one part are in float.
 _CANDIDATES, _BRIEFLY = 20, {"rounds": 1, "bias_correction": False}
 
 
@@ -46,24 +46,24 @@ def sensitivity(
     progress: Progress = silent,
     work: str | Path | None = None,
 ) -> SensitivityTable:
-    """Measure what each module loses at each bit width, and each site at the recipe's, all else in float.
+    """Measure the sensitivity of each module at each bit width, and of each site at the recipe's, all else in float.
 
-    Scales are those that the recipe's methods give; a search is a brief one, of 20 candidates at most and one round,
-    without bias correction. All operations are in float.
+    Scales are chosen by the recipe's methods, but a scale search is short, with at most 20 candidates, one round and no
+    bias correction. All operations are in float.
 
     Arguments:
-        model, recipe, data, settings: as for `quantize`; the data are read several times for each candidate.
-        bits: of everything that is no module's, and of the sites; the recipe's when None.
-        candidates: bit widths of the modules.
-        progress: told what is done.
-        work: a directory in which what was measured is kept: after an interruption the same call goes on there. It
-            can be removed afterwards.
+        model, recipe, data, settings: as for `quantize`; the data are iterated over several times for each candidate.
+        bits: of all values outside of modules, and for measuring the sites; the recipe's when None.
+        candidates: the bit widths of the modules.
+        progress: called with the current activity, the amount done and the total.
+        work: a directory in which measurements are saved: after an interruption the same call continues there. It can
+            be removed afterwards.
 
     Raises:
-        AllocationError: fewer than two candidates, a width that a rule cannot have, or a model without modules that
-            the recipe gives symbols for bits.
-        CalibrationError: the data can be read only once.
-        CheckpointError: the work directory is another run's.
+        AllocationError: there are fewer than two candidates, a rule's scheme does not support a width, or the model has
+            no module for whose weights the recipe has a symbol as bits.
+        CalibrationError: the data can be iterated over only once.
+        CheckpointError: the work directory belongs to another run.
         VitquantError: see `quantize`.
 
     Source: VT-PTQ, Liu et al. 2021, section "Nuclear Norm Based Mixed Precision".
@@ -95,14 +95,14 @@ _MEASURED = Table({"measured": ListOf(SENSITIVITY), "bytes": TableOf(Integer(0))
 
 @dataclass(frozen=True)
 class _Measuring:
-    """What every measurement of a model needs.
+    """The inputs of all measurements of a model.
 
     Arguments:
-        model: float.
-        whole, measured: the recipe, and what of it chooses scales.
-        data, device: the images, and where they go.
-        progress: told what is done.
-        kept: where a killed run left what it had measured.
+        model: the float model.
+        whole, measured: the recipe, and the same with only the methods that choose scales.
+        data, device: the images, and the device of the model.
+        progress: called with the current activity, the amount done and the total.
+        kept: where measurements are saved, and where a killed run saved its own; None saves nothing.
     """
 
     model: nn.Module
@@ -114,7 +114,7 @@ class _Measuring:
     kept: WorkDirectory | None
 
     def table(self, base: Bits, widths: Mapping[int, Bits]) -> SensitivityTable:
-        """Sites at the bits of the recipe, modules at all of their candidates."""
+        """Measure sites at the bits of the recipe, and modules at all candidates."""
         steps = len(widths) + (base not in widths.values())
         self.progress("calibrating", 0, steps)
         at_base = self._quantized(base)
@@ -154,7 +154,7 @@ class _Measuring:
     def _at_width(
         self, quantized: QuantizedModel | None, bits: Bits, width: int, modules: Sequence[Module]
     ) -> tuple[list[Sensitivity], dict[str, int]]:
-        """Modules at a width, one model at a time, as each has weights of its own; and what they take."""
+        """The sensitivities of the modules at a width, and the bytes of their weights, by the module's name."""
         quantized = self._quantized(bits) if quantized is None else quantized
         parts = [_as_part(module, width) for module in modules]
         stored = stored_bytes(quantized)
@@ -168,7 +168,7 @@ class _Measuring:
     def _once(
         self, name: str, parts: list[str], measured: Callable[[], tuple[list[Sensitivity], dict[str, int]]]
     ) -> tuple[list[Sensitivity], dict[str, int]]:
-        """What was measured of some parts under a name, now or by a killed run."""
+        """The measurements of some parts under a name, made now or read from a killed run."""
         saved = None if self.kept is None else self.kept.read(name, _MEASURED)
         if saved is not None:
             found = [Sensitivity(**each) for each in saved.values["measured"]]
@@ -182,10 +182,10 @@ class _Measuring:
 
 
 def check_candidates(candidates: Sequence[int]) -> list[int]:
-    """Candidate bit widths, the smallest first, each once.
+    """The candidate bit widths sorted and without duplicates.
 
     Raises:
-        AllocationError: fewer than two, or one outside 2 to 16.
+        AllocationError: there are fewer than two, or one is outside 2 to 16.
     """
     widths = sorted(set(candidates))
     if len(widths) < 2 or not MIN_BITS <= widths[0] <= widths[-1] <= MAX_BITS:
@@ -196,13 +196,13 @@ def check_candidates(candidates: Sequence[int]) -> list[int]:
 
 
 def _at(base: Bits, width: int) -> Bits:
-    """The bits of a model whose modules have a width; probabilities have it where they follow the activations."""
+    """The bits of a model with modules of a width; probabilities get it too if they have the bits of activations."""
     probs = width if base.probs == base.activations else base.probs
     return replace(base, weights=width, activations=width, probs=probs)
 
 
 def _check_schemes(recipe: Recipe, widths: Iterable[Bits]) -> None:
-    """Refuse a width that a rule's scheme does not have before any work is done."""
+    """Refuse a width that a rule's scheme does not support, before any work is done."""
     for bits in widths:
         for rule in recipe.rules:
             if rule.spec is not None:
@@ -220,7 +220,7 @@ def _measured(methods: Iterable[Method]) -> Iterator[Method]:
     for method in methods:
         if method.name == "search-scales":
             asked = method.settings.get("candidates", _CANDIDATES)
-            fewer = min(_CANDIDATES, asked) if isinstance(asked, int) else asked  # what is no number is refused later
+            fewer = min(_CANDIDATES, asked) if isinstance(asked, int) else asked  # other types are refused later
             yield Method(method.name, {**method.settings, **_BRIEFLY, "candidates": fewer})
         elif method.name != "integer-operations":
             yield method
@@ -232,7 +232,7 @@ def _as_part(module: Module, width: int) -> Part:
 
 
 def _site_parts(model: QuantizedModel) -> list[Part]:
-    """Every site that reads something quantized; where sites read one value, its quantizer is measured with each."""
+    """Every site with a quantized operand; the quantizer of a value that several sites read is measured with each."""
     parts = []
     for site in model.sites:
         names = dict.fromkeys(value.name for value in model.index.read_by(site).values())

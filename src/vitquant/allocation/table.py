@@ -1,4 +1,4 @@
-"""Everything that was measured about a model's sensitivity, as a file, and what can be decided from it."""
+"""A table of the measured sensitivities of a model, its file, and the allocation of bits from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitquant.schema import Integer, ListOf, Plain, Table, TableOf, Text, check
 from vitquant.spec import MAX_BITS, MIN_BITS
 
 FORMAT = 1
-_LONGEST = 2**25  # bytes of a file; a large model's with many candidates has 2**21
+_LONGEST = 2**25  # bytes of a file; that of a large model with many candidates has 2**21
 _BITS = Integer(MIN_BITS, MAX_BITS)
 _SIZE = Integer(0, 2**50)
 _SIZES = Table({}, {str(bits): _SIZE for bits in range(MIN_BITS, MAX_BITS + 1)})
@@ -41,18 +41,18 @@ MEASURES = ("nuclear-norm", "output-error", "correlation")
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """How sensitive a model's modules and sites are under a recipe.
+    """The sensitivities of a model's modules and sites under a recipe.
 
     Arguments:
-        recipe: the recipe, whole.
-        bits: what its symbols stand for where no module has bits of its own.
-        modules: one for each module and candidate, candidates in order.
-        sites: one for each site, at `bits`.
-        numbers: how many numbers each module's weights have.
-        bytes: what each module's weights take in a saved model, at each candidate.
-        values: for each module the rules that decide about it, and the names of what they decide about there.
-        other_bytes: what is stored beside the modules' weights.
-        about: model, calibration images: plain JSON values.
+        recipe: the complete recipe.
+        bits: the widths for its symbols outside of modules.
+        modules: one sensitivity for each module and candidate, in order of the candidates.
+        sites: one sensitivity for each site, at `bits`.
+        numbers: the number of elements of each module's weights.
+        bytes: the bytes of each module's weights in a saved model, at each candidate.
+        values: for each module the names of its values, by the name of the rule that decides about them.
+        other_bytes: the bytes of everything else in a saved model.
+        about: facts about the model and the calibration images, plain JSON values.
     """
 
     recipe: Recipe
@@ -67,27 +67,27 @@ class SensitivityTable:
 
     @property
     def candidates(self) -> list[int]:
-        """The bit widths that modules were measured at."""
+        """The bit widths at which modules were measured, in ascending order."""
         return sorted({int(each.bits) for each in self.modules})
 
     def mean_bits(self) -> Costs:
-        """The bits of all modules' weights; the unit is bits in the mean."""
+        """The costs as bits of the modules' weights; the unit is the mean bits per weight."""
         of = {name: {bits: bits * count for bits in self.candidates} for name, count in self.numbers.items()}
         return Costs(of, "bits in the mean", per=sum(self.numbers.values()))
 
     def megabytes(self) -> Costs:
-        """What a saved model takes, patch embedding, head and all that is float with it. Above 8 bits that is 16."""
+        """The costs as the size of the saved model, with everything else in it; codes above 8 bits take 16."""
         return Costs(self.bytes, "MB", self.other_bytes, 1e6)
 
     def choices(self, by: str, costs: Costs) -> dict[str, list[Choice]]:
-        """For each module its candidates, with what `by` measured and what they cost.
+        """The candidates of each module, with their sensitivity by a measure and their cost.
 
         Arguments:
-            by: one of `MEASURES`; of correlations, what is missing to 1.
+            by: one of `MEASURES`; for correlation the sensitivity is 1 - correlation.
             costs: of each module at each candidate: `mean_bits()`, `megabytes()`, or measured times.
 
         Raises:
-            AllocationError: an unknown measure, or costs that lack a module or a candidate.
+            AllocationError: the measure is unknown, or the costs lack a module or a candidate.
         """
         if by not in MEASURES:
             raise AllocationError(f"measure {by!r} is unknown; the measures are: {', '.join(MEASURES)}")
@@ -105,7 +105,7 @@ class SensitivityTable:
         return found
 
     def uniform(self, by: str, costs: Costs) -> dict[int, tuple[float, float]]:
-        """What the same bits in all modules cost, and how sensitive the model is to them.
+        """For each bit width the cost and the sensitivity of the model if all modules have it.
 
         Arguments:
             by, costs: see `choices`.
@@ -124,16 +124,16 @@ class SensitivityTable:
         within: tuple[float, Costs] | None = None,
         by: str = "nuclear-norm",
     ) -> tuple[Recipe, Allocation]:
-        """The recipe that gives every module the bits with which the model loses least; one target is given.
+        """The recipe with the allocation of least sensitivity within a budget; exactly one budget is given.
 
         Arguments:
-            mean_bits: of the modules' weights, at most.
-            megabytes: of the saved model, at most.
-            within: any other budget, at most, and the costs that it is for.
+            mean_bits: the maximum of the mean bits of the modules' weights.
+            megabytes: the maximum of the saved model's size.
+            within: any other maximum, with the costs that it applies to.
             by: see `choices`.
 
         Raises:
-            AllocationError: not one of the targets, or one that no candidates meet; it says the range.
+            AllocationError: not exactly one budget is given, or it is out of range; the message gives the range.
         """
         targets = [
             *([] if mean_bits is None else [(mean_bits, self.mean_bits())]),
@@ -152,7 +152,7 @@ class SensitivityTable:
 
         Arguments:
             bits: of each module.
-            by: what chose them, for the recipe's title.
+            by: the measure by which they were chosen, for the recipe's title.
         """
         costs = self.mean_bits()
         mean = costs.total(sum(costs.of[name][width] for name, width in bits.items()))
@@ -186,10 +186,10 @@ class SensitivityTable:
 
     @classmethod
     def from_json(cls, path: Path) -> SensitivityTable:
-        """Read a file that `to_json` filled.
+        """Read a file with the text that `to_json` returned.
 
         Raises:
-            AllocationError: it cannot be read, is no such file, or of a newer format.
+            AllocationError: the file cannot be read, is not such a file, or has another format.
         """
         try:
             table = parse_json(read_file(path, _LONGEST, AllocationError), AllocationError, edited=True)
@@ -213,7 +213,7 @@ class SensitivityTable:
         return made
 
     def _check(self) -> None:
-        """Refuse what an edit can make of a file."""
+        """Refuse inconsistencies that editing a file can cause."""
         for each in self.modules:
             check(int(each.bits) if each.bits.isascii() and each.bits.isdigit() else each.bits, _BITS, AllocationError)
         measured = [(each.name, int(each.bits)) for each in self.modules]

@@ -1,6 +1,6 @@
-"""The command line: the only place that turns names into objects.
+"""The command line, the only place that turns names of models, recipes and files into objects.
 
-Importing it costs next to nothing: `main` imports typer and rich, and torch is imported by the commands that need it.
+Importing it is cheap: `main` imports typer and rich when it is called, and commands import torch if they need it.
 """
 
 from vitquant.cli.main import main

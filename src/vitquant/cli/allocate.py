@@ -1,4 +1,4 @@
-"""`vitquant allocate`: from what was measured to a recipe of mixed precision."""
+"""`vitquant allocate`: a mixed-precision recipe from measured sensitivities."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def allocate(
                 raise AllocationError(f"{figure}: the name of a figure's file ends in .png")
         recover(table)
         with ExitStack() as held:
-            # The recipe goes first and the old figure before it: a new one is never beside an old one.
+            # The old figure is removed before the recipe is replaced: a new recipe is never beside an old figure.
             drawn = None if figure is None else held.enter_context(terminal.replacing(figure, force))
             written = held.enter_context(terminal.replacing(output, force))
             measured = SensitivityTable.from_json(table)

@@ -1,4 +1,4 @@
-"""The commands, and what typer makes of the words of a command line."""
+"""The typer application with all commands, and running a command line with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vitquant.cli.vectors import vectors
 from vitquant.errors import VitquantError
 
 _WRONG = 2
-# Typer brings a copy of click or uses the installed one, by its version; this is the family of its own errors.
+# The base class of usage errors, from the copy of click that typer ships or the installed one, by typer's version.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
@@ -37,15 +37,15 @@ for command in (quantize, evaluate, inspect, export, parity, sensitivity, alloca
 
 
 class UsageError(VitquantError):
-    """A command line that is not understood."""
+    """A command line that cannot be parsed."""
 
 
 def run(words: Sequence[str]) -> int:
     """Run one command, and return its exit code.
 
     Raises:
-        VitquantError: a request that cannot be met, or a command line that is not understood.
-        KeyboardInterrupt: it was interrupted.
+        VitquantError: the request cannot be met, or the command line cannot be parsed.
+        KeyboardInterrupt: the command was interrupted.
     """
     _refuse_empty(words)
     try:
@@ -56,7 +56,7 @@ def run(words: Sequence[str]) -> int:
     except _UsageError as error:
         where = error.ctx.command_path if error.ctx else "vitquant"
         raise UsageError(f"{' '.join(error.format_message().split())} See {where} --help") from None
-    if code == INTERRUPTED:  # what typer makes of an interrupt
+    if code == INTERRUPTED:  # typer returns this code for an interrupt
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
@@ -78,10 +78,10 @@ def options(
 
 
 def _refuse_empty(words: Sequence[str]) -> None:
-    """Refuse an empty string, mostly a variable of the shell that is not set: as a path it would be this directory.
+    """Refuse empty strings, usually from unset shell variables, which as a path would mean the current directory.
 
     Raises:
-        UsageError: it names what came before.
+        UsageError: a word is empty; the message names the word before it.
     """
     for before, word in zip(["vitquant", *words], words, strict=False):
         name, equals, value = word.partition("=")
@@ -91,7 +91,7 @@ def _refuse_empty(words: Sequence[str]) -> None:
 
 @contextmanager
 def _silence(debug: bool) -> Generator[None]:
-    """Libraries warn about what a user of this command cannot change."""
+    """Silence warnings of libraries, which a user of the command line cannot act on, unless debugging."""
     level = logging.root.manager.disable
     with warnings.catch_warnings():
         if not debug:

@@ -1,4 +1,4 @@
-"""What commands that quantize share: a named model, its preprocessing, and images to calibrate on."""
+"""Shared by the commands that quantize: options, the float model, its preprocessing, and calibration images."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ Seed = Annotated[
 
 @dataclass(frozen=True)
 class Request:
-    """What the options of a command say of the model and its images."""
+    """The options of a command that concern the model and its images."""
 
     model: str
     calibration: Path
@@ -88,13 +88,13 @@ class Prepared:
     """A float model and its calibration images.
 
     Arguments:
-        network: on its device.
-        source: where it came from.
-        steps: how its images are prepared.
+        network: the model, on its device.
+        source: the source of the model.
+        steps: the preprocessing of its images.
         data: the images, in batches.
-        chosen: how many images there were before those that cannot be read were left out.
-        batch: how many in one.
-        notes: how the images were found, and what is to be known of the weights.
+        chosen: the number of chosen images, including those that cannot be read.
+        batch: the number of images in a batch.
+        notes: remarks for the user about the images and the weights.
     """
 
     network: nn.Module
@@ -107,10 +107,10 @@ class Prepared:
 
 
 def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
-    """Make the model and choose the images; what is wrong is said before what takes long.
+    """Build the model and choose the images, with all checks before any long work.
 
     Raises:
-        VitquantError: a model, weights, images or preprocessing that cannot be had.
+        VitquantError: the model, weights, images or preprocessing are not available.
     """
     import torch
 
@@ -120,7 +120,7 @@ def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
     torch.manual_seed(request.seed)
     weights = request.weights
     if weights not in ("pretrained", "random"):
-        weights = str(Path(weights).absolute())  # it is saved, and `evaluate` may run elsewhere
+        weights = str(Path(weights).absolute())  # it is saved, and `evaluate` may run in another directory
     arguments = parse_model_arguments(request.model_arguments or ())
     named = ModelSource(request.model, arguments, weights, request.seed, weights_key=request.weights_key)
     check_name(named)
@@ -134,7 +134,7 @@ def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
 
 
 def say_what_was_used(terminal: Terminal, prepared: Prepared, request: Request, recipe: Recipe) -> None:
-    """Note which weights were taken, how images were found, fewer than the recipe asks for, and those left out."""
+    """Print notes about weights and images: also if there are fewer than the recipe asks for, or some were skipped."""
     for note in prepared.notes:
         terminal.note(note)
     usual, skipped = recipe.calibration.images, prepared.data.skipped
@@ -146,11 +146,11 @@ def say_what_was_used(terminal: Terminal, prepared: Prepared, request: Request, 
 
 
 class Watched:
-    """Calibration batches with progress, every time they are gone through; capture follows the very first.
+    """Calibration batches that report progress whenever they are iterated over; capturing comes after the first batch.
 
     Arguments:
         batches: the images.
-        update: of a progress bar.
+        update: the update function of a progress bar.
     """
 
     def __init__(self, batches: ImageBatches, update: Callable[..., None]) -> None:
@@ -167,5 +167,5 @@ class Watched:
         self._update(description="choosing scales")
 
     def step(self, what: str, done: int, total: int) -> None:
-        """Progress of work that is not counted in images."""
+        """Report the progress of work that is not counted in images."""
         self._update(description=what, completed=done, total=total, unit="")

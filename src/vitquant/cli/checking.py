@@ -1,4 +1,4 @@
-"""What `export` and `parity` share: the images to compare on, and how the comparison is shown."""
+"""Shared by `export` and `parity`: the images for the comparison, and the output of its result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def compare_forms(
     weights: str | None,
     repeated: dict[str, Any],
 ) -> ParityReport:
-    """Run all forms of a model on the same images; the float model is among them where its weights are."""
+    """Run all forms of a model on the same images, including the float model if its weights are available."""
     import vitquant
 
     exact = all(form.exact for form in forms)
@@ -56,7 +56,7 @@ def compare_forms(
 
 
 def shown_by(update: Callable[..., None]) -> Progress:
-    """The progress of a comparison on a bar."""
+    """The progress callback of a comparison for a progress bar."""
 
     def show(what: str, done: int, total: int) -> None:
         update(description=f"comparing: {what}", completed=done, total=total, unit="")
@@ -75,10 +75,10 @@ def compared_on(
     weights: str | None,
     repeated: dict[str, Any],
 ) -> tuple[list[Tensor], nn.Module | None]:
-    """The images that forms are compared on, and the float model where its weights are.
+    """The images for the comparison, and the float model if its weights are available.
 
     Arguments:
-        exact: whether all forms promise the integers bit for bit, for which the float model is not needed.
+        exact: whether all forms must equal the integer program bit for bit, for which the float model is not needed.
     """
     from vitquant.image_folders import comparison_images, preprocessing_for
     from vitquant.parity import ALONE
@@ -102,7 +102,7 @@ def shown(report: ParityReport) -> tuple[dict[str, Any], list[RenderableType]]:
 
 
 def end(terminal: Terminal, report: ParityReport) -> None:
-    """End the command with exit code 1 where a promise is broken."""
+    """End the command with exit code 1 if a criterion is not met."""
     if report.broken:
         terminal.failure(f"broken: {'; '.join(report.broken)}")
         raise typer.Exit(BROKEN)

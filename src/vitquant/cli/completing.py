@@ -1,4 +1,4 @@
-"""What a shell completes; nothing here imports torch."""
+"""Shell completion; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def recipe_names(incomplete: str) -> list[str]:
-    """`default` and the packaged recipes that begin so, or behind a `+` the packaged overlays."""
+    """The packaged recipes and `default` with this prefix, or after a `+` the packaged overlays."""
     below, plus, begun = incomplete.rpartition("+")
     packaged = [file for file in (files("vitquant") / "recipes").iterdir() if file.name.endswith(".toml")]
     texts = {Path(file.name).stem: file.read_text(encoding="utf-8") for file in packaged}
@@ -18,5 +18,5 @@ def recipe_names(incomplete: str) -> list[str]:
 
 
 def measures(incomplete: str) -> list[str]:
-    """The measures of sensitivity that begin so."""
+    """The measures of sensitivity with this prefix."""
     return [name for name in ("nuclear-norm", "output-error", "correlation") if name.startswith(incomplete)]

@@ -1,4 +1,4 @@
-"""`vitquant demo`: every recipe that fits the time, on a trained model and images that the package carries."""
+"""`vitquant demo`: every recipe for which there is time, on a trained model and images from the package."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     Batches = Sequence[tuple[Tensor, Tensor]]
 
-_BATCH = 32  # makes eight calibration batches, for what averages over batches
-_IMAGES = "test-images"  # no recipe is called so
+_BATCH = 32  # gives eight calibration batches, for observers that average over batches
+_IMAGES = "test-images"  # not the name of any recipe
 
 Output = Annotated[Path, typer.Option(metavar="DIR", help="The directory to write, with one for each model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")]
@@ -95,7 +95,7 @@ def demo(
 
 
 def _kind(recipes: Iterable[Recipe]) -> Directory:
-    """The directory of a demo: a saved model for some of the recipes, and the images."""
+    """The kind of directory that a demo writes: saved models for some of the recipes, and the images."""
     from vitquant.demo import folder_of_images
     from vitquant.model.checkpoint import SAVED_MODEL
 
@@ -106,7 +106,7 @@ def _kind(recipes: Iterable[Recipe]) -> Directory:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What one recipe made of the model, and how long it took."""
+    """The quantized model of one recipe, its evaluation, and the time that both took."""
 
     quantized: QuantizedModel
     result: ClassificationResult
@@ -116,7 +116,7 @@ class _Trial:
 def _try(
     recipe: Recipe, network: nn.Module, calibration: Batches, test: Batches, seed: int, update: Callable[..., None]
 ) -> _Trial:
-    """Quantize by a recipe and evaluate beside the float model, with progress of each step."""
+    """Quantize by a recipe and evaluate together with the float model, reporting the progress of each step."""
     import torch
 
     from vitquant import workflows
@@ -125,7 +125,7 @@ def _try(
     from vitquant.tasks.classification import evaluate
 
     started = time.perf_counter()
-    torch.manual_seed(seed)  # for each recipe, so that none depends on which others ran
+    torch.manual_seed(seed)  # for each recipe, so that results do not depend on earlier recipes
 
     def show(what: str, done: int, total: int) -> None:
         update(description=f"{recipe.name}: {what}", completed=done, total=total, unit="")
@@ -139,7 +139,7 @@ def _try(
 
 
 class _Watched:
-    """Batches with progress, as often as a recipe asks for them."""
+    """Batches that report progress whenever they are iterated over."""
 
     def __init__(self, batches: Batches, show: Callable[[str, int, int], None]) -> None:
         self._batches, self._show = batches, show
@@ -153,7 +153,7 @@ class _Watched:
 
 
 def _first(calibration: Batches, images: int) -> Batches:
-    """As many of the calibration images as a recipe asks for, or all there are."""
+    """The first calibration images: as many as a recipe asks for, or all if there are fewer."""
     found, seen = [], 0
     for batch, classes in calibration:
         if seen < images:
@@ -174,7 +174,7 @@ def _left_out(recipe: Recipe, estimate: float, left: float, budget: float) -> di
 
 
 def _facts(trial: _Trial, output: Path) -> dict[str, Any]:
-    """What became of the model by one recipe, as plain values."""
+    """The result of one recipe, as plain values."""
     from vitquant.engines import program_of
     from vitquant.model.checkpoint import TENSORS
     from vitquant.report.operations import FLOAT, INTEGER, list_operations, summarize
@@ -183,7 +183,7 @@ def _facts(trial: _Trial, output: Path) -> dict[str, Any]:
     directory = output / quantized.recipe.name
     summary = summarize(list_operations(quantized, program_of(quantized)[0]))
     counts = summary["operations"]
-    assert result.float_top1 is not None  # it was compared
+    assert result.float_top1 is not None  # evaluated with the float model
     return {
         "recipe": quantized.recipe.name,
         "bits": str(quantized.bits),
@@ -204,7 +204,7 @@ def _facts(trial: _Trial, output: Path) -> dict[str, Any]:
 
 
 def _table(values: Mapping[str, Any]) -> Table:
-    """The float model and below it a line for each recipe; it fits into 80 columns."""
+    """A line for the float model and one for each recipe; the table fits into 80 columns."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     table.add_column("recipe", no_wrap=True, style="bold")
     table.add_column("bits", no_wrap=True)
@@ -233,7 +233,7 @@ def _computed(recipes: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _rows(values: Mapping[str, Any]) -> dict[str, str]:
-    """What the columns mean, what is not in the table, and how to look further."""
+    """The meaning of the columns, the recipes that were left out, and commands to try next."""
     rows = {
         "top-1": f"percent of {values['test_images']} test images of CIFAR-10; {_computed(values['recipes'])}",
         "difference": "top-1 minus float top-1, in points, with its paired 95 % interval",

@@ -1,4 +1,4 @@
-"""`vitquant evaluate`: how good a saved model is at its task, beside its float model."""
+"""`vitquant evaluate`: a saved model evaluated on its task, compared with its float model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from vitquant.model import QuantizedModel
 
-_BATCH = 50  # the float model runs on it as well
+_BATCH = 50  # for the quantized and the float model
 
 Data = Annotated[
     Path,
@@ -57,7 +57,7 @@ Weights = Annotated[
 
 
 class Engine(StrEnum):
-    """What computes the outputs."""
+    """The names of the engines, which compute the outputs."""
 
     FLOAT = "float"
     SIMULATED = "simulated"
@@ -112,8 +112,8 @@ def evaluate(
             where = options.choose_device(device, threads)
             said = task or read_config(out).get("task")
             if said is not None and not task_named(said).labelled:
-                load_unlabelled(data)  # what is wrong with it is said before the model is made
-            elif classes is None:  # which may name any folder, and counts the model's classes
+                load_unlabelled(data)  # report errors before the model is built
+            elif classes is None:  # a file of classes can only be checked with the model
                 load_listing(data)
             repeated = options.repeated(model, model_arguments)
             quantized = loading.load(out, **repeated).to(where)
@@ -153,7 +153,7 @@ def _engine(
     where: torch.device,
     terminal: Terminal,
 ) -> tuple[str, Any]:
-    """What computes the outputs, and its name."""
+    """The name of the engine, and the engine itself."""
     from torch import nn
 
     from vitquant.engines import default_engine, engine

@@ -1,4 +1,4 @@
-"""`vitquant export`: a saved model in another runtime's format, compared with what it came from."""
+"""`vitquant export`: a saved model exported to the format of a runtime, and compared with the export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitquant.cli.terminal import Terminal
 
 
 class Format(StrEnum):
-    """The formats."""
+    """The names of the export formats."""
 
     PROGRAM = "program"
     ONNX_INTEGER = "onnx-integer"

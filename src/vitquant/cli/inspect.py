@@ -1,4 +1,4 @@
-"""`vitquant inspect`: what became of every operation, and the integer program line by line."""
+"""`vitquant inspect`: the arithmetic of every operation, or the integer program line by line."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def inspect(
 
 
 def _show_program(terminal: Terminal, out: Path, repeated: dict[str, Any]) -> None:
-    """The lines of a saved model's program, or of a program's file."""
+    """Print the lines of a saved model's program, or of a program's file."""
     with terminal.progress("loading"):
         from vitquant.engines import program_of
         from vitquant.loading import load

@@ -1,4 +1,4 @@
-"""Ctrl-C, and the signals that a batch system or a closing terminal sends before it kills."""
+"""Handling of Ctrl-C, and of the signals that a batch system or a closing terminal sends before it kills."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ INTERRUPTED = 130  # the exit code
 
 
 class InterruptedAfterWritingError(Exception):
-    """A command was interrupted when an output was in place; the message names it."""
+    """A command was interrupted after an output had been written; the message names it."""
 
 
 class Interrupts:
-    """Turns signals into `KeyboardInterrupt` inside its `with`; what the process was told to ignore stays ignored.
+    """Turns signals into `KeyboardInterrupt` inside its `with`, except signals that the process ignores.
 
     Arguments:
-        last: whether the process ends behind it: a signal that comes then has nothing to interrupt, and just ends it.
+        last: whether the process ends after the `with`: a later signal then ends it by the default action.
 
     Attributes:
-        came: whether there was one. What it meets may turn it into another error, so one that follows is its doing.
+        came: whether a signal came. Code that it interrupts may raise another error instead, so that any error after it
+            counts as an interrupt.
     """
 
     def __init__(self, last: bool) -> None:
@@ -43,13 +44,13 @@ class Interrupts:
             signal.signal(number, signal.SIG_DFL if self._last else before)  # type: ignore[arg-type]
 
     def _interrupt(self, number: int, *_: object) -> None:
-        if os.getpid() != self._process:  # a process that decodes images: the one that it works for says what happened
+        if os.getpid() != self._process:  # a worker that decodes images: its parent reports the interrupt
             os._exit(INTERRUPTED)
         self.came, self._number = True, number
         raise KeyboardInterrupt
 
     def _unraisable(self, unraisable: Any) -> None:
-        """Python drops what a finalizer raises, with a traceback; an interrupt that met one comes again behind it."""
+        """Send an interrupt again that was raised inside of a finalizer, whose exceptions Python only prints."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             threading.Timer(0.01, os.kill, (os.getpid(), self._number)).start()
         else:

@@ -1,6 +1,6 @@
-"""The entry point: what becomes of errors, interrupts, and streams that are closed or full.
+"""The entry point, with the handling of errors, interrupts, and streams that are closed or full.
 
-It is light: whatever takes long to import is imported inside of its `try`.
+Modules that take long to import are imported inside of its `try`, so that interrupts are handled meanwhile.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             if streams.stdout.lost:
                 print(f"error: the result cannot be written to stdout: {streams.stdout.lost}", file=sys.stderr)
                 code = code or WRONG
-        except KeyboardInterrupt:  # while that was said
+        except KeyboardInterrupt:  # during the output above
             code = INTERRUPTED
     sys.exit(code)
 
 
 def _explain(error: BaseException, interrupted: bool) -> tuple[int, str]:
-    """The exit code for an error, and the one line that says it."""
+    """The exit code for an error, and its one-line message."""
     text = one_line(str(error))
     if isinstance(error, InterruptedAfterWritingError):
         return INTERRUPTED, text
@@ -56,7 +56,7 @@ def _explain(error: BaseException, interrupted: bool) -> tuple[int, str]:
         return INTERRUPTED, "interrupted; nothing was written"
     if isinstance(error, VitquantError):
         return WRONG, f"error: {text}"
-    if isinstance(error, OSError) and isinstance(error.filename, str | bytes):  # a directory that is not the user's
+    if isinstance(error, OSError) and isinstance(error.filename, str | bytes):  # such as a directory without permission
         return WRONG, one_line(f"error: {os.fsdecode(error.filename)}: {error.strerror}")
     return INTERNAL, f"internal error: {type(error).__name__}: {text[:200]}; run with --debug"
 

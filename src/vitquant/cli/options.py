@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
-LARGEST_SEED = 2**64 - 1  # that torch takes
+LARGEST_SEED = 2**64 - 1  # torch's maximum
 
 
 def finite(value: float | None) -> float | None:
-    """Refuse numbers that nothing can be compared with.
+    """Refuse NaN and infinity.
 
     Raises:
-        typer.BadParameter: NaN or infinity.
+        typer.BadParameter: the value is one of them.
     """
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no finite number.")
@@ -69,7 +69,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the li
 
 
 def repeated(model: str | None, arguments: list[str] | None) -> dict[str, Any]:
-    """What the caller repeats of a saved model's source, as `loading.load` takes it."""
+    """The parts of a saved model's source that the caller repeats, as arguments for `loading.load`."""
     from vitquant.zoo import parse_model_arguments
 
     return {"source": model, "arguments": parse_model_arguments(arguments or ())}
@@ -79,7 +79,7 @@ def choose_device(device: Device, threads: int | None) -> torch.device:
     """The device to compute on, with the number of threads set.
 
     Raises:
-        VitquantError: CUDA is asked for and there is none.
+        VitquantError: CUDA is asked for and not available.
     """
     import torch
 

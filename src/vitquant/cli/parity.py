@@ -1,4 +1,4 @@
-"""`vitquant parity`: the forms of a saved model beside each other."""
+"""`vitquant parity`: comparison of the forms of a saved model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Runtime(StrEnum):
-    """What can run an exported form."""
+    """The runtimes of exported forms."""
 
     INTERPRETER = "interpreter"
     ONNXRUNTIME = "onnxruntime"

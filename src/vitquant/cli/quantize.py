@@ -1,4 +1,4 @@
-"""`vitquant quantize`: from a name and a directory of images to a saved model."""
+"""`vitquant quantize`: a saved quantized model from a model's name and a directory of images."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def quantize(
 
             chosen, widths = requested(recipe, bits, settings or ())
             if task is not None:
-                task_named(task)  # or refused before the model is made
+                task_named(task)  # refuse an unknown task before the model is built
             if memory_budget is not None and not any(step.definition.needs.memory for step in planned(chosen)):
                 terminal.note(f"{chosen.name} holds a batch at a time: --memory-budget changes nothing")
             request = calibrating.Request(
@@ -104,7 +104,7 @@ def quantize(
                 workers,
                 skip_bad_images,
             )
-        with terminal.replacing(output, force, SAVED_MODEL) as new:  # what cannot be written is said before long work
+        with terminal.replacing(output, force, SAVED_MODEL) as new:  # refused before long work if it cannot be written
             with terminal.progress("loading"):
                 prepared = calibrating.prepare(request, chosen, options.choose_device(device, threads))
                 network, source, data = prepared.network, prepared.source, prepared.data
@@ -149,7 +149,7 @@ def quantize(
 def _facts(
     quantized: QuantizedModel, network: nn.Module, source: ModelSource, output: Path, size: int
 ) -> dict[str, Any]:
-    """What was made of what, as plain values."""
+    """Facts about the quantized model and its origin, as plain values."""
     return {
         "output": str(output.absolute()),
         "model": source.name,

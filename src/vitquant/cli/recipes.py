@@ -1,4 +1,4 @@
-"""`vitquant recipes`: what recipes there are."""
+"""`vitquant recipes`: the list of recipes."""
 
 from __future__ import annotations
 

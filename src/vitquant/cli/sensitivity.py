@@ -1,4 +1,4 @@
-"""`vitquant sensitivity`: what each part of a model loses by itself."""
+"""`vitquant sensitivity`: the sensitivity of each part of a model, quantized by itself."""
 
 from __future__ import annotations
 

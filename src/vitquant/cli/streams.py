@@ -1,6 +1,6 @@
-"""stdout and stderr that may be closed, full, a pipe that nobody reads, or of another encoding: none of it is a fault.
+"""stdout and stderr that may be closed, full, a pipe without a reader, or of any encoding, without raising errors.
 
-It imports next to nothing: it is there before whatever takes long to import.
+This module imports little, since it is needed before modules that take long to import.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, TextIO
 
 
 class Stream:
-    """A text stream that goes on when what is behind it cannot take any more; what is printed then is lost.
+    """A text stream that discards its text once writing to the underlying stream has failed.
 
     Arguments:
-        stream: what it writes to.
+        stream: the underlying stream.
 
     Attributes:
-        failure: why what was printed is lost; None while nothing is.
+        failure: the error of the first failed write; None if there was none.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -27,12 +27,12 @@ class Stream:
         self.failure: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Write, or lose, a text; characters that the encoding lacks are written as escapes."""
+        """Write a text, or discard it after a failure; characters that the encoding lacks are escaped."""
         self._do(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what is buffered, or lose it."""
+        """Flush the buffer, or discard it after a failure."""
         self._do(self._stream.flush)
 
     def __getattr__(self, name: str) -> Any:
@@ -40,7 +40,7 @@ class Stream:
 
     @property
     def lost(self) -> str:
-        """Why a reader misses something; empty when nothing is lost, or when the reader of a pipe has enough."""
+        """The reason if output was lost; empty if not, or if the reader closed its end of a pipe."""
         if self.failure is None or self.failure.errno == errno.EPIPE:
             return ""
         return "it is closed" if self.failure.errno == errno.EBADF else str(self.failure.strerror).lower()
@@ -52,14 +52,14 @@ class Stream:
             action(*arguments)
         except OSError as failure:
             self.failure = failure
-            # What is still in the buffer would be written, and fail, once more at the end of the process.
+            # Otherwise the rest of the buffer would be written, and fail, again when the process ends.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
 
 
 class Streams:
-    """`sys.stdout` and `sys.stderr` as `Stream`s, inside its `with`."""
+    """Replaces `sys.stdout` and `sys.stderr` by `Stream`s inside its `with`."""
 
     def __enter__(self) -> Streams:
         _open_closed()
@@ -79,7 +79,7 @@ class Streams:
 
 
 def _escape(stream: Any) -> str | None:
-    """Let a stream escape what its encoding lacks; returns what it did before, None where that stays."""
+    """Let a stream escape characters that its encoding lacks; return its former error handling, None if unchanged."""
     if not hasattr(stream, "reconfigure"):
         return None
     errors = stream.errors
@@ -88,9 +88,9 @@ def _escape(stream: Any) -> str | None:
 
 
 def _open_closed() -> None:
-    """Give closed standard streams a file: the next file that is opened would take their place.
+    """Open a file in place of each closed standard stream, whose descriptor the next opened file would get otherwise.
 
-    What is written to stdout fails then; what is written to stderr is lost.
+    Writing to such a stdout fails; what is written to such a stderr is discarded.
     """
     ways = (("stdin", os.O_RDONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY))
     for number, (name, way) in enumerate(ways):

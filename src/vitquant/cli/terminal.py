@@ -1,4 +1,4 @@
-"""Where a command's words go: results to stdout, everything else to stderr."""
+"""The output of a command: results to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _FILE_WIDTH = 140  # columns of a table that goes to a file or a pipe
 
 
 class Terminal:
-    """The output of one command; inside its `with`, whatever else prints to stdout goes to stderr.
+    """The output of one command; inside its `with`, other prints to stdout are redirected to stderr.
 
     Arguments:
-        json: the result is one JSON object, alone on stdout.
-        quiet: nothing but that object and errors.
+        json: whether the result is printed as one JSON object, with nothing else on stdout.
+        quiet: whether to print only that object and errors.
     """
 
     def __init__(self, json: bool, quiet: bool) -> None:
@@ -50,13 +50,13 @@ class Terminal:
 
     @contextmanager
     def replacing(self, path: Path, force: bool, directory: Directory | None = None) -> Generator[Path]:
-        """`vitquant.files.replacing`, with which an interrupt says truly whether something was written."""
+        """`vitquant.files.replacing`, recorded so that an interrupt reports whether the output was written."""
         with replacing(path, force, directory) as new:
             self._outputs[path] = identity(path)
             yield new
 
     def result(self, values: Mapping[str, Any], *tables: RenderableType) -> None:
-        """Show the result: its values as JSON, or the tables; a string is one line, however wide that is."""
+        """Print the result: its values as JSON, or the tables; a string is printed as one line of any width."""
         if self._json:
             print(json.dumps(values, indent=2, allow_nan=False), file=self._stdout)
         elif not self._quiet:
@@ -66,21 +66,21 @@ class Terminal:
                 console.print(table, soft_wrap=isinstance(table, str))
 
     def note(self, text: str) -> None:
-        """Say something that the user should know, on stderr."""
+        """Print a note for the user on stderr."""
         if not self._quiet:
             self._stderr.print(f"note: {one_line(text)}", soft_wrap=True, markup=False, highlight=False)
 
     def failure(self, text: str) -> None:
-        """Say in one line on stderr what failed, unless a table has said it."""
+        """Print in one line on stderr what failed, if no tables are printed."""
         if self._json or self._quiet:
             self._stderr.print(one_line(text), soft_wrap=True, markup=False, highlight=False)
 
     @contextmanager
     def progress(self, description: str, images: int | None = None) -> Generator[Callable[..., None]]:
-        """A spinner, or a bar when the number of images is known; shown on a terminal only.
+        """A spinner, or a bar if the number of images is known; shown only if stderr is a terminal.
 
-        Yields a function that takes what rich's `Progress.update` takes: `description`, `total`, `completed`; and
-        `unit`, of what is counted, empty to leave out the speed.
+        Yields a function with the arguments of rich's `Progress.update`: `description`, `total`, `completed`; and
+        `unit`, the unit of the count, empty to leave out the speed.
         """
         columns = (
             SpinnerColumn("line"),
@@ -95,7 +95,7 @@ class Terminal:
 
 
 class _Done(ProgressColumn):
-    """How much is done, and how many images a second."""
+    """The amount done and the speed, such as images per second."""
 
     def render(self, task: Task) -> Text:
         if task.total is None:
@@ -106,5 +106,5 @@ class _Done(ProgressColumn):
 
 
 def _width(stream: TextIO) -> int | None:
-    """None leaves it to rich: the width of the terminal, or COLUMNS."""
+    """The width for a stream; None lets rich use the width of the terminal, or COLUMNS."""
     return None if stream.isatty() or "COLUMNS" in os.environ else _FILE_WIDTH

@@ -1,4 +1,4 @@
-"""`vitquant vectors`: programs that an engine of another kind can be tested by."""
+"""`vitquant vectors`: conformance vectors to test other engines with."""
 
 from __future__ import annotations
 

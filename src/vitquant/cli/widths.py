@@ -1,16 +1,16 @@
-"""How wide what is printed is, where the environment says it; it imports next to nothing, as `streams`."""
+"""The width of the output in the environment; like `streams`, this module imports little."""
 
 from __future__ import annotations
 
 import os
 
-LEAST = 40  # columns; in fewer a table loses some of its own
+LEAST = 40  # characters; narrower tables would lose columns
 _MOST = 10_000
-_VARIABLES = ("COLUMNS", "TERMINAL_WIDTH")  # rich reads the first, and typer the second as it is imported
+_VARIABLES = ("COLUMNS", "TERMINAL_WIDTH")  # rich reads the first, and typer the second when it is imported
 
 
 def forget_senseless_widths() -> None:
-    """Remove widths from the environment in which nothing could be read: then it is as if none were given."""
+    """Remove unusable widths from the environment, so that the defaults apply."""
     for name in _VARIABLES:
         text = os.environ.get(name, "")
         if not (text.isascii() and text.isdigit() and len(text) < 10 and LEAST <= int(text) <= _MOST):

@@ -1,4 +1,4 @@
-"""Conformance vectors: small programs with inputs and expected outputs, for whoever writes an engine."""
+"""Conformance vectors: small programs with inputs and expected outputs, for authors of engines."""
 
 from vitquant.conformance.vectors import all_vectors, write_vectors
 

@@ -22,7 +22,7 @@ _FACTS = {
 
 
 def block() -> Vector:
-    """The program, on images that reach both ends of the codes and lie on halves between them."""
+    """The program, with images whose codes include both ends, and which lie on halves between codes."""
     draft = Draft("u8", 3, 8, 8)
     tokens = _attention(draft, _patches(draft))
     outputs = {"logits": _logits(draft, tokens), "tokens": tokens}
@@ -38,7 +38,7 @@ def block() -> Vector:
 
 
 def _patches(draft: Draft) -> str:
-    """Codes of the tokens: (images, 5, 8)."""
+    """Emit the patch embedding, and return the codes of the tokens: (images, 5, 8)."""
     sums = draft.emit(
         p.Convolution, "s32", input="x", weight=draft.noisy("s8", _WIDTH, 3, 4, 4, seed=2),
         bias=draft.noisy("s16", _WIDTH), input_zero=114,
@@ -52,7 +52,7 @@ def _patches(draft: Draft) -> str:
 
 
 def _attention(draft: Draft, tokens: str) -> str:
-    """Codes of the tokens behind a block of attention: (images, 5, 8)."""
+    """Emit a block of attention, and return the codes of the tokens after it: (images, 5, 8)."""
     normal = draft.emit(
         p.LayerNorm, "u8", input=tokens, factors=draft.constant("u8", [0, 1, 2, 3, 0, 0, 1, 0]), input_zero=128,
         epsilon=77, largest=128 * 8, multiplier=draft.constant("s32", noise(6, 2**18, 2**20, _WIDTH)),
@@ -91,7 +91,7 @@ def _attention(draft: Draft, tokens: str) -> str:
 
 
 def _logits(draft: Draft, tokens: str) -> str:
-    """Codes of the logits of 5 classes: (images, 5)."""
+    """Emit pooling and head, and return the codes of the logits: (images, 5)."""
     pooled = draft.emit(p.Sum, "s32", input=tokens, axes=(1,), keep=False, input_zero=60)
     pooled = _requantize(draft, [pooled], [draft.constant("s32", 2**28)], 30, draft.constant("s64", 2**37))
     logits = draft.emit(
@@ -103,7 +103,7 @@ def _logits(draft: Draft, tokens: str) -> str:
 
 
 def _part(draft: Draft, sums: str, number: int) -> str:
-    """Query, key or value: codes of (images, heads, 5, 4), a scale for each head."""
+    """Emit the codes of query, key or value, with a scale for each head: (images, heads, 5, 4)."""
     part = draft.emit(p.Slice, "s32", input=sums, axis=0, start=number, stop=number + 1, step=1)
     part = draft.emit(p.Reshape, "s32", input=part, shape=(-1, _HEADS, _TOKENS, _WIDTH // _HEADS))
     by_head = draft.constant("s32", noise(12 + number, 2**23, 2**24, _HEADS, 1, 1))

@@ -1,4 +1,4 @@
-"""Vectors of the instructions from codes to codes: softmax, norms, tables."""
+"""Vectors of the instructions that map codes to codes: softmax, norms, tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LEVELS = {
     "finest": (2**31 - 1, 1, 0, 0, 2**31 - 1, "s32"), "coarse": (2**31 - 1, 28, 3, 4, 9, "u4"),
     "nothing": (2**31 - 1, 46, 7, -8, 7, "s4"), "zero": (0, 20, -1, -8, 7, "s4"),
 }  # fmt: skip
-# One mask for all rows, one for each, one for each head: two rows are masked whole, one but for an entry.
+# A mask for all rows, one for each row, and one for each head; they include fully masked rows, and one with one entry.
 _MASKS = {
     "": None,
     "-mask-of-a-row": torch.tensor([0, 1, 0, 0, 1, 1, 0, 1]),
@@ -34,7 +34,7 @@ _MASKS = {
 
 
 def operations_on_codes() -> Iterator[Vector]:
-    """All of them."""
+    """All vectors of these instructions."""
     for number, (mask, masked) in enumerate(_MASKS.items()):
         for name in list(_POWERS)[number :: len(_MASKS)] if number else _POWERS:
             yield _powers(f"{name}{mask}", name, masked)
@@ -53,7 +53,7 @@ def operations_on_codes() -> Iterator[Vector]:
 
 
 def _rows(low: int, high: int) -> torch.Tensor:
-    """Scores with every distance, constant rows, and one far above the others."""
+    """Scores with every distance, constant rows, and rows with one score far above the others."""
     codes = codes_between(low, high, 2, 4, _ROW)
     peak = torch.full((2, 4, _ROW), low)
     peak[..., 2] = high
@@ -92,7 +92,7 @@ def _masked(mask: torch.Tensor | None) -> str:
 
 
 def _scores_far_out() -> Vector:
-    """Scores of 32 bits in a narrow band far below zero: their tables are as long as the band, and the mask is last."""
+    """32-bit scores in a narrow range far below zero: the tables have an entry for each score, and one for the mask."""
     draft = Draft("u4", 2, 4, _ROW)
     one, addend = draft.constant("s32", 2), draft.constant("s64", -(2**21))
     scores = draft.emit(p.Multiply, "s32", left="x", right=draft.constant("s8", 1), left_zero=10**6, right_zero=0)
@@ -109,10 +109,10 @@ def _scores_far_out() -> Vector:
 
 
 def _row_sums(name: str, about: str, exponential: int) -> Vector:
-    """Codes that change at the last digit of the logarithm: a row has n entries of one exponential, for n from 1 to 64.
+    """Codes that depend on the last digit of the logarithm of the row sum, for 1 to 64 equal entries in a row.
 
-    Of 33 entries of 57814 the logarithm that the format defines is one below the floor of the real one. Of 7 numbers of
-    entries of 37436 it is another with 30 digits or fewer in place of 31.
+    For 33 entries of 57814 the logarithm that the format defines is one less than the floor of the real one. For 7
+    numbers of entries of 37436 it differs when intermediate numbers have 30 digits or fewer in place of 31.
     """
     draft, levels = Draft("u16", 64, 64), 4096
     scores = draft.emit(
@@ -128,7 +128,7 @@ def _row_sums(name: str, about: str, exponential: int) -> Vector:
     powers = {"zero": 32, "steps": 2, "offset": 0, "published": False}
     draft.emit(p.SoftmaxToPowers, "u8", input=scores, **tables, **powers)
     codes = noise(9, 0, levels - 1, 1, 64, 64)
-    distance = -(logarithm(counts * exponential, OCTAVE_BITS) + 1024) % 2048  # from here on a row has the next code
+    distance = -(logarithm(counts * exponential, OCTAVE_BITS) + 1024) % 2048  # the smallest distance with the next code
     for column, offset in enumerate((0, 2047, 2048, 2049), 1):
         codes[0, :, column] = levels - 1 - (distance + offset).clamp(0, levels - 1)
     codes[..., 0] = levels - 1
@@ -164,7 +164,7 @@ def _norms(kind: type[p.Norm], of: str) -> Iterator[Vector]:
 
 
 def _edges_of_norms() -> Iterator[Vector]:
-    """Where one step less of a formula shows: halves, the parity of the guard bits, and roots of large numbers."""
+    """Cases that show whether a step of a formula is left out: halves, guard bits, and roots of large numbers."""
     whole = {"shift": 1, "low": -(2**31), "high": 2**31 - 1, "input_zero": 0, "factors": None}
     root = [[2**10 * each for each in (1, 15, 5, 2, 1, 0, 0, 0)]]
     cases: dict[str, tuple[type[p.Norm], int, int, list[list[int]], str]] = {
@@ -198,7 +198,7 @@ def _normalized(
     written: str,
     affine: dict[str, Any],
 ) -> tuple[Draft, torch.Tensor]:
-    """A norm and its input: rows of every kind, constant ones, and nearly constant ones."""
+    """A program with a norm, and codes with rows of noise, constant rows and nearly constant rows."""
     draft = Draft(given, 5, channels)
     low, high = draft.registers["x"].limits
     factors = draft.constant("u8", noise(7, factor - 3, factor, channels)) if factor else None
@@ -217,7 +217,7 @@ def _tables() -> Iterator[Vector]:
     for given, written in (("u4", "s8"), ("s4", "u16"), ("u8", "s16"), ("s8", "u4"), ("s16", "s32"), ("u8", "s64")):
         low, high = p.type_limits(given)
         draft = Draft(given, 16)
-        if given == "s16":  # a table that begins before its first code and ends behind its last
+        if given == "s16":  # a table with entries before the first code and after the last
             draft.emit(p.Requantize, "s8", inputs=("x",), multipliers=(draft.constant("s32", 1),),
                        addend=draft.constant("s64", 0), shift=12, low=-8, high=7)  # fmt: skip
             draft.emit(p.Lookup, written, input="r0", table=draft.noisy(written, 20), lowest=-10)

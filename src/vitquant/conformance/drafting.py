@@ -1,4 +1,4 @@
-"""What vectors are made of: numbers that are the same everywhere, and programs written line by line."""
+"""Helpers to write vectors: reproducible pseudo-random numbers, and a builder of programs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _MASK = 2**64 - 1
 
 @dataclass(frozen=True)
 class Vector:
-    """A program and what to feed it.
+    """A program and its input.
 
     Arguments:
-        name: of its files.
-        about: what it is for, in a sentence.
-        program: a valid one.
-        codes: int64, of its input.
-        images: float32, whose codes these are; None where the program does not say what codes stand for.
+        name: the stem of its files.
+        about: what it tests, in a sentence.
+        program: a valid program.
+        codes: int64, the codes of its input.
+        images: float32, the images with these codes; None if the program has no scale and zero point of its input.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Vector:
 
 
 def noise(seed: int, low: int, high: int, *shape: int) -> Tensor:
-    """Integers from low to high that look random: int64, the same on every machine and with every library.
+    """Pseudo-random integers from low to high: int64, the same on every machine and with every library.
 
     Source: Steele, Lea and Flood 2014, SplitMix64.
     """
@@ -51,17 +51,17 @@ def noise(seed: int, low: int, high: int, *shape: int) -> Tensor:
 
 
 def codes_between(low: int, high: int, *shape: int) -> Tensor:
-    """Four inputs of a shape: all the smallest, all the largest, both in turns, and noise."""
+    """Four inputs of a shape: the smallest code everywhere, the largest, both alternating, and noise."""
     ends = torch.tensor([low, high]).repeat(prod(shape))[: prod(shape)].view(shape)
     lowest, highest = torch.full(shape, low), torch.full(shape, high)
     return torch.stack([lowest, highest, ends, noise(prod(shape), low, high, *shape)])
 
 
 class Draft:
-    """A program while it is written.
+    """A builder of a program.
 
     Arguments:
-        type, shape: of the register `x` that it is given; without the batch.
+        type, shape: of the input register `x`; the shape is without the batch.
     """
 
     def __init__(self, type: str, *shape: int) -> None:
@@ -71,14 +71,14 @@ class Draft:
         self.instructions: list[p.Instruction] = []
 
     def constant(self, type: str, values: Tensor | Sequence[Any] | int) -> str:
-        """Keep a constant, and return its name."""
+        """Add a constant, and return its name."""
         name, held = f"c{len(self.constants)}", torch.as_tensor(values, dtype=torch.int64)
         self.constants[name], self.registers[name] = held, p.Register(type, tuple(held.shape))
         self.shapes[name] = tuple(held.shape)
         return name
 
     def noisy(self, type: str, *shape: int, seed: int = 1) -> str:
-        """A constant of noise over all of a type, its two ends among it where there is room."""
+        """Add a constant of noise over the range of a type, with both ends if it has two elements."""
         low, high = p.type_limits(type)
         values = noise(seed, low, high, *shape).flatten()
         if len(values) > 1:
@@ -86,7 +86,7 @@ class Draft:
         return self.constant(type, values.view(shape))
 
     def emit(self, kind: type[p.Instruction], type: str, **given: Any) -> str:
-        """Write an instruction, and return the name of the register that it writes."""
+        """Add an instruction, and return the name of the register that it writes."""
         output = f"r{len(self.instructions)}"
         instruction = kind(output=output, site=f"site{len(self.instructions)}", **given)
         self.shapes[output] = shape = written_shape(instruction, self.shapes)
@@ -95,17 +95,17 @@ class Draft:
         return output
 
     def program(self, outputs: dict[str, str] | None = None, **given: Any) -> p.IntegerProgram:
-        """What was written.
+        """The program so far.
 
         Arguments:
-            outputs: registers by name; what was written last when None.
-            given: fields of the program, `codes` and `facts`.
+            outputs: the output registers by name; the last register when None.
+            given: the fields `codes` and `facts` of the program.
         """
         outputs = outputs or {"output": self.instructions[-1].output}
         return p.IntegerProgram("x", outputs, self.registers, self.constants, tuple(self.instructions), **given)
 
     def vector(self, name: str, about: str, codes: Tensor | None = None) -> Vector:
-        """What was written, with codes of every kind that the input's type has unless some are given."""
+        """The program so far as a vector, with the given codes or those of `codes_between` for the input's type."""
         first = self.registers["x"]
         return Vector(
             name, about, self.program(), codes_between(*first.limits, *first.shape[1:]) if codes is None else codes

@@ -23,7 +23,7 @@ _MOVES: dict[str, tuple[type[p.Instruction], str, dict[str, Any]]] = {
 
 
 def moves() -> Iterator[Vector]:
-    """All of them."""
+    """All vectors of these instructions."""
     for name, (kind, type, given) in _MOVES.items():
         draft = Draft(type, 4, 6, 7)
         draft.emit(kind, type, input="x", **given)
@@ -34,7 +34,7 @@ def moves() -> Iterator[Vector]:
 
 
 def _windows() -> Vector:
-    """What Swin does: windows stand in the batch's axis, are multiplied there, and go back."""
+    """Swin's windows: they are moved into the batch axis, multiplied there, and moved back."""
     draft = Draft("s8", 4, 4, 3)
     apart = draft.emit(p.Reshape, "s8", input="x", shape=(-1, 2, 2, 2, 2, 3))
     turned = draft.emit(p.Permute, "s8", input=apart, axes=(0, 1, 3, 2, 4, 5))

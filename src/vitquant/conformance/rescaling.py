@@ -18,7 +18,7 @@ _GRANULARITIES = {
 
 
 def rescalings() -> Iterator[Vector]:
-    """All of them."""
+    """All vectors of requantization."""
     yield _halves()
     for shift in (1, 31, 32, 33, 62):
         yield _shifted(shift)
@@ -38,7 +38,7 @@ def _halves() -> Vector:
 
 
 def _shifted(shift: int) -> Vector:
-    """Sums from one end of 64 bits to the other; results at both ends of the codes and between."""
+    """Sums over the whole range of 64 bits, with results at both ends of the codes and between them."""
     draft = Draft("s32", 6)
     multipliers = draft.constant("s32", [2**31 - 1, -(2**31) + 1, 2**30, 1, -1, 0])
     room, step = 2**62 - 1, 1 << (shift - 1)

@@ -11,7 +11,7 @@ _CODES = ("u4", "s4", "u8", "s8", "u16", "s16")
 
 
 def sums() -> Iterator[Vector]:
-    """All of them."""
+    """All vectors of these instructions."""
     for given, weights in zip(_CODES, ("s4", "u4", "s8", "u8", "s8", "s4"), strict=True):
         yield _linear(given, weights, plain=False)
     yield _linear("u8", "s4", plain=True)

@@ -1,4 +1,4 @@
-"""All vectors, and the directory that they are written to: docs/program-format.md, section "Conformance vectors"."""
+"""All vectors, and writing them to a directory: docs/program-format.md, section "Conformance vectors"."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def all_vectors() -> tuple[Vector, ...]:
 
 
 def values_of(vector: Vector) -> dict[str, Tensor]:
-    """What an engine has to give: each register of a program that is not constant, by name, for the vector's input.
+    """The values that an engine must reproduce: each register that is not constant, by name, for the vector's input.
 
-    Beside int64 registers there are `images`, and each output as `outputs/NAME`, in float32 where the program says what
-    its codes stand for.
+    Registers are int64. If the program has scales and zero points, there are also `images`, and each output in float32
+    as `outputs/NAME`.
     """
     held = {vector.program.input: vector.codes}
     taps = {each.output: lambda x, name=each.output: held.__setitem__(name, x) for each in vector.program.instructions}
@@ -53,7 +53,7 @@ def values_of(vector: Vector) -> dict[str, Tensor]:
 
 
 def covered(program: IntegerProgram) -> dict[str, list[str]]:
-    """What a program has of the format: opcodes, types, and of optional and two-valued arguments which way they are."""
+    """The features of the format that a program uses: opcodes, types, and values of optional and boolean arguments."""
     found: dict[str, set[str]] = {"opcodes": set(), "types": {each.type for each in program.registers.values()}}
     found["arguments"] = set()
     for i in program.instructions:
@@ -74,8 +74,8 @@ def write_vectors(path: str | Path, force: bool = False) -> None:
     """Write a directory with all vectors; the same vitquant writes the same bytes.
 
     Arguments:
-        path: of the directory; made when missing.
-        force: replace vectors that are there.
+        path: of the directory; created when missing.
+        force: replace existing vectors.
 
     Raises:
         ExportError: it cannot be written; see `vitquant.files.replacing`.
@@ -93,7 +93,7 @@ def directory_of(vectors: Iterable[Vector]) -> Directory:
 
 
 def write_into(directory: Path, vectors: Sequence[Vector]) -> None:
-    """Write vectors into a directory that is not there yet."""
+    """Write vectors into a directory that does not exist yet."""
     try:
         from safetensors.torch import save
     except ImportError as error:
@@ -109,7 +109,7 @@ def write_into(directory: Path, vectors: Sequence[Vector]) -> None:
 
 
 def index(vectors: Iterable[Vector]) -> dict[str, Any]:
-    """What the index says: for each vector its files, what it is for and what it covers."""
+    """The content of the index: for each vector its files, its description and the features that it covers."""
     entries = []
     for vector in vectors:
         program, tensors = _files(vector.name)

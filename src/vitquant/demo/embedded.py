@@ -1,4 +1,4 @@
-"""The trained model and the images of CIFAR-10 that the package carries; README.md says where they come from."""
+"""The trained model and the CIFAR-10 images that ship in the package; README.md says where they come from."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _BYTES = 3 * _SIZE * _SIZE  # of one image, which is one row of a sheet
 
 
 def source() -> ModelSource:
-    """Where the float model comes from: timm's plain Vision Transformer and the weights beside this file.
+    """The source of the float model: timm's plain Vision Transformer with the weights beside this file.
 
-    By timm's own name, so that what was made of it is loaded without repeating a factory.
+    It is given by timm's own name, so that models quantized from it can be loaded without naming a factory again.
     """
     return pinned(ModelSource("timm:vit_tiny_patch16_224", ARCHITECTURE, str(_FOLDER / "weights.safetensors")))
 
@@ -47,7 +47,7 @@ def model() -> nn.Module:
 
 
 def batches(split: Split, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Images as the model takes them, normalized float32 (size, 3, 32, 32), with their classes; the last are fewer.
+    """Batches of normalized images, float32 (size, 3, 32, 32), with their classes; the last batch may be smaller.
 
     Raises:
         ModelError: Pillow is not installed.
@@ -65,12 +65,12 @@ def folder_of_images() -> Directory:
 
 
 def write_folder(folder: Path) -> None:
-    """Write the test images as `vitquant evaluate --data` reads them: a PNG file each, and a labels.csv.
+    """Write the test images in the form that `vitquant evaluate --data` reads: a PNG file each, and a labels.csv.
 
-    Those that an earlier call wrote are replaced.
+    A folder that an earlier call wrote is replaced.
 
     Raises:
-        DataError: the folder is a file, or holds something else; or the disk refuses.
+        DataError: the folder is a file, holds something else, or cannot be written.
     """
     image, pixels = import_library("PIL.Image"), _pixels("test")
     with replacing(folder, True, folder_of_images()) as new:

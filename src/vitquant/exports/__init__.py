@@ -1,1 +1,1 @@
-"""Other runtimes' formats."""
+"""Export of quantized models to the formats of other runtimes."""

@@ -1,4 +1,4 @@
-"""The formats that a quantized model can be handed on in, and where they lie beside it."""
+"""The formats to which a quantized model can be exported, and their paths in the directory of a saved model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from vitquant.model.checkpoint import CONFIG, TENSORS, is_saved_model
 
 @dataclass(frozen=True)
 class Format:
-    """One format that a model is written in.
+    """One export format.
 
     Arguments:
-        path: where it lies in the directory of the saved model; quantizing into that again removes it with the model
-            that it was made from.
-        on_integers: whether it is of the integer program, which not every model has, and computes it bit for bit.
-        write: a model, where nothing is yet, with the options `float_io`, `batch` and `opset`.
-        directory: what kind of directory it is; None for a file.
+        path: its path in the directory of the saved model; overwriting the saved model removes it too.
+        on_integers: whether it is an export of the integer program, which not every model has, bit for bit.
+        write: writes a model to a path that does not exist yet, with options.
+        directory: returns the kind of directory that the export is; None for a file.
     """
 
     path: str
@@ -35,7 +34,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Options:
-    """What a caller chooses of an export, see `write`."""
+    """The options of an export, see `write`."""
 
     float_io: bool = False
     batch: int | None = None
@@ -82,7 +81,7 @@ FORMATS = {
 
 
 def exported(directory: str | Path) -> dict[str, Path]:
-    """What was exported into the directory of a saved model, by format."""
+    """The exports in the directory of a saved model, by format."""
     paths = {name: Path(directory, format.path) for name, format in FORMATS.items()}
     for path in paths.values():
         recover(path)
@@ -90,10 +89,10 @@ def exported(directory: str | Path) -> dict[str, Path]:
 
 
 def check_options(format: str, float_io: bool = False, batch: int | None = None, opset: int | None = None) -> None:
-    """Refuse what a format cannot have, before long work rather than after; see `write`.
+    """Refuse options that a format does not support, before any long work; see `write`.
 
     Raises:
-        ExportError: it says what belongs to which format.
+        ExportError: the format or an option is not supported; the message says which formats support the option.
     """
     if format not in FORMATS:
         raise ExportError(f"format {format!r} is unknown; the formats are: {', '.join(FORMATS)}")
@@ -103,7 +102,7 @@ def check_options(format: str, float_io: bool = False, batch: int | None = None,
 
 
 def kind_of(format: str, path: str | Path) -> Directory | None:
-    """What `vitquant.files.replacing` takes for a format: the kind of directory that it is, or None for a file.
+    """The kind of directory that a format is, or None for a file, as `vitquant.files.replacing` takes it.
 
     Raises:
         ExportError: the path is that of a saved model's own file.
@@ -127,20 +126,21 @@ def write(
 
     Arguments:
         model: calibrated.
-        format: `program`, the integer program as vitquant reads it; `onnx-integer`, the same program in ONNX's integer
-            operators; `onnx-qdq`, the simulation as ONNX's quantize and dequantize operators; `openvino`, that as
-            OpenVINO's own files.
+        format: `program`, the integer program in vitquant's own format; `onnx-integer`, the same program in ONNX's
+            integer operators; `onnx-qdq`, the simulation with ONNX's QuantizeLinear and DequantizeLinear; `openvino`,
+            the same as OpenVINO's own files.
         path: the file, or for `openvino` the directory.
-        force: replace what is there.
-        float_io: for `onnx-integer`, take images and give outputs in float32 instead of codes.
-        batch: how many images the file takes at once, so that every size in it is a number; any number when None. The
-            metadata says it; `runtime` and `evaluate` fill up the last batch.
+        force: replace an existing file or directory.
+        float_io: for `onnx-integer`, whether input and outputs are float32 instead of codes.
+        batch: a fixed batch size, with which every size in the file is a number; any when None. It is in the metadata;
+            `runtime` and `evaluate` pad the last batch.
         opset: for ONNX, the version of its operators, 18 to 25; 20 or 21 when None.
 
     Raises:
-        ExportError: the format is unknown, cannot hold the model or have that batch or opset, or its extra is not
-            installed; the path exists and not `force`, or cannot be written.
-        LoweringError: the model does not lower, for `program` and `onnx-integer`; it names the site and the reason.
+        ExportError: the format is unknown, cannot represent the model or does not support that batch or opset, or its
+            extra is not installed; the path exists and `force` is false, or it cannot be written.
+        LoweringError: for `program` and `onnx-integer`, the model cannot be lowered; the message names the site and the
+            reason.
     """
     check_options(format, float_io, batch, opset)
     with replacing(path, force, kind_of(format, path)) as new:

@@ -1,4 +1,4 @@
-"""A quantized model as OpenVINO IR, made of its ONNX form."""
+"""A quantized model as OpenVINO IR, converted from its ONNX form."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ OPENVINO_MODEL = Directory(
 def write_openvino(
     model: QuantizedModel | onnx.ModelProto, directory: str | Path, force: bool = False, batch: int | None = None
 ) -> None:
-    """Write `model.xml` and `model.bin`, OpenVINO's own form, which C++, Python and others load without ONNX.
+    """Write `model.xml` and `model.bin`, OpenVINO's own format, which C++, Python and others load without ONNX.
 
-    `digest.json` beside them says what was in them. The directory holds all or, when the run is killed, what it held
-    before. The facts of the ONNX model's `metadata_props` are in the XML, under `rt_info/framework`.
+    `digest.json` beside them has their digests. When the run is killed, the directory is left as it was before. The
+    facts of the ONNX model's `metadata_props` are in the XML, under `rt_info/framework`.
 
     Arguments:
-        model: calibrated; or what `onnx_qdq_model` made of one, when that is there already.
-        directory: made, with its parents, when missing.
-        force: replace an OpenVINO model that is there.
-        batch: fixed; any when None. An ONNX model has its own.
+        model: a calibrated model, or the ONNX model that `onnx_qdq_model` returned for it.
+        directory: created, with its parents, when missing.
+        force: replace an existing OpenVINO model.
+        batch: a fixed batch size; any when None. For an ONNX model, the batch is its own.
 
     Raises:
         CalibrationError: a quantizer is missing.
@@ -48,7 +48,7 @@ def write_openvino(
         converted = core.read_model(proto.SerializeToString())
         try:
             new.mkdir()
-            openvino.save_model(converted, new / _IR, compress_to_fp16=False)  # halved scales would be other scales
+            openvino.save_model(converted, new / _IR, compress_to_fp16=False)  # float16 would round the scales
             seal(new)
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or _refusal(new, proto.ByteSize()) or f"OpenVINO says: {error}"
@@ -56,10 +56,13 @@ def write_openvino(
 
 
 def _refusal(directory: Path, size: int) -> str:
-    """Why the operating system takes no more bytes in a directory, which OpenVINO does not hand on; empty when it does.
+    """The operating system's reason for a failed write, which OpenVINO does not report, found by writing a file.
 
     Arguments:
-        size: bytes to try.
+        size: the number of bytes to write.
+
+    Returns:
+        The reason; empty if the file can be written.
     """
     try:
         with (directory / "probe").open("wb") as file:

@@ -1,26 +1,26 @@
-"""What a caller may fix of an export: the batch, and the version of ONNX's operators."""
+"""The checks of an export's fixed batch size and of its opset."""
 
 from __future__ import annotations
 
 from vitquant.errors import ExportError
 
-LARGEST_BATCH = 1_000_000  # images that may be asked for at once; the memory for them is another matter
-OPSETS = {  # that a format can have; what is tested is that ONNX Runtime computes the same with each
+LARGEST_BATCH = 1_000_000  # images in a batch, even if there is memory for more
+OPSETS = {  # supported by each format; tests check that ONNX Runtime computes the same with each of them
     "onnx-integer": range(18, 26),
     "onnx-qdq": range(18, 26),
 }
 
 
 def check_batch_and_opset(format: str, batch: int | None = None, opset: int | None = None) -> None:
-    """Refuse what a format cannot have.
+    """Refuse a batch size or an opset that a format does not support.
 
     Arguments:
         format: one of `formats.FORMATS`.
-        batch: how many images the file takes at once; any number when None.
+        batch: the fixed batch size; any when None.
         opset: the version of ONNX's operators; the exporter's choice when None.
 
     Raises:
-        ExportError: it says what the format can have.
+        ExportError: one is not supported; the message says what the format supports.
     """
     if batch is not None and format == "program":
         raise ExportError("--batch (batch=...) belongs to ONNX and OpenVINO files; a program runs any batch")

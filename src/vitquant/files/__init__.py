@@ -1,4 +1,4 @@
-"""Outputs: files and directories that are written whole or not at all, by one run at a time."""
+"""Atomic outputs: files and directories that are written as a whole or not at all, by one run at a time."""
 
 from vitquant.files.digest import sha256
 from vitquant.files.target import Directory, Layout

@@ -1,8 +1,9 @@
-"""An output is claimed by one run at a time.
+"""The claim of an output by one run at a time.
 
-While OUT is written there is a hidden directory beside it, `.OUT.vitquant`. A lock in it tells that the run is alive,
-the new content grows in it, and the old content ends in it. A run that was killed leaves it behind with the lock free:
-the next run for OUT puts back what is missing, and removes the rest.
+While OUT is written there is a hidden directory beside it, `.OUT.vitquant`. It holds a lock for as long as the run is
+alive, the new content while it is written, and the old content after the exchange. A run that was killed leaves the
+directory behind with the lock released: the next run for OUT restores the old content if it is missing, and removes the
+rest.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from vitquant.files.refusal import RefusedError
 
 try:
     import fcntl
-except ImportError:  # Windows, where the hidden directory itself has to do as a lock
+except ImportError:  # Windows, where the hidden directory itself is the lock
     fcntl = None
 
 LOCK = "lock"
 _LONGEST_NAME = 255  # bytes, on most file systems
-_TRIES = 100  # each fails only when another run ends at that moment
+_TRIES = 100  # a try fails only if another run ends at that moment
 _held: set[int] = set()  # descriptors of this process's locks
 
 
@@ -37,22 +38,22 @@ def hidden_beside(target: Path) -> Path:
 
 
 def new_in(hidden: Path, target: Path) -> Path:
-    """Where the new content of an output grows."""
+    """The path where the new content of an output is written."""
     return hidden / "new" / target.name
 
 
 def old_in(hidden: Path, target: Path) -> Path:
-    """Where the old content is for a moment, when it cannot be exchanged with the new one."""
+    """The path of the old content for a moment, if the file system cannot exchange it with the new one."""
     return hidden / "old" / target.name
 
 
 @contextmanager
 def claimed(target: Path) -> Generator[Path]:
-    """The hidden directory of an output, made or taken over from a killed run; gone at the end.
+    """The hidden directory of an output, created or taken over from a killed run, and removed at the end.
 
     Raises:
         RefusedError: another run has it.
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     hidden = hidden_beside(target)
     lock = _lock(hidden, target)
@@ -60,19 +61,19 @@ def claimed(target: Path) -> Generator[Path]:
         _settle(hidden, target)
         yield hidden
     finally:
-        if lock in _held:  # not in a forked child, where the parent goes on
+        if lock in _held:  # not in a forked child, whose parent continues
             try:
-                with suppress(OSError, RefusedError):  # what cannot be removed now is left to the next run
+                with suppress(OSError, RefusedError):  # the next run removes what cannot be removed now
                     _settle(hidden, target)
             finally:
                 _unlock(hidden, lock)
 
 
 def refuse_if_alive(hidden: Path) -> None:
-    """Refuse when a run has this hidden directory.
+    """Refuse a hidden directory that belongs to a running process.
 
     Raises:
-        RefusedError: it is alive, or that cannot be known.
+        RefusedError: the run is alive, or may be.
     """
     with suppress(FileNotFoundError):
         lock = os.open(hidden / LOCK, os.O_RDWR)
@@ -85,13 +86,13 @@ def refuse_if_alive(hidden: Path) -> None:
 
 
 def user() -> int:
-    """The user that files belong to which this process makes."""
+    """The id of the user who owns the files that this process creates."""
     return os.geteuid() if hasattr(os, "geteuid") else 0
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk."""
-    if os.name == "nt" and path.is_dir():  # which cannot be opened
+    """Flush a file, or the entries of a directory, to the disk."""
+    if os.name == "nt" and path.is_dir():  # directories cannot be opened on Windows
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -101,7 +102,7 @@ def sync(path: Path) -> None:
 
 
 def _settle(hidden: Path, target: Path) -> None:
-    """Put the old content back where the end came before the new one was there, and remove the rest."""
+    """Restore the old content if a run ended before the new content was in place, and remove the rest."""
     old = old_in(hidden, target)
     for name in ("new", "old"):
         if os.path.lexists(hidden / name) and not stat.S_ISDIR((hidden / name).lstat().st_mode):
@@ -115,7 +116,7 @@ def _settle(hidden: Path, target: Path) -> None:
 
 
 def _lock(hidden: Path, target: Path) -> int:
-    """The descriptor of the lock in a hidden directory, which is made unless it is there."""
+    """Acquire the lock in a hidden directory, which is created if missing, and return its descriptor."""
     taken = RefusedError(f"another run is writing {target}; wait until it ends, or give another path")
     for _ in range(_TRIES):
         found = not _make(hidden)
@@ -131,7 +132,7 @@ def _lock(hidden: Path, target: Path) -> int:
             if os.path.samestat(os.fstat(lock), (hidden / LOCK).stat()):
                 return lock
         except FileNotFoundError:
-            pass  # the run that had it ended just now
+            pass  # the run that held it has just ended
         except OSError as error:
             _close(lock)
             raise RefusedError(f"{hidden / LOCK} cannot be opened ({error.strerror}); remove {hidden}") from error
@@ -143,11 +144,11 @@ def _lock(hidden: Path, target: Path) -> int:
 
 
 def _make(hidden: Path) -> bool:
-    """Make a hidden directory; False when it is there, as of a run of the same user."""
+    """Create a hidden directory; False if it exists already and belongs to the same user."""
     try:
         hidden.mkdir(mode=0o700)
     except FileExistsError:
-        with suppress(FileNotFoundError):  # gone meanwhile: it is looked for once more
+        with suppress(FileNotFoundError):  # removed meanwhile: `_lock` tries again
             _refuse_what_is_not_ours(hidden)
         return False
     return True
@@ -160,7 +161,7 @@ def _refuse_what_is_not_ours(hidden: Path) -> None:
 
 
 def _acquire(lock: int) -> bool | None:
-    """Whether a lock was free, and is now ours; None where the file system has no locks."""
+    """Try to acquire a lock, and return whether that succeeded; None if the file system has no locks."""
     if fcntl is None:
         return None
     try:
@@ -173,11 +174,11 @@ def _acquire(lock: int) -> bool | None:
 
 
 def _unlock(hidden: Path, lock: int) -> None:
-    if fcntl is None:  # an open file cannot be removed there
+    if fcntl is None:  # on Windows an open file cannot be removed
         _close(lock)
     try:
         with suppress(OSError):
-            (hidden / LOCK).unlink()  # before the lock is free: another run might take it, and then lose it
+            (hidden / LOCK).unlink()  # while locked: else another run could acquire the lock and then lose it
             hidden.rmdir()
     finally:
         _close(lock)
@@ -190,7 +191,7 @@ def _close(lock: int) -> None:
 
 
 def _forget_locks() -> None:
-    """A worker is forked with the descriptors of its parent; it must not keep the locks when that is killed."""
+    """Close inherited locks in a forked worker, which would otherwise keep them after its parent is killed."""
     for lock in tuple(_held):
         _close(lock)
 

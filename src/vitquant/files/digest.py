@@ -1,4 +1,4 @@
-"""What tells the content of a file from any other."""
+"""The digest of a file's content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two paths exchange what they name, in one step of the file system."""
+"""Atomic exchange of two paths by the file system."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 _HERE = -100  # AT_FDCWD: a relative path starts at the current directory
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
-# The kernel is too old, the file system cannot (NFS, FAT), or a container forbids what it does not know.
+# The kernel is too old, the file system cannot (NFS, FAT), or a container forbids unknown system calls.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two paths of one file system change places: whoever looks sees both, before or after.
+    """Exchange two paths of one file system atomically, so that both exist at any time.
 
     Returns:
-        whether that was done; False where it is not supported, and nothing has changed.
+        Whether they were exchanged; False, without a change, where this is not supported.
 
     Raises:
         OSError: it is supported, and failed.

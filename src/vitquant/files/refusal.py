@@ -1,4 +1,4 @@
-"""Why an output cannot be written, until it is known whose error that is."""
+"""The refusal of an output, before it is raised as an error of the caller's type."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ class RefusedError(Exception):
 
 @contextmanager
 def told_as(error: type[VitquantError], what: str) -> Generator[None]:
-    """What is refused, here or by the operating system, becomes an error of vitquant.
+    """Raise refusals, and errors of the operating system, as an error of vitquant.
 
     Arguments:
-        what: what failed, to be followed by the operating system's reason.
+        error: the type of the error to raise.
+        what: what failed, to which the operating system's reason is appended.
     """
     try:
         yield

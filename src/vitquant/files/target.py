@@ -1,4 +1,4 @@
-"""Where an output goes, and what may be replaced there: decided before long work, and once more at its end."""
+"""Checks of an output's path and of what may be replaced there, made before long work and again at its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitquant.files.refusal import RefusedError
 
 Layout = Mapping[str, "Layout | None"]  # the names in a directory: of files with None, of directories with a layout
 
-_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave wherever they look
+_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")  # files that file managers leave in directories
 _NO_FILES = ("/dev", "/proc", "/sys")
 
 
@@ -23,10 +23,10 @@ class Directory:
     """A kind of directory that is written as one.
 
     Arguments:
-        name: what it is, as in "saved model".
-        layout: what may lie in it; a directory that holds anything else is never replaced.
+        name: of the kind, such as "saved model".
+        layout: its possible content; a directory that holds anything else is never replaced.
         recognize: whether a directory that is not empty is of this kind.
-        error: what is raised when it cannot be written.
+        error: the type of the error if it cannot be written.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Directory:
 
 
 def follow(path: Path) -> Path:
-    """The place that a path names when links are followed.
+    """The absolute path after links are followed.
 
     Raises:
-        RefusedError: it cannot be the place of an output.
-        OSError, ValueError: the operating system does not take the path.
+        RefusedError: no output can be written there.
+        OSError, ValueError: the operating system rejects the path.
     """
     named = Path(os.path.abspath(path))  # noqa: PTH100  without following links: /dev/stdout is one, to a user's file
     if any(named.is_relative_to(folder) for folder in _NO_FILES) and not named.is_relative_to("/dev/shm"):
@@ -48,7 +48,7 @@ def follow(path: Path) -> Path:
     for each in (path, *path.parents):
         if each.is_symlink() and not each.exists():
             raise RefusedError(f"{each} is a link to what is not there; make that, or give another path")
-        if each.name == ".." and not each.parent.is_dir():  # realpath passes over it, and nothing else finds the output
+        if each.name == ".." and not each.parent.is_dir():  # realpath ignores this, but opening the path fails
             raise RefusedError(f"{each.parent} is no directory, so that {path} names nothing; give another path")
     target = Path(os.path.realpath(path))
     if target == target.parent:
@@ -60,16 +60,16 @@ def follow(path: Path) -> Path:
 
 
 def check(path: Path, target: Path, force: bool, directory: Directory | None) -> None:
-    """Refuse an output when what is there may not or cannot be replaced.
+    """Refuse an output if the existing content must not or cannot be replaced.
 
     Arguments:
-        path: as the user named it.
-        target: where that is.
-        force, directory: as `replacing` takes them.
+        path: as the user gave it.
+        target: the path after links are followed.
+        force, directory: as for `replacing`.
 
     Raises:
-        RefusedError: it says why.
-        OSError: the operating system refuses to look.
+        RefusedError: it must not or cannot be replaced; the message says why.
+        OSError: the path cannot be read.
     """
     try:
         found = target.stat()
@@ -110,13 +110,13 @@ def _check_directory(path: Path, target: Path, force: bool, directory: Directory
 
 
 def _foreign(directory: Path, layout: Layout) -> Iterator[Path]:
-    """What lies in a directory and is not in its layout."""
+    """The entries of a directory that are not in its layout."""
     if not os.access(directory, os.W_OK | os.X_OK):
         raise RefusedError(f"{directory} cannot be written; give another directory")
     hidden = {hidden_beside(directory / name).name for name in layout}
     for each in sorted(directory.iterdir()):
         if each.name in hidden:
-            refuse_if_alive(each)  # what a killed run left there goes with the rest
+            refuse_if_alive(each)  # what a killed run left is replaced with the rest
         elif each.name not in layout:
             if each.name not in _SYSTEM:
                 yield each
@@ -130,7 +130,7 @@ def _foreign(directory: Path, layout: Layout) -> Iterator[Path]:
 
 
 def _is_mounted(target: Path) -> bool:
-    """Whether something is mounted at a path, be it a part of the same file system."""
+    """Whether a path is a mount point, including bind mounts of the same file system."""
     if target.is_mount():
         return True
     try:

@@ -1,4 +1,4 @@
-"""The one way in which outputs are written."""
+"""Atomic writing of outputs; all outputs are written by these functions."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ _AT_ONCE = 32
 
 @contextmanager
 def replacing(path: str | Path, force: bool = False, directory: Directory | None = None) -> Generator[Path]:
-    """A place for the new content of an output; it is put at its path, in one step, when the block ends.
+    """A temporary path for the new content of an output, which is moved to its path atomically when the block ends.
 
-    What cannot be written is refused before the block, so long work belongs inside it. Until the block ends, and when
-    it ends by an exception or the process is killed at any moment, the path holds what it held before. A block that
-    writes nothing changes nothing. A link is followed, and stays a link.
+    An output that cannot be written is refused before the block, so that long work belongs inside it. Until the block
+    ends, and if it ends by an exception or the process is killed at any moment, the path keeps its old content. A block
+    that writes nothing changes nothing. A link is followed, and remains a link.
 
     Arguments:
-        path: of the output; directories above it are made when missing.
-        force: replace what is there.
+        path: of the output; parent directories are created when missing.
+        force: replace existing content.
         directory: the kind of directory that the output is; None for a file.
 
     Yields:
-        a path with the same name, where nothing is yet.
+        A path with the same name that does not exist yet.
 
     Raises:
-        ExportError, or the kind's own error: it is there and not `force`, is of another kind, or holds what is not of
-            its kind; another run is writing it; the operating system refuses.
+        ExportError, or the error of `directory`: the path exists and `force` is false, is of another kind, or holds
+            foreign files; another run is writing it; or the operating system refuses.
     """
     path, error = Path(path), ExportError if directory is None else directory.error
     with ExitStack() as held:
         with told_as(error, f"{path} cannot be written"):
             recover(path)
             target = follow(path)
-            if not os.path.lexists(hidden_beside(target)):  # else something may have to be put back first
+            if not os.path.lexists(hidden_beside(target)):  # else the old content may have to be restored first
                 check(path, target, force, directory)
             held.enter_context(_folders(target.parent))
             hidden = held.enter_context(claimed(target))
@@ -53,7 +53,7 @@ def replacing(path: str | Path, force: bool = False, directory: Directory | None
             new.parent.mkdir()
         try:
             yield new
-        except VitquantError as refusal:  # it is about the output, not about where that is meanwhile
+        except VitquantError as refusal:  # name the output and not its temporary path
             refusal.args = (str(refusal).replace(str(new), str(path)),)
             raise
         with told_as(error, f"{path} could not be written"):
@@ -64,7 +64,7 @@ def replacing(path: str | Path, force: bool = False, directory: Directory | None
 
 
 def write_file(path: str | Path, content: bytes, force: bool = False) -> None:
-    """Write a file so that it holds either all of its content or what it held before.
+    """Write a file atomically: it holds either all of its new content or the old content.
 
     Raises:
         ExportError: see `replacing`.
@@ -74,7 +74,7 @@ def write_file(path: str | Path, content: bytes, force: bool = False) -> None:
 
 
 def discard(new: Path) -> None:
-    """Remove what was written in a block of `replacing`, so that nothing changes."""
+    """Remove what was written in a block of `replacing`, so that the output is not changed."""
     if new.is_dir():
         shutil.rmtree(new)
     else:
@@ -82,9 +82,9 @@ def discard(new: Path) -> None:
 
 
 def recover(path: str | Path) -> None:
-    """Put an output back, or a directory above it, when a run was killed as it was neither old nor new.
+    """Restore an output, or a directory above it, if a run was killed after moving the old content away.
 
-    That happens where a file system cannot exchange directories. Nothing else is touched.
+    This can happen where the file system cannot exchange directories. Nothing else is changed.
     """
     with suppress(OSError, ValueError, RefusedError):
         path = Path(os.path.realpath(path))
@@ -95,7 +95,7 @@ def recover(path: str | Path) -> None:
 
 
 def identity(path: str | Path) -> tuple[int, int] | None:
-    """What tells the content of a path from another that takes its place; None where nothing is."""
+    """Device and inode of a path, which change when the content is replaced; None where there is nothing."""
     with suppress(OSError, ValueError):
         found = Path(path).stat()
         return found.st_dev, found.st_ino
@@ -104,7 +104,7 @@ def identity(path: str | Path) -> tuple[int, int] | None:
 
 @contextmanager
 def _folders(parent: Path) -> Generator[None]:
-    """A directory with those above it; of those that are made, the ones that stay empty are removed at the end."""
+    """Create a directory and its parents; those that were created and are still empty are removed at the end."""
     missing = [each for each in (parent, *parent.parents) if not each.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -118,25 +118,25 @@ def _folders(parent: Path) -> Generator[None]:
 
 
 def _flush(new: Path, lock: Path) -> None:
-    """Bring everything to the disk, with the mode that files are made with here: libraries make private ones."""
+    """Flush everything to the disk, with the mode of ordinary new files, since some libraries create private ones."""
     mode = stat.S_IMODE(lock.stat().st_mode)
     content = [*new.rglob("*"), new]
     for each in content:
         if each.is_file():
             each.chmod(mode)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:  # a disk takes many together in about the time of one
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # many in parallel take about the time of one
         for _ in pool.map(sync, content):
             pass
 
 
 def _put(new: Path, target: Path, old: Path, force: bool) -> None:
-    """The one step; what was there is in the hidden directory after it."""
+    """Move the new content to its path; old content is in the hidden directory afterwards."""
     if new.is_dir():
         if not target.exists():
             new.rename(target)
         elif not exchange(new, target):
             old.parent.mkdir()
-            target.rename(old)  # an end between the two is mended when the claim ends, or by the next one
+            target.rename(old)  # if the run ends here, `_settle` restores the old content
             new.rename(target)
     elif force:
         new.replace(target)
@@ -146,7 +146,7 @@ def _put(new: Path, target: Path, old: Path, force: bool) -> None:
 
 
 def _put_new_file(new: Path, target: Path) -> None:
-    """By a link, which never replaces what another program has written meanwhile, as renaming would."""
+    """Move a new file to its path by a hard link, which unlike a rename never replaces another program's file."""
     try:
         target.hardlink_to(new)
     except FileExistsError:

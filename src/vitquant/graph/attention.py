@@ -39,7 +39,7 @@ class Attention:
 def find_attention(graph: Graph) -> Attention:
     """Find every softmax that lies between two products, and these products.
 
-    A softmax that has none (a classifier's, a gate's) is no attention.
+    A softmax that lacks either of them (a classifier's, a gate's) is not attention.
     """
     found = Attention(set(), {}, set())
     dynamic = depends_on_input(graph)

@@ -1,4 +1,4 @@
-"""One form for one computation: what libraries write differently is brought to the same nodes.
+"""One canonical form for each computation: libraries write the same computation in different ways.
 
 Each rewrite preserves the function (to the rounding of a reordered product) and keeps the metadata
 that `sites` reads: `shape` with -1 for a size that grows with the batch, `dtype`, `module`.
@@ -26,8 +26,8 @@ _LAST = 2**62  # `slice` writes "to the end" as the largest 64-bit integer
 def canonicalize(module: GraphModule) -> None:
     """Bring a captured graph to canonical form, in place.
 
-    After it: attention is product, scale, mask, softmax, product; the scale of attention stands on the
-    scores; every matrix product is `linear` or `matmul`; nothing is left that does nothing.
+    After it, attention is product, scale, mask, softmax, product; the scale of attention is applied to the
+    scores, not to query or key; every matrix product is `linear` or `matmul`; no-ops are removed.
     """
     graph = module.graph
     for node in list(graph.nodes):
@@ -57,9 +57,9 @@ def canonicalize(module: GraphModule) -> None:
         elif calls(node, {aten.add}) and not node.kwargs and isinstance(arguments(node)[1], Node):
             left, right = arguments(node)
             if left not in dynamic and right in dynamic:
-                left, right = node.args = (right, left)  # what is added to the data stands behind it
+                left, right = node.args = (right, left)  # the data is the left operand
             bias, *mask = _summands(module, right)
-            same = isinstance(left, Node) and left.meta["shape"] == node.meta["shape"]  # what is added widens nothing
+            same = isinstance(left, Node) and left.meta["shape"] == node.meta["shape"]  # the data is not broadcast
             if left in dynamic and same and mask and is_mask(module, mask[0]):
                 with graph.inserting_before(node):
                     biased = _emit(graph, node, aten.add.Tensor, (left, bias))
@@ -77,7 +77,7 @@ def canonicalize(module: GraphModule) -> None:
 
 
 def _fill_with_infinity(module: GraphModule, node: Node) -> None:
-    """Write scores plus a mask of zeros and minus infinity as scores that are filled where the mask says so."""
+    """Rewrite scores plus a mask of zeros and minus infinity as `masked_fill`; leave other additions as they are."""
     left, right = arguments(node)
     for scores, mask in ((left, right), (right, left)):
         if isinstance(scores, Node) and isinstance(mask, Node) and scores.meta["shape"] == node.meta["shape"]:
@@ -90,7 +90,7 @@ def _fill_with_infinity(module: GraphModule, node: Node) -> None:
 def _emit(
     graph: Graph, like: Node, target: Callable[..., Any], args: tuple[Any, ...], shape: tuple[int, ...] | None = None
 ) -> Node:
-    """A new call that belongs to the module of `like`, and has its shape unless another is given."""
+    """A new call with the metadata of `like`: its module, its dtype, and its shape unless another is given."""
     node = graph.call_function(target, args)
     node.meta = {**like.meta, "shape": like.meta["shape"] if shape is None else shape}
     return node
@@ -135,9 +135,10 @@ def _add_mask(module: GraphModule, like: Node, scores: Node, mask: Node, shape: 
 
 
 def _summands(module: GraphModule, mask: Node) -> list[Node]:
-    """A position bias and a mask that a library added up before it gave them to attention: the bias, then the mask.
+    """The terms of an attention mask that a library made by adding a position bias and a mask: bias first, then mask.
 
-    Apart they are what they mean: the bias belongs to the scores, the mask to no range of values.
+    Apart, the bias can be quantized as a part of the scores, and the mask stays out of every range of values. Anything
+    but a sum of two tensors is returned as the only term.
     """
     if not calls(mask, {aten.add}) or mask.kwargs or not all(isinstance(part, Node) for part in arguments(mask)):
         return [mask]
@@ -172,7 +173,7 @@ def _addmm_to_linear(node: Node) -> None:
     with graph.inserting_before(node):
         shape = right.meta["shape"]
         weight = _emit(graph, right, aten.transpose.int, (right, 0, 1), (shape[1], shape[0]))
-        # (W^T)^T is W: the usual writing of a linear layer by addmm.
+        # (W^T)^T is W: a linear layer written as addmm usually has its weight transposed already.
         if calls(right, {aten.t, aten.transpose}) and arguments(right)[0].op == "get_attr":
             graph.erase_node(weight)
             weight = arguments(right)[0]
@@ -195,7 +196,7 @@ def _decompose_baddbmm(node: Node) -> None:
 
 
 def _single_output_batch_norm(node: Node) -> None:
-    """The functional form gives saved statistics beside the result; in evaluation nobody reads them."""
+    """Replace the functional batch norm, which also returns saved statistics that evaluation never reads."""
     source, weight, bias, mean, variance, momentum, epsilon = arguments(node)
     for user in [user for user in node.users if arguments(user)[1] == 0]:
         with node.graph.inserting_before(user):
@@ -243,14 +244,14 @@ def _overwrites(node: Node) -> bool:
 
 
 def _takes_all(source: Node, axis: int = 0, start: object = None, stop: object = None, step: int | None = None) -> bool:
-    """Whether a slice of a tensor is the tensor; along the batch two sizes of -1 do not say so."""
+    """Whether a slice takes the whole tensor; along the batch the size, -1, is unknown and cannot show it."""
     size = source.meta["shape"][axis]
     reaches_end = stop is None or (isinstance(stop, int) and (stop >= _LAST or (size != -1 and stop >= size)))
     return start in (0, None) and step in (1, None) and reaches_end
 
 
 def _scale_after_product(graph: Graph, product: Node) -> None:
-    """Move a constant factor of an operand behind the product, so that `query` means the same everywhere."""
+    """Move a constant factor of an operand to the product's result, so that `query` is unscaled in every model."""
     factor = 1.0
     for index in (0, 1):
         operand = arguments(product)[index]
@@ -274,7 +275,7 @@ def _constant_factor(node: Node) -> float | None:
 
 
 def _only_reader_chain(operand: Node, source: Node) -> bool:
-    """Whether nothing but this operand reads `source`, through rearrangements."""
+    """Whether `operand` is `source`, perhaps rearranged, and nothing else reads it on the way."""
     node = operand
     while node is not source:
         if len(node.users) != 1 or not is_rearrangement(node):

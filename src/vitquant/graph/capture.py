@@ -1,4 +1,4 @@
-"""A float model, unmodified, becomes one plain graph. The only user of `torch.export`."""
+"""Capture an unmodified float model as one plain graph. This is the only module that uses `torch.export`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ _NO_TENSOR = (
     "give the rest as buffers"
 )
 _CANNOT = "torch.export cannot capture the model"
-_SIZE = re.compile(r"input of size .*\bs\d+\b")  # the batch's, in what torch says of a reshape
-_TRACED_BATCH = 31  # a prime that few sizes of a model are multiples of
+_SIZE = re.compile(r"input of size .*\bs\d+\b")  # a symbolic batch size in torch's message about a reshape
+_TRACED_BATCH = 31  # a prime, so that few sizes in a model are multiples of it
 
 
 def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
@@ -52,20 +52,20 @@ def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
     has them: `train()` on the result changes nothing; to train, capture the model again.
 
     Arguments:
-        model: any module whose forward takes one tensor first and needs nothing else; `torch.compile`,
-            DataParallel, DistributedDataParallel and AveragedModel are looked through.
-        example: float (batch, channels, height, width), on the model's device; height and width are fixed by it.
+        model: any module whose forward takes one tensor first and needs nothing else; wrappers (`torch.compile`,
+            DataParallel, DistributedDataParallel and AveragedModel) are unwrapped.
+        example: float (batch, channels, height, width), on the model's device; it fixes height and width.
 
     Raises:
         CaptureError: the model does not take this input, cannot be captured, holds attention in one fused operator,
-            or is not the same once captured.
-        ModelError: it is no module that can be captured, a parameter holds NaN or infinity, or a buffer NaN.
+            or computes something else once captured.
+        ModelError: it is not a module that can be captured, a parameter holds NaN or infinity, or a buffer NaN.
     """
     model = unwrapped(model)
     _refuse_non_finite(model)
     example = example.detach()
     if example.shape[0] < 2:
-        example = example.expand(2, *example.shape[1:]).clone()  # a batch of 1 would be taken for a constant
+        example = example.expand(2, *example.shape[1:]).clone()  # torch.export specializes a batch of 1
     with plain_forward(model):
         expected = _call(model, example)
         program = _export(model, example)
@@ -86,7 +86,7 @@ def capture(model: nn.Module, example: torch.Tensor) -> GraphModule:
 
 @contextmanager
 def _batches_of(*sizes: int) -> Generator[None]:
-    """What torch says of a captured graph that cannot be run becomes a refusal."""
+    """Raise torch's error as a CaptureError where the captured graph does not run."""
     try:
         yield
     except RuntimeError as error:
@@ -98,7 +98,7 @@ def _refuse_non_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"{name} holds NaN or infinity; give weights that are finite")
-    for name, buffer in model.named_buffers():  # infinity is well in a mask
+    for name, buffer in model.named_buffers():  # infinity is valid in a mask
         if torch.isnan(buffer).any():
             raise ModelError(f"{name} holds NaN; give weights that are finite")
 
@@ -122,8 +122,8 @@ def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         try:
-            # Where the batch happens to be as large as another size, torch takes the one for the other, and a small one
-            # is soon a factor of it. Nothing is computed on this example: memory that is never touched.
+            # Where the batch equals another size of the model, torch takes the two for one symbol, and a small batch
+            # easily divides another size. Tracing computes no values, so that uninitialized memory is enough.
             example = example.new_empty((_TRACED_BATCH, *example.shape[1:]))
             program = torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=False)
         except Exception as error:
@@ -145,7 +145,7 @@ def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """torch.export logs and prints pages about every constraint; the error we raise says it in a line."""
+    """Silence torch.export, which logs and prints pages about every constraint; our error says it in one line."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -220,7 +220,7 @@ def _copy(program: ExportedProgram, input_name: str) -> tuple[Graph, dict[str, t
                 copied[node] = graph.node_copy(node, argument)
                 copied[node].meta = _metadata(node)
         else:
-            fused = named_attention(program.graph)  # flex attention has a graph of its own within
+            fused = named_attention(program.graph)  # flex attention holds a subgraph of its own
             reason = f"the captured model holds a {node.op} node, {node.name}: control flow is not supported"
             raise CaptureError(fused or reason)
     graph.set_codegen(
@@ -246,7 +246,7 @@ def _is_constant(node: Node, known: dict[Node, object]) -> bool:
 
 
 def _filled(node: Node) -> torch.Tensor:
-    """What a node makes that takes from a tensor no values, but its dtype and device (torchvision's window masks)."""
+    """The value of a fill such as `new_zeros`, which takes only dtype and device of its tensor (as in torchvision)."""
     value = node.meta["val"]
     like = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     number: Any = FILLS[packet(node)]
@@ -294,7 +294,7 @@ def _assemble(model: nn.Module, graph: Graph, constants: dict[str, torch.Tensor]
         _register(root, name, value.detach().clone(), persistent=False)
     names = [*dict(root.named_parameters(remove_duplicate=False)), *dict(root.named_buffers(remove_duplicate=False))]
     captured = GraphModule(root, graph, class_name=type(model).__name__)
-    for name in names:  # GraphModule copies what its graph reads; the rest belongs to the state dict as well
+    for name in names:  # GraphModule copies only what its graph reads; the state dict has more
         value = operator.attrgetter(name)(root)
         _register(captured, name, value, persistent=name in persistent)
     captured.eval()
@@ -316,8 +316,8 @@ def _register(module: nn.Module, name: str, value: torch.Tensor, persistent: boo
 
 
 def _check_nested(model: nn.Module, captured: GraphModule, example: torch.Tensor) -> None:
-    """Where PyTorch drops masked tokens for speed and gives zeros in their place, nothing reads these tokens."""
-    torch.backends.mha.set_fastpath_enabled(True)  # `plain_forward` puts it back
+    """Check that nothing reads masked tokens: PyTorch's nested-tensor fast path drops them and gives zeros instead."""
+    torch.backends.mha.set_fastpath_enabled(True)  # `plain_forward` restores the setting
     try:
         _compare(captured(example), _call(model, example))
     except CaptureError as error:

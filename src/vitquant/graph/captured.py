@@ -24,14 +24,14 @@ _GRAPH = "graph_module"
 
 
 class CapturedModel(nn.Module):
-    """An unmodified model's graph, the sites and values found in it, and its parts.
+    """An unmodified model's graph, and the sites and values found in it.
 
-    It is called like the model it was made from and gives the same output type.
+    It is called like the model that it was made from and returns the same output type.
 
     Arguments:
         graph_module: what `capture` returned.
         input_shape: (channels, height, width) of the images.
-        index: of the graph, where it is known.
+        index: the graph's index, where it has been made already; made here otherwise.
 
     Attributes:
         graph_module: the graph; its parameters have the float model's state-dict keys.
@@ -55,7 +55,7 @@ class CapturedModel(nn.Module):
 
     @property
     def values(self) -> tuple[Value, ...]:
-        """The tensors that they read."""
+        """The tensors that the sites read."""
         return self.index.values
 
     @cached_property
@@ -69,10 +69,10 @@ class CapturedModel(nn.Module):
         return {name: tuple(node.meta["shape"]) for name, node in named if is_float(node)}
 
     def named_outputs(self, output: Any) -> dict[str, torch.Tensor]:
-        """The float tensors in what the model, its float model or a program of it gives, by name.
+        """The float tensors in an output of this model, of its float model or of its program, by name.
 
         Raises:
-            ModelError: there are more, or fewer.
+            ModelError: there are more or fewer float tensors than the captured graph has.
         """
         tensors = list(named_tensors(output).values())
         if len(tensors) != len(self.outputs):
@@ -82,13 +82,14 @@ class CapturedModel(nn.Module):
     def forward(self, images: torch.Tensor | None = None, **named: torch.Tensor) -> Any:
         """The model's output for images (batch, channels, height, width), of the library's own type.
 
-        Under autocast it is computed in the model's own precision, as it was evaluated.
+        Autocast has no effect: the output is computed in the model's own precision, as in evaluation.
 
         Arguments:
-            images: or, as a keyword, by the name that the model gives them.
+            images: float (batch, channels, height, width).
+            named: the images as a keyword, by the name of the model's own first argument.
 
         Raises:
-            CaptureError: images of another size.
+            CaptureError: the images have another size than those that the model was captured for.
         """
         first = () if images is None else (images,)
         for each in (*first, *named.values()):
@@ -98,7 +99,7 @@ class CapturedModel(nn.Module):
         return self.graph_module(*first, **named)
 
     def _in_own_precision(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
-        """The output without autocast, of images that it may have halved."""
+        """The output computed without autocast, of images that autocast may have cast to half precision."""
         own = next(each.dtype for each in self.parameters() if each.is_floating_point())
         kind = (*args, *kwargs.values())[0].device.type
         with own_precision(kind):
@@ -127,13 +128,13 @@ class CapturedModel(nn.Module):
             images: (batch, channels, height, width).
             taps: by the names of values.
 
-        Pitfall: a tap's tensor is lent for the call. Without gradients what comes after may overwrite it; a tap
-            that keeps it keeps a clone.
+        Pitfall: a tap's tensor is valid only during the call. Without gradients a later operation may overwrite it;
+            to keep it, clone it.
         """
         return self._run(images, taps, quantized=True)
 
     def segment(self, inputs: str | Sequence[str], outputs: str | Sequence[str]) -> Segment:
-        """The part of the model between some tensors and others, as a module that shares its parameters.
+        """The part of the model between input tensors and output tensors, as a module that shares its parameters.
 
         Arguments:
             inputs, outputs: names of tensors: `images`, a site's name for what it computes, `SITE:OPERAND` for what
@@ -145,14 +146,14 @@ class CapturedModel(nn.Module):
         return segment(self.graph_module, self.index, inputs, outputs)
 
     def boundary(self, sites: Iterable[Site]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The tensors that go into what some sites compute together, and those that come out: as `segment` takes them.
+        """The names of the inputs and of the outputs of the part of the model that some sites span, for `segment`.
 
         `model.segment(*model.boundary(model.index.blocks[3]))` is the fourth block.
         """
         return boundary(self.graph_module, self.index, sites)
 
     def parameter(self, value: Value) -> torch.Tensor:
-        """The stored tensor that a value is.
+        """The stored parameter of a value.
 
         Raises:
             KeyError: the value is not a stored parameter.

@@ -11,9 +11,10 @@ from vitquant.graph.operators import arguments, aten
 
 
 def einsum_to_matmul(node: Node) -> None:
-    """Write an einsum as permutations around `matmul`, in place.
+    """Rewrite an einsum as permutations around `matmul`, in place.
 
-    One of another form (an ellipsis, a diagonal, three operands, an axis summed on its own) is left as it is.
+    An einsum that is not a matrix product (an ellipsis, a diagonal, three operands, an axis that is in one operand and
+    not in the result) is left as it is.
     """
     equation, operands = arguments(node)[:2]
     inputs, arrow, output = str(equation).replace(" ", "").partition("->")
@@ -32,7 +33,7 @@ def einsum_to_matmul(node: Node) -> None:
     for term, operand in zip(terms, operands, strict=True):
         for label, size in zip(term, operand.meta["shape"], strict=True):
             if sizes.setdefault(label, size) != size:
-                return  # an axis of size 1 that is repeated
+                return  # an axis of size 1 is broadcast
     if sum(size == -1 for size in sizes.values()) > 1:
         return
     with node.graph.inserting_before(node):
@@ -67,7 +68,7 @@ def _permuted(like: Node, node: Node, before: list[str], after: list[str], sizes
 
 
 def _size(labels: list[str], sizes: dict[str, int]) -> int:
-    """-1 when one of the axes grows with the batch."""
+    """The product of the axes' sizes; -1 when one of them grows with the batch."""
     return max(-1, math.prod(sizes[label] for label in labels))
 
 

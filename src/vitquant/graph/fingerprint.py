@@ -13,8 +13,8 @@ from torch.fx import GraphModule, Node
 def structural_fingerprint(module: GraphModule) -> str:
     """The sha256 of every operation, its arguments, and the shapes of the tensors it reads.
 
-    Names of nodes do not count, nor do the values of parameters, nor what versions of torch write or leave out:
-    arguments that are the operator's defaults, and whether cuDNN may compute it.
+    Names of nodes and values of parameters are left out, and so is what differs between versions of torch: trailing
+    arguments that are the operator's defaults, and the flag that lets cuDNN compute it.
 
     Arguments:
         module: a captured graph without quantizers.
@@ -29,7 +29,7 @@ def structural_fingerprint(module: GraphModule) -> str:
 
 
 def _arguments(node: Node) -> tuple[object, ...]:
-    """The positional arguments of a node, without those at their end that change nothing."""
+    """The positional arguments of a node, without trailing ones that are defaults or the cuDNN flag."""
     found = list(node.args)
     if isinstance(node.target, OpOverload):
         declared = node.target._schema.arguments  # pyright: ignore[reportPrivateUsage]

@@ -1,4 +1,4 @@
-"""Attention that one operator computes as a whole, so that nothing inside of it can be quantized."""
+"""Fused attention: one operator computes it as a whole, so that nothing inside it can be quantized."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _ADVICE = (
 
 
 def fused_attention(graph: Graph) -> str | None:
-    """Why a captured graph holds attention that cannot be looked into, and what to do; None when it does not.
+    """The message for a captured graph with fused attention: which operator, and what to do; None where there is none.
 
-    An operator is taken for attention when its name says so, when somebody else than torch defines it and it reads
-    three tensors of the input or more (query, key and value), or when it is theirs and the graph has no product of
-    activations beside it.
+    An operator is taken for attention when its name says so; when it is a custom operator (not of torch or
+    torchvision) that reads at least three tensors that depend on the input (query, key and value); or when it is a
+    custom operator in a graph without a product of activations.
 
     Arguments:
-        graph: in canonical form, where `scaled_dot_product_attention` is its parts.
+        graph: in canonical form, where `scaled_dot_product_attention` has been decomposed.
     """
     if named := named_attention(graph):
         return named
@@ -44,7 +44,7 @@ def fused_attention(graph: Graph) -> str | None:
 
 
 def named_attention(graph: Graph) -> str | None:
-    """The same by the names of operators only, of a graph in any form."""
+    """The same message, found by the names of operators only, for a graph that need not be canonical."""
     for node in graph.nodes:
         called = node.op == "call_function" and not calls(node, {aten.scaled_dot_product_attention})
         if called and _ATTENTION.search(_name(node)):
@@ -53,11 +53,11 @@ def named_attention(graph: Graph) -> str | None:
 
 
 def blamed_operator(error: Exception) -> str | None:
-    """The same where PyTorch cannot run or export an operator that its error names."""
+    """The message for an operator that, by its error, PyTorch cannot run or export; None for other errors."""
     said = str(error)
     if "CausalBias" in said:
         return "attn_mask is a torch.nn.attention.bias, which cannot be captured; give is_causal=True, or a tensor"
-    if isinstance(error, UnsupportedOperatorException):  # it has no fake kernel
+    if isinstance(error, UnsupportedOperatorException):  # the operator has no fake kernel
         namespace, name, *_ = said.split("\n")[0].split(".")
         return f"the operator {namespace}.{name} cannot be captured; if it is attention, {_ADVICE}"
     for namespace, name in re.findall(r"(\w+)::(\w+)", said):

@@ -1,4 +1,4 @@
-"""What a captured graph holds, found once and looked up by name: sites, values, blocks."""
+"""The sites, values and blocks of a captured graph, found once and looked up by name."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from vitquant.graph.sites import Site, Value, find_sites, find_values
 
 @dataclass(frozen=True)
 class GraphIndex:
-    """Answers which site or value a name means.
+    """The sites and values of a graph, by their names.
 
-    It holds names and no graph nodes, so it stays right when quantizers are put into the graph, and when the graph is
-    copied or pickled.
+    It holds names instead of graph nodes, so that it stays valid when quantizers are inserted into the graph, and when
+    the graph is copied or pickled.
 
     Arguments:
         sites: in graph order.
         values: in the order of their first readers.
-        fingerprint: tells graphs apart, see `structural_fingerprint`.
+        fingerprint: a hash of the graph's structure, see `structural_fingerprint`.
     """
 
     sites: tuple[Site, ...]
@@ -39,12 +39,12 @@ class GraphIndex:
         """The site of that name (`blocks.0.attn.scores`).
 
         Raises:
-            KeyError: there is none.
+            KeyError: there is no such site.
         """
         return self._by_name[name]
 
     def site_at(self, node: str) -> Site | None:
-        """The site whose operation a graph node is; None where it is no site's."""
+        """The site whose operation is the graph node of that name; None where the node belongs to no site."""
         return self._by_node.get(node)
 
     def value(self, operand: str) -> Value:

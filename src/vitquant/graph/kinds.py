@@ -1,4 +1,4 @@
-"""The kinds of operations that can be quantized: one row says all that is particular to a kind.
+"""The kinds of operations that can be quantized, and the properties of each kind, one row for each.
 
 A new kind is a row here, what makes a graph node one in `sites`, and, where integers compute it, a definition in
 `integer/`, a module in `integer_modules/` and a lowering. CONTRIBUTING.md has the list of files.
@@ -11,28 +11,28 @@ from enum import Enum
 
 
 class IntegerForm(Enum):
-    """How integers compute a kind."""
+    """How operations of a kind are computed in integers."""
 
-    SUM = "sums of products of codes"  # an accumulator, which is rescaled
+    SUM = "sums of products of codes"  # an accumulator, which is then rescaled
     RESCALING = "codes on another scale"  # a sum of rescaled codes, rounded once
-    ON_CODES = "codes to codes"  # by a module of `integer_modules`, where the recipe asks for it
+    ON_CODES = "codes to codes"  # computed by a module of `integer_modules`, where the recipe asks for it
     NONE = "none"
 
 
 @dataclass(frozen=True)
 class SiteKind:
-    """What is particular to one kind.
+    """The properties of one kind.
 
     Arguments:
-        operands: what it reads, in the order in which they are reported.
-        form: how integers compute it.
-        summed: operands whose channels are summed: a scale for each channel would not leave the sum.
-        widest: the most bits that integers take of its operands.
+        operands: the names of its operands, in the order in which they are reported.
+        form: how it is computed in integers.
+        summed: operands whose channels are summed over, so that a scale per channel cannot be factored out of the sum.
+        widest: the widest codes of its operands, in bits, that integer execution supports.
         rescaled: whether its result is rescaled before it is quantized, so that scales and shifts fuse with it.
-        word: what its sites are called in a block or stem, such as `norm`; empty where the place names them.
-        norm: whether it normalizes.
+        word: the word for its sites in names, such as `norm`; empty where the name comes from the site's place alone.
+        norm: whether it is a normalization.
         layer: whether it has a stored weight that is multiplied with its input.
-        of_attention: whether only attention has it.
+        of_attention: whether it occurs in attention only.
         map: whether its result is one matrix for each head.
         channels_first: whether its channels are axis 1.
     """
@@ -84,7 +84,7 @@ OPERANDS = tuple(dict.fromkeys(operand for kind in KINDS.values() for operand in
 
 
 def kinds_that(**what: bool) -> tuple[str, ...]:
-    """The kinds with these properties, such as `norm=True`."""
+    """The names of the kinds with these properties, such as `norm=True`."""
     return tuple(
         name for name, kind in KINDS.items() if all(getattr(kind, key) is value for key, value in what.items())
     )

@@ -33,12 +33,12 @@ class Affine:
 
 @dataclass(frozen=True)
 class FoldableNorm:
-    """A LayerNorm that linear layers read, and nothing else.
+    """A LayerNorm whose output only linear layers read.
 
     Arguments:
         norm: its gain and bias.
-        linears: by the name of their graph node.
-        padded: zeros lie beside its output, as in Swin's windows.
+        linears: the linear layers that read it, by the name of their graph node.
+        padded: whether its output is padded with zeros before a linear layer reads it, as in Swin's windows.
     """
 
     norm: Affine
@@ -47,7 +47,7 @@ class FoldableNorm:
 
     @property
     def shiftable(self) -> bool:
-        """Whether its output may be shifted and not only scaled: all have a bias, and nothing lies beside it."""
+        """Whether its output may be shifted and not only scaled: all layers have a bias, and there is no padding."""
         return not self.padded and all(layer.bias is not None for layer in (self.norm, *self.linears.values()))
 
 
@@ -55,11 +55,12 @@ def foldable_norm(module: GraphModule, node: Node) -> FoldableNorm:
     """A LayerNorm and the linear layers that its channels can be folded into.
 
     Arguments:
-        module: the graph; quantizers in it are looked through.
-        node: of the LayerNorm.
+        module: the graph; quantizers in it are skipped.
+        node: the LayerNorm.
 
     Raises:
-        NotFoldableError: something else reads it, it has no gain, or a tensor of these layers is used elsewhere too.
+        NotFoldableError: the LayerNorm has no gain or normalizes more than the channels, something other than a linear
+            layer reads it or moves its channels, or a tensor of these layers is computed or used elsewhere too.
     """
     if len(arguments(node)) < 3 or arguments(node)[2] is None:
         raise NotFoldableError("it has no gain")
@@ -72,7 +73,7 @@ def foldable_norm(module: GraphModule, node: Node) -> FoldableNorm:
 
 
 def fold(layers: FoldableNorm, ratio: Tensor, shift: Tensor) -> None:
-    """Make the LayerNorm give x / ratio - shift where it gave x, and what reads it give what it gave.
+    """Change the LayerNorm's output from x to x / ratio - shift, and the linear layers so that theirs stay the same.
 
     With x' = x / ratio - shift, W x + b = (W ratio) x' + b + (W ratio) shift: the gain becomes gain / ratio, the bias
     bias / ratio - shift, the weights W ratio and their biases b + (W ratio) shift. Nothing is divided by a gain, so
@@ -84,7 +85,7 @@ def fold(layers: FoldableNorm, ratio: Tensor, shift: Tensor) -> None:
         shift: float64 (channels,); zero unless `layers.shiftable`.
 
     Raises:
-        NotFoldableError: a shift that is not zero of layers that cannot be shifted.
+        NotFoldableError: `shift` is not zero and the layers are not shiftable.
 
     Source: RepQ-ViT, Li et al. 2023, section "Scale Reparam for LayerNorm Activations", equations of gamma, beta, W, b.
     """
@@ -103,7 +104,7 @@ def fold(layers: FoldableNorm, ratio: Tensor, shift: Tensor) -> None:
 
 
 def _readers(node: Node) -> tuple[list[Node], bool]:
-    """The linear layers that read a tensor, rearranged or in part, and whether zeros are put beside it."""
+    """The linear layers that read a tensor, rearranged or in part, and whether it is padded with zeros on the way."""
     linears: dict[Node, None] = {}
     padded = False
     waiting = [(node, user) for user in node.users]
@@ -125,7 +126,7 @@ def _readers(node: Node) -> tuple[list[Node], bool]:
 
 def _keeps_channels_last(source: Node, node: Node) -> bool:
     """Whether the last axis of a rearrangement's or selection's result is that of what it reads."""
-    if not source.meta.get("shape"):  # one part of a split: the split itself was looked at
+    if not source.meta.get("shape"):  # one part of a split, which was checked itself
         return True
     rank, width = len(source.meta["shape"]), source.meta["shape"][-1]
     axes: tuple[int, ...] = ()
@@ -153,7 +154,7 @@ def _keeps_channels_last(source: Node, node: Node) -> bool:
 
 
 def _affine_nodes(node: Node, first: int) -> tuple[Node, Node | None]:
-    """The weight, which is argument `first` of a layer, and the bias behind it."""
+    """The weight, which is argument `first` of a layer, and the bias, which is the next argument, or None."""
     given = (*arguments(node), *(None,) * 5)
     return given[first], node.kwargs.get("bias", given[first + 1])  # type: ignore[return-value]
 

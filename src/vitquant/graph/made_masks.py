@@ -1,4 +1,4 @@
-"""Masks that a forward makes anew for every batch, from the positions of tokens alone: they become constants."""
+"""Fold masks that a forward computes for every batch from the positions of tokens alone into constants."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vitquant.graph.operators import FILLS, arguments, aten, calls
 
 
 def fold_made_masks(module: GraphModule, example: Tensor, longer: Tensor) -> None:
-    """Replace masks that are the same for every image, and have a batch's shape, by constants of one image.
+    """Replace masks that are the same for every image, but whose shape depends on the batch, by constants.
 
-    As a constant a mask is known as one (`masks.is_mask`): it masks entries, and is no range of values. Sizes that grow
-    with the batch become 1, which what reads a mask broadcasts.
+    `masks.is_mask` recognizes a mask only as a constant; otherwise it would count as a range of values. Sizes that grow
+    with the batch become 1, which broadcasts where the mask is read.
 
     Arguments:
-        module: captured; changed in place. What its masks were made of is left without a reader.
+        module: captured; changed in place. The nodes that computed its masks stay in the graph without a reader.
         example, longer: batches of different sizes. A mask is folded where both give the same for every image.
     """
     of_positions = _of_positions(module)
@@ -45,12 +45,12 @@ def fold_made_masks(module: GraphModule, example: Tensor, longer: Tensor) -> Non
             user.replace_input_with(node, constant)
 
 
-# They number what they make: along the batch, they tell images apart.
+# These number the entries of their result: along the batch, the numbers would differ from image to image.
 _NUMBERING = {aten.arange, aten.linspace, aten.eye, aten.tril_indices, aten.triu_indices}
 
 
 def _of_positions(module: GraphModule) -> set[Node]:
-    """Nodes that read of the input no more than its shape, and no parameter, and do not number its images."""
+    """The nodes that depend on the input's shape at most: on no value of it, no parameter, and no image's number."""
     found: set[Node] = set()
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for node in module.graph.nodes:
@@ -60,9 +60,9 @@ def _of_positions(module: GraphModule) -> set[Node]:
             fits = False
         elif calls(node, {aten.sym_size}):
             fits = True
-        elif calls(node, _NUMBERING):  # of a size that is none of the batch's they are constants already
+        elif calls(node, _NUMBERING):  # where the size is fixed, capture has made a constant of it
             fits = False
-        else:  # of the tensor that it is like, a fill reads the shape
+        else:  # a fill such as zeros_like reads only the shape of its first argument
             read = node.all_input_nodes[1:] if calls(node, FILLS) else node.all_input_nodes
             fits = all(each in found for each in read)
         if fits:
@@ -71,7 +71,7 @@ def _of_positions(module: GraphModule) -> set[Node]:
 
 
 def _masks_of(user: Node, of_positions: set[Node]) -> Iterator[Node]:
-    """What a node reads as a mask, if that is made of positions and the node's result is not."""
+    """The operands that a node reads as a mask and that depend on positions only, where its result does not."""
     if user in of_positions or user.op != "call_function":
         return
     given: Mapping[str, Any] = user.kwargs
@@ -80,7 +80,7 @@ def _masks_of(user: Node, of_positions: set[Node]) -> Iterator[Node]:
         places = [
             one
             for one, other in ((read[0], read[1]), (read[1], read[0]))
-            if isinstance(other, Node) and other.meta.get("shape") == user.meta["shape"]  # nothing is widened
+            if isinstance(other, Node) and other.meta.get("shape") == user.meta["shape"]  # it is not broadcast
         ]
     elif calls(user, {aten.masked_fill}):
         places = [read[1]]
@@ -109,7 +109,7 @@ def _values(module: GraphModule, images: Tensor, wanted: set[Node]) -> dict[Node
 
 
 def _of_one_image(node: Node, short: Tensor, long: Tensor) -> Tensor | None:
-    """The value with a size of 1 in place of every size that grows with the batch; None where images differ."""
+    """The mask with size 1 along every axis that grows with the batch; None where it differs between images."""
     for axis, size in enumerate(node.meta["shape"]):
         if size == -1:
             if not all(torch.equal(each, each.narrow(axis, 0, 1).expand_as(each)) for each in (short, long)):

@@ -1,4 +1,4 @@
-"""Masks between scores and their softmax: which node masks entries, and where the scores are still whole."""
+"""Masks between scores and their softmax: which nodes mask entries, and which node holds the unmasked scores."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from torch.fx import GraphModule, Node
 from vitquant.graph.operators import FILLS, arguments, aten, calls, is_rearrangement, packet
 from vitquant.graph.walk import origin
 
-# A score this far below its row's largest has no probability that any code holds. Libraries write -100, the smallest
-# float or minus infinity.
+# A score this far below the largest of its row has a probability too small for any code. Libraries add -100, the most
+# negative float or minus infinity.
 _MASKING = -64.0
 
 
 def unmasked(module: GraphModule, node: Node) -> Node:
-    """The scores that a softmax reads, before any mask is applied: `node` itself where there is none.
+    """The scores that a softmax reads, before any mask is applied: `node` itself where there is no mask.
 
-    A mask is data about positions and not a range of values: a quantizer behind it would spread its levels over
-    everything down to -100.
+    A mask marks positions and is not a range of values: a quantizer after it would spread its levels down to -100.
     """
     found = node
     while True:
@@ -70,12 +69,12 @@ def hides_some(mask: torch.Tensor) -> bool:
 
 
 def masked_by_infinity(module: GraphModule, node: Node) -> Node | None:
-    """Which entries a mask of zeros and minus infinity masks, where it is made of boolean ones; else None.
+    """The boolean mask from which an additive mask of zeros and minus infinity was made; None where it was not.
 
-    So libraries turn boolean masks, of padding that the image decides, into what is added to scores.
+    Libraries make such additive masks of boolean ones for padding that depends on the image.
 
     Returns:
-        A boolean node of the mask's shape, which is new in the graph.
+        A new boolean node of the mask's shape, true where entries are masked.
     """
 
     def find(made: Node) -> Node | None:
@@ -85,7 +84,7 @@ def masked_by_infinity(module: GraphModule, node: Node) -> Node | None:
 
 
 def _behind_moves(module: GraphModule, node: Node, find: Callable[[Node], Node | None]) -> Node | None:
-    """What is found for the node that a mask is moved from, moved as the mask is; None where nothing is."""
+    """The result of `find` for the node that `node` rearranges or expands, with the same moves; None if it is None."""
     moves, made = [], node
     while is_rearrangement(made) or calls(made, {aten.expand}):
         moves.append(made)
@@ -100,7 +99,7 @@ def _behind_moves(module: GraphModule, node: Node, find: Callable[[Node], Node |
 
 
 def _masked_by_fill(module: GraphModule, made: Node) -> Node | None:
-    """The condition by which zeros and minus infinity were put side by side; None where something else was."""
+    """The condition that selects between minus infinity (true) and zero in a `masked_fill` or `where`; else None."""
     if calls(made, {aten.masked_fill}):
         shown, condition, masked = arguments(made)
     elif calls(made, {aten.where}) and len(arguments(made)) == 3:
@@ -114,8 +113,8 @@ def _masked_by_fill(module: GraphModule, made: Node) -> Node | None:
 
 
 def _masked_in_sum(module: GraphModule, made: Node) -> Node | None:
-    """The entries that two masks, added up, mask, as nn.MultiheadAttention does; either may be a constant."""
-    if made.kwargs:  # a multiple is added
+    """The entries that a sum of two masks masks, as in nn.MultiheadAttention; either mask may be a constant."""
+    if made.kwargs:  # `alpha`: a multiple is added
         return None
     found = []
     for part in arguments(made):
@@ -134,7 +133,7 @@ def _masked_in_sum(module: GraphModule, made: Node) -> Node | None:
 def _boolean(
     module: GraphModule, before: Node, target: Any, *args: object, shape: tuple[int, ...] | None = None
 ) -> Node:
-    """A new boolean node, of the shape of the node before which it stands unless another is given."""
+    """A new boolean node, inserted before another and with its shape unless one is given."""
     with module.graph.inserting_before(before):
         node = module.graph.call_function(target, args)  # type: ignore[arg-type]
     node.meta = {**before.meta, "dtype": torch.bool, "shape": before.meta["shape"] if shape is None else shape}
@@ -142,7 +141,7 @@ def _boolean(
 
 
 def _number(module: GraphModule, value: object) -> float | None:
-    """The one number that a node, or an argument, is made of; None where it is not one number."""
+    """The number that every element of a node or argument equals; None where they are not known to be equal."""
     if isinstance(value, Node) and calls(value, FILLS):
         number = FILLS[packet(value)]
         value = arguments(value)[2] if number is None else number
@@ -159,19 +158,19 @@ def _number(module: GraphModule, value: object) -> float | None:
 
 
 def masks_whole_rows(masks: Sequence[torch.Tensor]) -> bool:
-    """Whether masks of one softmax mask, one or several together, every entry of a row.
+    """Whether the masks of one softmax, each alone or combined, mask every entry of some row.
 
-    Such a row has no probabilities: a softmax of scores that are all minus infinity is NaN.
+    The softmax of such a row, whose scores are all minus infinity, is NaN.
 
     Arguments:
-        masks: boolean where they fill, else what is added to scores.
+        masks: boolean masks of `masked_fill`, true where an entry is masked, or floats that are added to scores.
     """
     together: list[torch.Tensor] = []
     for mask in masks:
         masked = mask if mask.dtype == torch.bool else mask <= _MASKING
         both = []
         for other in together:
-            with suppress(RuntimeError):  # of other axes, such as those of windows
+            with suppress(RuntimeError):  # shapes that do not broadcast, such as those of windows
                 both.append(masked | other)
         together += [masked, *both]
     return any(bool(masked.all(-1).any()) for masked in together)
@@ -188,7 +187,7 @@ def mask_exactly(module: GraphModule, node: Node) -> None:
 
 
 def stored_constant(module: GraphModule, node: object) -> torch.Tensor | None:
-    """The stored floating tensor, no parameter, that a node rearranges or selects from; else None."""
+    """The stored float constant (a buffer, not a parameter) that a node rearranges or selects from; else None."""
     source = origin(node) if isinstance(node, Node) else None
     if source is None or source.op != "get_attr":
         return None

@@ -1,11 +1,11 @@
 """Names of operations that are the same for every library where the structure is the same.
 
-`blocks.3.attn.scores` is the third block's product of query and key whether timm, transformers or
-torchvision wrote the model. What has no place in the common structure is named after its module.
+`blocks.3.attn.scores` is the fourth block's product of query and key whether timm, transformers or
+torchvision wrote the model. An operation without a place in the common structure is named after its module.
 
-The structure is read off the residual additions. An addition whose one operand depends on its other
-operand closes a *branch*; a branch with attention in it begins a block, a branch without follows it
-as the block's MLP. Attention outside of a branch (attention pooling, a change of stage) is no block.
+The structure is derived from the residual additions. An addition one of whose operands depends on the
+other closes a *branch*; a branch with attention in it begins a block, and a branch without attention that
+follows is the block's MLP. Attention outside of a branch (attention pooling, a change of stage) is no block.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _BARE_ATTENTION = {"scores", "softmax", "context", "residual"}
 
 @dataclass(frozen=True)
 class _Branch:
-    """What lies between a tensor and the addition that adds to it.
+    """The operations between a tensor and the residual addition that adds their result to it.
 
     Arguments:
         addition: the residual addition.
         members: positions of the operations on the way, as a bit set, the addition included.
-        block: number of the block, None when it lies in front of the first.
+        block: number of the block, counted from 0; None when the branch belongs to no block.
         part: "attn", "mlp", or "" for a branch without linear layers.
     """
 
@@ -44,7 +44,7 @@ class _Branch:
 
 
 class _Structure:
-    """Answers where an operation stands; made once per graph."""
+    """Where each operation lies in the structure of branches and blocks; made once per graph."""
 
     def __init__(self, module: GraphModule, operations: list[Operation], attention: Attention) -> None:
         self.place = positions(module.graph)
@@ -60,7 +60,7 @@ class _Structure:
         self.last = max((self.place[branch.addition] for branch in self.numbered), default=-1)
 
     def output_of(self, node: Node) -> str:
-        """What the output that a node is goes by; of several by the name that the model gives it."""
+        """The site name of an output: `output`, or `output.NAME` with the model's own name where there are several."""
         word, several = KINDS["output"].word, sum(kind == "output" for _, kind, _ in self.operations) > 1
         return f"{word}.{self._outputs[node]}" if several else word
 
@@ -75,7 +75,7 @@ class _Structure:
         return min(holding, key=lambda branch: branch.members.bit_count(), default=None)
 
     def beside_attention(self, node: Node) -> bool:
-        """Whether an attention that is no block stands between the same two blocks as the node."""
+        """Whether an attention outside of every block lies between the same two blocks as the node."""
         place = self.place[node]
         start = max((end for b in self.numbered if (end := self.place[b.addition]) < place), default=-1)
         stop = min((begin for b in self.numbered if (begin := self.start_of(b)) > place), default=len(self.place))
@@ -108,7 +108,7 @@ class _Structure:
 
     def _kinds(self, members: int) -> set[str]:
         kinds = {kind for operation, kind, _ in self.operations if members >> self.place[operation] & 1}
-        return kinds - {"product", "gate"}  # a bias by position
+        return kinds - {"product", "gate"}  # they compute position biases, or gate
 
     def _attention_between(self, start: int, stop: int, found: list[tuple[Node, int]]) -> bool:
         """Whether an attention between two places of the graph lies in no branch."""
@@ -130,7 +130,7 @@ class _Structure:
         return 0
 
     def _members_beside_shortcut(self, node: Node, operands: dict[str, Node]) -> int:
-        """Where the stream is projected or pooled as well: all from the norm in front of both ways."""
+        """The members of a branch beside a projected or pooled shortcut: all from the norm in front of both paths."""
         left, right = operands["lhs"], operands["rhs"]
         shared = [other for other in self.dynamic if self.depends(left, other) and self.depends(right, other)]
         origin = max(shared, key=self.place.__getitem__, default=node)
@@ -220,7 +220,7 @@ def _name_in_mlp(operation: Operation, branch: _Branch, structure: _Structure, p
 
 
 def _attention_role(node: Node, branch: _Branch, structure: _Structure) -> str:
-    """Which operands of attention an operation makes: `qkv`, `query`, `key_value`, ...; `proj` behind it."""
+    """Which operands of attention depend on an operation: `qkv`, `query`, `key_value`, ...; `proj` after attention."""
     reached: list[str] = []
     behind = False
     for other, kind, operands in structure.operations:
@@ -257,7 +257,7 @@ def _name_outside(operation: Operation, structure: _Structure, taken: Counter[st
 
 
 def _post_norm_of(node: Node, operands: dict[str, Node], structure: _Structure) -> tuple[str, int | None] | None:
-    """A norm on a block's sum that the next branch adds to (post-norm) belongs to the block."""
+    """The name and block of a post-norm: a norm of a block's residual sum whose output the next branch adds to."""
     source = root(operands["input"])
     for branch in structure.branches:
         if branch.addition is source and branch.block is not None:
@@ -291,7 +291,7 @@ def _name_in_stem(operation: Operation, structure: _Structure, taken: Counter[st
 
 
 def _name_behind(operation: Operation, structure: _Structure) -> str:
-    """Behind the last block: the norm on its sum, pooling, and the linear layers that nothing but the output reads."""
+    """Names after the last block: the final norm, pooling, and linear layers that no other weighted layer follows."""
     node, kind, operands = operation
     if kind == "linear" or KINDS[kind].of_tokens:
         weighed = [other for other, other_kind, _ in structure.operations if other_kind in ("linear", "conv", "scores")]
@@ -303,7 +303,7 @@ def _name_behind(operation: Operation, structure: _Structure) -> str:
 
 
 def _name_of_merging(operation: Operation, structure: _Structure) -> str:
-    """Between two blocks: a norm and a linear layer that lead from one stage to the next (patch merging)."""
+    """Names between two blocks: the norm and the linear layer that lead from one stage to the next (patch merging)."""
     node, kind, _ = operation
     if kind != "linear" and not KINDS[kind].of_tokens:
         return ""

@@ -20,14 +20,14 @@ REARRANGEMENTS = {
     aten.movedim, aten.squeeze, aten.unsqueeze, aten.roll, aten.flip, aten.pixel_shuffle, aten.pixel_unshuffle,
     aten.channel_shuffle, aten.alias, aten.clone, aten.contiguous, aten.detach,
 }  # fmt: skip
-# The output holds some of the input's elements, perhaps several times, perhaps with zeros beside them.
+# The output has some of the input's elements, perhaps several times, perhaps padded with zeros.
 SELECTIONS = {
     aten.slice, aten.select, aten.narrow, aten.index_select, aten.split, aten.split_with_sizes, aten.chunk,
     aten.unbind, aten.unfold, aten.expand, aten.repeat, aten.pad, aten.constant_pad_nd, aten.tile,
 }  # fmt: skip
 JOINS = {aten.cat, aten.stack}
 
-# These read no values of their argument, only its shape, dtype and device; the number that they fill with.
+# The value that each fills with (None: an argument). They read only shape, dtype and device of their first argument.
 FILLS = {aten.new_zeros: 0, aten.zeros_like: 0, aten.new_ones: 1, aten.ones_like: 1, aten.new_full: None}
 
 LINEAR = {aten.linear}
@@ -64,7 +64,7 @@ def packet(node: Node) -> Any:
 
 
 def arguments(node: Node) -> tuple[Any, ...]:
-    """The positional arguments; fx types them as a union of everything, while the operator says what they are."""
+    """The positional arguments, typed as Any: fx types them as a union, while the operator's schema fixes the type."""
     return node.args
 
 

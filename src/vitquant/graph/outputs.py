@@ -1,4 +1,4 @@
-"""What a model gives: its tensors, in order, and what they are called."""
+"""The output tensors of a model, in order, and their names."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-ONLY = "output"  # what a tensor is called that is all of a model's output
-_TAKEN = "images"  # by the input, of every exported file
+ONLY = "output"  # the name of the tensor of a model that returns one tensor and nothing else
+_TAKEN = "images"  # the name of the input in exported files
 
 
 def named_tensors(output: Any) -> dict[str, Tensor]:
-    """The floating-point tensors in what a model gives, by name, in the order in which its captured graph gives them.
+    """The floating-point tensors in a model's output, by name, in the order in which its captured graph gives them.
 
-    The name is the way to it: `logits` of a mapping or of transformers' outputs, `hidden_states.0` of a tuple in it,
-    `1` of the second of a list; `output` where the model gives nothing else.
+    The name is the path to the tensor: `logits` in a mapping or in transformers' outputs, `hidden_states.0` in a tuple
+    therein, `1` for the second of a list; `output` where the model's output is one tensor.
 
     Arguments:
         output: a tensor, or lists, tuples, mappings and what libraries register with torch's pytree, such as
@@ -29,7 +29,7 @@ def named_tensors(output: Any) -> dict[str, Tensor]:
 
 
 def output_names(module: GraphModule) -> tuple[str, ...]:
-    """What each entry of a captured graph's output is called, whether it is a tensor or not; see `named_tensors`.
+    """The name of each entry of a captured graph's output, whether it is a tensor or not; see `named_tensors`.
 
     Arguments:
         module: what `capture` returned, or a copy of it.
@@ -40,7 +40,7 @@ def output_names(module: GraphModule) -> tuple[str, ...]:
 def _names(spec: pytree.TreeSpec) -> tuple[str, ...]:
     ways = [".".join(way) or ONLY for way in _ways(spec)]
     if len(set(ways)) < len(ways) or not all(way.isprintable() and ":" not in way and way != _TAKEN for way in ways):
-        # Keys may hold dots, and be anything; a colon parts a site from its operand.
+        # Keys may hold dots, and be any object; the colon is the separator between a site and its operand.
         return tuple(str(place) for place in range(len(ways)))
     return tuple(ways)
 

@@ -1,4 +1,4 @@
-"""Padding that is no data: what a maximum never chooses."""
+"""Padding of max pools with a number so small that the maximum never chooses it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from vitquant.graph.operators import arguments, aten, calls, is_rearrangement, i
 
 
 def unpadded(node: Node) -> Node:
-    """What a max pool reads, before it was padded by a number (minus infinity, or a very small one).
+    """The input of a max pool before it is padded with a number (minus infinity, or a very negative one).
 
-    It is `node` itself where nothing pads it. The number says that there is nothing: a quantizer behind it would take
+    It is `node` itself where there is no such padding. The number is not data: a quantizer after the padding would take
     it for the end of the range of values.
     """
     found = node
@@ -24,7 +24,7 @@ def unpadded(node: Node) -> Node:
 
 
 def _pads_by_a_number(node: Node) -> bool:
-    """Whether a node puts a number other than zero, which any quantizer has a code for, beside its first argument."""
+    """Whether a node pads its first argument with a number other than zero; zero has a code in every quantizer."""
     if calls(node, {aten.constant_pad_nd}):
         return any(arguments(node)[2:3])
     if calls(node, {aten.pad}):

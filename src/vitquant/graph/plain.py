@@ -1,4 +1,4 @@
-"""A graph as plain data, which pickles: torch pickles a graph's code, and loses names, shapes and output types."""
+"""A graph as plain data that can be pickled: torch pickles a graph's code, and loses names, shapes and output types."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 @dataclass(frozen=True)
 class _Result:
-    """What the node of that name gives."""
+    """A reference to the result of the node of that name."""
 
     name: str
 
@@ -29,7 +29,7 @@ class _Operator:
 
 @dataclass(frozen=True)
 class _Plain:
-    """A node."""
+    """A graph node as plain data; the fields are those of `torch.fx.Node`."""
 
     op: str
     target: Any
@@ -76,7 +76,7 @@ def _result(node: Node) -> Any:
 
 
 def graph_of(nodes: Iterable[_Plain]) -> Graph:
-    """The graph of which `plain_nodes` gave the nodes."""
+    """The graph made of nodes that `plain_nodes` returned."""
     graph, made = Graph(), {}
 
     def node_of(argument: Any) -> Any:

@@ -1,4 +1,4 @@
-"""RMSNorm that a library writes in its parts becomes the one operator that it is."""
+"""Rewrite an RMSNorm that a library computes step by step as the single operator `rms_norm`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from vitquant.graph.stored import stored
 def name_rms_norms(module: GraphModule) -> None:
     """Write `weight * (x * rsqrt(mean(x**2) + epsilon))` as one `rms_norm`, in place.
 
-    transformers' models have it so (AIMv2, InternViT, Qwen2.5-VL's encoder). What is not the mean over the last axis,
-    or whose parts something else reads, stays.
+    Models of transformers compute it so (AIMv2, InternViT, Qwen2.5-VL's encoder). It is left as it is where the mean is
+    not over the last axis, or where something else reads an intermediate result.
     """
     for node in list(module.graph.nodes):
         found = _divided(node)
@@ -31,7 +31,7 @@ def name_rms_norms(module: GraphModule) -> None:
 
 
 def _divided(node: Node) -> tuple[Node, float] | None:
-    """What a node divides by the root of its mean square, and the epsilon."""
+    """The x and the epsilon of a node that computes x / sqrt(mean(x**2) + epsilon); None for other nodes."""
     if not calls(node, {aten.mul}) or len(node.all_input_nodes) != 2:
         return None
     for x, root in (arguments(node)[:2], arguments(node)[1::-1]):

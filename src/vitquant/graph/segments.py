@@ -1,4 +1,4 @@
-"""A part of a captured graph as a module: a block, an attention, all that stands before a tensor or behind it."""
+"""A part of a captured graph as a module: a block, an attention, everything before or after a tensor."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from vitquant.graph.taps import TappedInterpreter
 from vitquant.graph.walk import depends_on_input, descendants, nodes_by_name
 
 IMAGES = "images"
-QUANTIZERS = "quantizers"  # the submodule of a graph that holds them
+QUANTIZERS = "quantizers"  # the submodule of a graph module that holds its quantizers
 
 
 class Segment(nn.Module):
-    """A part of a captured model, which runs and has gradients by itself.
+    """A part of a captured model as a module that runs and is differentiable on its own.
 
-    Its parameters, buffers and quantizers are the model's own: whoever trains the segment trains the model.
+    It shares its parameters, buffers and quantizers with the model: training the segment trains the model.
 
     Arguments:
         module: the graph module that it is a part of.
-        graph: what is computed; its placeholders are the inputs.
-        inputs, outputs: the names of the tensors that it takes and gives.
+        graph: the segment's own graph; its placeholders are the inputs.
+        inputs, outputs: the names of the input and output tensors.
         quantized: see `TappedInterpreter`.
 
     Attributes:
-        inputs, outputs: as given; `outputs` is a tuple, or one name, and so is what a call gives.
-        shapes: of each output by its name, -1 for the size that grows with the batch.
+        inputs, outputs: as given; where `outputs` is one name, a call returns one tensor, and a tuple otherwise.
+        shapes: the shape of each output by its name, -1 for the size that grows with the batch.
 
-    Pitfall: a quantizer that is put into the model later is not in the segment; make it again.
+    Pitfall: a quantizer that is inserted into the model later is not in the segment; make the segment again.
     """
 
     def __init__(
@@ -85,22 +85,22 @@ def segment(
     outputs: str | Sequence[str],
     quantized: bool | Collection[str] = True,
 ) -> Segment:
-    """What lies between some tensors of a captured graph and others.
+    """The part of a captured graph between input tensors and output tensors.
 
-    A tensor is named `images`; `SITE`, what that site computes, before it is quantized (`output` is what the model
-    gives); `SITE:OPERAND`, what a site reads, behind the quantizer if there is one; or `%NODE`, what a node of the
-    graph gives.
+    The name of a tensor is `images`; `SITE` for the result of that site before it is quantized (`output` for the
+    model's output); `SITE:OPERAND` for an operand of a site, after its quantizer if it has one; or `%NODE` for the
+    result of a graph node.
 
     Arguments:
-        module: a captured graph, with its quantizers where it has some.
-        index: of its sites.
-        inputs: the tensors that the segment takes.
-        outputs: those that it gives.
-        quantized: whether its quantizers do anything, or the targets of those that do.
+        module: a captured graph, with its quantizers if it has any.
+        index: the graph's index.
+        inputs: the names of the segment's input tensors.
+        outputs: the names of its output tensors.
+        quantized: whether its quantizers quantize, or the targets of those that do.
 
     Raises:
-        CaptureError: no tensor has such a name; an output is computed from something else beside the inputs, which
-            the message names; or an input is not read.
+        CaptureError: no tensor has such a name; an output depends on another tensor than the inputs, which the message
+            names; or an input is not read.
     """
     nodes = nodes_by_name(module.graph)
     cuts = {_node(name, index, nodes): name for name in _several(inputs)}
@@ -114,13 +114,13 @@ def segment(
 def downstream_segment(
     module: GraphModule, index: GraphIndex, quantizers: Collection[str], outputs: str | Sequence[str]
 ) -> Segment:
-    """What some quantizers have an effect on, up to some outputs, with all other quantizers left out.
+    """The part of the graph that depends on some quantizers, up to some outputs, with all others switched off.
 
-    Its inputs are the tensors in front of them, and those of the float model that are read behind them.
+    Its inputs are the tensors that these quantizers read, and the other tensors of the float model that the part reads.
 
     Arguments:
         module, index, outputs: as for `segment`.
-        quantizers: their targets.
+        quantizers: the targets of the quantizers that quantize.
 
     Raises:
         CaptureError: no tensor has such a name.
@@ -137,14 +137,14 @@ def downstream_segment(
 
 
 def boundary(module: GraphModule, index: GraphIndex, sites: Iterable[Site]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The tensors that go into what some sites compute together, and those that come out of it.
+    """The names of the inputs and of the outputs of the part of the graph that some sites span.
 
-    They are named as `segment` takes them, before they are quantized: the quantizers of what goes in belong to the
-    part, and those of what comes out to what reads it.
+    They are names that `segment` takes, of tensors before they are quantized: the quantizers of the inputs belong to
+    the part, and those of the outputs to the operations that read them.
 
     Arguments:
         module, index: as for `segment`.
-        sites: a block's, an attention's: they and all that lies between them are the part.
+        sites: those of a block or an attention, for example: they and everything between them are the part.
     """
     nodes, dynamic = nodes_by_name(module.graph), depends_on_input(module.graph)
     chosen = {nodes[site.node] for site in sites}
@@ -157,7 +157,7 @@ def boundary(module: GraphModule, index: GraphIndex, sites: Iterable[Site]) -> t
 
 
 def _unquantized(node: Node) -> Node:
-    """What a node is before it is quantized and rearranged."""
+    """The node before quantizers and rearrangements."""
     while is_quantizer(node) or is_rearrangement(node):
         node = node.all_input_nodes[0]
     return node
@@ -168,7 +168,7 @@ def _readers(node: Node) -> list[Node]:
 
 
 def quantizer_of(node: Node) -> Node | None:
-    """The call of the quantizer that stands on a node, which everything that reads the node reads in its place."""
+    """The call of the quantizer of a node, which all readers of the node read in its place; None if it has none."""
     return next((user for user in node.users if is_quantizer(user)), None)
 
 
@@ -179,7 +179,7 @@ def _between(
     outputs: str | Sequence[str],
     quantized: bool | Collection[str],
 ) -> Segment:
-    """The segment from some nodes, each with the name of its tensor, to outputs."""
+    """The segment from some nodes, given with the names of their tensors, to outputs."""
     nodes, names = nodes_by_name(module.graph), _several(outputs)
     targets = [_node(name, index, nodes) for name in names]
     needed = _needed(cuts, targets)
@@ -212,7 +212,7 @@ def is_quantizer(node: Node) -> bool:
 
 
 def _node(name: str, index: GraphIndex, nodes: dict[str, Node]) -> Node:
-    """The graph node that a tensor's name means."""
+    """The graph node of the tensor of that name."""
     if name == IMAGES:
         return next(node for node in nodes.values() if node.op == "placeholder")
     if name.startswith("%") and name[1:] in nodes:
@@ -220,7 +220,7 @@ def _node(name: str, index: GraphIndex, nodes: dict[str, Node]) -> Node:
     site, _, operand = name.partition(":")
     found = next((each for each in index.sites if each.name == site), None)
     if found is not None and found.kind == "output":
-        operand = "input"  # it computes nothing
+        operand = "input"  # an output site computes nothing: its operand is the model's output
     if found is not None and operand in found.operands:
         read = nodes[found.operands[operand]]
         return quantizer_of(read) or read
@@ -232,7 +232,7 @@ def _node(name: str, index: GraphIndex, nodes: dict[str, Node]) -> Node:
 
 
 def _needed(cuts: Collection[Node], targets: Iterable[Node]) -> set[Node]:
-    """The nodes that targets are computed from, down to the cuts, which are not among them."""
+    """The nodes that the targets are computed from, themselves included, up to the cuts, which are excluded."""
     found: set[Node] = set()
     pending = [target for target in targets if target not in cuts]
     while pending:
@@ -250,7 +250,7 @@ def _is_size(node: Node) -> bool:
 def _refuse_crossings(
     module: GraphModule, index: GraphIndex, cuts: dict[Node, str], targets: dict[Node, str], needed: set[Node]
 ) -> None:
-    """Refuse a segment that something reaches from outside, on another way than by its inputs."""
+    """Refuse a segment that reads a tensor from outside that is not one of its inputs."""
     dynamic = depends_on_input(module.graph)
     behind = descendants(cuts, module.graph)
     for target, name in targets.items():
@@ -268,7 +268,7 @@ def _refuse_crossings(
 
 
 def _name(node: Node, index: GraphIndex) -> str:
-    """What a node is called in messages, and in the names of tensors."""
+    """The name of a node's tensor, for messages and for `segment`."""
     if node.op == "placeholder":
         return IMAGES
     if is_quantizer(node):
@@ -278,14 +278,14 @@ def _name(node: Node, index: GraphIndex) -> str:
 
 
 class _Sizes:
-    """Sizes of tensors outside of a segment, from those of its inputs: all of them are multiples of the batch."""
+    """Sizes of tensors outside of a segment, computed from those of its inputs: all are multiples of the batch."""
 
     def __init__(self, module: GraphModule, graph: Graph, cuts: dict[Node, str], made: dict[Node, Node]) -> None:
         self._module, self._graph, self._cuts, self._made = module, graph, cuts, made
         self._of_one_image: dict[Node, tuple[int, ...]] | None = None
 
     def known(self, node: Node) -> Node | None:
-        """A node of the segment's graph that gives a size which the graph reads outside of it; None for others."""
+        """A new node in the segment's graph for a size of a tensor outside of it; None where `node` is no such size."""
         if not _is_size(node) or node.all_input_nodes[0] in self._made:
             return None
         source, axis = node.all_input_nodes[0], int(arguments(node)[1])
@@ -316,7 +316,7 @@ def _hold(shapes: dict[Node, tuple[int, ...]], node: Node, x: Any) -> None:
 
 
 def _share(source: nn.Module, into: nn.Module, target: str) -> None:
-    """Give a module what another one has under a name, the very same object."""
+    """Register the tensor or submodule that `source` has as `target` in `into` under the same name, without a copy."""
     *path, last = target.split(".")
     for part in path:
         source = getattr(source, part)

@@ -1,4 +1,4 @@
-"""The places of a graph that can be quantized, found by dataflow and never by module name."""
+"""The operations of a graph that can be quantized, found by dataflow and never by module name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vitquant.graph.walk import (
     selected_from,
 )
 
-IMAGE = "image"  # makes what is read before any site
+IMAGE = "image"  # `made_by` of a value that comes from the model's input
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class Reader:
 
 @dataclass(frozen=True)
 class Value:
-    """One tensor that quantizable operations read; it has at most one quantizer, whoever reads it.
+    """One tensor that quantizable operations read; it has at most one quantizer, shared by all of its readers.
 
     Arguments:
-        node: the graph node that makes the tensor as its readers see it.
+        node: the graph node whose result the readers read.
         readers: every operand that reads it, in graph order; the first gives the value its name.
         shape: sizes; -1 stands for a size that grows with the batch.
         channel_axis: the axis that `per = "axis"` means: 0 for a weight, 1 around convolutions,
             -1 elsewhere.
-        parameter: state-dict key when the tensor is a parameter as stored, else None.
-        made_by: the kind of the site that it comes from, rearranged, in part, or scaled and shifted; `image`; or empty
-            where it comes from none or from several.
+        parameter: state-dict key when the tensor is a stored parameter, else None.
+        made_by: the kind of the site that computes it, perhaps rearranged, selected from, scaled or shifted since;
+            `image` for the model's input; empty where it comes from no site or from several tensors.
     """
 
     node: str
@@ -78,15 +78,15 @@ class Value:
 
 @dataclass(frozen=True)
 class Site:
-    """One operation that integers can compute.
+    """One operation whose operands can be quantized.
 
     Arguments:
         name: `blocks.0.attn.scores`; see `naming`.
         kind: one of `kinds.KINDS`.
         module: the path of the module that the operation came from, as the library names it.
         node: the name of its graph node.
-        operands: for each operand the graph node it reads.
-        block: which transformer block it belongs to, counted from 0; None outside of them.
+        operands: the name of the graph node that each operand reads.
+        block: number of its transformer block, counted from 0; None outside of blocks.
     """
 
     name: str
@@ -120,7 +120,7 @@ def find_sites(module: GraphModule) -> tuple[Site, ...]:
             if kind == "softmax":
                 operands = {"input": unmasked(module, operands["input"])}
             if kind == "residual" and before[root(operands["lhs"])] >> place[root(operands["rhs"])] & 1:
-                # The stream is `lhs` and what is added to it `rhs`, whichever way round the library wrote it.
+                # `lhs` is the residual stream and `rhs` the branch, in whichever order the library adds them.
                 operands = {"lhs": operands["rhs"], "rhs": operands["lhs"]}
             if kind:
                 found.append((node, kind, operands))
@@ -139,7 +139,7 @@ def find_sites(module: GraphModule) -> tuple[Site, ...]:
 
 
 def _classify(node: Node, dynamic: set[Node], attention: Attention) -> tuple[str, dict[str, Node]]:
-    """The kind of an operation and what it reads; an empty kind when it is no site."""
+    """The kind of an operation and its operands; the kind is empty if the operation is not a site."""
     read = arguments(node)
     if calls(node, ops.LINEAR) or calls(node, ops.CONVOLUTIONS):
         kind = "linear" if calls(node, ops.LINEAR) else "conv"
@@ -187,7 +187,7 @@ def _is_vector(node: Node) -> bool:
 
 
 def is_float(node: object) -> bool:
-    """Whether something in a graph is a node that gives a tensor of floating point."""
+    """Whether an object is a graph node whose result is a floating-point tensor."""
     dtype = node.meta.get("dtype") if isinstance(node, Node) and node.op != "output" else None
     return dtype is not None and dtype.is_floating_point
 
@@ -258,7 +258,7 @@ def _value(source: Node, group: list[tuple[Site, str, Node]], operation: Node, m
 
 
 def _channels_first(kind: str, operation: Node, read: Node) -> bool:
-    """Whether the channels of what an operation reads are axis 1: it says so, or a convolution made them."""
+    """Whether axis 1 of an operation's input holds the channels: by its kind, or because a convolution computed it."""
     if KINDS[kind].channels_first:
         return True
     if kind == "pool":
@@ -273,30 +273,30 @@ def _channels_first(kind: str, operation: Node, read: Node) -> bool:
 
 
 def _axis_before(node: Node, reader: Node, axis: int) -> int:
-    """Where the axis that a reader calls `axis` lies in `node`, of which the reader sees a rearrangement or a part."""
+    """The axis of `node` that is `axis` of `reader`, which is a rearrangement or a part of `node`."""
     axis %= len(reader.meta["shape"])
     for step in reversed(path_between(node, reader)):
-        if step.meta.get("shape"):  # a split has none; its parts say what it does
+        if step.meta.get("shape"):  # a split has no single shape, and its parts have
             axis = _axis_in_source(step, axis)
     return -1 if axis == len(node.meta["shape"]) - 1 else axis
 
 
 def _axis_in_source(step: Node, axis: int) -> int:
-    """Where an axis of what a rearrangement or selection gives lies in what it reads."""
+    """The axis of a rearrangement's or selection's input that is an axis of its result."""
     rank, source = len(step.meta["shape"]), step.all_input_nodes[0]
     if calls(step, {aten.permute}):
         return arguments(step)[1][axis] % rank
     if calls(step, {aten.transpose}):
         first, second = (int(dim) % rank for dim in arguments(step)[1:3])
         return {first: second, second: first}.get(axis, axis)
-    if calls(step, {aten.select}) or calls(source, {aten.unbind}):  # an axis less
+    if calls(step, {aten.select}) or calls(source, {aten.unbind}):  # these remove an axis
         given = arguments(step if calls(step, {aten.select}) else source)[1:2]
         taken = int(given[0]) % (rank + 1) if given else 0
         return axis + (axis >= taken)
     before = source.meta.get("shape")
     if not before or before == step.meta["shape"] or calls(step, ops.SELECTIONS):
         return axis
-    # A reshape keeps how many elements lie inside of one step along the axis.
+    # A reshape keeps the stride of the axis: the number of elements in one step along it.
     inside, place = math.prod(step.meta["shape"][axis + 1 :]), len(before) - 1
     while place and -1 not in before[place:] and math.prod(before[place:]) <= inside:
         place -= 1

@@ -1,4 +1,4 @@
-"""Run a captured graph, or a part of one, with all of its quantizers, some or none, looking at tensors on the way."""
+"""Run a captured graph, or a part of one, with all, some or none of its quantizers, and observe tensors on the way."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Taps = Mapping[str, Tap]
 
 
 def by_image(x: torch.Tensor, axis: int, images: int) -> torch.Tensor:
-    """A tensor whose axis grows with the batch, as (images, parts, ...): parts are windows, or one."""
+    """A tensor whose `axis` grows with the batch, as (images, parts, ...): parts are windows of an image, or 1."""
     return x.movedim(axis, 0).unflatten(0, (images, -1))
 
 
 class TappedInterpreter(Interpreter):
-    """Runs a graph node by node, showing some of the tensors on the way.
+    """Runs a graph node by node and passes some of the tensors to taps.
 
     Arguments:
-        module: what the graph's targets are attributes of.
-        graph: captured, with quantizers and integer operations in it, which have a `reference` in float.
-        taps: by the name of a node, called with what it gives.
-        quantized: whether quantizers and integer operations do anything, or the targets of those quantizers that do;
-            with those, all operations are in float.
+        module: the module that has the graph's targets as attributes.
+        graph: captured, perhaps with quantizers and integer operations, each of which has a float `reference`.
+        taps: functions by the name of a node, called with its result.
+        quantized: whether quantizers and integer operations are active, or the targets of the quantizers that are; in
+            the latter case all operations are computed in float.
 
-    Fused attention never writes scores and probabilities; here they are needed, but not in three tensors.
-    Writing to fresh memory costs several times what computing or observing them does, so without gradients the
-    scale and the softmax overwrite what only they read.
+    Fused attention never writes scores and probabilities to memory; here they are needed, but scores, scaled scores and
+    probabilities need not be three tensors. Writing to fresh memory costs several times as much as computing or
+    observing them, so that without gradients scale and softmax overwrite their input where nothing else reads it.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TappedInterpreter(Interpreter):
         quantized: bool | Collection[str],
     ) -> None:
         super().__init__(module, graph=graph)
-        self.extra_traceback = False  # it would add a page to a message of one line
+        self.extra_traceback = False  # it would append a page of graph to a one-line message
         self._taps, self._quantized = taps, quantized
 
     def run_node(self, n: Node) -> Any:

@@ -1,4 +1,4 @@
-"""Questions about dataflow: where does a tensor come from, what depends on what."""
+"""Dataflow queries: where a tensor comes from, and which nodes depend on which."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def root(node: Node) -> Node:
 
 
 def origin(node: Node) -> Node:
-    """The node some of whose elements `node` has, rearranged, in part, or beside zeros: itself, or an ancestor."""
+    """The node whose elements `node` rearranges, selects from or pads with zeros: itself, or an ancestor."""
     while is_rearrangement(node) or is_selection(node):
         node = node.all_input_nodes[0]
     return node
@@ -29,7 +29,7 @@ def nodes_by_name(graph: Graph) -> dict[str, Node]:
 
 
 def descendants(nodes: Collection[Node], graph: Graph) -> set[Node]:
-    """Everything that is computed from some nodes, themselves left out."""
+    """All nodes that are computed from the given ones, which are excluded unless one depends on another."""
     found: set[Node] = set()
     for node in graph.nodes:
         if any(each in nodes or each in found for each in node.all_input_nodes):
@@ -38,7 +38,7 @@ def descendants(nodes: Collection[Node], graph: Graph) -> set[Node]:
 
 
 def selected_from(node: Node) -> Node | None:
-    """The root of the tensor that `node` takes a part of, or None when it does not take a part of one tensor.
+    """The root of the tensor that `node` is a part of, or None when it is not a part of one tensor.
 
     A concatenation of parts of one tensor (patch merging) is a part of that tensor.
     """
@@ -52,7 +52,7 @@ def selected_from(node: Node) -> Node | None:
 
 
 def _origin(node: Node) -> Node:
-    """The tensor that `node` is a part of, however many selections ago."""
+    """The tensor of which `node` is a part, through any number of selections."""
     node = root(node)
     while is_selection(node):
         node = root(node.all_input_nodes[0])
@@ -74,12 +74,12 @@ def ancestors(graph: Graph) -> dict[Node, int]:
 
 
 def positions(graph: Graph) -> dict[Node, int]:
-    """The place of each node in the graph's order: the bit that stands for it in `ancestors`."""
+    """The position of each node in the graph's order, which is the number of its bit in `ancestors`."""
     return {node: index for index, node in enumerate(graph.nodes)}
 
 
 def depends_on_input(graph: Graph) -> set[Node]:
-    """The nodes whose value changes with the network's input; the rest are parameters and what is made of them."""
+    """The nodes whose value depends on the model's input; the rest depend on parameters and constants only."""
     found: set[Node] = set()
     for node in graph.nodes:
         is_size = node.meta.get("shape") is None and not _splits(node)

@@ -1,1 +1,1 @@
-"""The one definition of every integer operation: pure functions on int64 tensors, shared by whoever computes them."""
+"""The definitions of the integer operations, as pure functions on int64 tensors that every engine here shares."""

@@ -1,6 +1,6 @@
 """Square root, logarithm and rescaling in integers.
 
-Tensors are int64. What turns real ratios into integers (`rescaling`) runs once, in float64, when a model is made.
+Tensors are int64. `rescaling` turns real ratios into integers; it runs once, in float64, when a model is made.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def bit_length(x: Tensor) -> Tensor:
 def square_root(x: Tensor) -> Tensor:
     """floor(sqrt(x)), exact for every 0 <= x < 2**62.
 
-    Newton's iteration, started at a power of two between sqrt(x) and 2 sqrt(x): it falls monotonically to the floor,
-    which takes six steps at most, and the minimum makes it stay there.
+    Newton's iteration, started at a power of two between sqrt(x) and 2 sqrt(x), decreases monotonically to the floor
+    in at most six steps; taking the minimum keeps it there.
 
-    Pitfall: I-ViT's code takes ten steps from 2**16 instead, which is wrong below about 10**5.
+    Pitfall: I-ViT's code takes ten steps from 2**16 instead, whose result is wrong for x below about 10**5.
     """
     root = torch.ones_like(x) << ((bit_length(x) + 1) >> 1)
     for _ in range(7):
@@ -44,8 +44,8 @@ def square_root(x: Tensor) -> Tensor:
 def logarithm(x: Tensor, fraction_bits: int) -> Tensor:
     """log2(x) * 2**fraction_bits, rounded down, for 1 <= x < 2**31.
 
-    One binary digit after another: squaring a number in [1, 2) doubles its logarithm. It may be one less than the
-    floor where log2(x) * 2**fraction_bits lies within 2**-15 above an integer.
+    It is computed one binary digit after another: squaring a number in [1, 2) doubles its logarithm. The result may be
+    one less than the floor where log2(x) * 2**fraction_bits lies within 2**-15 above an integer.
 
     Arguments:
         fraction_bits: at most 14.
@@ -66,18 +66,18 @@ def shift_right(x: Tensor, digits: int) -> Tensor:
 
 
 def shift_left(x: Tensor, digits: int) -> Tensor:
-    """The float64 x * 2**digits, exact for 0 <= digits < 64; `torch.ldexp` raises to a power, which need not be."""
+    """The float64 x * 2**digits, exact for 0 <= digits < 64, unlike `torch.ldexp`, which computes a power."""
     return x * float(1 << digits)
 
 
 @dataclass(frozen=True)
 class Rescaling:
-    """Integers that stand for `ratio * x + offset`, rounded: `(x * multiplier + addend) >> shift`.
+    """The integers with which `(x * multiplier + addend) >> shift` is `ratio * x + offset`, rounded.
 
     Arguments:
         multiplier: int64, at most 31 bits and a sign; () or one per channel.
-        addend: int64 of the same shape; holds the offset and the half that rounds.
-        shift: one for all channels.
+        addend: int64 of the same shape: the offset plus one half for rounding, in units of 2**-shift.
+        shift: a number of bits, the same for all channels.
     """
 
     multiplier: Tensor
@@ -92,9 +92,9 @@ class Rescaling:
 def rescaling(ratio: Tensor, offset: Tensor) -> Rescaling:
     """The integers for `ratio * x + offset`.
 
-    The largest ratio gets a multiplier of 31 bits, unless an offset is so large beside it that it would not fit; a
-    channel whose ratio is 2**-k of the largest keeps 31 - k bits. The result is off by at most 1/2 and
-    (|x| + 1) * 2**-(shift + 1). Ratios must be below 2**30.
+    The multiplier of the largest ratio has 31 bits, unless an offset is so much larger that the addend would overflow;
+    in a channel whose ratio is 2**-k of the largest it has 31 - k bits. The error of the result is at most
+    1/2 + (|x| + 1) * 2**-(shift + 1). Ratios must be below 2**30.
 
     Arguments:
         ratio: float64, finite, () or (channels,), of either sign.

@@ -1,4 +1,4 @@
-"""torch's arithmetic on constants, so that every processor and every version of torch gives the same."""
+"""Correctly rounded arithmetic on constants, with the same results on every processor and version of torch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ _aten = torch.ops.aten
 
 
 class CorrectRounding(TorchDispatchMode):
-    """Inside it torch computes constants that are the same everywhere.
+    """A context in which torch computes constants reproducibly, with the same results on every processor.
 
-    What torch adds, multiplies and divides element by element is rounded correctly on every processor; its elementary
-    functions, and the order in which it sums, are not the same. Inside, elementary functions, sums, means and matrix
-    products are those of real numbers, rounded to float64 and then to their own type. All else that would compute in
-    float32 does so in float64 and is rounded then, which shows nothing of float64's last digit but once in 2**28.
+    torch's elementwise additions, multiplications and divisions are correctly rounded on every processor, but its
+    elementary functions and its order of summation differ between processors. Inside this context elementary functions,
+    sums, means and matrix products are computed on real numbers and rounded to float64, then to their own dtype. All
+    other float32 operations are computed in float64 and then rounded, which hides a difference in float64's last digit
+    except in about one of 2**28 cases.
 
-    Pitfall: a Python call for each element of an elementary function or a sum; for constants, not for images.
+    Pitfall: elementary functions and sums take a Python call for each element; use it for constants, not for images.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -35,11 +36,11 @@ class CorrectRounding(TorchDispatchMode):
             return _elementwise(func, args, given)
         if func in _SUMS and _all_finite(args):
             return _SUMS[func](*args, **given)
-        if func is _aten.log_sigmoid_forward.default:  # what it is made of where gradients can be asked for
+        if func is _aten.log_sigmoid_forward.default:  # the form that log_sigmoid takes under autograd
             return _elementwise(_aten.log_sigmoid.default, args, given), args[0].new_empty(0)
         if func.is_view or func._schema.is_mutable or func.overloadpacket in (_aten._to_copy, _aten.to):
             return func(*args, **given)
-        with self:  # what is made of other operators is made of those above
+        with self:  # the operators of a decomposition are computed by the cases above
             parts = func.decompose(*args, **given)
         return _wider(func, args, given) if parts is NotImplemented else parts
 
@@ -66,7 +67,7 @@ def _hardsigmoid() -> Real:
     return lambda x: min(max(x + 3, Decimal(0)), Decimal(6)) / 6
 
 
-# For each operator what makes the function from the arguments after the first.
+# For each operator a factory of the real function, called with the operator's arguments after the first.
 _FUNCTIONS: dict[Any, Callable[..., Real]] = {
     _aten.gelu.default: _gelu,
     _aten.softplus.default: _softplus,
@@ -86,7 +87,7 @@ _FUNCTIONS: dict[Any, Callable[..., Real]] = {
 
 def _elementwise(func: Any, args: Any, given: Mapping[str, Any]) -> Tensor:
     x, *rest = args
-    found = func(x, *rest, **given)  # of its type, and what it is of infinity
+    found = func(x, *rest, **given)  # gives the dtype, and the values at NaN and infinity
     finite = torch.isfinite(x)
     values = rounded(_FUNCTIONS[func](*rest, **given), x[finite].tolist())
     found[finite] = torch.tensor(values, dtype=torch.float64, device=x.device).to(found.dtype)
@@ -102,7 +103,7 @@ def _rows(rows: Iterable[Iterable[float]], like: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """A matrix product in float64: of float32 numbers it is exact but for one rounding."""
+    """A matrix product in float64; for float32 factors it is rounded only once."""
     columns = right.double().T
     return torch.stack([_rows((row * columns).tolist(), left) for row in left.double()])
 
@@ -129,7 +130,7 @@ def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dty
 
 
 def _summed(x: Tensor, dim: Any, keepdim: bool) -> tuple[Tensor, int]:
-    """The sum over some axes, all when none are named, in float64, and of how many elements."""
+    """The sum over some axes, or over all if none are named, in float64, and the number of elements in each sum."""
     axes = sorted(axis % x.ndim for axis in ([dim] if isinstance(dim, int) else dim or range(x.ndim)))
     kept = [axis for axis in range(x.ndim) if axis not in axes]
     rows = x.double().permute(*kept, *axes).flatten(len(kept)) if axes else x.double().unsqueeze(-1)
@@ -149,7 +150,7 @@ _SUMS: dict[Any, Callable[..., Tensor]] = {
 
 
 def _wider(func: Callable[..., Any], args: Any, given: Any) -> Any:
-    """The call in float64 where it would be in float32, and its result in float32."""
+    """A call with float32 tensors computed in float64, and its result rounded to float32; other calls unchanged."""
     tensors: list[Tensor] = []
 
     def widened(x: Tensor) -> Tensor:

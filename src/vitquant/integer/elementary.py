@@ -1,10 +1,10 @@
 """Elementary functions of real numbers in decimal arithmetic, which is the same on every processor.
 
-Those of torch and of the C library are not: vector instructions, fused multiplications and versions move their last
-digit, and square roots of torch are one unit low for some arguments on some processors. What ends in a constant of a
-program is made of these instead.
+Those of torch and of the C library are not: vector instructions, fused multiply-adds and library versions change their
+last digit, and torch's square roots are one unit too low for some arguments on some processors. The constants of a
+program are therefore computed with these functions.
 
-They are computed with the digits of the context that they are called in: call them in `digits()`.
+Their precision is that of the decimal context in which they are called: call them inside `digits()`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ Real = Callable[[Decimal], Decimal]
 _CONTEXT = Context(prec=40, rounding=ROUND_HALF_EVEN, Emin=-999_999, Emax=999_999, traps=[])
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534")
 _LOG_2 = _CONTEXT.ln(Decimal(2))
-_SMALL = Decimal("1e-10")  # below it four terms of a series have 40 digits
+_SMALL = Decimal("1e-10")  # below it four terms of a series are exact to 40 digits
 
 
 def digits() -> AbstractContextManager[Context]:
-    """A context of 40 digits, in which nothing overflows into an error."""
+    """A decimal context of 40 digits that raises no error on overflow or division by zero."""
     return localcontext(_CONTEXT)
 
 
 def rounded(function: Real, values: Iterable[float]) -> list[float]:
-    """A function of each of some finite numbers, rounded to the nearest double."""
+    """The function's value at each of some finite numbers, rounded to the nearest double."""
     with digits():
         return [float(function(Decimal(value))) for value in values]
 
@@ -74,7 +74,7 @@ def rsqrt(x: Decimal) -> Decimal:
 
 def erf(x: Decimal) -> Decimal:
     """2 / sqrt(pi) times the integral of exp(-t**2) from 0 to x, by a series of terms of one sign."""
-    if abs(x) > 10:  # what is missing to 1 is below 1e-44
+    if abs(x) > 10:  # the difference from 1 is below 1e-44
         return Decimal(1).copy_sign(x)
     term = total = x
     number = 1

@@ -16,21 +16,21 @@ RECIPROCAL_BITS = 50
 
 
 def integer_epsilon(epsilon: float, scale: float, channels: int) -> int:
-    """LayerNorm's epsilon in units of `spread`: at least 1, so that a constant row divides by no zero.
+    """LayerNorm's epsilon in the units of `spread` in `normalize`: at least 1, to avoid division by zero.
 
     Arguments:
         epsilon: of the float LayerNorm, added to the variance.
-        scale: what an input of 1 stands for.
-        channels: how many are normalized.
+        scale: the real value of an integer input of 1.
+        channels: the number of normalized channels.
     """
     return max(1, min(round(Fraction(epsilon) * channels**2 / Fraction(scale) ** 2), 2**60))
 
 
 def guard_bits(channels: int, largest: int, epsilon: int) -> int:
-    """How many binary digits the standard deviation can have after the point within 64 bits.
+    """The number of fractional bits that the standard deviation can have within 64 bits.
 
     Arguments:
-        channels: how many are normalized.
+        channels: the number of normalized channels.
         largest: a bound on |x|.
         epsilon: from `integer_epsilon`.
     """
@@ -46,8 +46,9 @@ def normalize(x: Tensor, epsilon: int, largest: int) -> Tensor:
         largest: a bound on |x|; channels * largest must stay below 2**30.
 
     Returns:
-        int64, at most sqrt(channels) * 2**16 in absolute value. Its error is 2**-17 for the rounding and, relative,
-        2**-g / (C d) + C d 2**-50 for root and reciprocal, with C channels, the deviation d and g guard bits.
+        int64, at most sqrt(channels) * 2**16 in absolute value. The error of the normalized value is 2**-17 from
+        rounding plus a relative error of 2**-g / (C d) + C d 2**-50 from square root and reciprocal, with C channels,
+        the standard deviation d and g guard bits.
     """
     channels, total = x.shape[-1], x.sum(-1, keepdim=True)
     spread = channels * (x * x).sum(-1, keepdim=True) - total * total
@@ -58,8 +59,8 @@ def divided_by_root(x: Tensor, squares: Tensor, epsilon: int, channels: int, lar
     """x / sqrt(squares + epsilon), times 2**16, rounded.
 
     Arguments:
-        x: int64 (..., channels), channels times what is normalized.
-        squares: int64 (..., 1), channels**2 times the mean of what is normalized, squared.
+        x: int64 (..., channels), the values to be normalized, times channels.
+        squares: int64 (..., 1), the mean of the squares of these values, times channels**2.
         epsilon, channels, largest: as for `normalize`.
     """
     guard = guard_bits(channels, largest, epsilon)
@@ -70,13 +71,13 @@ def divided_by_root(x: Tensor, squares: Tensor, epsilon: int, channels: int, lar
 
 @dataclass(frozen=True)
 class Norm:
-    """Everything that an integer norm of the last axis is made of, but its input.
+    """The constants of an integer norm over the last axis.
 
     Arguments:
         epsilon: from `integer_epsilon`.
         largest: a bound on |x|.
-        affine: gain and bias, and from normalized values to the output's codes.
-        low, high: the output's codes.
+        affine: the rescaling of normalized values to the output's codes, with gain and bias.
+        low, high: the smallest and largest code of the output.
     """
 
     epsilon: int
@@ -87,7 +88,7 @@ class Norm:
 
 
 class LayerNorm(Norm):
-    """An integer LayerNorm."""
+    """The constants of an integer LayerNorm."""
 
     def apply(self, x: Tensor) -> Tensor:
         """The codes of the normalized x, an int64 tensor (..., channels) on one scale."""
@@ -97,13 +98,13 @@ class LayerNorm(Norm):
 def published_layer_norm(x: Tensor, gain: Tensor, bias: Tensor, scale: Tensor | float, output_scale: Tensor) -> Tensor:
     """LayerNorm as FQ-ViT's code computes it: integer input, float statistics, 8-bit multipliers, no epsilon.
 
-    For each element, gain / (deviation * output_scale) becomes M / 2**N with 128 <= M <= 255 rounded down, and the
-    bias an integer times 2**-N.
+    For each element, scale * gain / (deviation * output_scale) is rounded down to M / 2**N with 128 <= M <= 255, and
+    the bias is rounded to an integer times 2**-N.
 
     Arguments:
         x: int64 (..., channels) on one scale.
         gain, bias: float64 (channels,).
-        scale: what an x of 1 stands for, float64 () or a number.
+        scale: the real value of an x of 1, float64 () or a number.
         output_scale: of the output, float64 () or (channels,).
 
     Returns:
@@ -111,8 +112,8 @@ def published_layer_norm(x: Tensor, gain: Tensor, bias: Tensor, scale: Tensor | 
 
     Source: FQ-ViT's code (`models/ptq/layers.py`, `QIntLayerNorm`, mode "int").
 
-    Pitfalls: a constant row has no deviation and gives what a deviation of 1 / channels of a step would. Float
-    square root and per-element multipliers make it a simulation; no integer program is made of it.
+    Pitfalls: the deviation of a constant row is zero, and is replaced by 1 / channels of a step. The float square root
+    and the multipliers per element make it a simulation; it cannot be lowered to an integer program.
     """
     channels, integers = x.shape[-1], x.double()
     mean = integers.mean(-1, keepdim=True) * scale

@@ -23,7 +23,7 @@ def normalize(x: Tensor, epsilon: int, largest: int) -> Tensor:
 
 
 class RmsNorm(Norm):
-    """Everything that an integer RMSNorm is made of, but its input.
+    """The constants of an integer RMSNorm.
 
     Source: Zhang and Sennrich 2019, equation 4.
     """

@@ -1,4 +1,4 @@
-"""Operations computed on codes: between two quantizers, by the definitions in `integer`."""
+"""Modules that compute an operation on codes, between two quantizers, by the definitions in `integer`."""
 
 from vitquant.integer_modules.activation import TableActivation
 from vitquant.integer_modules.arithmetic import Arithmetic

@@ -1,4 +1,4 @@
-"""An activation function on codes."""
+"""Activation functions on codes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vitquant.quantizers.twin_uniform import TwinUniformQuantizer
 
 @dataclass(frozen=True)
 class Elementwise:
-    """A function of one tensor by torch's name for it, since torch's operators cannot be pickled.
+    """A function of one tensor, held by the name of its torch operator, since operators cannot be pickled.
 
     Arguments:
         operator: such as `aten.gelu.default`.
-        rest, keywords: what it takes after the tensor.
+        rest, keywords: the arguments after the tensor.
     """
 
     operator: str
@@ -68,7 +68,7 @@ class TableActivation(IntegerOperation):
         return look_up(self.source.encode(x).to(torch.int64), self.entries, self.source.spec.qmin)
 
     def table(self) -> Tensor:
-        """The result's code for each of the input's, from the lowest: int64 (2**bits,); of the real function."""
+        """The result's code for each code of the input in ascending order, of the correctly rounded function: int64."""
         spec = self.source.spec
         every = torch.arange(spec.qmin, spec.qmax + 1, device=self.source.scale.device)
         with torch.no_grad(), CorrectRounding():

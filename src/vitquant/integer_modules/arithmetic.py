@@ -1,4 +1,4 @@
-"""How softmax, norms and activations are computed, as frozen data."""
+"""The choice of how softmax, norms and activations are computed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What computes each kind of operation whose operands are quantized.
+    """How each kind of operation is computed if its operands are quantized.
 
     Arguments:
-        exponential: what fills the softmax's table: `exact`, or the `polynomial` of I-BERT that FQ-ViT uses.
-        softmax: `integer`; `published`, FQ-ViT's log-int-softmax with its rounding, which leaves a softmax on
-            equally spaced levels in float; or `float`.
-        layer_norm: `integer`; `published`, FQ-ViT's with float statistics, which leaves inputs without
-            power-of-two factors in float; or `float`.
+        exponential: the function in the softmax's table: `exact`, or the `polynomial` of I-BERT that FQ-ViT uses.
+        softmax: `integer`; `published`, FQ-ViT's log-int-softmax with its rounding, where a softmax with results on
+            equally spaced levels stays in float; or `float`.
+        layer_norm: `integer`; `published`, FQ-ViT's with float statistics, where a LayerNorm of inputs without
+            power-of-two factors stays in float; or `float`.
         rms_norm: `integer`, LayerNorm's arithmetic without the mean; or `float`.
         activation: `table`, one entry for each code; or `float`.
 
     Raises:
-        RecipeError: another word.
+        RecipeError: a choice is unknown.
     """
 
     exponential: str = "exact"
@@ -46,5 +46,5 @@ class Arithmetic:
 
     @property
     def in_integers(self) -> bool:
-        """Whether it asks for every kind in integers; the published LayerNorm has float statistics."""
+        """Whether every kind is computed in integers, unlike the published LayerNorm with its float statistics."""
         return self.layer_norm == "integer" and "float" not in (self.softmax, self.rms_norm, self.activation)

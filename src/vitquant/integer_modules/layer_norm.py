@@ -18,7 +18,7 @@ from vitquant.spec import PerAxis, PerTensor, PowerOfTwoFactor
 
 
 class _LayerNorm(IntegerOperation):
-    """What both forms share.
+    """The base class of both forms.
 
     Arguments:
         source, result: see `IntegerOperation`.
@@ -84,7 +84,7 @@ class IntegerLayerNorm(_LayerNorm):
         return held.apply(self.integers(x))
 
     def definition(self, channels: int, weight: Tensor | None, bias: Tensor | None = None) -> integer.Norm:
-        """The integers that this norm is made of."""
+        """The constants of this norm for a number of channels, gain and bias."""
         source, result = self.source, self.result
         assert result.zero_point is not None
         gain, offset = self.affine(weight, bias)
@@ -102,7 +102,7 @@ class IntegerLayerNorm(_LayerNorm):
 
 
 class PublishedLayerNorm(_LayerNorm):
-    """LayerNorm as FQ-ViT's code has it, for inputs with power-of-two factors only.
+    """LayerNorm as FQ-ViT's code computes it, for inputs with power-of-two factors only.
 
     Pitfall: its statistics are float; see `integer.layer_norm.published_layer_norm`.
     """

@@ -1,4 +1,4 @@
-"""The base of operations on codes."""
+"""The base class of operations on codes."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ class NotIntegerError(Exception):
 
 
 class IntegerOperation(nn.Module):
-    """`decode(codes(encode(x)))`: an operation between the quantizer of what it reads and the one of its result.
+    """`decode(codes(encode(x)))`: an operation on codes between the quantizer of its input and that of its result.
 
-    What it computes with is derived from the quantizers, and from parameters, and held: integers as attributes,
-    tensors as buffers that are not saved, so that they move and travel with the module and are constants of whatever
-    it is compiled or exported to. Every call compares what they were derived from with what is there now, so whoever
-    changes a scale changes this operation too.
+    Its constants are derived from both quantizers and the parameters, and cached: integers as attributes, tensors as
+    non-persistent buffers, so that they move with the module and are constants of a compiled or exported model. Every
+    call checks whether scales or parameters have changed since, and then derives the constants again.
 
     Arguments:
-        source: the quantizer of the input. The input is on its grid, so encoding it loses nothing.
-        result: the quantizer that stands behind the operation.
+        source: the quantizer of the input. The input is on its grid, so that encoding it is exact.
+        result: the quantizer of the operation's result.
 
     Attributes:
-        kind: of its site.
+        kind: the kind of its site.
         description: how it is computed, for the report.
-        widest_input, widest_result: the most bits that the codes of either may have.
+        widest_input, widest_result: the most bits that the codes of input and result may have.
 
     Raises:
-        NotIntegerError: these quantizers do not allow it.
+        NotIntegerError: the operation cannot be computed in integers with these quantizers.
 
-    Pitfall: what is compiled or exported has the constants of that time. `prepare` before it where scales were changed
-        since the last call.
+    Pitfall: a compiled or exported model has the constants of the time when it was made. Where scales have changed
+        since the last call, call `prepare` before.
     """
 
     kind: str
@@ -48,17 +47,17 @@ class IntegerOperation(nn.Module):
         self.connect(source, result)
 
     def connect(self, source: Quantizer, result: Quantizer) -> None:
-        """Take other quantizers.
+        """Replace both quantizers.
 
         Raises:
-            NotIntegerError: these do not allow it.
+            NotIntegerError: the operation cannot be computed in integers with these.
         """
         for quantizer, which, most in ((source, "input", self.widest_input), (result, "result", self.widest_result)):
             if quantizer.spec.bits > most:
                 raise NotIntegerError(f"its {which} has {quantizer.spec.bits} bits: above {most} is simulated only")
         self.check(source, result)
-        self._sources: tuple[str, ...] = ()  # the buffers that hold what the constants were derived from; none so far
-        self._ends = (source, result)  # a tuple: they are modules of the graph, not of this operation
+        self._sources: tuple[str, ...] = ()  # names of the buffers from which the constants were derived
+        self._ends = (source, result)  # a tuple, so that they are not registered as submodules
 
     @property
     def source(self) -> Quantizer:
@@ -74,29 +73,29 @@ class IntegerOperation(nn.Module):
         """Refuse quantizers for which there is no integer definition.
 
         Raises:
-            NotIntegerError: it says which and why.
+            NotIntegerError: there is none; the message says for which quantizer, and why.
         """
         raise NotImplementedError
 
     def derive(self, width: int, *parameters: Tensor | None) -> Mapping[str, Tensor | int]:
-        """The constants that `_codes` needs, from both quantizers and the parameters, by the attribute of each.
+        """The constants that `_codes` needs, from both quantizers and the parameters, by attribute name.
 
         Arguments:
-            width: of the input's last axis.
+            width: the size of the input's last axis.
         """
         return {}
 
     def prepare(self, width: int, *parameters: Tensor | None) -> None:
-        """Derive the constants again where anything is not what they were derived from.
+        """Derive the constants again if scales, parameters or width have changed.
 
         Arguments:
-            width: of the input's last axis.
+            width: the size of the input's last axis.
         """
         scales = [getattr(quantizer, name) for quantizer in self._ends for name in ("scale", "zero_point", "factor")]
         now = [torch.tensor(width), *scales, *parameters]
         if len(now) == len(self._sources) and all(map(_same, now, (getattr(self, name) for name in self._sources))):
             return
-        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode cannot be compiled
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be compiled
             for name, constant in self.derive(width, *parameters).items():
                 self._hold(name, constant)
             for number, tensor in enumerate(now):
@@ -113,7 +112,7 @@ class IntegerOperation(nn.Module):
         """The result's codes, int64, from the input, a floating tensor on the source's grid.
 
         Raises:
-            CalibrationError: it is being compiled or exported, and was not prepared before.
+            CalibrationError: the operation is being compiled or exported and was not prepared before.
         """
         if not (torch.compiler.is_compiling() or x.is_meta):
             self.prepare(x.shape[-1], *parameters)

@@ -1,4 +1,4 @@
-"""Put integer operations into a graph in place of float ones."""
+"""Replace float operations of a graph by integer ones."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def replace_operations(module: GraphModule, sites: Iterable[Site], arithmetic: A
     """Compute every softmax, LayerNorm and activation on codes, where its quantizers allow it.
 
     Arguments:
-        module: the graph, with its quantizers; changed in place, and has to be recompiled.
-        sites: all of the graph's.
-        arithmetic: how.
+        module: the graph, with its quantizers; changed in place, and must be recompiled.
+        sites: all sites of the graph.
+        arithmetic: how each kind is computed.
 
     Returns:
-        For each site that stays in float, why.
+        The reason for each site that stays in float, by its name.
     """
     nodes = nodes_by_name(module.graph)
     refused: dict[str, str] = {}
@@ -48,7 +48,7 @@ def replace_operations(module: GraphModule, sites: Iterable[Site], arithmetic: A
         if KINDS[site.kind].form is not IntegerForm.ON_CODES:
             continue
         node = nodes[site.node]
-        try:  # nothing of the graph changes before everything about the site is known to be possible
+        try:  # find every obstacle before the graph is changed
             readers = _readers_by_result(module, node)
             built = [_build(module, site.kind, node, result, arithmetic) for result in readers]
         except NotIntegerError as reason:
@@ -67,10 +67,10 @@ def replace_operations(module: GraphModule, sites: Iterable[Site], arithmetic: A
 
 
 def reconnect_operations(module: GraphModule) -> None:
-    """Give every integer operation the quantizers that stand around it now.
+    """Connect every integer operation with the current quantizers of its input and result.
 
     Raises:
-        LoweringError: one of them cannot be computed with these.
+        LoweringError: an operation cannot be computed in integers with them.
     """
     for node in module.graph.nodes:
         operation = operation_at(module, node)
@@ -84,9 +84,9 @@ def reconnect_operations(module: GraphModule) -> None:
 
 
 def prepare_operations(module: GraphModule) -> None:
-    """Let every integer operation hold the constants for what its quantizers and parameters are now.
+    """Let every integer operation derive its constants from its current quantizers and parameters.
 
-    Those whose parameters depend on the image derive them at every call.
+    Operations whose parameters depend on the image are left out; they derive their constants at every call.
     """
     of_the_image = depends_on_input(module.graph)
     for node in module.graph.nodes:
@@ -97,7 +97,7 @@ def prepare_operations(module: GraphModule) -> None:
 
 
 def _stored(module: GraphModule, node: Any) -> Any:
-    """What a node gives that no image changes."""
+    """The value of a node that does not depend on the image; other objects are returned as they are."""
     if not isinstance(node, Node):
         return node
     if node.op == "get_attr":
@@ -108,7 +108,7 @@ def _stored(module: GraphModule, node: Any) -> Any:
 
 
 def operation_at(module: GraphModule, node: Node) -> IntegerOperation | None:
-    """The integer operation that a node calls, if it calls one."""
+    """The integer operation that a node calls, or None."""
     called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     return called if isinstance(called, IntegerOperation) else None
 
@@ -133,7 +133,7 @@ def _build(
             given = dict(zip(("shape", "weight", "epsilon"), arguments(node)[1:], strict=False))
             if len(given["shape"]) != 1:
                 raise NotIntegerError("it normalizes other than the last axis")
-            epsilon = given.get("epsilon")  # torch's own where the model gives none
+            epsilon = given.get("epsilon")  # torch's default is the eps of the dtype
             epsilon = torch.finfo(node.meta["dtype"]).eps if epsilon is None else epsilon
             return IntegerRmsNorm(source, result, epsilon), (given.get("weight"),)
         case _:
@@ -144,9 +144,10 @@ def _build(
 
 
 def _readers_by_result(module: GraphModule, node: Node) -> dict[Quantizer, list[Node]]:
-    """The quantizers that a node's result goes to, each with the readers on the way to it.
+    """The quantizers of a node's result, each with the direct readers of the node that lead to it.
 
-    Mostly one; a model with two heads reads a token each of its last LayerNorm, on scales of their own.
+    There is usually one. A model with two heads reads one token of its last LayerNorm in each, with a quantizer of its
+    own.
     """
     found: dict[Quantizer, list[Node]] = {}
     for user in node.users:
@@ -157,7 +158,7 @@ def _readers_by_result(module: GraphModule, node: Node) -> dict[Quantizer, list[
 
 
 def _copy_for(module: GraphModule, node: Node, users: Iterable[Node]) -> Node:
-    """A copy of a node that some of its users read instead."""
+    """Insert a copy of a node, which the given users read instead."""
     with module.graph.inserting_after(node):
         copy = module.graph.node_copy(node)
     for user in users:
@@ -181,28 +182,28 @@ def _softmax(
 
 
 def _scores(module: GraphModule, node: Node) -> Node:
-    """The quantizer's node that a softmax reads through rearrangements and masks."""
+    """The node of the quantizer that a softmax reads, before rearrangements and masks."""
     return root(unmasked(module, arguments(node)[0]))
 
 
 def _masks(module: GraphModule, node: Node) -> list[Node]:
-    """The nodes that mask scores of a softmax."""
+    """The nodes that mask the scores of a softmax."""
     return masks_between(module, _scores(module, node), arguments(node)[0])
 
 
 def _is_masked(module: GraphModule, node: Node) -> bool:
-    """Whether anything masks scores of a softmax; masks that leave nothing of a row are refused."""
+    """Whether the scores of a softmax are masked; masks that cover a whole row are refused."""
     masks = [arguments(mask)[1] for mask in _masks(module, node)]
     read = ancestors(module.graph)
     images = next(read[each] for each in module.graph.nodes if each.op == "placeholder")
-    known = [mask for mask in masks if not read[mask] & images]  # one of the batch's size reads the shape of the images
+    known = [mask for mask in masks if not read[mask] & images]  # the others depend at least on the batch size
     if masks_whole_rows([_stored(module, mask) for mask in known]):
         raise NotIntegerError("its mask covers every entry of a row: give every row at least one that is not masked")
     return bool(masks)
 
 
 def _source(module: GraphModule, node: Node) -> Quantizer:
-    """The quantizer of what a node reads."""
+    """The quantizer of a node's input."""
     read = origin(_scores(module, node))
     quantizer = _quantizer_at(module, read)
     if quantizer is None:
@@ -213,7 +214,7 @@ def _source(module: GraphModule, node: Node) -> Quantizer:
 
 
 def _keeps_channels(source: Node, read: Node) -> bool:
-    """Whether the last axis of `read` is the last axis of `source`, whole and in its order."""
+    """Whether the last axis of `read` is the last axis of `source`, complete and in the same order."""
     return all(_keeps_last_axis(step) for step in path_between(source, read))
 
 
@@ -240,7 +241,7 @@ def _keeps_last_axis(step: Node) -> bool:
 
 
 def _result(module: GraphModule, node: Node) -> Quantizer:
-    """The one quantizer that everything which a node gives goes through."""
+    """The single quantizer of a node's result; more than one is refused."""
     found = list(_readers_by_result(module, node))
     if len(found) != 1:
         raise NotIntegerError("its result has several quantizers")
@@ -248,7 +249,7 @@ def _result(module: GraphModule, node: Node) -> Quantizer:
 
 
 def _result_through(module: GraphModule, user: Node) -> Quantizer:
-    """The quantizer that `user` is, or that everything it passes on goes through."""
+    """The quantizer that `user` calls, or, if it rearranges or selects, the single quantizer of its result."""
     quantizer = _quantizer_at(module, user)
     if quantizer is not None:
         return quantizer

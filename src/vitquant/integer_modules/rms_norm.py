@@ -10,7 +10,7 @@ from vitquant.integer_modules.layer_norm import IntegerLayerNorm
 
 
 class IntegerRmsNorm(IntegerLayerNorm):
-    """RMSNorm with an integer sum and square root, on codes as LayerNorm has them.
+    """RMSNorm with an integer sum and square root, for the same codes as `IntegerLayerNorm`.
 
     Source: Zhang and Sennrich 2019, equation 4; the integers are those of `IntegerLayerNorm` without the mean.
     """

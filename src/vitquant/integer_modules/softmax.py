@@ -32,12 +32,12 @@ from vitquant.spec import Logarithmic, PerTensor, PowerOfTwoFactor
 
 
 class _Softmax(IntegerOperation):
-    """What both forms share.
+    """The base class of all forms.
 
     Arguments:
-        source, result: see `IntegerOperation`. A score of minus infinity is masked by a mask.
+        source, result: see `IntegerOperation`. A score of minus infinity is a masked entry.
         exponential: `exact` or `polynomial`.
-        masked: whether a mask may mask scores.
+        masked: whether scores may be masked.
     """
 
     kind = "softmax"
@@ -73,12 +73,12 @@ class _Softmax(IntegerOperation):
         return self.probabilities(distances(codes, torch.isneginf(x) if self.masked else None, table), table)
 
     def probabilities(self, distance: Tensor, exponential: Exponential) -> Tensor:
-        """The result's codes from distances below the row's largest."""
+        """The result's codes from the distances of the scores below the largest of their row."""
         raise NotImplementedError
 
 
 class LogIntSoftmax(_Softmax):
-    """Softmax to powers of two, or of its square root.
+    """Softmax with results at powers of two, or of its square root.
 
     Source: FQ-ViT, Lin et al. 2022, section "Log-Int-Softmax"; the root, RepQ-ViT, Li et al. 2023.
     """
@@ -126,7 +126,7 @@ class LogIntSoftmax(_Softmax):
 
 
 class PublishedLogIntSoftmax(LogIntSoftmax):
-    """`LogIntSoftmax` with the rounding of FQ-ViT's code, which is for powers of two that begin at 1."""
+    """`LogIntSoftmax` with the rounding of FQ-ViT's code, which requires powers of two with the largest level 1."""
 
     published = True
 
@@ -142,7 +142,7 @@ class PublishedLogIntSoftmax(LogIntSoftmax):
 
 
 class IntegerSoftmax(_Softmax):
-    """Softmax to equally spaced levels."""
+    """Softmax with results on equally spaced levels."""
 
     description = "table of exponentials, one reciprocal a row"
     multiplier: int
@@ -165,6 +165,6 @@ class IntegerSoftmax(_Softmax):
         return (codes + result.zero_point).clamp(result.spec.qmin, result.spec.qmax)
 
     def steps(self) -> tuple[int, int]:
-        """How many steps of the result a probability of 1 has: multiplier / 2**shift."""
+        """The multiplier and shift with which multiplier / 2**shift is 1 / scale of the result."""
         found = rescaling(1.0 / self.result.scale.double(), torch.zeros((), dtype=torch.float64))
         return int(found.multiplier), found.shift

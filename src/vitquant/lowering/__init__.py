@@ -1,4 +1,4 @@
-"""From a quantized model to an integer program."""
+"""Lowering of a quantized model to an integer program."""
 
 from vitquant.lowering.lower import lower
 from vitquant.lowering.promise import check_possible, check_promise, promised

@@ -1,4 +1,4 @@
-"""What scales and shifts by constants, and sums: it costs nothing until somebody rounds."""
+"""Sums, and scaling and shifting by constants, which fuse into the scales and constants of a later rounding."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def negation(context: Context, node: Node) -> Scaled:
 
 
 def batch_norm(context: Context, node: Node) -> Scaled:
-    """Batch norm with its running statistics: a factor and a constant for each channel."""
+    """Batch norm with running statistics, which is a factor and a constant for each channel."""
     value = _whole(context, context.value(arguments(node)[0]))
     if not isinstance(value, Scaled):
         raise context.refuse("what it normalizes is not a sum of integers", "quantize it")

@@ -1,4 +1,4 @@
-"""Quantizers: where sums become codes."""
+"""Lowering of quantizers, where sums are rescaled to codes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vitquant.quantizers.logarithmic import LogarithmicQuantizer
 from vitquant.quantizers.quantizer import along_axis
 from vitquant.quantizers.twin_uniform import TwinLevels, TwinUniformQuantizer
 
-IMAGE = "input"  # the register of the image's codes
+IMAGE = "input"  # the register that holds the codes of the images
 
 
 def quantized(context: Context, node: Node, quantizer: Quantizer) -> Value:
-    """The codes of what a quantizer reads."""
+    """The codes of a quantizer's result."""
     source = node.all_input_nodes[0]
     if source not in context.dynamic:
         static(context, node)
@@ -40,10 +40,10 @@ def quantized(context: Context, node: Node, quantizer: Quantizer) -> Value:
 
 
 def static(context: Context, node: Node) -> Static:
-    """A tensor that is the same for every image, for a batch of one.
+    """The value of a node that does not depend on the images, for a batch of one.
 
     Raises:
-        LoweringError: it grows with the batch, but not image by image.
+        LoweringError: its size grows with the batch, and it is not a repetition of the same values for each image.
     """
     one = context.static[node]
     grows = [axis for axis, size in enumerate(node.meta.get("shape", ())) if size == -1]
@@ -57,10 +57,10 @@ def static(context: Context, node: Node) -> Static:
 
 
 def codes_of(context: Context, register: str, quantizer: Quantizer, rank: int) -> Scaled:
-    """The real tensor that a register of a quantizer's `integers` is.
+    """The real tensor of a register that holds a quantizer's `integers`.
 
     Arguments:
-        rank: the number of its axes.
+        rank: the number of axes of the tensor.
 
     Raises:
         LoweringError: the codes are powers of two, or levels of more than 8 bits, or a scale is not positive.
@@ -83,12 +83,12 @@ def codes_of(context: Context, register: str, quantizer: Quantizer, rank: int) -
 
 
 def code_type(quantizer: Quantizer) -> str:
-    """The type of the integers that a register has in place of a quantizer's codes."""
+    """The register type of a quantizer's `integers`."""
     return smallest_type(*quantizer.integer_bounds)
 
 
 def _of_the_image(context: Context, image: Node, read: Node, quantizer: Quantizer) -> Scaled:
-    """The codes of an image; what moves it before it is quantized moves its codes just as well."""
+    """The codes of the images; rearrangements before the quantizer are applied to the codes instead."""
     shape = context.one_image[image]
     if isinstance(quantizer, TwinUniformQuantizer):
         raise context.refuse("the image has twin steps", 'give it the scheme "uniform"')
@@ -114,11 +114,11 @@ def _static_codes(context: Context, name: str, value: Tensor, quantizer: Quantiz
 
 
 def _requantized(context: Context, value: Value, shape: tuple[int, ...], target: Term, quantizer: Quantizer) -> Scaled:
-    """Codes of a sum: its terms rescaled and added before they are rounded once.
+    """The codes of a sum: its terms are rescaled and added, and the sum is rounded once.
 
     Arguments:
         shape: of the codes.
-        target: their scale and zero point; its register is not read.
+        target: scale and zero point of the codes; its register is not used.
     """
     written, (low, high) = Register(code_type(quantizer), shape), quantizer.integer_bounds
     match value:
@@ -133,7 +133,7 @@ def _requantized(context: Context, value: Value, shape: tuple[int, ...], target:
     if shape_of(context, value) != shape:
         raise context.refuse("it quantizes a sum that is repeated", "quantize the sum before it is repeated")
     multipliers, addend, shift = _integers(value, target)
-    # Where the batch's axis holds heads or windows that differ, those get an axis of their own for a moment.
+    # Where scales differ along the batch axis, as for heads or windows in it, these get a temporary axis of their own.
     axis = shape.index(-1) if -1 in shape else len(shape)
     rows = max(size_along(each, axis - len(shape)) for each in (*multipliers, addend)) if -1 in shape else 1
     inputs = tuple(term.register for term in value.terms)
@@ -161,7 +161,7 @@ def _requantized(context: Context, value: Value, shape: tuple[int, ...], target:
 
 
 def _to_levels(context: Context, register: str, quantizer: TwinUniformQuantizer) -> str:
-    """Round integers in fine steps to the levels of twin steps, by a table: the second of the quantizer's roundings."""
+    """Round integers in fine steps to the levels of twin steps by a table, the second rounding of the quantizer."""
     assert quantizer.zero_point is not None
     levels, (low, high) = TwinLevels.of(quantizer.spec, quantizer.zero_point.detach().cpu()), quantizer.integer_bounds
     if levels.lowest.numel() != 1:
@@ -174,7 +174,7 @@ def _to_levels(context: Context, register: str, quantizer: TwinUniformQuantizer)
 
 
 def _joined(context: Context, value: Joined, shape: tuple[int, ...], target: Term, quantizer: Quantizer) -> Scaled:
-    """Codes of parts side by side, each with what the quantizer has where it will lie."""
+    """The codes of a concatenation: each part is quantized with the scales of its place, and the codes are joined."""
     axis, start, registers = value.axis, 0, []
     differs = max(size_along(target.zero, axis - len(shape)), size_along(target.scale, axis - len(shape))) > 1
     for part in value.parts:
@@ -194,7 +194,7 @@ def _joined(context: Context, value: Joined, shape: tuple[int, ...], target: Ter
 
 
 def _integers(value: Scaled, target: Term) -> tuple[list[Tensor], Tensor, int]:
-    """The multiplier of each term, the addend and the shift that turn a sum into a quantizer's codes."""
+    """The multiplier of each term, the addend and the shift that rescale a sum to a quantizer's codes."""
     ratios = [compact(term.scale / target.scale) for term in value.terms]
     exact = value.constant / target.scale + target.zero
     offset = exact

@@ -1,4 +1,4 @@
-"""What lowering knows while it walks a graph, and the program that it has written so far."""
+"""The state of lowering while it walks a graph, with the program that it has emitted so far."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from vitquant.lowering.scaled import Joined, Masked, Powers, Scaled, Static, Ter
 from vitquant.model import QuantizedModel
 from vitquant.program.instructions import TYPES, Instruction, Lookup, Register, smallest_type
 
-Value = Scaled | Static | Joined | Masked | tuple[()]  # nothing: a split, whose parts are taken one by one
+Value = Scaled | Static | Joined | Masked | tuple[()]  # (): a split, whose parts are lowered one by one
 SIMULATE = "run it with --engine simulated, or export it as onnx-qdq"
 
 
 class Context:
-    """A model, its tensors for one image, and for every node seen so far what it is in terms of integer registers.
+    """The state of lowering one model.
 
     Arguments:
         model: calibrated.
 
     Attributes:
-        one_image: the shape of every tensor when the batch is one image.
-        static: the tensors that are the same for every image, for a batch of one.
-        dynamic: the nodes that are not.
-        values: filled by the walk.
-        image: the codes of the images, once a quantizer of them was met.
-        registers, constants, instructions: of the program.
+        one_image: the shape of every tensor for a batch of one image.
+        static: the tensors that do not depend on the images, for a batch of one.
+        dynamic: the nodes that depend on the images.
+        values: for each node lowered so far its value in terms of integer registers.
+        image: the codes of the images, once a quantizer of them has been lowered.
+        registers, constants, instructions: of the program so far.
     """
 
     def __init__(self, model: QuantizedModel) -> None:
@@ -51,7 +51,7 @@ class Context:
         self.site, self._place = "input", "input"
 
     def enter(self, node: Node) -> None:
-        """Go to a node: what is written now belongs to it, or to the site before it when it is none."""
+        """Go to a node: instructions emitted from now on belong to its site, or to the previous one if it has none."""
         if node.name in self._sites:
             self.site = self._place = self._sites[node.name]
         elif node.op == "call_module":
@@ -65,20 +65,20 @@ class Context:
         return LoweringError(f"{self._place}: {reason}", remedy)
 
     def static_of_two(self, node: Node) -> Tensor:
-        """A tensor that no image changes, for a batch of two."""
+        """The value of a node that does not depend on the images, for a batch of two."""
         if self._static_of_two is None:
             _, self._static_of_two = _run(self.model, 2)
         return self._static_of_two[node]
 
     def emit(self, kind: Callable[..., Instruction], written: Register, **given: Any) -> str:
-        """Write an instruction, and return the name of the register that it writes."""
+        """Emit an instruction, and return the name of the register that it writes."""
         output = f"r{len(self.instructions)}"
         self.instructions.append(kind(output=output, site=self.site, **given))
         self.registers[output] = written
         return output
 
     def constant(self, name: str, values: Tensor, type: str = "") -> str:
-        """Keep a constant, in the smallest type that holds it when none is given, and return its name."""
+        """Add a constant, of the smallest type that holds it unless one is given, and return its name."""
         values = values.detach().to("cpu", torch.int64)
         name = f"{name}.{len(self.constants)}"
         self.constants[name] = values
@@ -88,10 +88,10 @@ class Context:
         return name
 
     def value(self, node: Node) -> Value:
-        """What a node is in terms of integer registers.
+        """The value of a node in terms of integer registers.
 
         Raises:
-            LoweringError: it is the image before any quantizer, or no tensor.
+            LoweringError: the node is the image before any quantizer, or is not a tensor.
         """
         if node in self.values:
             return self.values[node]
@@ -100,10 +100,10 @@ class Context:
         raise self.refuse(f"it computes with {node.name}, which is no tensor")
 
     def codes(self, value: Value, what: str) -> Term:
-        """The codes that a value is, whatever they stand for.
+        """The single term of a value that is one register of codes, powers included.
 
         Raises:
-            LoweringError: it is anything else.
+            LoweringError: the value is anything else.
         """
         term = value.single if isinstance(value, Scaled) else None
         if term is None:
@@ -111,7 +111,7 @@ class Context:
         return term
 
     def linear(self, value: Scaled) -> Scaled:
-        """A value without codes of powers: they become their numerators, by a table each."""
+        """The value with codes of powers replaced by integer numerators, by one table lookup for each term."""
         return Scaled(tuple(each for term in value.terms for each in self._linear(term)), value.constant)
 
     def _linear(self, term: Term) -> tuple[Term, ...]:
@@ -126,10 +126,10 @@ class Context:
         return tuple(terms)
 
     def term(self, node: Node, what: str) -> Term:
-        """The integers with a scale and a zero point that a node is.
+        """The single term of a node's value: integers with a scale and a zero point.
 
         Raises:
-            LoweringError: it is anything else, powers of the root of two among them.
+            LoweringError: the value is anything else, including powers of the square root of two.
         """
         term, *more = self._terms(node, what)
         if more:
@@ -137,24 +137,24 @@ class Context:
         return term
 
     def factor(self, node: Node, what: str, summed: Sequence[int]) -> Term:
-        """The integers that a node is, of 8 bits or less or powers, with one zero point: as layers read.
+        """The term of a node as an operand of a layer: at most 8 bits, or numerators of powers, with one zero point.
 
         Arguments:
-            summed: the axes that are summed over, counted from the last; along those there is one scale.
+            summed: the axes that are summed over, counted from the last; scales must not differ along them.
         """
         term = self.term(node, what)
         self._check_factor(term, what, summed)
         return term
 
     def factors(self, node: Node, what: str, summed: Sequence[int]) -> tuple[Term, ...]:
-        """The integers that a node is the sum of, each as `factor` has it: what products of activations read."""
+        """The terms of a node as an operand of a product of activations, each with the restrictions of `factor`."""
         terms = self._terms(node, what)
         for term in terms:
             self._check_factor(term, what, summed)
         return terms
 
     def _terms(self, node: Node, what: str) -> tuple[Term, ...]:
-        """One term, or one for each step of an octave where they are numerators of powers."""
+        """The terms of a value: one, or for numerators of powers one for each of the powers in an octave."""
         value = self.value(node)
         if isinstance(value, Scaled) and not bool(value.constant.any()):
             terms = self.linear(value).terms
@@ -175,26 +175,26 @@ class Context:
         self.zero(term, what)
 
     def zero(self, term: Term, what: str) -> int:
-        """The code of zero, where an instruction has room for one only."""
+        """The zero point of a term, for an instruction that takes only one."""
         zero = compact(term.zero)
         if zero.numel() != 1:
             raise self.refuse(f"its {what} has several zero points", "use per = tensor, or symmetric = true")
         return int(zero)
 
     def operand(self, argument: Any) -> Value:
-        """What an argument of an elementwise operation is."""
+        """The value of an elementwise operation's argument, a node or a number."""
         if isinstance(argument, Node):
             return self.value(argument)
         return Static(torch.tensor(float(argument), dtype=torch.float64))
 
 
 def accumulated(register: str, scale: Tensor) -> Scaled:
-    """The real tensor that a register of sums is."""
+    """The real tensor of a register that holds accumulated sums."""
     return Scaled((Term(register, torch.zeros((), dtype=torch.int64), scale.double().cpu()),), nothing())
 
 
 def nothing() -> Tensor:
-    """The constant part of a value that has none."""
+    """Zero, as the constant part of a value without one."""
     return torch.zeros((), dtype=torch.float64)
 
 
@@ -214,9 +214,9 @@ def options(node: Node, *names: str) -> dict[str, Any]:
 
 
 class _Shapes(Interpreter):
-    """Runs a graph, keeping the shape of every tensor, and the value of every static one.
+    """Runs a graph and records the shape of every tensor, and the value of every one that does not depend on images.
 
-    What no image changes ends in constants of the program, so it is computed on the CPU and rounded correctly.
+    The latter become constants of the program, so they are computed on the CPU with correct rounding.
     """
 
     def __init__(self, model: QuantizedModel) -> None:

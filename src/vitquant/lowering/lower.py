@@ -1,4 +1,4 @@
-"""From a quantized model to an integer program, or a refusal that names the site."""
+"""Lowering of a quantized model to an integer program, or a refusal that names the site."""
 
 from __future__ import annotations
 
@@ -46,14 +46,15 @@ def lower(model: QuantizedModel) -> IntegerProgram:
     """Turn a quantized model into an integer program that computes its codes without floating point.
 
     Arguments:
-        model: calibrated, with every operation on integers, such as by the recipe `fq-vit`.
+        model: calibrated, with every operation computed in integers, as by the recipe `fq-vit`.
 
     Raises:
         CalibrationError: a quantizer is missing.
-        LoweringError: an operation cannot be computed in integers, or could overflow; it names the site, the reason
-            and the remedy.
+        LoweringError: an operation cannot be computed in integers, or could overflow; the message names the site, the
+            reason and what to do.
 
-    Pitfall: the codes are the simulation's except where float32 and integers round a sum apart; `parity` counts them.
+    Pitfall: codes differ from the simulation's where float32 and integers round a sum differently; `parity` counts
+        such codes.
     """
     program = translate(model)
     check_program(program)
@@ -61,11 +62,11 @@ def lower(model: QuantizedModel) -> IntegerProgram:
 
 
 def translate(model: QuantizedModel) -> IntegerProgram:
-    """The integer program of a quantized model, not yet proved to be free of overflow.
+    """The integer program of a quantized model, before it is proved to be free of overflow.
 
     Raises:
         CalibrationError: a quantizer is missing.
-        LoweringError: an operation has no form in integers.
+        LoweringError: an operation cannot be computed in integers.
     """
     model.require_calibrated()
     try:
@@ -86,7 +87,7 @@ def _program(model: QuantizedModel) -> IntegerProgram:
     for node in model.graph_module.graph.nodes:
         context.enter(node)
         if node.op == "placeholder":
-            continue  # its quantizers say what it is
+            continue  # lowered at its quantizers
         if node.op == "output":
             results = _results(context, node)
         elif (quantizer := _quantizer(context, node)) is not None:
@@ -104,7 +105,7 @@ def _program(model: QuantizedModel) -> IntegerProgram:
             if node in context.static:
                 context.values[node] = static(context, node)
         elif origin(node).op == "placeholder" or 0 in context.one_image.get(node, ()):
-            continue  # the image is known by its quantizer, wherever that stands, and nothing needs no registers
+            continue  # moves of the images are lowered at their quantizer, and empty tensors need no registers
         elif node in context.one_image or node.meta.get("shapes"):
             context.values[node] = _lowered(context, node)
     if first is None:
@@ -128,7 +129,7 @@ def _program(model: QuantizedModel) -> IntegerProgram:
 
 
 def _lowered(context: Context, node: Node) -> Value:
-    """What an operation on the image computes."""
+    """The lowered value of an operation that depends on the images."""
     operation = operation_at(context.module, node)
     if operation is not None:
         return on_codes(context, node, operation)
@@ -153,7 +154,7 @@ def _lowered(context: Context, node: Node) -> Value:
     if calls(node, _CASTS) and node.meta["dtype"] in (torch.float32, torch.float64):
         return context.value(arguments(node)[0])
     if calls(node, SPLITS):
-        return ()  # a split: its parts are taken one by one
+        return ()  # its parts are lowered one by one
     if is_rearrangement(node) or is_selection(node):
         return moved(context, node)
     raise _no_integers(context, node)
@@ -171,7 +172,7 @@ def _no_integers(context: Context, node: Node) -> Exception:
 
 
 def _results(context: Context, node: Node) -> dict[str, Term]:
-    """What the model gives, by name."""
+    """The outputs of the model, by name."""
     results = zip(output_names(context.module), arguments(node)[0], strict=True)
     found = {name: result for name, result in results if isinstance(result, Node)}
     return {name: _result(context, name, result) for name, result in found.items()}

@@ -1,4 +1,4 @@
-"""Rearrangements of a graph as the five moves that a program has."""
+"""Translation of a graph's rearrangements to the five moves of a program: reshape, permute, slice, roll and pad."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _END = 2**62
 
 
 class NoMoveError(Exception):
-    """A rearrangement that programs do not have; the message says what it is."""
+    """A rearrangement that programs cannot express; the message names it."""
 
 
 def moves(node: Node, shape: tuple[int, ...], result: tuple[int, ...]) -> list[Move]:
-    """The moves that a node makes of one register, each with empty names.
+    """The moves that a node applies to one register; the names of registers and site in them are empty.
 
     Arguments:
         node: a rearrangement or a selection of one tensor.
-        shape: of what it reads, -1 for the size that grows with the batch.
-        result: of what it gives.
+        shape: of its input, -1 for the size that grows with the batch.
+        result: the shape of its result, in the same form.
 
     Raises:
-        NoMoveError: it is none of these.
+        NoMoveError: programs cannot express the node.
     """
     rank = len(shape)
     if calls(node, _SAME):

@@ -1,4 +1,4 @@
-"""Softmax, LayerNorm and activations, which go from codes to codes."""
+"""Lowering of softmax, norms and activations, which map codes to codes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vitquant.program.instructions import (
 
 
 def masked(context: Context, node: Node) -> Masked:
-    """Scores of which some are masked."""
+    """Scores with a mask, which the softmax applies."""
     scores, mask = (context.value(argument) for argument in arguments(node)[:2])
     if not isinstance(scores, Scaled) or not isinstance(mask, Static):
         raise context.refuse("its mask depends on the image", "give a constant mask")
@@ -43,18 +43,18 @@ def masked(context: Context, node: Node) -> Masked:
     shape = growing_shape(arguments(node)[1])
     if -1 in shape[1:]:
         raise context.refuse("its mask grows with the batch along another axis than the first", "repeat it there")
-    # `static` made sure that such a mask is repeated image by image.
+    # `static` has checked that such a mask repeats for each image.
     return Masked(scores, mask.value != 0, node, windows=mask.value.shape[0] if -1 in shape else None)
 
 
 def on_codes(context: Context, node: Node, operation: IntegerOperation) -> Scaled:
-    """An operation on codes."""
+    """The result of an operation on codes; a masked softmax gets its mask as a constant."""
     value, shape = context.value(arguments(node)[0]), growing_shape(node)
     if not isinstance(value, Masked):
         return _computed(context, node, operation, context.codes(value, "input"), None, shape)
     mask = context.constant(f"{context.site}.mask", value.mask.to(torch.int64), "u8")
     scores, shape, one = value.scores, growing_shape(value.node), context.one_image[value.node]
-    if value.windows is not None:  # the mask's rows are those of one image: give them an axis of their own
+    if value.windows is not None:  # the batch axis holds windows: give the windows of one image an axis of their own
         apart = Reshape("", "", "", (-1, value.windows, *shape[1:]))
         scores = walk(context, scores, [apart], shape, one)
         result = _computed(context, node, operation, context.codes(scores, "input"), mask, apart.shape)
@@ -100,7 +100,7 @@ def _computed(
 def _softmax_to_powers(
     context: Context, operation: LogIntSoftmax, term: Term, mask: str | None, shape: tuple[int, ...]
 ) -> Scaled:
-    """The codes, which stand for scale * 2**(-code / steps), or 0."""
+    """The codes of a softmax to powers: a code is scale * 2**(-code / steps), or 0."""
     powers, table = operation.powers, operation.exponential
     codes = context.emit(
         SoftmaxToPowers, Register(smallest_type(0, powers.zero_code), shape), input=term.register, mask=mask,

@@ -1,4 +1,4 @@
-"""The promise of a recipe that the model it makes is computed in integers, and whether it can be kept."""
+"""A recipe's promise that its models lower to integers, and the checks of whether a model keeps it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from vitquant.quantizers.quantizer import channel_axis
 from vitquant.recipe import Bits, Recipe
 from vitquant.spec import Logarithmic, QuantSpec
 
-# Widths that integers take, the widest first: of what products and tables read, and of powers as probabilities.
+# Bit widths that integers support, the widest first: of operands of products and tables, and of probabilities.
 _CODES, _PROBS = (8,), (8, 5, 4)
-_RANGE = 8.0  # of every value of a rehearsal; no refusal of `translate` comes near to depending on it
+_RANGE = 8.0  # a stand-in for every calibrated range; no refusal of `translate` depends on it
 
 
 def promised(recipe: Recipe) -> Arithmetic | None:
-    """How a recipe promises to compute in integers; None when it makes no such promise.
+    """The arithmetic with which a recipe promises to compute in integers; None when it makes no such promise.
 
-    A recipe promises it by its method `integer-operations`, unless that leaves softmax, LayerNorm or activations in
-    float, or computes LayerNorm as published, whose statistics are float.
+    A recipe promises it by its method `integer-operations`, unless that leaves softmax, norms or activations in
+    float, or computes LayerNorm as published, with float statistics.
 
     Raises:
-        RecipeError: a setting of the method that has no meaning.
+        RecipeError: a setting of the method is invalid.
     """
     settings = next((method.settings for method in recipe.methods if method.name == "integer-operations"), None)
     if settings is None:
@@ -43,18 +43,18 @@ def promised(recipe: Recipe) -> Arithmetic | None:
 
 
 def check_possible(captured: CapturedModel, recipe: Recipe, bits: Bits) -> None:
-    """Refuse what its bits, its schemes or the model itself keep from being integers, before it is calibrated.
+    """Refuse, before calibration, a recipe that promises integers but whose bits or schemes, or the model, prevent it.
 
-    The model is lowered with ranges that stand in for calibrated ones. What depends on the ranges is for
-    `check_promise` to find.
+    The model is lowered with placeholder ranges instead of calibrated ones. `check_promise` finds the failures that
+    depend on the ranges.
 
     Arguments:
-        captured: the float model without quantizers; left as it is.
+        captured: the float model without quantizers; not changed.
         recipe, bits: as for `QuantizedModel`.
 
     Raises:
-        LoweringError: the recipe promises integers, and this cannot be; it names the site, the reason and the remedy,
-            which is another choice of bits where one helps.
+        LoweringError: the recipe promises integers, and the model cannot be lowered; the message names the site, the
+            reason and what to do, which is another choice of bits where one helps.
         RecipeError: the recipe does not fit the model.
     """
     arithmetic = promised(recipe)
@@ -74,10 +74,10 @@ def check_possible(captured: CapturedModel, recipe: Recipe, bits: Bits) -> None:
 
 
 def check_promise(model: QuantizedModel) -> None:
-    """Refuse a calibrated model whose recipe promises integers and that does not lower.
+    """Refuse a calibrated model that cannot be lowered although its recipe promises integers.
 
     Raises:
-        LoweringError: it names the site, the reason and the remedy.
+        LoweringError: it cannot be lowered; the message names the site, the reason and what to do.
     """
     if promised(model.recipe) is None:
         return
@@ -95,7 +95,7 @@ def _broken(recipe: Recipe, error: LoweringError, remedy: str = "") -> LoweringE
 
 
 def _rehearsed(captured: CapturedModel, recipe: Recipe, bits: Bits, arithmetic: Arithmetic) -> QuantizedModel:
-    """A model of the same weights, with quantizers as wide as the real ones will be."""
+    """A model with the same weights, with quantizers of the same bits as the real ones and placeholder ranges."""
     module = captured.graph_module
     graph = GraphModule(module, copy.deepcopy(module.graph))
     model = QuantizedModel(CapturedModel(graph, captured.input_shape, captured.index), recipe, bits)
@@ -108,15 +108,13 @@ def _rehearsed(captured: CapturedModel, recipe: Recipe, bits: Bits, arithmetic: 
 
 def _stand_in(value: Value, spec: QuantSpec) -> Quantizer:
     axis = channel_axis(spec.granularity)
-    largest = (
-        1.0 if isinstance(spec.scheme, Logarithmic) else _RANGE
-    )  # the published softmax has powers that begin at 1
+    largest = 1.0 if isinstance(spec.scheme, Logarithmic) else _RANGE  # the published softmax requires scale 1
     high = torch.full(() if axis is None else (value.shape[axis],), largest, dtype=torch.float64)
     return build_quantizer(spec, params_from_range(-high, high, spec))
 
 
 def _widest(bits: Bits, lowers: Callable[[Bits], bool]) -> Bits | None:
-    """Bits with which the model lowers, none of them wider than asked for and none needlessly narrow; or None."""
+    """The widest bits, at most those asked for, with which the model lowers; None where there are none."""
     found = replace(
         bits,
         weights=min(bits.weights, _CODES[-1]),

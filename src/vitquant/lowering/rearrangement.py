@@ -1,4 +1,4 @@
-"""What moves elements: of registers, and of the scales that are broadcast to them."""
+"""Lowering of rearrangements: of registers, and of the scales and zero points that are broadcast to them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPLITS = {aten.unbind, aten.split, aten.split_with_sizes, aten.chunk}
 
 
 def joined(context: Context, node: Node) -> Joined:
-    """A concatenation or a stack; a quantizer behind it gives all parts one scale."""
+    """A concatenation or a stack; its parts keep their scales until a quantizer reads it."""
     parts = []
     for part in arguments(node)[0]:
         if 0 in context.one_image[part]:
@@ -46,7 +46,7 @@ def _with_axis(context: Context, value: Scaled | Static, part: Node, axis: int) 
 
 
 def together(context: Context, value: Joined) -> Scaled:
-    """Parts that no quantizer has joined yet, register beside register with the scales of each."""
+    """The concatenation of the parts as one value: registers are concatenated, and their scales along with them."""
     parts = [part for part in value.parts if isinstance(part, Scaled)]
     if len(parts) < len(value.parts):
         raise context.refuse("what it reads is joined from an activation and a constant", "quantize the parts")
@@ -71,7 +71,7 @@ def together(context: Context, value: Joined) -> Scaled:
 
 
 def _of_one_length(parts: Sequence[tuple[Term, ...]]) -> list[tuple[Term, ...]]:
-    """Sums of few terms made as long as the others by terms that count nothing."""
+    """The sums padded to the same number of terms, with terms of scale zero."""
     most = max(map(len, parts))
     return [(*terms, *[replace(terms[0], scale=nothing())] * (most - len(terms))) for terms in parts]
 
@@ -93,7 +93,7 @@ def moved(context: Context, node: Node) -> Value:
 
 
 def follow(context: Context, value: Scaled, source: Node, node: Node) -> Scaled:
-    """A value of the shape of `source`, rearranged as `node` does."""
+    """A value of the shape of `source`, rearranged in the same way as `node` rearranges `source`."""
     steps = _moves(context, source, node)
     return walk(context, value, steps, growing_shape(source), context.one_image[source])
 
@@ -106,17 +106,17 @@ def _moves(context: Context, source: Node, node: Node) -> list[Move]:
 
 
 def _keeps_rows(context: Context, source: Node, node: Node) -> bool:
-    """Whether a rearrangement leaves together what lies along the last axis, and nothing else beside it."""
+    """Whether a rearrangement keeps the set of elements in each row, that is along the last axis."""
     one = context.one_image[source]
     row = torch.arange(prod(one[:-1])).view(*one[:-1], 1).expand(one)
     for step in _moves(context, source, node):
         row = move(step, row)
-    same_length = growing_shape(node)[-1:] == growing_shape(source)[-1:]  # that of one image may be so by chance
+    same_length = growing_shape(node)[-1:] == growing_shape(source)[-1:]  # for one image they may be equal by chance
     return same_length and torch.equal(row, row[..., :1].expand_as(row))
 
 
 def shape_of(context: Context, value: Scaled) -> tuple[int, ...]:
-    """The shape that the registers of a value have together; -1 for the size that grows with the batch."""
+    """The shape to which the registers of a value broadcast; -1 for the size that grows with the batch."""
     shapes = [context.registers[term.register].shape for term in value.terms]
     rank = max(map(len, shapes))
     filled = [(1,) * (rank - len(shape)) + shape for shape in shapes]
@@ -124,10 +124,10 @@ def shape_of(context: Context, value: Scaled) -> tuple[int, ...]:
 
 
 def _foldable(context: Context, value: Scaled, shape: tuple[int, ...]) -> Scaled:
-    """A value whose registers all have its shape: constants that repeat in it become numbers.
+    """The value with registers that all have its shape: constants that are broadcast are added to its constant part.
 
     Raises:
-        LoweringError: a part of it that depends on the image repeats.
+        LoweringError: a register that depends on the image is broadcast.
     """
     terms, constant = [], value.constant
     for term in value.terms:
@@ -146,7 +146,7 @@ def walk(
     """A value after some moves.
 
     Arguments:
-        shape, one: of the value, for any batch and for one image.
+        shape, one: the shape of the value for any batch, with -1, and for one image.
     """
     value = _foldable(context, value, shape) if steps else value
     for step in steps:
@@ -169,7 +169,7 @@ def _step(
         zero, scale = (_rearranged(context, values, step, shape, one) for values in (term.zero, term.scale))
         terms.append(replace(term, register=register, zero=zero, scale=scale))
     constant = value.constant
-    if isinstance(step, Pad) and bool(constant.any()):  # beside it lie zeros
+    if isinstance(step, Pad) and bool(constant.any()):  # the padding is zero, and not the constant
         constant = dense(constant, one)
     return Scaled(tuple(terms), _rearranged(context, constant, step, shape, one)), growing, after
 
@@ -182,7 +182,7 @@ def _growing(step: Move, shape: tuple[int, ...], one: tuple[int, ...], after: tu
 
 
 def _rearranged(context: Context, values: Tensor, step: Move, shape: tuple[int, ...], one: tuple[int, ...]) -> Tensor:
-    """What is broadcast to a register, after a move of it."""
+    """Values that are broadcast to a register, such as scales, after the register is moved."""
     if values.numel() == 1:
         return values.reshape(())
     step = replace(step, value=0) if isinstance(step, Pad) else step
@@ -190,7 +190,7 @@ def _rearranged(context: Context, values: Tensor, step: Move, shape: tuple[int, 
     grown = _growing(step, shape, one, tuple(after.shape))
     axis = grown.index(-1)
     small = compact(after)
-    if size_along(small, axis - len(grown)) > 1:  # then it has to repeat image by image
+    if size_along(small, axis - len(grown)) > 1:  # then the values must repeat for each image
         two = move(step, torch.cat([dense(values, one)] * 2, shape.index(-1)))
         if not torch.equal(two, torch.cat([after, after], axis)):
             raise context.refuse("scales differ along an axis that has the images inside", "keep images outermost")

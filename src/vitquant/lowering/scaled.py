@@ -1,4 +1,4 @@
-"""Real tensors written as integers times real scales, which is what a quantized graph computes with."""
+"""Real tensors represented as integers times real scales, the values of a quantized graph during lowering."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.fx import Node
 
 @dataclass(frozen=True)
 class Term:
-    """scale * (register - zero).
+    """The tensor scale * (register - zero).
 
     Arguments:
-        register: its name.
+        register: the name of the register.
         zero: int64, broadcastable to the register.
         scale: float64, broadcastable to the register.
-        numerators: whether the register has numerators of powers, of which products read more than 8 bits.
+        numerators: whether the register holds numerators of powers, which may have more than 8 bits in products.
     """
 
     register: str
@@ -29,12 +29,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Powers(Term):
-    """scale * 2**(-register / steps), and 0 where the register is zero.
+    """The tensor scale * 2**(-register / steps), and 0 where the register equals `zero`.
 
-    Codes move as they are; `numerators` makes sums of terms of them where something is computed.
+    Rearrangements move the codes; arithmetic first turns them into sums of terms by `numerators`.
 
     Arguments:
-        steps: how many powers an octave has, 1 or 2.
+        steps: the number of powers in an octave, 1 or 2.
     """
 
     steps: int = 1
@@ -54,17 +54,17 @@ class Scaled:
 
     @property
     def single(self) -> Term | None:
-        """The only term, if there is one only and no constant."""
+        """The term of a value with exactly one term and no constant, else None."""
         return self.terms[0] if len(self.terms) == 1 and not bool(self.constant.any()) else None
 
     def times(self, factor: Tensor) -> Scaled:
-        """Multiplied by a constant, broadcastable to the shape."""
+        """The value times a constant that is broadcastable to its shape."""
         factor = factor.double()
         terms = tuple(replace(term, scale=term.scale * factor) for term in self.terms)
         return Scaled(terms, self.constant * factor)
 
     def plus(self, other: Scaled | Tensor) -> Scaled:
-        """With another of the same shape, or a broadcastable constant, added."""
+        """The value plus another of the same shape, or plus a broadcastable constant."""
         if isinstance(other, Tensor):
             return Scaled(self.terms, self.constant + other.double())
         return Scaled(self.terms + other.terms, self.constant + other.constant)
@@ -72,17 +72,19 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Static:
-    """A tensor that is the same for every image: float64."""
+    """A tensor that does not depend on the images: float64."""
 
     value: Tensor
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Parts that a concatenation puts side by side, before one quantizer stands behind it.
+    """A concatenation whose parts keep their own scales, until a quantizer reads it.
 
     Arguments:
-        node: the graph's, whose shape the whole has.
+        parts: in their order along the axis.
+        axis: along which they are concatenated, counted from the first.
+        node: the graph node, which has the shape of the whole.
     """
 
     parts: tuple[Scaled | Static, ...]
@@ -92,15 +94,15 @@ class Joined:
 
 @dataclass(frozen=True)
 class Masked:
-    """Scores of which some are masked.
+    """Scores with a mask.
 
     Arguments:
-        scores: all of them.
-        mask: bool, broadcastable to them, True where masked.
-        node: the graph's, whose shape they have.
-        moved: nodes that rearranged them since. A mask repeats with the batch only in the shape in which it was
-            applied, so the softmax is computed in that shape, and its result is rearranged.
-        windows: how many rows of the batch one image has, where `mask` is one image's; None where it is each row's.
+        scores: before masking.
+        mask: bool, broadcastable to the scores, True where masked.
+        node: the graph node that applies the mask, which has the shape of the scores.
+        moved: nodes that have rearranged the masked scores since. The mask repeats with the batch only in the shape in
+            which it was applied, so the softmax is computed in that shape, and its result is rearranged.
+        windows: the size of the batch axis for one image, such as its windows, where `mask` has this axis; else None.
     """
 
     scores: Scaled
@@ -111,10 +113,10 @@ class Masked:
 
 
 def numerators(powers: Powers) -> list[tuple[Tensor, Tensor]]:
-    """Integers that powers are sums of: for each of the steps of an octave a table of codes, and its scale.
+    """The tables that turn codes of powers into integer numerators, one for each power in an octave, with its scale.
 
-    With two steps, 2**(-code / 2) is 2**-(code / 2), or sqrt(2) * 2**-((code + 1) / 2) of an odd code: a shift with one
-    scale of two. Each table is zero for the codes of the others.
+    With two steps, 2**(-code / 2) is 2**-(code / 2) for even codes, and sqrt(2) * 2**-((code + 1) / 2) for odd ones: a
+    power of two with one of two scales. Each table is zero at the codes of the other, so that a value is their sum.
 
     Source: RepQ-ViT, Li et al. 2023, its log-sqrt2 quantizer.
     """
@@ -135,12 +137,12 @@ def dense(values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def size_along(values: Tensor, axis: int) -> int:
-    """The size of what is broadcast along an axis, counted from the last: 1 where it has no such axis."""
+    """The size of a broadcastable tensor along a negative axis; 1 where it has no such axis."""
     return values.shape[axis] if values.ndim >= -axis else 1
 
 
 def compact(values: Tensor) -> Tensor:
-    """The same values, broadcastable, with size 1 along every axis along which they do not change."""
+    """The same values with size 1 along every axis along which they are constant, to be broadcast."""
     for axis in range(values.ndim):
         first = values.narrow(axis, 0, 1)
         if values.shape[axis] > 1 and torch.equal(values, first.expand_as(values)):

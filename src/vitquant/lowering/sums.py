@@ -1,4 +1,4 @@
-"""Products, convolutions and poolings: where codes become sums of 32 bits."""
+"""Lowering of products, convolutions and pooling, which sum codes in 32 bits."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def multiplied(context: Context, node: Node) -> Scaled:
 def _of_two(
     context: Context, node: Node, kind: type[Product | Multiply], summed: tuple[Sequence[int], Sequence[int]]
 ) -> Scaled:
-    """A product of each term with each: powers of the root of two have two.
+    """The sum of the products of each left term with each right term; powers of sqrt(2) have two terms.
 
     Arguments:
-        summed: the axes of either operand that are summed over, counted from the last.
+        summed: the axes of each operand that are summed over, counted from the last.
     """
     lefts, rights = (
         context.factors(argument, "operand", axes) for argument, axes in zip(arguments(node)[:2], summed, strict=True)
@@ -114,9 +114,10 @@ def _weight_zero(context: Context, weight: Term) -> str | None:
 
 
 def _bias(context: Context, node: Node | None, scale: Tensor) -> tuple[str | None, Tensor]:
-    """The bias on the accumulator's scale, and what that rounding left over, which costs nothing to add later.
+    """The bias rounded to the accumulator's scale, and the rounding error, which the next requantization adds.
 
-    Where rows have scales of their own, an accumulator of one channel has several, and all of the bias is added later.
+    Where scales differ between rows, a channel's accumulators have several scales, and the requantization adds the
+    whole bias.
     """
     if node is None:
         return None, nothing()
@@ -133,7 +134,7 @@ def _bias(context: Context, node: Node | None, scale: Tensor) -> tuple[str | Non
 
 
 def _pooled(context: Context, node: Node, read: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
-    """The axes of a mean, and whether they stay with size one."""
+    """The axes of a mean, and whether they are kept with size one."""
     if calls(node, {aten.mean}):
         given = options(node, "keepdim")
         axes = arguments(node)[1] if len(arguments(node)) > 1 else None

@@ -1,1 +1,1 @@
-"""Published methods, one idea per file: plain functions `(model, data, settings) -> Record`."""
+"""Published methods, one per file: plain functions `(model, context, settings) -> Record`."""

@@ -1,6 +1,6 @@
-"""Calibration: observers watch the float model on a few images, and quantizers are made of what they saw.
+"""Calibration: observers observe the float model on a few images, and quantizers get the ranges that they estimate.
 
-Every operand is observed in float, as FQ-ViT does: no quantizer sees the error of another.
+Every operand is observed in the float model, as in FQ-ViT: no observer sees the error of another operand's quantizer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.recipe import Assignment
 from vitquant.recipe.tables import within
 
-_NO_SCORE = -1e4  # of a softmax: no model has scores that low, and libraries mask entries with that and less
+_NO_SCORE = -1e4  # no model has softmax scores this low; libraries mask entries by adding this or less
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class CalibrateSettings:
 
 
 def calibrate(model: QuantizedModel, context: Context, settings: CalibrateSettings) -> Record:
-    """Give every operand that the recipe quantizes its quantizer.
+    """Insert a quantizer for every operand that the recipe quantizes.
 
-    One float forward pass a batch; memory does not grow with the number of batches.
+    It takes one float forward pass per batch; memory does not grow with the number of batches.
 
     Arguments:
         model: without quantizers.
-        context: its data are gone through once.
+        context: its data are iterated over once.
         settings: none.
 
     Raises:
-        CalibrationError: no data; or NaN, infinity, or a mask in the scores, at an operand which the message names.
+        CalibrationError: no data; or an operand, named in the message, holds NaN, infinity, or scores with a mask.
     """
     observers = {name: observer_of(name, model.assignments[name]) for name in model.quantized_names}
     images, batches = observe(model, context.data, observers)
@@ -55,7 +55,7 @@ def calibrate(model: QuantizedModel, context: Context, settings: CalibrateSettin
 
 
 def _refuse_masked(name: str, observer: Observer) -> None:
-    """Refuse scores with a mask that is not known as one: a quantizer would spread its levels over it."""
+    """Refuse scores that include a mask which was not recognized: a quantizer would spread its levels over it."""
     low = observer.observed_range()[0].min().item()
     if low <= _NO_SCORE:
         raise CalibrationError(
@@ -66,17 +66,17 @@ def _refuse_masked(name: str, observer: Observer) -> None:
 
 
 def observe(model: QuantizedModel, data: Iterable[torch.Tensor], observers: Mapping[str, Observer]) -> tuple[int, int]:
-    """Show observers what the float model computes, and the stored tensors as they are now.
+    """Update observers with the tensors of the float model, and with the stored tensors as they are now.
 
     Arguments:
-        data: read once, unless all observers watch stored tensors.
-        observers: by the name of the value that each watches.
+        data: iterated over once, or not at all if all observers observe stored tensors.
+        observers: by the name of the value that each observes.
 
     Returns:
-        How many images and batches there were.
+        The number of images and of batches.
 
     Raises:
-        CalibrationError: no data, or NaN or infinity at an operand, which the message names.
+        CalibrationError: no data; or an operand, named in the message, holds NaN or infinity.
     """
     stored = {name for name in observers if model.index.value(name).parameter is not None}
     taps = {name: _tap(name, observer) for name, observer in observers.items() if name not in stored}
@@ -96,7 +96,7 @@ def observer_of(name: str, assignment: Assignment) -> Observer:
     """A fresh observer for a value that the recipe quantizes.
 
     Raises:
-        RecipeError: the observer does not fit the spec; it names the rule and the value.
+        RecipeError: the observer does not fit the spec; the message names the rule and the value.
     """
     assert assignment.spec is not None
     assert assignment.observer is not None
@@ -105,10 +105,10 @@ def observer_of(name: str, assignment: Assignment) -> Observer:
 
 
 def estimated(name: str, observer: Observer) -> Quantizer:
-    """The quantizer of a value, made of what its observer saw.
+    """The quantizer of a value, with the parameters that its observer estimates.
 
     Raises:
-        CalibrationError: it saw nothing.
+        CalibrationError: the observer observed nothing.
     """
     with _at(name):
         return build_quantizer(observer.spec, observer.estimate())
@@ -124,7 +124,7 @@ def _tap(name: str, observer: Observer) -> Callable[[torch.Tensor], None]:
 
 @contextmanager
 def _at(name: str) -> Generator[None]:
-    """Say at which value a `CalibrationError` raised inside arose."""
+    """Add the name of a value to a `CalibrationError` raised inside."""
     try:
         yield
     except CalibrationError as error:

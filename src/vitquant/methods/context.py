@@ -1,4 +1,4 @@
-"""What a method is given beside the model: images, the float model, and how much of everything it may take."""
+"""The inputs of a method beside the model: images, the float model, and limits of memory and time."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from vitquant.work import WorkState
 
 @dataclass(frozen=True)
 class Context:
-    """What every method gets.
+    """The inputs that every method gets.
 
     Arguments:
-        data: calibration batches, (batch, channels, height, width) on the model's device; it may be gone through as
-            often as the method says that it needs.
+        data: calibration batches, (batch, channels, height, width) on the model's device; it can be iterated over as
+            many times as the method declares in its needs.
         labelled: the same batches, each with the classes of its images, (batch,) int64, for methods that need labels.
-        output_error: of an output, (images, ...), beside the float model's: (images,), differentiable; the task's.
-        teacher: the float model, for methods that need it. Its weights are the float model's whatever methods make of
-            the quantized model's; rewrites that leave the function as it is are done to both, so tensors correspond.
-        seed: of everything that is drawn.
-        progress: told what is being done, how much of it, and how much there is.
+        output_error: the task's error of a quantized output against the float one, both (images, ...): (images,),
+            differentiable.
+        teacher: the float model, for methods that need it. It keeps its own weights when methods change those of the
+            quantized model; rewrites that preserve the function are applied to both, so that their tensors correspond.
+        seed: of all random draws.
+        progress: called with the current activity, the amount done and the total.
         memory: gigabytes that a method may hold beside the models.
-        deadline: when to stop, in seconds of `time.monotonic()`; a method then leaves a whole model behind, and its
-            record says how far it came.
-        work: where a method that takes long keeps its state.
+        deadline: when to stop, in seconds of `time.monotonic()`; the method then leaves a valid model, and its record
+            says how far it came.
+        work: where a method that takes long saves its state.
     """
 
     data: Iterable[torch.Tensor]
@@ -51,10 +52,10 @@ class Context:
         return time.monotonic() >= self.deadline
 
     def generator(self, name: str) -> torch.Generator:
-        """Random numbers for one purpose, the same for the same seed whatever else is drawn.
+        """A random generator for one purpose, which depends on the seed and the purpose only.
 
         Arguments:
-            name: of the purpose, such as the method's.
+            name: names the purpose, such as the method.
         """
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,4 +1,4 @@
-"""What a method says of itself: when it runs, what it needs, and what it refuses before any work is done."""
+"""The declaration of a method: when it runs, what it needs, and the check that runs before any work is done."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ Settings = TypeVar("Settings")
 class Phase(IntEnum):
     """The order in which methods run, whatever order a recipe and its overlays name them in."""
 
-    REWRITE = 1  # the float model changes, and its function stays
-    CALIBRATE = 2  # quantizers are made of what the float model computes
-    SEARCH = 3  # and chosen by what they make of it
-    RECONSTRUCT = 4  # weights and scales by gradients, without labels
-    TRAIN = 5  # and with them, or for long
-    INTEGERS = 6  # operations are computed on codes: nothing about them changes any more
+    REWRITE = 1  # rewrites of the float model that preserve its function
+    CALIBRATE = 2  # quantizers are made from the float model's tensors
+    SEARCH = 3  # quantizers are chosen by the error that they cause
+    RECONSTRUCT = 4  # weights and scales are learned by gradients, without labels
+    TRAIN = 5  # the same with labels, or long training
+    INTEGERS = 6  # operations are computed on codes; no method changes the model after this
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method cannot do without.
+    """The requirements of a method.
 
     Arguments:
-        passes: how often it goes through the calibration images, at least.
-        gradients: torch has to differentiate the model.
-        labels: the class of every calibration image.
-        teacher: the float model beside the quantized one.
-        memory: whether it holds as much as it may, so that a budget changes something.
+        passes: how many times it iterates over the calibration images, at least.
+        gradients: whether torch has to differentiate the model.
+        labels: whether it needs the class of every calibration image.
+        teacher: whether it needs the float model beside the quantized one.
+        memory: whether it uses memory up to the budget, so that the budget has an effect.
     """
 
     passes: int = 0
@@ -44,22 +44,22 @@ class Needs:
 
 
 def never_idle(model: QuantizedModel) -> bool:
-    """There is always something to do."""
+    """False: every model gives the method something to do."""
     return False
 
 
 @dataclass(frozen=True)
 class Definition(Generic[Settings]):
-    """One method.
+    """The definition of one method.
 
     Arguments:
-        run: what it does to a model; returns what it decided.
+        run: changes a model and returns the record of its decisions.
         settings: a frozen dataclass: its fields are the keys of the recipe's `[[method]]`.
         phase: when it runs; methods of one phase run in the order of the table.
-        needs: see there.
-        after: methods without which it has nothing to work on.
-        check: refuses a model that the method does not fit, by what its recipe says, before images are looked at.
-        idle: whether a model leaves the method nothing to do, so that it needs nothing either.
+        needs: its requirements.
+        after: the methods whose results it works on, which a recipe must have too.
+        check: refuses a model or settings that do not fit the method, before any image is read.
+        idle: whether the method has nothing to do for a model, so that its needs do not apply.
     """
 
     run: Callable[[QuantizedModel, Context, Settings], Record]

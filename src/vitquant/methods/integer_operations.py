@@ -12,7 +12,7 @@ def integer_operations(model: QuantizedModel, context: Context, settings: Arithm
 
     Arguments:
         model: with its quantizers.
-        context: not looked at.
+        context: not used.
         settings: how each kind is computed.
     """
     model.compute_in_integers(settings)

@@ -1,4 +1,4 @@
-"""Weights, biases and scales moved by gradients, until the quantized model's output is the float model's."""
+"""Output reconstruction: learn weights, biases and scales so that the quantized output approaches the float one."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _NORMS = kinds_that(of_tokens=True)
 
 @dataclass(frozen=True)
 class ReconstructOutputSettings:
-    """How long, and how far in a step.
+    """The length of the training and its learning rates.
 
     Arguments:
-        passes: how often the calibration images are gone through.
-        batch: how many images a step has, and are in memory with all that their gradients need.
-        weights: what a step changes at first, about, in a quantized weight, in steps of its quantizer. It falls to 0
-            along a cosine, and so do the others.
-        others: the same of biases, norms and embeddings, as it is.
-        scales: the same of the logarithms of activations' scales.
-        norms: how much the error of what LayerNorms and RMSNorms give counts beside that of the output.
+        passes: how many times to iterate over the calibration images.
+        batch: the number of images in a step, which are in memory with all activations that their gradients need.
+        weights: Adam's initial learning rate of quantized weights, in steps of their quantizers. All rates decay to 0
+            along a cosine.
+        others: the initial learning rate of biases, norms and embeddings, in their own units.
+        scales: the initial learning rate of the logarithms of activations' scales.
+        norms: the weight of the error of the LayerNorms' and RMSNorms' outputs beside that of the model's output.
 
     Raises:
-        RecipeError: a number without meaning.
+        RecipeError: a number out of range.
     """
 
     passes: int = 4
@@ -63,23 +63,23 @@ class ReconstructOutputSettings:
 
 
 def reconstruct_output(model: QuantizedModel, context: Context, settings: ReconstructOutputSettings) -> Record:
-    """Make the quantized model's output the float model's, by gradients through its quantizers.
+    """Bring the quantized model's output close to the float model's, by gradients through its quantizers.
 
     Quantized weights, biases, norms, embeddings and the scales of activations change; weights in float, scales of
-    weights and all zero points stay. Labels are not used. `passes` times a float forward pass, a forward and a backward
-    pass over the data; memory does not grow with it.
+    weights and all zero points stay. Labels are not used. It takes `passes` times a float forward pass, a forward pass
+    and a backward pass over the data; memory does not grow with the amount of data.
 
     Arguments:
         model: calibrated, its operations still in float.
-        context: its data are gone through `passes` times, beside its teacher. Where it is interrupted, a later call
-            with the same work state goes on; past its deadline it ends with what is learned.
-        settings: see there.
+        context: its data are iterated over `passes` times; its teacher is used. After an interruption, a later call
+            with the same work state continues; at the deadline it ends with what is learned so far.
+        settings: see `ReconstructOutputSettings`.
 
     Returns:
         The mean output error of the first and of the last pass over the data.
 
     Raises:
-        CalibrationError: no data, torch has no gradients of the model, or the error is no number.
+        CalibrationError: no data, torch cannot differentiate the model, or the error becomes NaN or infinite.
 
     Source: the global form of reconstruction, such as GLF-Q's loss of the penultimate feature beside a block's own;
     straight-through gradients, and LSQ's for scales (Esser et al. 2020, equation 3). docs/output-reconstruction.md.
@@ -137,14 +137,14 @@ _ERRORS = ListOf(Number(0.0, 1e30), most=2**24)
 
 @dataclass(frozen=True)
 class _Training:
-    """Adam at work, and all that its next step depends on.
+    """The state of the training: everything that the next step of Adam depends on.
 
     Arguments:
-        model: whose parameters are learned.
-        scales: that are learned.
+        model: the model whose parameters are learned.
+        scales: the scales that are learned.
         optimizer: of the parameters and the scales.
-        rates: of its groups, at the first step.
-        errors: of the output, in every step so far.
+        rates: the learning rate of each of its groups at the first step.
+        errors: the output error of every step so far.
     """
 
     model: QuantizedModel
@@ -155,7 +155,7 @@ class _Training:
 
     @classmethod
     def begun(cls, model: QuantizedModel, learned: _Learned, settings: ReconstructOutputSettings) -> _Training:
-        """Nothing is learned yet."""
+        """The state before the first step."""
         groups = [
             *({"params": [weight], "lr": settings.weights * step} for weight, step in learned.weights),
             {"params": learned.others, "lr": settings.others},
@@ -166,18 +166,18 @@ class _Training:
 
     @property
     def step(self) -> int:
-        """How many steps are done."""
+        """The number of steps done so far."""
         return len(self.errors)
 
     def put(self, share: float) -> None:
-        """Give the quantizers their scales, in a graph of its own for every step, and the step its rates."""
+        """Set the quantizers' scales in a new autograd graph, and the learning rates to `share` of the initial ones."""
         for scale in self.scales:
             scale.put()
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
 
     def save(self, work: WorkState) -> None:
-        """Keep everything that the next step depends on."""
+        """Save everything that the next step depends on."""
         tensors = {f"model/{name}": each for name, each in self.model.graph_module.named_parameters()}
         tensors |= {f"scale/{number}": scale.logarithm for number, scale in enumerate(self.scales)}
         for number, parameter in enumerate(self._parameters()):
@@ -186,14 +186,14 @@ class _Training:
         work.save(tensors, self.errors)
 
     def resume(self, work: WorkState, total: int) -> None:
-        """Go on where a killed run was; from the beginning where there was none.
+        """Continue from the state that a killed run saved, if there is one.
 
         Arguments:
-            work: the state.
-            total: how many steps there are in all.
+            work: the saved state.
+            total: the number of steps in all.
 
         Raises:
-            CheckpointError: the state is not one of this model's.
+            CheckpointError: the state is damaged, or is not of this model.
         """
         saved = work.load(_ERRORS)
         if saved is None:
@@ -206,7 +206,7 @@ class _Training:
             for number, scale in enumerate(self.scales):
                 scale.logarithm.copy_(saved.tensor(f"scale/{number}", scale.logarithm))
         for number, parameter in enumerate(self._parameters()):
-            if f"adam/{number}/step" in saved.tensors:  # Adam has nothing of what had no gradient
+            if f"adam/{number}/step" in saved.tensors:  # Adam has no state for parameters without gradient
                 step, like = torch.zeros(()), parameter.detach()
                 self.optimizer.state[parameter] = {
                     "step": saved.tensor(f"adam/{number}/step", step),
@@ -221,7 +221,7 @@ class _Training:
 def _steps(data: Iterable[Tensor], settings: ReconstructOutputSettings) -> Iterator[Tensor]:
     """The images of every step.
 
-    A batch may be of torch.inference_mode(), which backward passes refuse; its copy is not.
+    A batch is copied, since it may be an inference tensor, which autograd cannot save for backward.
     """
     for _ in range(settings.passes):
         for batch in data:
@@ -231,7 +231,7 @@ def _steps(data: Iterable[Tensor], settings: ReconstructOutputSettings) -> Itera
 def _errors(
     student: Segment, teacher: Segment, images: Tensor, outputs: int, error: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The mean error of some images' outputs, the first of what both give, and that of what all norms give."""
+    """The mean error of the outputs, which are the first `outputs` tensors of both segments, and that of the norms."""
     with torch.no_grad():
         expected = teacher(images)
     found = student(images)
@@ -253,7 +253,7 @@ def _backward(error: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Learned:
-    """What gradients change: weights, each with a step of its quantizer, all other parameters, and scales."""
+    """The learned parameters: weights, each with the step of its quantizer, all other parameters, and scales."""
 
     weights: list[tuple[nn.Parameter, float]]
     others: list[nn.Parameter]
@@ -262,7 +262,7 @@ class _Learned:
 
 @contextmanager
 def _learnable(model: QuantizedModel) -> Generator[_Learned]:
-    """Everything that is learned, with gradients while this lasts."""
+    """The learned parameters, which require gradients inside the context; scales are plain numbers after it."""
     parameters = [each for each in model.graph_module.parameters() if each.is_floating_point()]
     asked = [each.requires_grad for each in parameters]
     scales = [LearnedScale.of(quantizer) for name, quantizer in model.quantizers.items() if _is_learned(model, name)]
@@ -281,7 +281,7 @@ def _learnable(model: QuantizedModel) -> Generator[_Learned]:
 
 
 def _weight_steps(model: QuantizedModel) -> dict[nn.Parameter, float]:
-    """What a code is worth in each weight of a product, the mean over its channels; 0 for one in float."""
+    """The quantization step of each weight of a product, the mean over its channels; 0 for a weight in float."""
     steps = {name: quantizer.step.mean().item() for name, quantizer in model.quantizers.items()}
     return {
         model.graph_module.get_parameter(value.parameter): steps.get(value.name, 0.0)
@@ -291,7 +291,7 @@ def _weight_steps(model: QuantizedModel) -> dict[nn.Parameter, float]:
 
 
 def _is_learned(model: QuantizedModel, name: str) -> bool:
-    """Whether it is an activation's, and any positive number is a scale there."""
+    """Whether the scale of a value's quantizer is learned: that of an activation which may be any positive number."""
     value = model.index.value(name)
     spec = model.assignments[value.name].spec
     return spec is not None and value.parameter is None and not isinstance(spec.scheme, PowerOfTwoScale)

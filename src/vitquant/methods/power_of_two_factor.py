@@ -1,4 +1,4 @@
-"""Power-of-two factors chosen by error: which of the steps s, 2s, 4s, 8s each channel of an operand gets."""
+"""Power-of-two factors chosen by squared error: which of the steps s, 2s, 4s, 8s each channel of an operand gets."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.quantizers.quantizer import channel_axis
 from vitquant.spec import PowerOfTwoFactor, QParams
 
-_ROWS = 1024  # at once: they stay in the cache
+_ROWS = 1024  # rows at once, which stay in the cache
 
 
 @dataclass(frozen=True)
 class ChooseFactorsSettings:
-    """On which calibration batches the error is measured.
+    """The settings of `choose_factors`.
 
     Arguments:
-        batches: `all`, or `last` as in FQ-ViT's code.
+        batches: on which calibration batches the error is measured: `all`, or `last` as in FQ-ViT's code.
     """
 
     batches: str = "all"
@@ -36,16 +36,16 @@ class ChooseFactorsSettings:
 def choose_factors(model: QuantizedModel, context: Context, settings: ChooseFactorsSettings) -> Record:
     """Give each channel the power-of-two factor with the least squared error, for given scale and zero point.
 
-    One more float forward pass a batch (one in all for the last batch); memory does not grow with the data.
+    It takes one more float forward pass per batch (a single one for `last`); memory does not grow with the data.
 
     Arguments:
         model: with quantizers; those of the scheme `PowerOfTwoFactor` are replaced.
-        context: its data are gone through once.
+        context: its data are iterated over once.
 
     Raises:
         CalibrationError: no data.
 
-    Source: FQ-ViT, Lin et al. 2022, section "Power-of-Two Factor", equation of alpha; the last batch alone, its code
+    Source: FQ-ViT, Lin et al. 2022, section "Power-of-Two Factor", equation of alpha; for `last`, FQ-ViT's code
     (`observer/ptf.py`).
     """
     chosen = {name: q for name, q in model.quantizers.items() if isinstance(q.spec.scheme, PowerOfTwoFactor)}
@@ -59,7 +59,7 @@ def choose_factors(model: QuantizedModel, context: Context, settings: ChooseFact
             batches += 1
     if not batches:
         raise CalibrationError("no calibration images: give at least one batch")
-    factors = {name: error.argmin(0).to(torch.int32) for name, error in errors.items()}  # the finest of equals
+    factors = {name: error.argmin(0).to(torch.int32) for name, error in errors.items()}  # of equals the finest
     params = {name: QParams(q.scale, q.zero_point, factors[name]) for name, q in chosen.items()}
     model.insert({name: build_quantizer(q.spec, params[name]) for name, q in chosen.items()})
     decisions = {name: _decision(errors[name], factors[name]) for name in chosen}
@@ -79,7 +79,7 @@ def factor_errors(x: Tensor, scale: Tensor, zero_point: Tensor, factors: int, qm
         x: (rows, channels), floating.
         scale: (), the finest step.
         zero_point: (), shared by all channels and factors.
-        factors: how many; factor k has the step scale * 2**k.
+        factors: the number of factors; factor k has the step scale * 2**k.
         qmax: the largest code; the smallest is 0.
 
     Returns:
@@ -118,7 +118,7 @@ def _last(data: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _decision(errors: Tensor, factors: Tensor) -> dict[str, object]:
-    """How many channels have each factor, and the error beside that of one step for all of them."""
+    """How many channels have each factor, and the error relative to that with the coarsest step for all channels."""
     best, shared = errors.amin(0).sum().item(), errors[-1].sum().item()
     counts = torch.bincount(factors.long(), minlength=len(errors)).tolist()
     return {"channels per factor": counts, "squared error / one step for all": best / shared if shared else 1.0}

@@ -1,4 +1,4 @@
-"""Run the methods of a recipe one after another, and go on where a killed run was."""
+"""Run the methods of a recipe one after another, and continue where a killed run stopped."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _DONE = Table({"record": RECORD, "data": maybe(Table({"images": Integer(0), "sha
 
 
 def run_steps(model: QuantizedModel, steps: Sequence[Step], context: Context, work: WorkDirectory | None) -> None:
-    """Let methods do their work on a model, and keep what each made of it.
+    """Run methods on a model, and save its state after each.
 
     Arguments:
-        model: without quantizers; changed.
-        steps: in their order.
-        context: what each is given; its `work` becomes the method's own.
-        work: where a killed run left what it had; None keeps nothing.
+        model: without quantizers; changed in place.
+        steps: in the order in which they run.
+        context: passed to each, with a `work` of its own.
+        work: where the state is saved, and where a killed run saved its own; None saves nothing.
 
     Raises:
-        CheckpointError: what was kept is damaged, or is not of this model.
-        VitquantError: a method's own.
+        CheckpointError: the saved state is damaged, or is not of this model.
+        VitquantError: raised by a method.
     """
     names = [f"{number}-{step.name}" for number, step in enumerate(steps, 1)]
     done, kept = 0, None
@@ -49,7 +49,7 @@ def run_steps(model: QuantizedModel, steps: Sequence[Step], context: Context, wo
     for name, step in list(zip(names, steps, strict=True))[done:]:
         state = WorkState(work, f"{name}.part")
         model.records.append(step.run(model, replace(context, work=state)))
-        if context.out_of_time:  # what was cut short goes on later, and what builds on it begins anew
+        if context.out_of_time:  # a later run continues the method that was cut short, and repeats those after it
             work = None
         if work is not None and step.definition.phase < Phase.INTEGERS:
             values = {"record": finite(asdict(model.records[-1])), "data": _seen(context)}
@@ -58,15 +58,15 @@ def run_steps(model: QuantizedModel, steps: Sequence[Step], context: Context, wo
 
 
 def check_gradients(model: CapturedModel, example: torch.Tensor, steps: Sequence[Step]) -> None:
-    """Refuse a model that torch cannot differentiate where a method needs that, before any work is done.
+    """Refuse a model that torch cannot differentiate if a method needs gradients, before any work is done.
 
     Arguments:
-        model: float.
-        example: images.
+        model: the float model.
+        example: images (batch, channels, height, width).
         steps: of the recipe.
 
     Raises:
-        CalibrationError: it names the method, and says what torch says.
+        CalibrationError: torch cannot differentiate the model; the message names the method and quotes torch.
     """
     name = next((step.name for step in steps if step.definition.needs.gradients), None)
     if name is None:
@@ -91,7 +91,7 @@ def check_gradients(model: CapturedModel, example: torch.Tensor, steps: Sequence
 
 def _tensors(model: QuantizedModel, context: Context) -> dict[str, torch.Tensor]:
     tensors = {f"model/{name}": each for name, each in state_of(model).items()}
-    if context.teacher is not None:  # what was folded into it
+    if context.teacher is not None:  # rewrites may have changed it
         tensors |= {f"teacher/{name}": each for name, each in context.teacher.graph_module.state_dict().items()}
     return tensors
 
@@ -111,7 +111,7 @@ def _put(model: QuantizedModel, context: Context, saved: Saved) -> None:
 
 
 def _seen(context: Context) -> dict[str, Any] | None:
-    """What is known of the images that were gone through."""
+    """The number and the digest of the images that were read so far; None if `data` does not keep them."""
     if not isinstance(context.data, CalibrationData):
         return None
     return {"images": context.data.images, "sha256": context.data.digest}

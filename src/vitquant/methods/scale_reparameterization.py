@@ -1,4 +1,4 @@
-"""Scale reparameterization: one scale for each channel of a LayerNorm's output, folded away until one is left."""
+"""Scale reparameterization: the per-channel scales of a LayerNorm's output, folded into its neighbours to leave one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vitquant.observers.observer import Observer
 from vitquant.quantizers import Quantizer, build_quantizer
 from vitquant.spec import PerAxis, PerTensor, QParams, QuantSpec, Uniform
 
-# Steps this much finer than the mean are no finer: a channel that hardly varies would shift by millions of them.
+# The finest step of a channel relative to the mean: a channel that hardly varies would be shifted by millions of steps.
 FINEST = 2.0**-10
 
 
@@ -30,7 +30,7 @@ class ReparameterizeScalesSettings:
     """Which LayerNorms are reparameterized.
 
     Arguments:
-        sites: globs of their names.
+        sites: globs that match their names.
     """
 
     sites: tuple[str, ...] | list[str] = ("*",)
@@ -42,13 +42,13 @@ class ReparameterizeScalesSettings:
 
 @dataclass(frozen=True)
 class Reparameterization:
-    """What makes one scale and zero point serve every channel.
+    """A common scale and zero point, and the affine map of the channels with which they serve every channel.
 
     Arguments:
         scale: float64 (), of the tensor.
         zero_point: float64 (), an integer.
-        ratio: float64 (channels,), what channels are divided by.
-        shift: float64 (channels,), what is then subtracted.
+        ratio: float64 (channels,), the divisor of each channel.
+        shift: float64 (channels,), then subtracted from each channel.
     """
 
     scale: Tensor
@@ -58,15 +58,15 @@ class Reparameterization:
 
 
 def reparameterize_scales(model: QuantizedModel, context: Context, settings: ReparameterizeScalesSettings) -> Record:
-    """Quantize LayerNorm outputs as finely as with a scale and zero point for each channel, with one of each.
+    """Quantize LayerNorm outputs with one scale and zero point, as finely as with one of each per channel.
 
-    Every channel of the output is observed by itself, with the observer of its rule; what sets its scale and zero
-    point apart from the mean is folded into the LayerNorm and the linear layers behind it, whose weights are observed
-    again. The float function stays the same. One more float forward pass a batch.
+    Every channel of the output is observed by itself, with the observer of its rule. The differences of its scale and
+    zero point from their means are folded into the LayerNorm and the linear layers after it, whose weights are observed
+    again. The float function stays the same. It takes one more float forward pass per batch.
 
     Arguments:
         model: calibrated, its operations still in float; weights of LayerNorms and linear layers change.
-        context: its data are gone through once; what is folded in the model is folded in the teacher too.
+        context: its data are iterated over once; the teacher is folded in the same way as the model.
         settings: which LayerNorms.
 
     Raises:
@@ -74,10 +74,11 @@ def reparameterize_scales(model: QuantizedModel, context: Context, settings: Rep
         RecipeError: no LayerNorm has such a name.
 
     Source: RepQ-ViT, Li et al. 2023, section "Scale Reparam for LayerNorm Activations". There the zero point is the
-    mean of the channels' and no integer; here it is rounded before the shift is made of it, which costs nothing.
+    mean of the channels' zero points and not an integer; here it is rounded before the shift is computed from it, which
+    costs no accuracy.
 
-    Pitfall: a LayerNorm that something else reads too, such as a residual or a pooling, keeps its one scale; the
-        record says why.
+    Pitfall: a LayerNorm that something other than linear layers reads, such as a residual or a pooling, keeps its one
+        scale; the record says why.
     """
     model.require_calibrated()
     check_sites(model, settings)
@@ -120,7 +121,7 @@ def check_sites(model: QuantizedModel, settings: ReparameterizeScalesSettings) -
     """Refuse names that no LayerNorm of a model has.
 
     Raises:
-        RecipeError: it says which there are.
+        RecipeError: no LayerNorm has such a name; the message lists their names.
     """
     norms, chosen = _norms(model, settings)
     if norms and not chosen:
@@ -138,16 +139,16 @@ def _norms(model: QuantizedModel, settings: ReparameterizeScalesSettings) -> tup
 
 
 def reparameterization(low: Tensor, high: Tensor, spec: QuantSpec, shiftable: bool) -> Reparameterization:
-    """The mean of the channels' scales and zero points, and what brings every channel to it.
+    """The mean of the channels' scales and zero points, and the ratio and shift that bring every channel to it.
 
-    With the channel's scale s_c and zero point z_c, s and z their means and z rounded: ratio = s_c / s, and
-    shift = s (z - z_c), so that (x / ratio - shift) / s + z = x / s_c + z_c: the codes of a scale for each channel.
+    With the channel's scale s_c and zero point z_c, and their means s and z, z rounded: ratio = s_c / s, and
+    shift = s (z - z_c), so that (x / ratio - shift) / s + z = x / s_c + z_c, the code with the channel's own scale.
 
     Arguments:
-        low, high: float64 (channels,), of each channel's range, which need not hold zero.
+        low, high: float64 (channels,), each channel's range, which need not contain zero.
         spec: of the tensor: uniform, per tensor.
-        shiftable: False keeps zero where it is: all channels share the zero point, and a channel's scale is the
-            smallest that covers its range then.
+        shiftable: False makes every shift zero: all channels share the zero point, and a channel's scale is the
+            smallest with which its range is covered.
 
     Source: RepQ-ViT, equations of r_1 and r_2.
     """
@@ -170,7 +171,7 @@ def reparameterization(low: Tensor, high: Tensor, spec: QuantSpec, shiftable: bo
 
 
 def _output(model: QuantizedModel, layers: FoldableNorm) -> Value:
-    """The one value that all linear layers behind a LayerNorm read."""
+    """The value that all linear layers after a LayerNorm read, which must be the same for all of them."""
     values = {(value := _read(model, name)["input"]).name: value for name in layers.linears}
     if len(values) > 1:
         raise NotFoldableError("its readers have quantizers of their own")
@@ -182,14 +183,14 @@ def _output(model: QuantizedModel, layers: FoldableNorm) -> Value:
 
 
 def _read(model: QuantizedModel, node: str) -> dict[str, Value]:
-    """What the site at a graph node reads."""
+    """The values that the site of a graph node reads, by operand."""
     site = model.index.site_at(node)
     assert site is not None
     return model.index.read_by(site)
 
 
 def _by_channel(model: QuantizedModel, value: Value) -> Observer:
-    """The observer of a value's rule, watching each channel by itself."""
+    """A fresh observer of the kind of a value's rule, with a range for each channel."""
     assignment = model.assignments[value.name]
     assert assignment.spec is not None
     by_channel = replace(assignment.spec, granularity=PerAxis(value.channel_axis))

@@ -1,4 +1,4 @@
-"""Scales chosen by what they make of a layer's output: operands in turn, among multiples of what they have."""
+"""Scale search: choose the scale of each operand among multiples of the calibrated one by the layer's output."""
 
 from __future__ import annotations
 
@@ -43,18 +43,20 @@ from vitquant.work import WorkState
 
 @dataclass(frozen=True)
 class SearchScalesSettings:
-    """The search's range, its objective, and how much memory it may take.
+    """The range of the search and its objective.
 
     Arguments:
-        low, high, candidates: multiples of the calibrated scale that are tried, evenly spaced; itself is tried first.
-        rounds: how often all operands of a layer are gone through at most.
+        low, high, candidates: multiples of the calibrated scale that are tried, evenly spaced; the calibrated scale
+            itself is tried first.
+        rounds: how many times all operands of a layer are searched, at most.
         gamma, theta: the weight of the ranking loss in attention, and its margin; gamma = 0 leaves it out.
-        pairs: how many pairs of each row it compares, drawn with `seed`; 0 compares all.
-        bias_correction: after each round give every output unit of a layer the mean it has in float.
-        seed: of the pairs.
+        pairs: how many pairs of columns the ranking loss compares, drawn with `seed`; 0 compares all.
+        bias_correction: whether to correct the bias after each round, so that every output unit of a layer has the same
+            mean as in float.
+        seed: of the draw of pairs.
 
     Raises:
-        RecipeError: a number without meaning.
+        RecipeError: a number out of range.
     """
 
     low: float = 0.5
@@ -81,23 +83,24 @@ class SearchScalesSettings:
 
 
 def search_scales(model: QuantizedModel, context: Context, settings: SearchScalesSettings) -> Record:
-    """Choose the scales of layers' and attention's operands by the outputs that they give.
+    """Choose the scales of the operands of layers and attention by the error of the outputs that they cause.
 
     For each linear layer, convolution and product of attention the scales of its two operands are searched in turn,
-    among multiples of the calibrated ones, until neither changes: for the highest correlation of the quantized with
-    the float output, and in attention the least loss of order within the map's rows too. Every layer sees float
-    inputs, so layers do not depend on each other. What several layers read is chosen for all of them together.
+    among multiples of the calibrated ones, until neither changes: for the highest correlation of the quantized output
+    with the float one and, in attention, also the least ranking loss within the map's rows. Every layer reads float
+    inputs, so layers do not depend on each other. The scale of an operand that several layers read is chosen for all of
+    them together.
 
-    As many float forward passes over the data as it takes to cache the operands within the context's memory.
+    It takes as many float forward passes over the data as are needed to hold the operands within the context's memory.
 
     Arguments:
         model: calibrated, its operations still in float; scales and biases change.
-        context: all of its images are looked at together. Where it is interrupted, a later call with the same work
-            state goes on with the layers that are left; past its deadline they stay as calibrated.
-        settings: see there.
+        context: the objective is computed on all of its images. After an interruption, a later call with the same work
+            state continues with the layers that are left; those that the deadline leaves out stay as calibrated.
+        settings: see `SearchScalesSettings`.
 
     Raises:
-        CalibrationError: no data, or the memory does not hold one layer.
+        CalibrationError: no data, or the operands of one layer do not fit into the memory.
 
     Source: VT-PTQ, Liu et al. 2021, sections "Similarity-Aware Quantization for Linear Operation", "Ranking-Aware
     Quantization for Self-Attention" and "Bias Correction". Differences: docs/vt-ptq.md.
@@ -139,7 +142,7 @@ def search_scales(model: QuantizedModel, context: Context, settings: SearchScale
     if late:
         found.save(context.work)
     context.progress("searching layers", found.groups, len(groups))
-    found.put(model)  # last, so that every layer sees what the float model computes
+    found.put(model)  # at the end, so that corrected biases change no layer's float inputs
     reasons = {**refused, **dict.fromkeys((site.name for group in late for site in group.sites), "the time is up")}
     decisions = {**{name: {"as calibrated, because": why} for name, why in reasons.items()}, **found.decisions}
     layers_of_all = sum(len(group.sites) for group in groups)
@@ -151,15 +154,15 @@ _STATE = Table({"decisions": TableOf(TableOf(Plain())), "groups": Integer(0), "r
 
 @dataclass
 class _Chosen:
-    """What was chosen so far.
+    """The results of the search so far.
 
     Arguments:
-        biases: the names of the stored biases that may change, by the identity of the tensor.
-        scales: chosen, by the name of the value.
-        corrected: biases, by their name.
+        biases: the names of all stored tensors, biases among them, by the tensor's `id`.
+        scales: the chosen scales, by the name of the value.
+        corrected: the corrected biases, by their name.
         decisions: for the record.
-        groups: how many groups of layers are done.
-        rounds: the most that one took.
+        groups: the number of groups of layers that are done.
+        rounds: the most rounds that a group took.
     """
 
     biases: Mapping[int, str]
@@ -171,7 +174,7 @@ class _Chosen:
 
     @classmethod
     def resumed(cls, model: QuantizedModel, work: WorkState) -> _Chosen:
-        """What a killed run had; nothing where there was none."""
+        """The results that a killed run saved; empty if there are none."""
         module, quantizers = model.graph_module, model.quantizers
         stored = dict((*module.named_parameters(), *module.named_buffers()))
         found = cls({id(each): name for name, each in stored.items()}, {}, {}, {})
@@ -194,11 +197,11 @@ class _Chosen:
         return found
 
     def has(self, group: _Group) -> bool:
-        """Whether a group's scales are chosen."""
+        """Whether the scales of a group have been chosen."""
         return set(group.values) <= self.scales.keys()
 
     def add(self, search: _Search, result: Found, layers: Sequence[SearchedLayer | SearchedProduct]) -> None:
-        """Take what the search of a group chose."""
+        """Add the result of the search of a group."""
         for name, index in result.choice.items():
             multiple = float(search.multiples[index])
             self.scales[name] = search.candidates[name][index].scale
@@ -208,13 +211,13 @@ class _Chosen:
         self.groups, self.rounds = self.groups + 1, max(self.rounds, result.rounds)
 
     def save(self, work: WorkState) -> None:
-        """Keep it all."""
+        """Save all results."""
         tensors = {f"scale/{name}": scale for name, scale in self.scales.items()}
         tensors |= {f"bias/{name}": bias for name, bias in self.corrected.items()}
         work.save(tensors, {"decisions": self.decisions, "groups": self.groups, "rounds": self.rounds})
 
     def put(self, model: QuantizedModel) -> None:
-        """Give it to the model."""
+        """Set the chosen scales and the corrected biases in the model."""
         module, quantizers = model.graph_module, model.quantizers
         with torch.no_grad():
             for name, bias in self.corrected.items():
@@ -227,14 +230,14 @@ class _Chosen:
 
 @dataclass(frozen=True)
 class _Group:
-    """Layers that share operands.
+    """Layers that share operands and are searched together.
 
     Arguments:
         sites: the layers, in graph order.
-        values: the operands' values, by name.
-        held: bytes for each image of their operands.
-        work: bytes for each image of what the search makes of those.
-        candidates: bytes of what is made of candidates, however many images there are.
+        values: the names of the operands' values.
+        held: bytes per image of the cached operands.
+        work: bytes per image of the tensors that the search computes from them.
+        candidates: bytes of the tensors that it computes from candidates, independent of the number of images.
     """
 
     sites: tuple[Site, ...]
@@ -245,7 +248,7 @@ class _Group:
 
 
 def _groups(model: QuantizedModel, image: Tensor, pairs: int) -> tuple[list[_Group], dict[str, str]]:
-    """The layers that can be searched, those with a common operand together; and why others cannot."""
+    """The layers that can be searched, grouped by common operands, and why other layers cannot be, by their name."""
     refused: dict[str, str] = {}
     members: list[tuple[set[str], list[Site]]] = []
     for site in model.sites:
@@ -304,11 +307,11 @@ def _unfit(model: QuantizedModel, site: Site) -> str:
 def _bytes(
     model: QuantizedModel, sites: Sequence[Site], sizes: Mapping[str, int], pairs_at_most: int
 ) -> tuple[int, int, int]:
-    """`held`, `work` and `candidates` of a group; see `objectives` for what is made of the operands.
+    """`held`, `work` and `candidates` of a group; see `objectives` for the tensors that the search computes.
 
     Arguments:
-        sizes: how many elements each operand has for one image.
-        pairs_at_most: of the ranking loss; 0 for all.
+        sizes: the number of elements of each operand for one image.
+        pairs_at_most: pairs of columns in the ranking loss; 0 for all.
     """
     held = work = candidate = 0
     for site in sites:
@@ -329,7 +332,7 @@ def _bytes(
 
 
 def _map(model: QuantizedModel, site: Site, sizes: Mapping[str, int], pairs_at_most: int) -> tuple[int, int]:
-    """Of an attention map the pairs of columns that are compared, and one image's rows, of all heads and windows."""
+    """The number of column pairs compared in an attention map, and of its rows in one image, over heads and windows."""
     operand = "query" if site.kind == "scores" else "probs"
     nodes = nodes_by_name(model.graph_module.graph)
     columns = nodes[site.node if site.kind == "scores" else site.operands[operand]].meta["shape"][-1]
@@ -339,7 +342,7 @@ def _map(model: QuantizedModel, site: Site, sizes: Mapping[str, int], pairs_at_m
 
 
 def _within(groups: Sequence[_Group], images: int, memory: float) -> Iterator[list[_Group]]:
-    """Groups in graph order, as many at a time as the budget holds."""
+    """The groups in graph order, as many at a time as fit into the memory budget."""
     some: list[_Group] = []
     for group in groups:
         if (alone := _needed([group], images)) > memory * 1e9:
@@ -357,13 +360,13 @@ def _within(groups: Sequence[_Group], images: int, memory: float) -> Iterator[li
 
 
 def _needed(groups: Sequence[_Group], images: int) -> int:
-    """Bytes: operands are held for all groups, what the search makes of them for one layer at a time."""
+    """The memory of groups in bytes: operands of all groups, and the largest work memory of any one group."""
     held = sum(group.held for group in groups) * images
     return held + max(group.work * images + group.candidates for group in groups)
 
 
 def _operands(model: QuantizedModel, data: Iterable[Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
-    """What every operand of some sites is in the float model, (images, ...), for all images, at least in float32."""
+    """The operands of some sites in the float model, but for weights: (images, ...) of all images, at least float32."""
     held: dict[str, list[Tensor]] = defaultdict(list)
     names = [str(site.reader(operand)) for site in sites for operand in site.operands if operand != "weight"]
     read = model.segment(IMAGES, names, quantized=False)
@@ -406,7 +409,7 @@ class _Search:
 
 
 def _elements(node: Node) -> int:
-    """Of one image."""
+    """The number of elements of a node's tensor for one image."""
     return math.prod(size for size in node.meta["shape"] if size != -1)
 
 

@@ -1,4 +1,4 @@
-"""One layer of a model with what its operands are in float, and how good candidates for their quantizers are."""
+"""One layer of a model with its operands in float, and the scores of candidates for their quantizers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SearchedLayer:
         x: float (images, tokens, inputs).
         weight: as stored, outputs first.
         bias: (outputs,), or None.
-        correctable: the stored bias, if it may change.
+        correctable: the stored bias if bias correction may change it, else None.
         values: the names of the input's and the weight's value.
     """
 
@@ -59,7 +59,7 @@ class SearchedLayer:
 
     @property
     def corrected(self) -> tuple[Tensor, Tensor] | None:
-        """The stored bias and what it has to become; None where it stays."""
+        """The stored bias and its corrected value; None where it stays as it is."""
         return None if self._stored is None or self._bias is self._output.bias else (self._stored, self._bias)
 
 
@@ -67,7 +67,7 @@ class SearchedProduct:
     """A product of two activations.
 
     Arguments:
-        output: its.
+        output: the output of the product.
         values: the names of its operands' values.
     """
 
@@ -83,7 +83,7 @@ class SearchedProduct:
     correctable = False
 
     def correct(self, chosen: Mapping[str, Quantizer]) -> None:
-        """It has no bias."""
+        """Do nothing: a product has no bias."""
 
     @property
     def corrected(self) -> None:
@@ -93,12 +93,12 @@ class SearchedProduct:
 def searched(
     model: QuantizedModel, site: Site, held: Mapping[str, Tensor], ranking: Ranking
 ) -> SearchedLayer | SearchedProduct:
-    """A site with what its operands are in float.
+    """A site with its operands in float.
 
     Arguments:
-        held: by `site:operand`, what it reads, (images, ..., rows, columns) or, for convolutions, (images, parts,
-            channels, height, width); not the weight.
-        ranking: of attention maps.
+        held: the operands in float except the weight, by `site:operand`: (images, ..., rows, columns) or, for
+            convolutions, (images, parts, channels, height, width).
+        ranking: the settings of the ranking loss of attention maps.
     """
     node, module = node_of(model, site), model.graph_module
     read = model.index.read_by(site)
@@ -106,7 +106,7 @@ def searched(
     if site.kind in PRODUCTS:
         left, right = (held[str(site.reader(operand))] for operand in site.operands)
         if unquantized(arguments(node)[0]).name != next(iter(site.operands.values())):
-            left, right = left.mT, right.mT  # it is written value^T probs^T
+            left, right = left.mT, right.mT  # the model computes value^T probs^T
         return SearchedProduct(
             ProductOutput(left, right, _factor(node) if site.kind == "scores" else None, ranking), values
         )
@@ -136,7 +136,7 @@ def node_of(model: QuantizedModel, site: Site) -> Node:
 
 
 def _factor(node: Node) -> float:
-    """What the scores are multiplied by before their softmax."""
+    """The factor by which the scores are multiplied before their softmax."""
     for user in node.users:
         if calls(user, {aten.mul}) and isinstance(arguments(user)[1], float):
             return arguments(user)[1]

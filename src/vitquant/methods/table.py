@@ -59,19 +59,19 @@ class Step:
     settings: Any
 
     def check(self, model: QuantizedModel) -> None:
-        """Refuse a model that the method does not fit, before images are looked at.
+        """Refuse a model or settings that do not fit the method, before any image is read.
 
         Raises:
-            VitquantError: the method's own.
+            VitquantError: raised by the method.
         """
         if self.definition.check is not None:
             self._named(lambda check: check(model, self.settings), self.definition.check)
 
     def run(self, model: QuantizedModel, context: Context) -> Record:
-        """Let the method do its work.
+        """Run the method on a model.
 
         Raises:
-            VitquantError: the method's own; it names the method, and the site where there is one.
+            VitquantError: raised by the method; the message names the method, and the site where there is one.
         """
         return self._named(lambda run: run(model, context, self.settings), self.definition.run)
 
@@ -89,7 +89,7 @@ def planned(recipe: Recipe) -> tuple[Step, ...]:
     """The methods of a recipe in the order of their phases; those of one phase in the order of `METHODS`.
 
     Raises:
-        RecipeError: an unknown method, settings that it has not, or a method without one that it builds on.
+        RecipeError: a method or one of its settings is unknown, or a method that another builds on is missing.
     """
     names = [method.name for method in recipe.methods]
     for name in names:
@@ -106,7 +106,7 @@ def planned(recipe: Recipe) -> tuple[Step, ...]:
 
 
 def passes(steps: Sequence[Step], model: QuantizedModel) -> int:
-    """How often steps go through the calibration images of a model, at least."""
+    """How many times steps iterate over the calibration images of a model, at least."""
     return sum(step.definition.needs.passes for step in steps if not step.definition.idle(model))
 
 

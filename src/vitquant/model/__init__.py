@@ -1,4 +1,4 @@
-"""Quantized models: what they are, their files, and what they mean without float32's rounding."""
+"""Quantized models, their files, and their simulation in float64 without float32's rounding."""
 
 from vitquant.model.quantized import QuantizedModel, Record
 

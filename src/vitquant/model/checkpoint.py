@@ -1,7 +1,7 @@
-"""Files of a saved model: written whole or not at all, and refused when they are not what was written.
+"""Files of a saved model: written as a whole or not at all, and verified by their digests when read.
 
-A checkpoint is a directory with `model.safetensors` and `config.json`. This module knows tensors and
-JSON, nothing of models.
+A checkpoint is a directory with `model.safetensors` and `config.json`. This module deals with tensors and
+JSON only, not with models.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ TENSORS = "model.safetensors"
 CONFIG = "config.json"
 DIGEST = Text(64, "[0-9a-f]{64}")
 FILES = Table({TENSORS: Table({"sha256": DIGEST, "bytes": Integer(0)})})
-_LONGEST_CONFIG = 2**24  # bytes; that of a ViT-g has 2**21
+_LONGEST_CONFIG = 2**24  # bytes; the config of a ViT-g has 2**21
 
 
-# What is exported into the directory of a saved model was made from that model, and is replaced with it.
+# Exports in the directory of a saved model were made from that model, so that replacing the model removes them.
 EXPORTED: Layout = {
     "integer.program": None,
     "integer.onnx": None,
@@ -38,7 +38,7 @@ EXPORTED: Layout = {
 
 
 def is_saved_model(directory: Path) -> bool:
-    """Whether the config in a directory is one that was written here, and not of a library that calls it the same."""
+    """Whether a directory's `config.json` is that of a saved model, and not a file of that name of another library."""
     try:
         config = json.loads((directory / CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -52,19 +52,19 @@ SAVED_MODEL = Directory("saved model", {CONFIG: None, TENSORS: None, **EXPORTED}
 def write_checkpoint(
     directory: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], force: bool = False
 ) -> None:
-    """Write a checkpoint so that the directory holds either all of it or what it held before.
+    """Write a checkpoint atomically: the directory holds either all of it or its old content.
 
     Arguments:
-        directory: made, with its parents, when missing.
+        directory: created, with its parents, when missing.
         tensors: by name, on any device.
         config: plain JSON values; `format`, `files` and `digest` are added.
-        force: replace the checkpoint that is there.
+        force: replace an existing checkpoint.
 
     Raises:
         CheckpointError: see `vitquant.files.replacing`.
     """
     save_file = _safetensors().save_file
-    from safetensors import SafetensorError  # its own word for a full disk
+    from safetensors import SafetensorError  # raised instead of OSError, as for a full disk
 
     with replacing(directory, force, SAVED_MODEL) as new:
         try:
@@ -80,13 +80,13 @@ def write_checkpoint(
 
 
 def read_checkpoint(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a checkpoint, checking every byte of it.
+    """Read a checkpoint, verifying the digests of both files.
 
     Returns:
         the tensors by name, on the CPU, and the config.
 
     Raises:
-        CheckpointError: missing, truncated, altered, or of a newer format; the message names the file.
+        CheckpointError: a file is missing, truncated, altered, or of another format; the message names the file.
     """
     config = read_config(directory)
     path = _tensors_file(directory, config)
@@ -105,7 +105,7 @@ def read_shapes(directory: Path, config: Mapping[str, Any]) -> dict[str, list[in
         config: from `read_config`.
 
     Raises:
-        CheckpointError: the file is missing, truncated or none.
+        CheckpointError: the file is missing, truncated, or not a safetensors file.
     """
     path = _tensors_file(directory, config)
     _safetensors()
@@ -119,7 +119,7 @@ def read_shapes(directory: Path, config: Mapping[str, Any]) -> dict[str, list[in
 
 
 def _tensors_file(directory: Path, config: Mapping[str, Any]) -> Path:
-    """The file of tensors, when it is there and as long as it was."""
+    """The path of the tensors, after checking that the file exists and has the size that the config states."""
     path, written = directory / TENSORS, config["files"][TENSORS]["bytes"]
     if not os.path.isfile(path):
         raise CheckpointError(f"{path} is missing; the saved model is incomplete, save it again")
@@ -157,7 +157,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str:
-    """One sha256, in hexadecimal, over tensors and plain JSON values; the order of their names plays no part."""
+    """One sha256, in hexadecimal, over tensors and plain JSON values, independent of the order of their names."""
     described = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
     found = hashlib.sha256(_text({"tensors": described, "config": config}).encode())
     for name in sorted(tensors):

@@ -1,4 +1,4 @@
-"""What `config.json` of a saved model holds, as one schema; what it says of tensors is checked where they are read."""
+"""The schema of a saved model's `config.json`; `stored_tensors` checks the tensors that it describes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitquant.recipe.rule import GRANULARITIES, SCHEMES
 from vitquant.schema import PATH, Flag, Integer, ListOf, Plain, Schema, Table, TableOf, Text, check, maybe
 from vitquant.spec import MAX_BITS, MIN_BITS
 
-_MOST_PIXELS = 2**26  # of an image, channels counted; loading makes two random ones
+_MOST_PIXELS = 2**26  # channels times height times width; loading makes two random images
 
 _SPEC = Table(
     {
@@ -35,7 +35,7 @@ _QUANTIZATION = Table(
     {
         "quant_method": Text(among=("vitquant",)),
         "bits": Text(100),
-        "recipe": TableOf(Plain()),  # it has a schema of its own, and so have source and preprocessing
+        "recipe": TableOf(Plain()),  # like source and preprocessing, checked by a schema of its own
         "operands": TableOf(Table({"rule": Text(), "spec": maybe(_SPEC)}), least=1),
         "packed": TableOf(Table({"operand": Text(), "shape": ListOf(Integer(1, 2**31), 1, 8)})),
     },
@@ -66,14 +66,14 @@ PROVENANCE = tuple(_PROVENANCE)
 
 
 def check_config(config: dict[str, Any], directory: str | Path) -> dict[str, Any]:
-    """The config of a saved model, when it is one.
+    """Check that a config is that of a saved model, and return it.
 
     Arguments:
         config: from `read_config`, or about to be written.
         directory: for the message.
 
     Raises:
-        CheckpointError: a key is unknown or missing, or a value is not what it should be.
+        CheckpointError: a key is unknown or missing, or a value does not fit the schema.
     """
     where = Path(directory) / CONFIG
     try:

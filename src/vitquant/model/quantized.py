@@ -35,12 +35,12 @@ _NO_TORCHSCRIPT = (
 
 @dataclass(frozen=True)
 class Record:
-    """What a method did: for the report, and saved with the model.
+    """The result of a method's run, for the report; it is saved with the model.
 
     Arguments:
-        method: its name.
+        method: the name of the method.
         summary: facts about the whole run, plain JSON values.
-        decisions: for each value's name what was decided there, plain JSON values.
+        decisions: what the method decided for each value or site, by its name, plain JSON values.
     """
 
     method: str
@@ -49,26 +49,26 @@ class Record:
 
 
 class QuantizedModel(CapturedModel):
-    """A captured model, and the quantizers that a recipe puts on what its sites read.
+    """A captured model with the quantizers that a recipe assigns to the operands of its sites.
 
-    It is called like the model it was made from and gives the same output type. Until its methods have
-    run it has no quantizers, and calling it is an error: an uncalibrated model never answers.
+    It is called like the model that it was made from and returns the same output type. Until the recipe's
+    methods have run it has no quantizers, and calling it is an error.
 
     Arguments:
         captured: the float model; its graph and parameters become this model's.
         recipe: which operand gets which spec.
-        bits: what the recipe's symbols stand for.
+        bits: the bit widths for the recipe's symbols.
 
     Attributes:
-        assignments: for each value's name its spec, observer and rule, from the recipe.
-        arithmetic: how softmax, LayerNorm and activations are computed on codes; None when all of them are float.
-        float_reasons: for each of their sites that stays in float all the same, why.
-        records: what each method did, in order.
+        assignments: spec, observer and rule of each value, by its name, from the recipe.
+        arithmetic: how softmax, LayerNorm and activations are computed on codes; None when all of them are in float.
+        float_reasons: why a site stays in float although `arithmetic` asks for integers, by the site's name.
+        records: the record of each method that has run, in order.
         provenance: source, preprocessing and calibration data, plain JSON values, saved with the model.
 
     Raises:
         RecipeError: the recipe does not fit the model.
-        CaptureError: the graph holds no attention.
+        CaptureError: the graph has no product of activations, hence no attention.
     """
 
     def __init__(self, captured: CapturedModel, recipe: Recipe, bits: Bits) -> None:
@@ -89,10 +89,11 @@ class QuantizedModel(CapturedModel):
 
         Raises:
             CalibrationError: a quantizer is missing.
-            CaptureError: images of another size; or torch.jit.trace asks, which would fix the size of the batch.
+            CaptureError: the images have another size; or torch.jit.trace is running, which would fix the batch size.
 
-        Pitfall: integer operations check at every call that they hold the constants of their scales. What is compiled
-            or exported cannot: change scales before, by `insert`, `load_state_dict`, or followed by a call.
+        Pitfall: integer operations check at every call that their constants belong to their scales. A compiled or
+            exported model cannot check this: change scales before, by `insert` or `load_state_dict`, or directly and
+            then call the model once.
         """
         if torch.jit.is_tracing():
             raise CaptureError(_NO_TORCHSCRIPT)
@@ -116,10 +117,10 @@ class QuantizedModel(CapturedModel):
         return super()._apply(kept, recurse)
 
     def require_calibrated(self) -> None:
-        """Raise unless every quantizer is there.
+        """Raise an error unless the model has all of its quantizers.
 
         Raises:
-            CalibrationError: it names the first that is missing.
+            CalibrationError: a quantizer is missing; the message names the first.
         """
         present = self.quantizers
         missing = [name for name in self.quantized_names if name not in present]
@@ -130,18 +131,18 @@ class QuantizedModel(CapturedModel):
 
     @property
     def quantized_names(self) -> list[str]:
-        """The values that the recipe quantizes."""
+        """The names of the values that the recipe quantizes."""
         return [name for name, assignment in self.assignments.items() if assignment.spec is not None]
 
     @property
     def quantizers(self) -> dict[str, Quantizer]:
-        """The quantizers there are, by the name of their value."""
+        """The quantizers that the model has so far, by the name of their value."""
         targets = [str(node.target) for node in self.graph_module.graph.nodes if is_quantizer(node)]
         return {target.removeprefix(f"{QUANTIZERS}."): self.graph_module.get_submodule(target) for target in targets}  # type: ignore[return-value]
 
     @property
     def image_quantizer(self) -> Quantizer | None:
-        """The quantizer of the images, as they are or rearranged, if they have one."""
+        """The quantizer of the images, perhaps rearranged or padded before it; None if they have none."""
         for node in self.graph_module.graph.nodes:
             if is_quantizer(node) and origin(node.all_input_nodes[0]).op == "placeholder":
                 return self.graph_module.get_submodule(str(node.target))  # type: ignore[return-value]
@@ -155,13 +156,13 @@ class QuantizedModel(CapturedModel):
         return {name: operation for name, operation in found.items() if operation is not None}
 
     def insert(self, quantizers: Mapping[str, Quantizer]) -> None:
-        """Put quantizers on values, each for everything that reads its value; those that are there are replaced.
+        """Insert quantizers for values, each for all readers of its value, and replace those that are present.
 
         Arguments:
-            quantizers: by the name of the value; each takes and gives tensors of the value's shape.
+            quantizers: by the name of the value; each maps a tensor of the value's shape to one of the same shape.
 
-        Pitfall: every call compiles the graph anew, which takes longer than a forward pass of a small model;
-            insert what belongs together at once.
+        Pitfall: every call compiles the graph again, which takes longer than a forward pass of a small model;
+            insert all quantizers in one call where possible.
         """
         graph, present = self.graph_module.graph, self.quantizers
         nodes = nodes_by_name(graph)
@@ -180,13 +181,14 @@ class QuantizedModel(CapturedModel):
     def compute_in_integers(self, arithmetic: Arithmetic) -> None:
         """Compute softmax, LayerNorm and activations on codes, wherever their quantizers allow it.
 
-        The scales are those of the quantizers, whenever they change. `float_reasons` says what stayed in float.
+        The operations always use the quantizers' current scales. `float_reasons` says which sites stay in float, and
+        why.
 
         Arguments:
-            arithmetic: how.
+            arithmetic: how each kind of operation is computed.
 
         Raises:
-            CalibrationError: a quantizer is missing, or it was called before.
+            CalibrationError: a quantizer is missing, or this method was called before.
         """
         self.require_calibrated()
         if self.arithmetic is not None:
@@ -202,18 +204,18 @@ class QuantizedModel(CapturedModel):
         Arguments:
             images: (batch, channels, height, width).
             taps: by the names of values.
-            quantized: False leaves out every quantizer and integer operation; the names of values leave out all but
-                their quantizers.
+            quantized: True uses all quantizers and integer operations, False none; names of values use the quantizers
+                of these values only.
 
-        Pitfall: a tap's tensor is lent for the call. Without gradients what comes after may overwrite it; a tap
-            that keeps it keeps a clone.
+        Pitfall: a tap's tensor is valid only during the call. Without gradients a later operation may overwrite it;
+            to keep it, clone it.
         """
         return self._run(images, taps, self._active(quantized))
 
     def segment(
         self, inputs: str | Sequence[str], outputs: str | Sequence[str], quantized: bool | Collection[str] = True
     ) -> Segment:
-        """The part of the model between some tensors and others, with its quantizers; see `CapturedModel.segment`.
+        """The part of the model between input and output tensors, with its quantizers; see `CapturedModel.segment`.
 
         Arguments:
             inputs, outputs: names of tensors.
@@ -225,17 +227,17 @@ class QuantizedModel(CapturedModel):
         return segment(self.graph_module, self.index, inputs, outputs, self._active(quantized))
 
     def downstream_segment(self, values: Collection[str], outputs: Sequence[str]) -> Segment:
-        """What the quantizers of some values have an effect on, up to some outputs, all else in float.
+        """The part of the model that depends on the quantizers of some values, up to some outputs, all else in float.
 
-        Its inputs are what stands before them, by names that `segment` takes: computed once in float they serve every
-        choice of scales or bits of these values.
+        Its inputs are the tensors that these quantizers read, by names that `segment` takes: computed once in float,
+        they serve every choice of scales or bits of these values.
 
         Arguments:
-            values: their names.
+            values: names of values.
             outputs: names of tensors.
 
         Raises:
-            CaptureError: there is no such tensor, or no quantizer has an effect on it.
+            CaptureError: there is no such tensor, or no output depends on these quantizers.
         """
         return downstream_segment(self.graph_module, self.index, self._targets(values), outputs)
 
@@ -247,13 +249,13 @@ class QuantizedModel(CapturedModel):
 
     def save(self, directory: str | Path, force: bool = False) -> None:
         """Write the model into a directory, see `saved_model.save`."""
-        from vitquant.model.saved import save  # files know models, not the other way round
+        from vitquant.model.saved import save  # imported here: `saved` imports this module
 
         save(self, directory, force)
 
 
 def _route_through(graph: Graph, node: Node, target: str) -> None:
-    """Let everything that reads `node` read the module `target` of it instead."""
+    """Insert a call of the module `target` on `node`, and let all readers of `node` read its result instead."""
     with graph.inserting_after(node):
         call = graph.call_module(target, (node,))
     call.meta = dict(node.meta)
@@ -261,13 +263,13 @@ def _route_through(graph: Graph, node: Node, target: str) -> None:
 
 
 def _prepare(module: nn.Module, incompatible: object) -> None:
-    """Called by torch when a state was loaded into a graph, and scales may be others."""
+    """A hook for torch to call after a state dict was loaded into the graph, which may have changed scales."""
     assert isinstance(module, GraphModule)
     prepare_operations(module)
 
 
 def _rounds(tensor: torch.Tensor, moved: torch.Tensor) -> bool:
-    """Whether a cast loses digits, of the numbers or of what will be computed with them."""
+    """Whether a cast loses precision, of the stored numbers or of what will be computed with them."""
     if torch.promote_types(tensor.dtype, moved.dtype) == moved.dtype:
         return False
     return moved.itemsize < 4 or moved.is_meta or not torch.equal(moved.to(tensor), tensor)

@@ -1,4 +1,4 @@
-"""Files of a quantized model: its weights as packed integers, and all that makes the same model again."""
+"""Files of a quantized model: its weights as packed integers, and everything else that restores the same model."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from vitquant.version import __version__
 def save(model: QuantizedModel, directory: str | Path, force: bool = False) -> None:
     """Write `model.safetensors` (weights as packed integers, scales, zero points) and `config.json`.
 
-    The directory holds all of it or, when the run is killed, nothing. Loading it gives bit-identical outputs.
+    When the run is killed meanwhile, the directory is left as it was. The loaded model gives bit-identical outputs.
 
     Raises:
         CalibrationError: a quantizer is missing.
-        CheckpointError: the directory cannot be written, or is not empty and not `force`; or `provenance` holds
-            what it should not.
+        CheckpointError: the directory cannot be written, or is not empty and `force` is false; or `provenance` does
+            not fit the schema of the config.
     """
     tensors, packed = _packed(model)
     config = {
@@ -55,16 +55,16 @@ def save(model: QuantizedModel, directory: str | Path, force: bool = False) -> N
         },
         "records": [finite(asdict(record)) for record in model.records],
     }
-    check_config(config, directory)  # what it would refuse to load
+    check_config(config, directory)  # refuse now what loading would refuse
     write_checkpoint(Path(directory), tensors, config, force)
 
 
 def restore(directory: str | Path, captured: CapturedModel) -> QuantizedModel:
-    """The model that `save` wrote, on a capture of the same float model.
+    """The model that `save` wrote, restored onto a capture of the same float model.
 
     Arguments:
-        directory: what was saved.
-        captured: the float model; its weights do not matter, and it becomes the quantized one.
+        directory: of the saved model.
+        captured: the float model, which becomes the quantized one; its weights are replaced.
 
     Raises:
         CheckpointError: the files are damaged, or the capture is not of the model that was saved.
@@ -100,7 +100,7 @@ def restore(directory: str | Path, captured: CapturedModel) -> QuantizedModel:
 
 
 def stored_bytes(model: QuantizedModel) -> dict[str, int]:
-    """What each tensor that `save` writes takes, by its key.
+    """The size in bytes of each tensor that `save` writes, by its key.
 
     Raises:
         CalibrationError: a quantizer is missing.
@@ -109,9 +109,9 @@ def stored_bytes(model: QuantizedModel) -> dict[str, int]:
 
 
 def digest(model: QuantizedModel) -> str:
-    """Tells models apart: a sha256 over the tensors that are saved, the quantizers' specs and the graph.
+    """The identity of a model: a sha256 over the tensors that are saved, the quantizers' specs and the graph.
 
-    It is the same for a model and for what was loaded of it.
+    It is the same for a model and for one loaded from its files.
 
     Raises:
         CalibrationError: a quantizer is missing.
@@ -122,14 +122,14 @@ def digest(model: QuantizedModel) -> str:
 
 
 def facts(model: QuantizedModel) -> dict[str, Any]:
-    """What every export says of the model that it is of, plain values."""
+    """The facts about a model that every export holds: recipe, bits, digest and preprocessing, as plain values."""
     preprocessing = model.provenance.get("preprocessing")
     known = {} if preprocessing is None else {"preprocessing": preprocessing}
     return {"recipe": model.recipe.name, "bits": str(model.bits), "model": digest(model), **known}
 
 
 def _packed(model: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors that are saved, and for each that is packed its operand and shape."""
+    """The tensors that are saved, and the operand and shape of each packed one, by its key."""
     model.require_calibrated()
     quantizers = model.quantizers
     tensors = {name: tensor.clone() for name, tensor in model.graph_module.state_dict().items()}
@@ -140,7 +140,7 @@ def _packed(model: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         quantizer, weight = quantizers[value.name], model.parameter(value).detach()
         codes = quantizer.encode(weight)
         if not torch.equal(quantizer.encode(quantizer.decode(codes, weight.dtype)), codes):
-            continue  # bfloat16 is too coarse for this grid: only the weight itself gives these codes again
+            continue  # bfloat16 cannot represent this grid, so that only the original weight encodes to these codes
         tensors[str(value.parameter)] = pack(codes, quantizer.spec.bits)
         packed[str(value.parameter)] = {"operand": value.name, "shape": list(value.shape)}
     return tensors, packed
@@ -155,7 +155,7 @@ def _operands(model: QuantizedModel) -> dict[str, Any]:
 
 
 def _packable(model: QuantizedModel) -> list[Value]:
-    """Weights that nothing but one quantized operand reads: their integers are all that need be kept."""
+    """The weights that only one quantized operand reads, so that saving their integer codes is enough."""
     uses: dict[int, int] = {}
     for node in model.graph_module.graph.nodes:
         if node.op == "get_attr":
@@ -174,7 +174,7 @@ def _packable(model: QuantizedModel) -> list[Value]:
 
 
 def finite(value: Any) -> Any:
-    """Plain values with null in the place of NaN and infinity, which JSON has not."""
+    """Plain values with None in place of NaN and infinity, which JSON cannot represent."""
     match value:
         case dict():
             return {key: finite(each) for key, each in value.items()}
@@ -187,7 +187,7 @@ def finite(value: Any) -> Any:
 
 
 def _refuse_other_precision(captured: GraphModule, tensors: dict[str, torch.Tensor], directory: object) -> None:
-    """Say so where a model differs from what was saved by its precision."""
+    """Refuse a float model whose dtype is not that of the model that was saved, naming both."""
     for key, tensor in captured.state_dict().items():
         saved = tensors.get(key)
         if saved is None or not saved.is_floating_point() or saved.dtype == tensor.dtype:
@@ -199,12 +199,12 @@ def _refuse_other_precision(captured: GraphModule, tensors: dict[str, torch.Tens
 
 
 def _is_rounded(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is of functions that processors round apart: masks and whole numbers are the same on all."""
+    """Whether a computed constant may be rounded differently on another processor, unlike masks and whole numbers."""
     return tensor.is_floating_point() and not bool((tensor.isinf() | (tensor == tensor.round())).all())
 
 
 def _tied(module: nn.Module) -> set[int]:
-    """The identities of parameters that are stored under more than one name."""
+    """The `id` of each parameter that is stored under more than one name."""
     seen: set[int] = set()
     tied: set[int] = set()
     for _, parameter in module.named_parameters(remove_duplicate=False):

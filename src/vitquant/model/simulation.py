@@ -1,4 +1,4 @@
-"""The simulation without float32's rounding: what a quantized model means."""
+"""Simulation of a quantized model in float64, so that float32's rounding plays no part."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vitquant.model import QuantizedModel
 
 
 class ExactSimulation(nn.Module):
-    """A quantized model simulated in float64, on the codes that it has in float32.
+    """A quantized model simulated in float64, with weights and images encoded in float32.
 
-    A deep quantized network multiplies its rounding: one code that flips in an early block flips others behind it, and
-    a few blocks later most of the rounding noise is another draw. float32 rounds sums by up to 2**-24, which flips
-    some codes of every image, so two float32 simulations of one model (another batch size, another number of threads)
-    differ as much as two seeds. In float64 next to no code flips, and what differs from an integer program is the
-    program.
+    A deep quantized network amplifies rounding: one code that flips in an early block flips others after it, and a few
+    blocks later most of the rounding noise is a different draw. float32 rounds sums by up to 2**-24, which flips some
+    codes of every image, so that two float32 simulations of one model (with another batch size or number of threads)
+    differ as much as two seeds. In float64 hardly any code flips, so that a difference from an integer program is
+    due to the program.
 
     Arguments:
         model: calibrated; copied.
@@ -31,7 +31,7 @@ class ExactSimulation(nn.Module):
         model.require_calibrated()
         self.model = copy.deepcopy(model)
         quantizers = self.model.quantizers
-        # Images and weights get their codes in float32, as everywhere else: in float64 a few would round apart.
+        # Images and weights are encoded in float32, as everywhere else: in float64 a few would get other codes.
         with torch.no_grad():
             for value in self.model.values:
                 if value.name in quantizers and value.parameter is not None:
@@ -41,7 +41,7 @@ class ExactSimulation(nn.Module):
         self.model.double()
 
     def forward(self, images: Tensor) -> Any:
-        """What the model gives for float32 images (batch, channels, height, width), in float64."""
+        """The model's output in float64 for float32 images (batch, channels, height, width)."""
         if self.input is not None:
             images = self.input(images)
         return self.model(images.double())

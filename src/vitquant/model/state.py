@@ -1,4 +1,4 @@
-"""All that methods change in a quantized model, as tensors by name."""
+"""The state of a quantized model that methods change, as tensors by name."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from vitquant.model.stored_tensors import load_tensors, stored_quantizer
 
 
 def state_of(model: QuantizedModel) -> dict[str, Tensor]:
-    """Parameters and the numbers of the quantizers there are."""
+    """The parameters and buffers of a model, and scales, zero points and factors of its quantizers."""
     return dict(model.graph_module.state_dict())
 
 
 def put_state(model: QuantizedModel, tensors: dict[str, Tensor], where: str) -> None:
-    """Give a model of the same float model and recipe what `state_of` gave.
+    """Restore what `state_of` returned into a model of the same float model and recipe.
 
     Arguments:
         model: its quantizers are replaced.
         tensors: on any device.
-        where: they come from, for messages.
+        where: the file that they come from, for messages.
 
     Raises:
-        CheckpointError: they are not of this model.
+        CheckpointError: the tensors are not of such a model.
     """
     parameter = next(model.parameters())
     found = {

@@ -1,4 +1,4 @@
-"""What a saved model's tensors must be before a model is made of them: every shape, type and number is looked at."""
+"""Validation of a saved model's tensors before they are used: every shape, dtype and value is checked."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from vitquant.spec import Logarithmic, PowerOfTwoFactor, PowerOfTwoScale, QParam
 
 Tensors = dict[str, torch.Tensor]
 
-_SCALES = 2.0**-120, 2.0**100  # beyond them float32 has no room left for codes
-_FURTHEST_ZERO = 2**25  # from the codes; `params_from_free_range` goes to 2**24
+_SCALES = 2.0**-120, 2.0**100  # outside of them scale * code may leave float32's normal numbers
+_FURTHEST_ZERO = 2**25  # distance of a zero point from the codes; `params_from_free_range` goes to 2**24
 
 
 def stored_quantizer(tensors: Tensors, prefix: str, value: Value, spec: QuantSpec, directory: object) -> Quantizer:
-    """The quantizer of a value.
+    """The quantizer of a value, from its stored tensors.
 
     Arguments:
         tensors: of the saved model.
-        prefix: of the quantizer's own.
-        value: what it stands on.
-        spec: what it is.
+        prefix: the prefix of the quantizer's keys.
+        value: the value that it quantizes.
+        spec: the quantizer's spec.
         directory: for messages.
 
     Raises:
-        CheckpointError: a tensor is missing, is there though the spec has none, or is not what the spec asks for.
+        CheckpointError: a tensor is missing, is present although the spec has none, or does not fit the spec.
     """
 
     def refuse(what: str) -> CheckpointError:
@@ -68,7 +68,7 @@ def stored_quantizer(tensors: Tensors, prefix: str, value: Value, spec: QuantSpe
 
 
 def _shapes(value: Value, spec: QuantSpec) -> list[tuple[int, ...]]:
-    """The shapes that scales may have."""
+    """The shapes that the scale of a value's quantizer may have."""
     axis = channel_axis(spec.granularity)
     if axis is None or not -len(value.shape) <= axis < len(value.shape):
         return [()]
@@ -86,16 +86,16 @@ def unpack_weights(
     quantizers: Mapping[str, Quantizer],
     directory: object,
 ) -> None:
-    """Put weights in the place of their packed integers.
+    """Replace packed codes by the float32 weights that they decode to.
 
     Arguments:
-        tensors: of the saved model; changed.
-        packed: of the config, by the tensor's key.
-        values, quantizers: by name.
+        tensors: of the saved model; changed in place.
+        packed: the entries `packed` of the config, by the tensor's key.
+        values, quantizers: by the name of the value.
         directory: for messages.
 
     Raises:
-        CheckpointError: what is packed is no weight of the model, or has not its shape or its bytes.
+        CheckpointError: a packed tensor is not a quantized weight of the model, or has another shape or size.
     """
     for key, entry in packed.items():
         value, quantizer = values.get(entry["operand"]), quantizers.get(entry["operand"])
@@ -109,10 +109,10 @@ def unpack_weights(
 
 
 def take(tensors: Tensors, key: str, directory: object) -> torch.Tensor:
-    """A tensor that has to be there.
+    """The tensor of a key.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: there is no such tensor.
     """
     if key not in tensors:
         raise CheckpointError(f"{directory}: {key} is missing; the model was not calibrated or the file is incomplete")
@@ -120,19 +120,19 @@ def take(tensors: Tensors, key: str, directory: object) -> torch.Tensor:
 
 
 def load_tensors(module: GraphModule, tensors: Tensors, packed: Mapping[str, Any], directory: object) -> None:
-    """Give a graph its tensors.
+    """Load tensors into a graph.
 
     Arguments:
         module: the graph, with its quantizers.
         tensors: by the keys of its state dict.
-        packed: the keys of those that were packed, which are float32 whatever the model's dtype.
+        packed: the keys of the tensors that were packed, which are float32 whatever the model's dtype.
         directory: for messages.
 
     Raises:
-        CheckpointError: one is missing, unknown, or of another shape or dtype; a parameter holds NaN or infinity, a
-            buffer NaN, or a table of indices one that the model's own has not.
+        CheckpointError: a tensor is missing, unknown, or of another shape or dtype; a parameter holds NaN or infinity,
+            a buffer NaN, or a table of indices an index outside of the range of the model's own.
     """
-    computed = constants(module)  # what was rounded where the model was saved, not here
+    computed = constants(module)  # those that were saved replace these, which this processor may round differently
     expected = module.state_dict() | {name: tensor for name, tensor in computed.items() if name in tensors}
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:

@@ -1,1 +1,1 @@
-"""What a search maximizes or a training minimizes: pure functions of tensors."""
+"""The objectives of searches and the losses of training, as pure functions of tensors."""

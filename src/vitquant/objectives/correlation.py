@@ -1,4 +1,4 @@
-"""Pearson correlation of a layer's output with its float output, and of many candidates for it at once."""
+"""Pearson correlation of a layer's quantized output with its float output, for many candidate quantizers at once."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 Quantize = Callable[[Tensor], Tensor]
 
-IN_CACHE = 1 << 17  # elements that are worked on at once
-CANDIDATES_AT_ONCE = 16  # for a weight: what is made of them is held
+IN_CACHE = 1 << 17  # elements that are processed at once, so that they stay in the cache
+CANDIDATES_AT_ONCE = 16  # of a weight; the matrices computed from them are all in memory
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What a correlation is made of: sums over all elements of an output, float64, of one shape.
+    """The sums from which a correlation is computed, over all elements of an output: float64, of one shape.
 
     Arguments:
-        count: how many elements there are.
-        total, square: the sums of y and of y**2 of the float output.
-        total_hat, square_hat: of the quantized output.
-        cross: the sum of their products.
+        count: the number of elements.
+        total, square: the sums of y and of y**2 for the float output y.
+        total_hat, square_hat: the same for the quantized output.
+        cross: the sum of the products of float and quantized output.
     """
 
     count: int
@@ -33,14 +33,14 @@ class Moments:
     cross: Tensor
 
     def correlation(self) -> Tensor:
-        """Pearson's coefficient; 0 where an output is constant, as no direction can be compared then.
+        """Pearson's coefficient; 0 where an output is constant and the coefficient undefined.
 
         Source: VT-PTQ, Liu et al. 2021, equation of Gamma.
         """
         covariance = self.cross - self.total * self.total_hat / self.count
         variance = self.square - self.total.square() / self.count
         variance_hat = self.square_hat - self.total_hat.square() / self.count
-        # A difference of sums that is rounding noise is no variance.
+        # A variance this small relative to the sum of squares is rounding noise.
         constant = (variance <= 1e-12 * self.square) | (variance_hat <= 1e-12 * self.square_hat)
         found = covariance / torch.where(constant, 1.0, variance * variance_hat).sqrt()
         return torch.where(constant, 0.0, found.clamp(-1.0, 1.0))
@@ -54,11 +54,11 @@ def correlation(y: Tensor, y_hat: Tensor) -> Tensor:
 
 
 class FixedFactor:
-    """One factor F of a product F Z, and its float result Y: what a correlation needs of every candidate for Z.
+    """The fixed factor F of a product F Z and the float product Y, to correlate F Z with Y for many candidates Z.
 
-    The product itself is not needed: its squares sum to <Z, F^T F Z>, and its products with Y to <Z, F^T Y>. So a
-    candidate costs D^2 N operations for an F of M rows and D columns and a Z of D rows and N columns, or M D N where
-    that is less, and no pass over M N elements but for that.
+    The correlation does not need the product itself: its squares sum to <Z, F^T F Z>, and its products with Y to
+    <Z, F^T Y>. So a candidate costs D^2 N operations for an F of M rows and D columns and a Z of D rows and N columns,
+    or M D N where that is less, and only in the latter case a pass over M N elements.
 
     Arguments:
         fixed: F, (images, ..., M, D), or (M, D) for all images.
@@ -74,8 +74,7 @@ class FixedFactor:
         """The sums of F Z, of its squares, and of its products with Y: float64 (images,) each.
 
         Arguments:
-            candidate: Z, (images, ..., D, N), contiguous: the passes over its elements are what a search spends beside
-                its products.
+            candidate: Z, (images, ..., D, N), contiguous, since passes over its elements take much of a search's time.
         """
         made = (self._fixed if self._gram is None else self._gram) @ candidate
         total = self._column_sums * candidate.sum(-1)
@@ -85,11 +84,11 @@ class FixedFactor:
 
 
 class LinearOutput:
-    """The output of a linear layer, correlated with what candidates for its operands would make of it.
+    """The float output of a linear layer, to be correlated with its outputs for candidate quantizers of its operands.
 
-    No candidate's output is written down where that can be avoided. With G = X^T X of each image and A = W^T W, the
+    A candidate's output is not computed where that can be avoided. With G = X^T X of each image and A = W^T W, the
     squares of X W^T sum to <G, A>, and its products with the float output Y to <Y^T X, W>. So a candidate for W costs
-    N K^2 operations and N K + K^2 an image instead of T N K an image, and one for X at most T K min(K, N) an image
+    N K^2 operations plus N K + K^2 per image instead of T N K per image, and one for X at most T K min(K, N) per image
     instead of T N K (T tokens, K inputs, N outputs).
 
     Arguments:
@@ -111,7 +110,7 @@ class LinearOutput:
         """The mean correlation with each candidate quantizer of the weight: float64 (candidates,).
 
         Arguments:
-            quantize_input: what the input is quantized with.
+            quantize_input: the quantizer of the input.
             quantizers: candidates.
             bias: (outputs,), which is added to the quantized output.
         """
@@ -139,7 +138,7 @@ class LinearOutput:
 
         Arguments:
             quantizers: candidates.
-            quantize_weight: what the weight is quantized with.
+            quantize_weight: the quantizer of the weight.
             bias: (outputs,), which is added to the quantized output.
         """
         images, _, inputs = self.x.shape
@@ -158,7 +157,7 @@ class LinearOutput:
         return self._moments(bias, squares, crosses, totals, products).correlation().mean(0)
 
     def corrected_bias(self, quantize_input: Quantize, quantize_weight: Quantize) -> Tensor:
-        """The bias with which each output unit of the quantized layer has the float layer's mean: (outputs,).
+        """The bias with which each output unit of the quantized layer has the same mean as in float: (outputs,).
 
         Source: VT-PTQ, section "Bias Correction".
         """
@@ -169,7 +168,7 @@ class LinearOutput:
         return (self._by_output.sum(0) / (images * tokens) - mean).to(self.bias.dtype)
 
     def _moments(self, bias: Tensor, squares: Tensor, crosses: Tensor, totals: Tensor, products: Tensor) -> Moments:
-        """Of X W^T + bias, from the sums of X W^T, of its squares, and of its products with Y and with the bias."""
+        """The moments of X W^T + bias, from the sums of X W^T, its squares, and its products with Y and the bias."""
         tokens, bias = self.x.shape[1], bias.double()
         return Moments(
             count=self.y[0].numel(),
@@ -181,5 +180,5 @@ class LinearOutput:
         )
 
     def _images(self, inputs: int) -> int:
-        """How many images are worked on at once."""
+        """The number of images that are processed at once."""
         return max(1, IN_CACHE // (self.x.shape[1] * inputs))

@@ -1,4 +1,4 @@
-"""The output of a product of two activations, and how candidates for its operands change it."""
+"""The output of a product of two activations, and how candidate quantizers of its operands change it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vitquant.objectives.ranking import column_pairs, differences, ranking_loss
 
 @dataclass(frozen=True)
 class Ranking:
-    """How much the order within the rows of an attention map counts beside the correlation of outputs.
+    """The settings of the ranking loss of an attention map, which is subtracted from the correlation of outputs.
 
     Arguments:
         gamma: the weight of the loss; 0 leaves it out.
         theta: the margin of a pair, in the map's units.
-        pairs: how many pairs of columns are compared in each row, drawn once; 0 for all.
-        seed: of the draw.
+        pairs: the number of pairs of columns that are compared, the same in each row; 0 for all.
+        seed: of the draw of pairs.
     """
 
     gamma: float = 0.1
@@ -30,13 +30,13 @@ class Ranking:
 
 
 class ProductOutput:
-    """The output of a matrix product, compared with what candidates for its operands would make of it.
+    """The float output of a matrix product, to be compared with its outputs for candidate quantizers of its operands.
 
     Arguments:
         left: float (images, ..., rows, depth).
         right: float (images, ..., depth, columns).
-        factor: what the product is multiplied by to be an attention map; None where the map is the left operand.
-        ranking: of the attention map.
+        factor: the factor that makes the product an attention map; None where the map is the left operand.
+        ranking: the settings of the ranking loss.
     """
 
     def __init__(self, left: Tensor, right: Tensor, factor: float | None, ranking: Ranking) -> None:
@@ -47,10 +47,10 @@ class ProductOutput:
     def of_operands(self, left: Sequence[Quantize], right: Sequence[Quantize]) -> Tensor:
         """The mean over images of correlation - gamma * ranking loss: float64 (candidates,).
 
-        Where candidates do not change the map the loss is the same for all, and is left out.
+        If the candidates do not change the map, the loss is the same for all of them and is left out.
 
         Arguments:
-            left, right: quantizers of the operands: candidates of one, and the one that the other keeps.
+            left, right: quantizers of the operands: the candidates of one, and the fixed quantizer of the other.
 
         Source: VT-PTQ, Liu et al. 2021, the objective of the ranking-aware search.
         """
@@ -69,7 +69,7 @@ class ProductOutput:
         flat = y.flatten(1)
         sums = flat.sum(1, dtype=torch.float64), flat.square().sum(1, dtype=torch.float64)
         on_the_left = len(left) > 1
-        if on_the_left:  # the product the other way round, so that its right factor is searched
+        if on_the_left:  # transpose the product, so that the right factor is the searched one
             fixed, free, quantizers = right[0](z).mT, x.mT.contiguous(), left
         else:
             fixed, free, quantizers = left[0](x), z.contiguous(), right
@@ -87,11 +87,11 @@ class ProductOutput:
         return torch.stack(found)
 
     def _changes_the_map(self, on_the_left: bool) -> bool:
-        """Whether candidates change the map, and its order counts."""
+        """Whether candidates change the map, and the ranking loss has a weight."""
         return self.ranking.gamma > 0 and self._pairs.numel() > 0 and (self.factor is not None or on_the_left)
 
     def _differences(self, left: Tensor, right: Tensor) -> Tensor:
-        """Between columns of the map: (..., pairs, rows), from the transposed operands."""
+        """The differences between columns of the map, (..., pairs, rows), from the transposed operands."""
         if self.factor is None:
             return differences(left, self._pairs)
         return (differences(right, self._pairs) * self.factor) @ left

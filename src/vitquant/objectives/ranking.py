@@ -1,4 +1,4 @@
-"""The ranking loss of attention maps: whether quantization keeps which of two entries of a row is the larger."""
+"""The ranking loss of attention maps: whether quantization preserves the order of two entries of a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def ranking_loss(difference: Tensor, order: Tensor, theta: float) -> Tensor:
     """The mean of max(0, theta - (a_hat_i - a_hat_j) sign(a_i - a_j)) over rows and pairs of columns.
 
-    Two entries that are equal in the float map have no order to keep: they give theta, whatever the others do.
+    Two entries that are equal in the float map have no order, and contribute the constant theta.
 
     Arguments:
         difference: a_hat_i - a_hat_j of the quantized map, (images, ..., pairs, rows); overwritten.
@@ -19,8 +19,8 @@ def ranking_loss(difference: Tensor, order: Tensor, theta: float) -> Tensor:
     Returns:
         float64 (images,), between 0 and theta + the largest difference in a row.
 
-    Source: VT-PTQ, Liu et al. 2021, equation of L_ranking. The paper sums, beside a correlation of at most 1; here it
-    is a mean, without which gamma = 0.1 would leave nothing of the correlation.
+    Source: VT-PTQ, Liu et al. 2021, equation of L_ranking. The paper has a sum; here it is a mean, since with
+    gamma = 0.1 a sum would outweigh the correlation, which is at most 1.
     """
     short = difference.mul_(order).sub_(theta).clamp_(max=0.0).sum(-1)
     return -short.flatten(1).sum(1, dtype=torch.float64) / difference[0].numel()

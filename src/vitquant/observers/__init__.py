@@ -1,4 +1,4 @@
-"""Observers: calibration data turned into quantization parameters, one estimator per file."""
+"""Observers, which estimate quantization parameters from calibration data, one estimator per file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The range between two quantiles, which ones chosen by error."""
+"""The range between two quantiles that are chosen by squared error."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ QUANTILES = (0.999, 0.9999, 0.99999)
 class BestPercentile(SearchingObserver):
     """The quantiles 1 - q and q with the least squared error, for q among 0.999, 0.9999 and 0.99999.
 
-    Quantiles are interpolated linearly at position (n - 1) * q between order statistics, which are those of the
-    histogram: off by at most half a bin.
+    Quantiles are interpolated linearly at position (n - 1) * q between order statistics, which are taken from the
+    histogram and are off by at most half a bin.
 
     Arguments:
-        spec: what the quantizer will be: of any scheme but `PowerOfTwoFactor`.
+        spec: of the quantizer, with any scheme but `PowerOfTwoFactor`.
 
     Raises:
-        RecipeError: the scheme `PowerOfTwoFactor`, whose channels share a range.
+        RecipeError: the scheme is `PowerOfTwoFactor`, whose channels share a range.
 
     Source: RepQ-ViT's code (`quant/quantizer.py`, `init_quantization_scale`), which reads quantiles from the one batch
     of 32 images that it calibrates on, and does not make the range include zero.
 
-    Pitfall: see `SearchingObserver`. A channel of fewer than 1,000 values, as of a weight, has its extremes trimmed
-    by a fraction of the gap to the next value only.
+    Pitfall: see `SearchingObserver`. In a channel of fewer than 1,000 values, as in a weight, the extremes are trimmed
+    only by a fraction of the distance to the next value.
     """
 
     def __init__(self, spec: QuantSpec) -> None:

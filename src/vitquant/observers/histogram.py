@@ -15,15 +15,15 @@ BLOCK = 1 << 17
 
 
 class Histogram:
-    """Counts over `bins` bins per channel that cover zero and everything seen.
+    """Counts over `bins` bins per channel that cover zero and all values seen.
 
-    Bin j is [j * width, (j + 1) * width), and its width the smallest power of two with which the window
-    holds the range seen so far, so between half of the bins and all of them are in use. When the range
+    Bin j is [j * width, (j + 1) * width), and the width is the smallest power of two with which the bins
+    cover the range seen so far, so between half of the bins and all of them are in use. When the range
     grows, pairs of bins merge exactly: the counts are those that all the data at once would give,
-    however it came in batches.
+    however it was split into batches.
 
     Arguments:
-        bins: per channel.
+        bins: the number of bins per channel.
     """
 
     def __init__(self, bins: int) -> None:
@@ -38,7 +38,7 @@ class Histogram:
 
         Arguments:
             x: finite, of any floating dtype.
-            low, high: its extremes: float64, () or (n,).
+            low, high: the extremes of `x`: float64, () or (n,).
             granularity: the axis of the channels.
         """
         self._grow(low.view(-1), high.view(-1))
@@ -46,7 +46,7 @@ class Histogram:
         start = torch.arange(len(self.first), device=x.device) * self.bins - self.first
         offset = along_axis(start.to(torch.int32), granularity, x.ndim)
         per_width = along_axis(torch.exp2(-self.exponent.double()).to(dtype), granularity, x.ndim)
-        # One channel is counted piece by piece, which stays in the cache.
+        # A single channel is counted block by block, so that each block stays in the cache.
         for part in x.flatten().split(BLOCK) if len(self.first) == 1 else (x,):
             bin_index = (part.to(dtype) * per_width).floor_().to(torch.int32).add_(offset)
             self.counts += torch.bincount(bin_index.flatten(), minlength=self.counts.numel()).view_as(self.counts)
@@ -56,9 +56,10 @@ class Histogram:
         return self._centers_of(torch.arange(self.bins, device=self.first.device))
 
     def quantiles(self, shares: Sequence[float]) -> Tensor:
-        """What some shares of each channel's values lie below: float64 (shares, channels).
+        """Some quantiles of each channel's values: float64 (shares, channels).
 
-        Interpolated linearly at position (n - 1) * share between the centres of the bins of its two neighbours.
+        They are interpolated linearly at position (n - 1) * share between the two neighbouring values, each of which is
+        taken as the centre of its bin.
         """
         cumulated = self.counts.cumsum(dim=1)
         position = (cumulated[:, -1:] - 1).double() * torch.tensor(shares, dtype=torch.float64, device=cumulated.device)
@@ -73,7 +74,7 @@ class Histogram:
         return ((self.first[:, None] + bins + 0.5) * torch.exp2(self.exponent.double())[:, None]).to(torch.float32)
 
     def _grow(self, low: Tensor, high: Tensor) -> None:
-        """Widen the window so that it holds [low, high] too."""
+        """Widen the window of bins so that it covers [low, high] too."""
         if not len(self.counts):
             self.counts = torch.zeros(len(low), self.bins, dtype=torch.int64, device=low.device)
             self.low, self.high = low.clamp(max=0.0), high.clamp(min=0.0)
@@ -88,12 +89,12 @@ class Histogram:
         self.exponent, self.first = exponent, first
 
     def _window(self) -> tuple[Tensor, Tensor]:
-        """The exponent of the width, and the first bin, that the range alone determines."""
+        """The exponent of the bins' width and the number of the first bin, as functions of the range alone."""
         span = self.high - self.low
         exponent = torch.where(span > 0, torch.frexp(span / self.bins).exponent, SMALLEST_EXPONENT)
         exponent = exponent.clamp(min=SMALLEST_EXPONENT).to(torch.int64)
         used = self._bin(self.high, exponent) - self._bin(self.low, exponent) + 1
-        exponent = exponent + (used > self.bins)  # by where it starts the range can touch one bin too many
+        exponent = exponent + (used > self.bins)  # depending on where it starts, the range can touch one more bin
         return exponent, self._bin(self.low, exponent)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The range of everything seen."""
+"""The range of all observed values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class MinMax(Observer):
     """The smallest and the largest value of all batches, whatever the batching.
 
     Arguments:
-        spec: what the quantizer will be.
+        spec: of the quantizer.
 
     Source: FQ-ViT's code (`observer/minmax.py`).
     """

@@ -14,11 +14,11 @@ class MovingAverage(Observer):
     """The first batch's range, moved 1 % of the way to the range of every later one.
 
     Arguments:
-        spec: what the quantizer will be.
+        spec: of the quantizer.
 
     Source: FQ-ViT's code (`observer/ema.py`, sigma = 0.01).
 
-    Pitfall: with 10 batches the first one still has 91 % of the say, so the order of the data matters.
+    Pitfall: after 10 batches the first one still has a weight of 91 %, so the order of the data matters.
     """
 
     def update(self, x: Tensor) -> None:
@@ -27,5 +27,5 @@ class MovingAverage(Observer):
         self.high = high if self.high is None else torch.lerp(self.high, high, MOMENTUM)
 
     def batch_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The range that one batch asks for: float64, () or one per channel."""
+        """The range of one batch: float64, () or one per channel."""
         return extremes(x, self.spec.granularity)

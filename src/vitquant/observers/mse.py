@@ -17,13 +17,13 @@ class Omse(SearchingObserver):
     """The extremes shrunk jointly by the factor among 1.00, 0.99 .. 0.11 with the least squared error.
 
     Arguments:
-        spec: what the quantizer will be: `Uniform` or `PowerOfTwoScale`.
+        spec: of the quantizer, with scheme `Uniform` or `PowerOfTwoScale`.
 
     Raises:
         RecipeError: another scheme, which has no range to shrink.
 
-    Source: FQ-ViT's code (`observer/omse.py`), which scores the last batch only and fits a weight to the
-    activation when used for weights; here every batch counts, and a weight is fitted to itself.
+    Source: FQ-ViT's code (`observer/omse.py`), which measures the error on the last batch only and, for weights,
+    on the activation; here the error is that of all batches, and for weights that of the weight itself.
 
     Pitfall: see `SearchingObserver`.
     """

@@ -1,4 +1,4 @@
-"""The base of every observer, and the one place where an operand is reduced to its extremes."""
+"""The base class of observers, and the reduction of an operand to its extremes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vitquant.spec import Granularity, QParams, QuantSpec
 
 
 class Observer:
-    """Watch an operand batch by batch in bounded memory, then give the parameters of its quantizer.
+    """Observe an operand batch by batch in bounded memory, then estimate the parameters of its quantizer.
 
     Arguments:
-        spec: what the quantizer will be.
+        spec: of the quantizer.
     """
 
     def __init__(self, spec: QuantSpec) -> None:
@@ -32,15 +32,15 @@ class Observer:
         raise NotImplementedError
 
     def estimate(self) -> QParams:
-        """The parameters for everything seen so far.
+        """The parameters for all values observed so far.
 
         Raises:
-            CalibrationError: nothing was seen.
+            CalibrationError: nothing was observed.
         """
         return params_from_range(*self.observed_range(), self.spec)
 
     def observed_range(self) -> tuple[Tensor, Tensor]:
-        """What `estimate` makes the parameters from: float64, () or one per channel."""
+        """The range from which `estimate` computes the parameters: float64, () or one per channel."""
         if self.low is None or self.high is None:
             raise CalibrationError("no calibration data: nothing was observed")
         return self.low, self.high
@@ -54,7 +54,7 @@ def extremes(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     """The smallest and the largest value of each channel: float64, () or (n,).
 
     Raises:
-        CalibrationError: `x` holds NaN or infinity; either would show in its extremes.
+        CalibrationError: `x` holds NaN or infinity, either of which shows in its extremes.
     """
     x = x.detach()
     axis = channel_axis(granularity)
@@ -67,7 +67,7 @@ def extremes(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
 
 
 def finite(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Extremes as float64, refused when they betray NaN or infinity among what they were taken from."""
+    """Extremes as float64, refused when they show that their tensor holds NaN or infinity."""
     if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
         raise CalibrationError("NaN or infinity in the calibration data")
     return low.double(), high.double()

@@ -1,4 +1,4 @@
-"""The range without its outermost values."""
+"""The range between two fixed quantiles."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Percentile(MovingAverage):
     cost about twice what the extremes do: see `tails`.
 
     Arguments:
-        spec: what the quantizer will be.
+        spec: of the quantizer.
         alpha: the upper quantile, above 1/2.
 
     Source: FQ-ViT's code (`observer/percentile.py`, alpha = 0.99999, sigma = 0.01).
 
     Pitfalls:
-        A channel of fewer than about 1 / (1 - alpha) values has its extremes trimmed by a fraction of the
-        gap to the next value only; per channel this is then close to "moving-average".
-        One scale per channel copies the operand, to lay out each channel in one row.
+        In a channel of fewer than about 1 / (1 - alpha) values the extremes are trimmed only by a fraction of the
+        distance to the next value; per channel this is then close to "moving-average".
+        With one scale per channel the operand is copied, to lay out each channel in one row.
     """
 
     def __init__(self, spec: QuantSpec, alpha: float = ALPHA) -> None:
@@ -43,7 +43,7 @@ class Percentile(MovingAverage):
         axis = channel_axis(self.spec.granularity)
         rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
         position = (rows.shape[1] - 1) * self.alpha
-        count = rows.shape[1] - math.floor(position)  # of values from the quantile's lower neighbour outwards
+        count = rows.shape[1] - math.floor(position)  # number of values from the quantile's inner neighbour outwards
         bottom, top = tails(rows, count)
         finite(bottom[:, 0], top[:, 0])
         fraction = position - math.floor(position)
@@ -52,18 +52,18 @@ class Percentile(MovingAverage):
 
 
 def tails(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` smallest and the `count` largest values of each row, outermost first, without sorting it.
+    """The `count` smallest and the `count` largest values of each row, outermost first, without sorting the row.
 
-    Cut a row into chunks: the `count` chunks with the largest maxima hold `count` values that no value
-    of any other chunk exceeds, so the row's largest are among them. One pass finds the maxima; what is
-    left to search is a few thousand values.
+    A row is cut into chunks: the `count` chunks with the largest maxima hold `count` values that no value
+    of any other chunk exceeds, so the row's largest are among them. One pass finds the maxima, after which a
+    few thousand values remain to be searched.
 
     Arguments:
         rows: (channels, n).
         count: 1 to n.
 
     Returns:
-        Two of (channels, count), NaN counting as largest.
+        Two tensors (channels, count); NaN counts as the largest value.
     """
     whole = rows.shape[1] // CHUNK * CHUNK
     chunks, rest = rows[:, :whole].unflatten(1, (-1, CHUNK)), rows[:, whole:]
@@ -73,6 +73,6 @@ def tails(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         candidates = chunks.gather(1, chosen[:, :, None].expand(-1, -1, CHUNK)).flatten(1)
         return torch.cat((candidates, rest), dim=1).topk(count, dim=1, largest=largest).values
 
-    pieces = [(piece.amin(2), piece.amax(2)) for piece in chunks.split(512, dim=1)]  # stays in the cache: one pass
+    pieces = [(piece.amin(2), piece.amax(2)) for piece in chunks.split(512, dim=1)]  # each piece stays in the cache
     lowest, highest = (torch.cat(peaks, dim=1) for peaks in zip(*pieces, strict=True))
     return outermost(lowest, largest=False), outermost(highest, largest=True)

@@ -1,4 +1,4 @@
-"""The base of observers that try some ranges and take the one with the least squared error."""
+"""The base class of observers that try several ranges and take the one with the least squared error."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ BLOCK = 1 << 22
 
 
 class SearchingObserver(Observer):
-    """The candidate range that quantizes everything seen with the least squared error.
+    """The candidate range with the least squared quantization error of all observed values.
 
-    The error is that of the real quantizer on the centres of a histogram of all batches, whose bins are
+    The error is that of the actual quantizer on the centres of a histogram of all batches, whose bins are
     between range / 16384 and range / 8192 wide (range / 2048 and range / 1024 with one scale per channel).
 
     Arguments:
-        spec: what the quantizer will be.
+        spec: of the quantizer.
 
     Pitfall: from 12 bits on (9 per channel) steps are as narrow as bins, and the choice means little.
     """
@@ -36,7 +36,7 @@ class SearchingObserver(Observer):
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
         self.histogram = Histogram(BINS if isinstance(spec.granularity, PerTensor) else CHANNEL_BINS)
-        self._best: dict[Params, tuple[Tensor, Tensor]] = {}  # for what was seen: it takes longer to find than to use
+        self._best: dict[Params, tuple[Tensor, Tensor]] = {}  # cached until the next update: the search takes long
 
     def update(self, x: Tensor) -> None:
         low, high = extremes(x, self.spec.granularity)
@@ -68,12 +68,12 @@ class SearchingObserver(Observer):
         """The sum of squared errors of every candidate: float64 (candidates, channels).
 
         Arguments:
-            params: what makes a quantizer's parameters of a range.
-            ranges: the candidates, where they are at hand.
+            params: the function that computes a quantizer's parameters from a range.
+            ranges: the candidates if they are known, see `candidates`.
         """
         lows, highs = self.candidates() if ranges is None else ranges
         centers, counts = self.histogram.centers(), self.histogram.counts
-        channels = max(1, BLOCK // (len(lows) * self.histogram.bins))  # at once: bounds the memory
+        channels = max(1, BLOCK // (len(lows) * self.histogram.bins))  # channels at once, which bounds the memory
         found = []
         for start in range(0, len(counts), channels):
             part = slice(start, start + channels)
@@ -83,7 +83,7 @@ class SearchingObserver(Observer):
 
 
 def _occupied(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """As many of the fullest bins as the fullest channel needs: a weight's row leaves most of them empty."""
+    """The fullest bins of each channel, as many as the most that any channel occupies; a weight leaves most empty."""
     used = int((counts > 0).sum(dim=1).amax())
     kept = counts.topk(used, dim=1).indices
     return x.gather(1, kept), counts.gather(1, kept)
@@ -92,13 +92,13 @@ def _occupied(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 def candidate_errors(
     lows: Tensor, highs: Tensor, x: Tensor, counts: Tensor, spec: QuantSpec, params: Params = params_from_range
 ) -> Tensor:
-    """The sum of counts * (quantized x - x)**2 with every candidate range.
+    """The sum of counts * (quantized x - x)**2 for each candidate range.
 
     Arguments:
         lows, highs: float64 (candidates, channels).
         x, counts: (channels, n).
-        spec: of the quantizer; its granularity is not looked at.
-        params: what makes its parameters of a range.
+        spec: of the quantizer; its granularity is ignored.
+        params: the function that computes its parameters from a range.
 
     Returns:
         float64 (candidates, channels).

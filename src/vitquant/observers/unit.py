@@ -1,4 +1,4 @@
-"""The range of probabilities."""
+"""The fixed range [0, 1] of probabilities."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vitquant.spec import QuantSpec
 
 
 class Unit(Observer):
-    """[0, 1], whatever the data: for the outputs of a softmax. With powers the scale is exactly 1.
+    """[0, 1], whatever the data: for the outputs of a softmax. For logarithmic schemes the scale is exactly 1.
 
     Arguments:
-        spec: what the quantizer will be. With a single scale no data are needed; otherwise one batch,
-            to count the channels.
+        spec: of the quantizer. With a single scale no data are needed; otherwise one batch is, to count the
+            channels.
 
     Pitfall: nothing checks that the operand stays in [0, 1]; only NaN and infinity are refused.
     """

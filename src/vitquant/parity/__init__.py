@@ -1,4 +1,4 @@
-"""How far apart the forms of one model are."""
+"""Comparison of the forms of one model: float, simulated, integer program, exported files."""
 
 from vitquant.parity.comparison import ALONE, Comparison, compare
 from vitquant.parity.examine import Form, ParityReport, examine

@@ -1,4 +1,4 @@
-"""Two forms of a model on the same images, and what one may promise about them."""
+"""The comparison of two forms of a model on the same images, and the criteria that it must meet."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-FARTHEST = 0.5  # 1 - cosine that rounding may explain
-AGREEMENT = 98.0  # per cent of images that the integer program gives the float64 simulation's answer
-FLIPPED_IMAGES = 1  # that may always differ: of few images one is more than 2 %, and one flips in a correct model
-ALONE = 0.9  # cosine with the simulation that is asked for when the float model is not there to compare with
+FARTHEST = 0.5  # the largest 1 - cosine that is ascribed to rounding
+AGREEMENT = 98.0  # per cent of images for which integer program and float64 simulation must give the same answer
+FLIPPED_IMAGES = 1  # images that may always differ: one may flip in a correct model, and be more than 2 % of few images
+ALONE = 0.9  # the cosine with the simulation that is required if there is no float model to compare with
 
 Outputs = Mapping[str, Tensor]
 Same = Callable[[Outputs, Outputs], Tensor]  # bool (images,)
@@ -19,17 +19,17 @@ Same = Callable[[Outputs, Outputs], Tensor]  # bool (images,)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two forms of a model on the same images.
+    """The comparison of two forms of a model on the same images.
 
     Arguments:
-        form, beside: which.
-        images: how many.
-        agreement: per cent of them that both give the same answer; None where the task knows no answers.
-        identical: per cent of them whose outputs are the same, bit for bit.
-        cosine: of the outputs, the mean over images; of several outputs that of the one where it is the smallest.
-        worst: the largest difference of a number.
-        promise: what has to hold, in words; empty when nothing is promised.
-        kept: whether it does.
+        form, beside: the names of the form and of the one that it is compared with.
+        images: the number of images.
+        agreement: per cent of images with the same answer in both; None where the task has no answers.
+        identical: per cent of images whose outputs are the same, bit for bit.
+        cosine: the cosine similarity of the outputs, the mean over images; the smallest of several outputs.
+        worst: the largest absolute difference of an element.
+        promise: the criterion in words; empty when there is none.
+        kept: whether it is met.
     """
 
     form: str
@@ -44,12 +44,12 @@ class Comparison:
 
 
 def compare(form: str, found: Outputs, beside: str, reference: Outputs, same: Same | None) -> Comparison:
-    """Two forms of a model by what they give.
+    """Compare two forms of a model by their outputs.
 
     Arguments:
-        form, beside: what they are called.
-        found, reference: tensors (images, ...) by name, the same names and shapes.
-        same: which images have the same answer in both; None where the task knows no answers.
+        form, beside: the names of both forms.
+        found, reference: their outputs, tensors (images, ...) by name, with the same names and shapes.
+        same: maps both outputs to the images with the same answer; None where the task has no answers.
     """
     pairs = [(_by_image(found[name]), _by_image(reference[name])) for name in reference]
     return Comparison(
@@ -64,12 +64,12 @@ def compare(form: str, found: Outputs, beside: str, reference: Outputs, same: Sa
 
 
 def bit_exact(comparison: Comparison) -> Comparison:
-    """With the promise that both forms give the same bits."""
+    """The comparison with the criterion that both outputs are the same bit for bit."""
     return replace(comparison, promise="bit for bit", kept=comparison.identical == 100)
 
 
 def same_answers(comparison: Comparison) -> Comparison:
-    """With the promise that nearly all images have the same answer: all but 2 %, or but one where that is more."""
+    """The comparison with the criterion that at most 2 % of the images, or one image, have different answers."""
     assert comparison.agreement is not None
     different = round(comparison.images * (1 - comparison.agreement / 100))
     kept = different <= max(FLIPPED_IMAGES, comparison.images * (1 - AGREEMENT / 100))
@@ -77,12 +77,12 @@ def same_answers(comparison: Comparison) -> Comparison:
 
 
 def as_close_as(comparison: Comparison, usual: Comparison | None) -> Comparison:
-    """With the promise that a form which rounds in its own way is no farther away than rounding explains.
+    """The comparison with the criterion that the forms differ no more than different rounding explains.
 
     Arguments:
-        usual: the simulation beside the float model; without one, a cosine of `ALONE` is asked for. Of two independent
-            draws of rounding noise 1 - cosine is twice what each has beside what both round; four times is another
-            model, and so is a cosine below one half, whatever quantization did.
+        usual: the simulation compared with the float model; without it, a cosine of `ALONE` is required. For two
+            independent draws of rounding noise, 1 - cosine is twice that of each draw to the unrounded output; more
+            than four times is taken for another model, and so is a cosine below one half in any case.
     """
     most = 1 - ALONE if usual is None else min(4 * (1 - usual.cosine) + 1e-3, FARTHEST)
     return replace(comparison, promise=f"cosine at least {1 - most:.3f}", kept=comparison.cosine >= 1 - most)

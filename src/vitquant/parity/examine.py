@@ -1,4 +1,4 @@
-"""A model's forms beside each other: float, simulated, in integers, and as each runtime computes it."""
+"""Comparison of a model's forms: float, simulated, integer program, and exported files in their runtimes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from vitquant.runtime.on_images import OnImages, interpreted, quantization_of
 from vitquant.runtime.outputs import named
 from vitquant.runtime.products import exact_int64
 
-_FED = 8  # images that are compared site by site
-_FEW = 4  # images that the definition computes, which is slow
+_FED = 8  # images whose codes are compared site by site
+_FEW = 4  # images for the int64 definition, which is slow
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Form:
 
     Arguments:
         name: for the report.
-        run: codes of images to codes of outputs when `on_codes`, else images to outputs.
-        exact: whether it has to be the integer program, bit for bit, or rounds the simulation in its own way.
+        run: maps codes of images to codes of outputs if `on_codes`, else images to outputs.
+        exact: whether it must equal the integer program bit for bit; otherwise it is a simulation whose rounding may
+            differ.
     """
 
     name: str
@@ -45,12 +46,12 @@ class Form:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What `examine` found.
+    """The result of `examine`.
 
     Arguments:
-        comparisons: of whole outputs.
-        flips: site by site; empty for a model that does not lower.
-        refused: why it does not lower; empty when it does.
+        comparisons: of the forms' outputs.
+        flips: comparisons of codes site by site; empty for a model that cannot be lowered.
+        refused: why the model cannot be lowered; empty if it can.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -59,12 +60,12 @@ class ParityReport:
 
     @property
     def promised(self) -> bool:
-        """Whether anything is promised: without an integer program and an export nothing is."""
+        """Whether there is any criterion to meet: there is none without an integer program and without exports."""
         return bool(self.flips) or any(each.promise for each in self.comparisons)
 
     @property
     def broken(self) -> list[str]:
-        """The promises that do not hold, in words."""
+        """The criteria that are not met, in words."""
         forms = [f"{c.form} beside {c.beside}: {c.promise}" for c in self.comparisons if not c.kept]
         sites = [
             f"{f.value}: {f.share:.1e} of its codes flip, by {f.largest} at most" for f in self.flips if not f.kept
@@ -84,16 +85,16 @@ def examine(
 
     Arguments:
         model: calibrated.
-        batches: images, float32 (batch, channels, height, width); gone through several times.
-        forms: what was exported, besides the model itself and its integer program; in the processor's memory.
-        float_model: what it was made from.
-        progress: told which form is run, how many were, and how many there are.
-        same: which images have the same answer in two forms, see `Task.same`. Where there are answers, nearly all of
-            the integer program's are promised to be those of the simulation in float64; else that its outputs are no
-            farther away than rounding explains.
+        batches: images, float32 (batch, channels, height, width); iterated over several times.
+        forms: exported files, to be compared beside the model itself and its integer program; they run on the CPU.
+        float_model: the model that was quantized.
+        progress: called with the form that is run, how many are done, and how many there are.
+        same: maps the outputs of two forms to the images with the same answer, see `Task.same`. If given, nearly all
+            answers of the integer program must be those of the float64 simulation; else its outputs may differ no
+            more than rounding explains.
 
     Raises:
-        ModelError: a form gives other tensors than the model.
+        ModelError: the outputs of a form are not those of the model.
     """
     told = count()
 
@@ -125,7 +126,7 @@ def examine(
         return ParityReport(tuple(comparisons), refused=str(reason))
     run_next("simulation in float64")
     exact = run(ExactSimulation(model), batches)
-    double = {name: each.float() for name, each in exact.items()}  # its rounding is that of the codes in float32
+    double = {name: each.float() for name, each in exact.items()}  # rounded to float32 like the outputs of the program
     run_next("integer program")
     device = next(model.parameters()).device
     integers = run(interpreted(program).to(device), batches)
@@ -158,7 +159,7 @@ def _exact(
     expected: Outputs,
     same: Same | None,
 ) -> Iterator[Comparison]:
-    """A form beside the integer program, on images, and on codes that no image has."""
+    """Compare a form with the integer program on images, and on codes that no image has."""
     on_images = OnImages(form.run, *quantization_of(program)) if form.on_codes else form.run
     found = outputs_of(on_images, model, [images.cpu() for images in batches])
     yield bit_exact(compare(form.name, found, "integer program", expected, same))
@@ -176,10 +177,10 @@ def _of_no_program(form: Form) -> Comparison:
 
 
 def outputs_of(form: Callable[[Tensor], Any], model: QuantizedModel, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """What a form of a model gives for all images, by name, on the CPU.
+    """The outputs of a form of a model for all images, by name, on the CPU.
 
     Raises:
-        ModelError: these are other tensors than the model gives, or their first axis is not the images.
+        ModelError: these are not the outputs of the model, or their first axis is not the batch.
     """
     parts: dict[str, list[Tensor]] = {}
     with torch.inference_mode():

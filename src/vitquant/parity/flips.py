@@ -1,4 +1,4 @@
-"""Codes that integers round otherwise than the simulation, counted where they arise."""
+"""Flipped codes, which the integer program rounds differently from the simulation, counted where they arise."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from vitquant.quantizers import Quantizer
 from vitquant.runtime.interpreter import Interpreter
 
 RESCALING = "rescaling"
-FLIPPED = 1e-3  # share of codes that a rescaling may round otherwise than the simulation does
-_AT_ONCE = 4  # images whose every register is held
+FLIPPED = 1e-3  # the share of codes that a rescaling may round differently from the simulation
+_AT_ONCE = 4  # images at once, all of whose registers are in memory
 
 
 @dataclass(frozen=True)
 class Flips:
-    """Codes that the integers round otherwise than the simulation, when both are fed the same codes.
+    """The codes of one value that the integer program rounds differently from the simulation, given the same operands.
 
     Arguments:
-        value: the quantized tensor, by name.
-        made_by: `rescaling`, or the kind of the operation whose codes these are.
-        codes: how many were compared.
-        flipped: how many differ.
-        largest: by how many steps at most.
+        value: the name of the quantized value.
+        made_by: `rescaling`, or the kind of the operation that computes these codes.
+        codes: the number of compared codes.
+        flipped: the number of codes that differ.
+        largest: the largest difference, in steps.
     """
 
     value: str
@@ -48,7 +48,7 @@ class Flips:
 
     @property
     def kept(self) -> bool:
-        """Whether the promise holds: rescaling flips at most `FLIPPED` of the codes, or one, by a step; others none."""
+        """Whether the criterion is met: a rescaling flips at most a share `FLIPPED`, or one, by a step; others none."""
         few = self.flipped <= max(1, FLIPPED * self.codes)
         return self.flipped == 0 or (self.made_by == RESCALING and few and self.largest <= 1)
 
@@ -59,17 +59,17 @@ def flipped_codes(
     batches: Iterable[Tensor],
     progress: Progress = silent,
 ) -> list[Flips]:
-    """Which codes the integers round otherwise than the simulation does, site by site.
+    """Count the codes that the integer program rounds differently from the simulation, value by value.
 
-    The program runs, and the simulation beside it is fed the program's codes at every quantizer, so that a flipped
-    code is counted where it arises and nowhere else. It runs in float64: float32 flips three codes of a million on
-    its own, and of 16-bit codes one of a thousand.
+    The simulation runs beside the program and continues with the program's codes after every quantizer, so that a
+    flipped code is counted only where it arises. It runs in float64, since float32 by itself flips three codes of a
+    million, and one of a thousand 16-bit codes.
 
     Arguments:
         model: calibrated.
-        program: what `lower` made of it.
+        program: what `lower` returned for the model.
         batches: images, float32 (batch, channels, height, width).
-        progress: told how many images are done, of 0 where that is not known.
+        progress: called with the number of images done, and 0 for the unknown total.
     """
     counts: dict[str, list[int]] = {}
     interpreter, done = Interpreter(program).to(next(model.parameters()).device), 0
@@ -113,7 +113,7 @@ def _count(
 
 
 class _Fed(GraphInterpreter):
-    """Runs a graph, handing what every quantizer reads to a function that says what it gives."""
+    """Runs a graph in which a function, called with name, quantizer and input, replaces every quantizer."""
 
     def __init__(self, module: Any, compared: Callable[[str, Quantizer, Tensor], Tensor]) -> None:
         super().__init__(module)
@@ -128,7 +128,7 @@ class _Fed(GraphInterpreter):
 
 
 def _makers(model: QuantizedModel) -> dict[str, str]:
-    """What computes the codes of every value: a rescaling, or an operation on codes."""
+    """What computes the codes of each value: `rescaling`, or the kind of an operation on codes."""
     operations = [each for each in model.graph_module.modules() if isinstance(each, IntegerOperation)]
     made_by = {id(operation.result): operation.kind for operation in operations}
     return {name: made_by.get(id(quantizer), RESCALING) for name, quantizer in model.quantizers.items()}

@@ -1,1 +1,1 @@
-"""Integer programs: what a quantized model is when nothing of it is floating point any more."""
+"""Integer programs: quantized models without any floating-point operation."""

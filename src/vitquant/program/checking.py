@@ -1,4 +1,4 @@
-"""Whether a program is one that the interpreter may run: nothing is left to find out while it runs."""
+"""Validation of a program before it is run, so that the interpreter needs no checks while it runs."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from vitquant.program.opcodes import LARGEST_RANK, Argument, Constant, Flag, Num
 from vitquant.program.ranges import prove_ranges
 from vitquant.program.shapes import Shape, written_shape
 
-_SCALES = 2.0**-126, 2.0**127  # float32 has them, and they are no subnormal numbers
+_SCALES = 2.0**-126, 2.0**127  # normal numbers of float32
 _LONGEST_NAME = 1000
 _MOST_OUTPUTS = 1024
-_MOST_ELEMENTS = 2**32  # that all instructions read and write for one image; a ViT-g with its weights has half of them
+_MOST_ELEMENTS = 2**32  # read and written by all instructions for one image, weights included; a ViT-g needs half
 
 
 def check_program(program: p.IntegerProgram) -> None:
     """Refuse a program that is not valid, whoever made it.
 
-    Every operand is known and every register written once; shapes follow from what is read, for any number of images;
-    constants have the type and shape that is said of them; numbers lie where the definitions of the operations hold;
-    and no sum overflows (`prove_ranges`).
+    In a valid program every operand is written before it is read, and every register is written once; shapes follow
+    from those of the operands, for any number of images; constants have their declared type and shape; numbers lie in
+    the ranges for which the operations are defined; and no sum overflows (`prove_ranges`).
 
     Arguments:
-        program: its fields have the Python types that they are declared with.
+        program: its fields have their declared Python types.
 
     Raises:
-        LoweringError: it is not valid; the message names the site, register or constant.
+        LoweringError: the program is not valid; the message names the site, register or constant.
     """
     for name, register in program.registers.items():
         check_register(name, register)
@@ -48,10 +48,10 @@ def _refuse(where: str, reason: str) -> LoweringError:
 
 
 def check_register(name: str, register: p.Register) -> None:
-    """Refuse a register whose name, type or shape no register has.
+    """Refuse a register whose name, type or shape is not valid.
 
     Raises:
-        LoweringError: it names the register.
+        LoweringError: it is not; the message names the register.
     """
     if not _is_name(name):
         raise _refuse(repr(name[:80]), "no name that can be printed")
@@ -80,7 +80,7 @@ def _check_constant(program: p.IntegerProgram, name: str) -> None:
 
 
 def _check_flow(program: p.IntegerProgram) -> None:
-    """Names, arguments and shapes, one instruction after another."""
+    """Check names, arguments and shapes, one instruction after another."""
     shapes: dict[str, Shape] = {name: tuple(values.shape) for name, values in program.constants.items()}
     given = program.registers.get(program.input, p.Register("s64", ()))
     if given.shape[:1] != (-1,):
@@ -114,7 +114,7 @@ def _check_flow(program: p.IntegerProgram) -> None:
 
 
 def _check_facts(program: p.IntegerProgram) -> None:
-    """What input and outputs stand for, where that is said."""
+    """Check scales and zero points of input and outputs, where the facts have them."""
     given, results = program.facts.get("input"), program.facts.get("outputs", {})
     if given is not None:
         match given:
@@ -153,7 +153,7 @@ def _check_written(program: p.IntegerProgram, i: p.Instruction, shape: Shape, kn
 
 
 def _check_arguments(program: p.IntegerProgram, i: p.Instruction, known: Mapping[str, Shape]) -> None:
-    """What each argument must be whatever the others are, and some beside others."""
+    """Check each argument by itself, and arguments that depend on each other."""
     if type(i) not in p.INSTRUCTIONS:
         raise _refuse(i.site, f"no instruction {type(i).__name__}")
     for argument in form_of(i).arguments:
@@ -188,7 +188,7 @@ def _check_read(
 
 
 def _check_together(program: p.IntegerProgram, i: p.Instruction) -> None:
-    """What some arguments must be beside others, and some constants beside their type."""
+    """Check arguments that depend on each other, and restrictions of constants beyond their type."""
     match i:
         case p.Requantize():
             _check_bounds(i)

@@ -1,6 +1,6 @@
 """An integer program: typed registers, constants, and instructions that write each register once.
 
-docs/program-format.md says what each instruction computes, and how a file holds it; `runtime.interpreter` does it.
+docs/program-format.md defines what each instruction computes and how it is stored; `runtime.interpreter` executes it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-# Bits and sign of the types that registers have. Narrower types are packed where a program is stored.
+# Bits and signedness of the register types. Types of less than 8 bits are packed where a program is stored.
 TYPES: dict[str, tuple[int, bool]] = {
     "u4": (4, False), "s4": (4, True), "u8": (8, False), "s8": (8, True), "u16": (16, False), "s16": (16, True),
     "s32": (32, True), "s64": (64, True),
@@ -54,9 +54,9 @@ def smallest_type(low: int, high: int, among: tuple[str, ...] = ("u4", "s4", "u8
 
 @dataclass(frozen=True)
 class _Written:
-    """What every instruction has: the register that it writes, and the site of the model that it belongs to.
+    """The fields of every instruction: the register that it writes, and the site of the model that it belongs to.
 
-    Names of registers and constants are strings; a field ending in `_zero` is the code that stands for zero.
+    Operands are names of registers and constants, as strings; a field ending in `_zero` is a zero point.
     """
 
     output: str
@@ -65,7 +65,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class Linear(_Written):
-    """sum over the last axis of (input - input_zero) * (weight - weight_zero) + bias."""
+    """The sum over the last axis of (input - input_zero) * (weight - weight_zero), plus bias."""
 
     input: str
     weight: str
@@ -101,7 +101,7 @@ class Product(_Written):
 
 @dataclass(frozen=True)
 class Multiply(_Written):
-    """(left - left_zero) * (right - right_zero), element by element; sizes of one are repeated."""
+    """(left - left_zero) * (right - right_zero), element by element, with broadcasting."""
 
     left: str
     right: str
@@ -113,8 +113,8 @@ class Multiply(_Written):
 class Requantize(_Written):
     """clamp((sum of input * multiplier + addend) >> shift, low, high), the sum in 64 bits.
 
-    Multipliers and addend are repeated along axes of size one, so each may be one number, or differ by channel, row,
-    head, or any of these together.
+    Multipliers and addend are broadcast along axes of size one, so that each may be a single number, or differ by
+    channel, row, head, or any combination of them.
     """
 
     inputs: tuple[str, ...]
@@ -130,9 +130,10 @@ class SoftmaxToPowers(_Written):
     """Probabilities of the last axis as powers: `integer.softmax.log_int_softmax`, or as published.
 
     Arguments:
-        zero: the code that means zero.
-        steps, offset: how many powers an octave has, and how many 2**-12 of octaves the first lies above 1; as
-            published 1 and 0.
+        zero: the code of zero.
+        steps: the number of powers in an octave; 1 as published.
+        offset: log2 of the scale, the largest power, in units of 2**-12; 0 as published.
+        published: whether the rounding is that of FQ-ViT's code.
     """
 
     input: str
@@ -162,12 +163,12 @@ class SoftmaxToLevels(_Written):
 
 @dataclass(frozen=True)
 class _Norm(_Written):
-    """What the norms share.
+    """The fields that all norms share.
 
     Arguments:
-        factors: shifts of each channel; what is normalized is (input - input_zero) << factors.
+        factors: the shift of each channel; (input - input_zero) << factors is normalized.
         epsilon, largest: see `integer.layer_norm.Norm`.
-        multiplier, addend, shift, low, high: from normalized values to codes.
+        multiplier, addend, shift, low, high: the rescaling of normalized values to codes.
     """
 
     input: str
@@ -194,7 +195,7 @@ class RmsNorm(_Norm):
 
 @dataclass(frozen=True)
 class Lookup(_Written):
-    """The table's entry for each code, `lowest` having the first."""
+    """The table's entry for each code; the first entry is that of the code `lowest`."""
 
     input: str
     table: str
@@ -213,7 +214,7 @@ class Sum(_Written):
 
 @dataclass(frozen=True)
 class Reshape(_Written):
-    """The same elements in another shape; -1 is what is left."""
+    """The same elements in another shape; a size of -1 follows from the number of elements."""
 
     input: str
     shape: tuple[int, ...]
@@ -249,7 +250,7 @@ class Roll(_Written):
 
 @dataclass(frozen=True)
 class Pad(_Written):
-    """Elements of one value around the input: as `torch.nn.functional.pad` counts them."""
+    """The input padded with one value; `amounts` are as for `torch.nn.functional.pad`."""
 
     input: str
     amounts: tuple[int, ...]
@@ -258,7 +259,7 @@ class Pad(_Written):
 
 @dataclass(frozen=True)
 class Concat(_Written):
-    """Registers joined along one axis; what has a batch of one is repeated."""
+    """Registers concatenated along one axis; an operand with a batch of one is repeated for every image."""
 
     inputs: tuple[str, ...]
     axis: int
@@ -267,7 +268,7 @@ class Concat(_Written):
 Move = Reshape | Permute | Slice | Roll | Pad
 Softmax = SoftmaxToPowers | SoftmaxToLevels
 Norm = LayerNorm | RmsNorm
-# Whatever treats instructions one by one ends in `assert_never`, so that pyright names every place a new one must go.
+# Every `match` over instructions ends in `assert_never`, so that pyright reports each place that lacks a new one.
 Instruction = Linear | Convolution | Product | Multiply | Requantize | Softmax | Norm | Lookup | Sum | Move | Concat
 INSTRUCTIONS: tuple[type[Instruction], ...] = get_args(Instruction)
 
@@ -278,13 +279,13 @@ class IntegerProgram:
 
     Arguments:
         input: the name of the register that holds the images' codes.
-        outputs: what the program gives, by name, and the register that holds its codes.
+        outputs: for the name of each output the register that holds its codes.
         registers: the type and shape of every register, constants included.
         constants: int64 tensors; their values fit the type of their register.
-        instructions: in order; each writes one register, and none twice.
-        codes: for the name of each quantized value of the model, the register or constant that holds its codes.
-        facts: plain JSON values: of `input` the scale, the zero point, the lowest and the highest code, of `outputs` by
-            name the scales and the zero point, and where the program came from.
+        instructions: in order of execution; each register is written by one of them at most.
+        codes: for the name of each quantized value of the model the register or constant that holds its codes.
+        facts: plain JSON values: under `input` scale, zero point, lowest and highest code; under `outputs` the scales
+            and the zero point of each, by name; and the origin of the program.
     """
 
     input: str
@@ -296,16 +297,16 @@ class IntegerProgram:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, images: Tensor) -> Tensor | dict[str, Tensor]:
-        """What the program gives for float32 images (batch, channels, height, width), in float32.
+        """The program's output in float32 for float32 images (batch, channels, height, width).
 
-        That is a tensor, or where the program has several outputs a dictionary of tensors by name.
+        It is a tensor, or a dictionary of tensors by name if the program has several outputs.
 
-        They are those of `runtime.interpreter`, which is made anew for each call: for many batches keep what
-        `runtime.on_images.interpreted` gives.
+        It is computed by `runtime.interpreter`, which is made again for each call: for many batches, call
+        `runtime.on_images.interpreted` once and keep the result.
 
         Raises:
-            LoweringError: the program does not say what its codes stand for.
-            CaptureError: images of another size.
+            LoweringError: the program lacks scales and zero points of its input or outputs.
+            CaptureError: the images have another size.
         """
         from vitquant.runtime.on_images import interpreted
 

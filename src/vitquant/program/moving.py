@@ -1,4 +1,4 @@
-"""The instructions that rearrange a tensor and compute nothing."""
+"""Execution of the instructions that only rearrange a tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitquant.program.instructions import Move, Pad, Permute, Reshape, Roll, Sli
 
 
 def move(instruction: Move, x: Tensor) -> Tensor:
-    """The tensor rearranged, of any dtype that holds what it is padded with."""
+    """The tensor rearranged, in its own dtype, which must hold the padding value."""
     match instruction:
         case Reshape(shape=shape):
             return x.reshape(shape)

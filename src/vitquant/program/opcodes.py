@@ -1,7 +1,7 @@
-"""What instructions are called in files: stable words for operations and arguments, whatever Python calls them.
+"""The names of operations and arguments in files, which are stable and independent of the names in Python.
 
-docs/program-format.md is the norm. Words here are never changed or used again for something else; what an instruction
-computes changes only with `storage.FORMAT`.
+docs/program-format.md is the specification. Names here are never changed or reused for something else; what an
+instruction computes changes only with `storage.FORMAT`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Constant:
 
     Arguments:
         type: one of `instructions.TYPES`; empty for any.
-        optional: null where the operation goes without.
-        several: a list of them.
+        optional: whether it may be null.
+        several: whether it is a list of constants.
     """
 
     type: str = ""
@@ -65,9 +65,9 @@ class Argument:
     """One argument of an instruction.
 
     Arguments:
-        key: what it is called in files.
-        role: what it is.
-        field: what the class calls it; the key where that is empty.
+        key: its name in files.
+        role: what kind of argument it is, with restrictions.
+        field: its name in the class; empty if that is the key.
     """
 
     key: str
@@ -75,22 +75,22 @@ class Argument:
     field: str = ""
 
     def of(self, instruction: p.Instruction) -> str | int | tuple[str, ...] | tuple[int, ...] | None:
-        """Its value in an instruction."""
+        """The argument's value in an instruction."""
         return getattr(instruction, self.field or self.key)
 
     def values(self, instruction: p.Instruction) -> tuple[str | int, ...]:
-        """Its value, or all of a list of them; nothing for null."""
+        """The argument's values: one, or all of a list; empty for null."""
         value = self.of(instruction)
         return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 @dataclass(frozen=True)
 class Form:
-    """How files hold an instruction: beside `op`, `site` and `output`, these arguments.
+    """How an instruction is stored in a file: by these arguments, beside `op`, `site` and `output`.
 
     Arguments:
-        kind: its class.
-        arguments: in the order in which it is written down.
+        kind: the class of the instruction.
+        arguments: in the order of the text form.
     """
 
     kind: type[p.Instruction]
@@ -98,7 +98,7 @@ class Form:
 
 
 def opcode_of(instruction: p.Instruction) -> Opcode:
-    """The word for an instruction's operation."""
+    """The opcode of an instruction."""
     match instruction:
         case p.Linear():
             return "linear"
@@ -165,7 +165,7 @@ _AXES = Argument("axes", Number(0, LARGEST_RANK - 1, several=True))
 
 
 def form(opcode: Opcode) -> Form:
-    """How files hold the instruction of an operation."""
+    """The form of an opcode's instruction in files."""
     match opcode:
         case "linear":
             return Form(p.Linear, _LAYER)
@@ -199,7 +199,7 @@ def form(opcode: Opcode) -> Form:
         case "softmax_to_levels":
             levels = (
                 Argument("multiplier", Number(0, 2**31 - 1)),
-                Argument("shift", Number(1, 46)),  # 16 more are shifted, and halves are added before
+                Argument("shift", Number(1, 46)),  # the shift is by 16 bits more, after one half is added
                 Argument("output_zero", Number(-(2**31), 2**31 - 1), "result_zero"),
             )
             return Form(p.SoftmaxToLevels, (*_SOFTMAX, *levels, *_BOUNDS))
@@ -239,7 +239,7 @@ def form(opcode: Opcode) -> Form:
 
 
 def form_of(instruction: p.Instruction) -> Form:
-    """How files hold an instruction."""
+    """The form of an instruction in files."""
     return form(opcode_of(instruction))
 
 

@@ -1,4 +1,4 @@
-"""The range of every register of a program for any input, from its real constants: overflow is proved away."""
+"""The range of every register of a program for any input, from its constants: the proof that nothing overflows."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from vitquant.program import instructions as p
 
 Range = tuple[int, int]
 
-# `integer.softmax` rounds the exponent to nearest, to whole steps of which an octave has one or two. That can make a
-# power sqrt(2) or 2**(1/4) times the probability, and a little more where the logarithm of the row's sum was rounded
-# down, by 2**-12 of an octave and next to nothing; as published it is at most 3/2 times.
+# `integer.softmax` rounds the exponent to the nearest step, of which an octave has one or two. So a power can be up to
+# sqrt(2) or 2**(1/4) times the probability, and slightly more where the logarithm of the row's sum was rounded down, by
+# little more than 2**-12 of an octave; with the published rounding it is at most 3/2 times the probability.
 _NEAREST, _PUBLISHED = {1: Fraction(1415, 1000), 2: Fraction(1190, 1000)}, Fraction(3, 2)
-_OCTAVE = Fraction(1, 2 ** (OCTAVE_BITS + 1))  # half a unit of an octave, and more than that in a factor
+_OCTAVE = Fraction(1, 2 ** (OCTAVE_BITS + 1))  # half a unit of an octave bounds the relative error too
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What is known about the terms that an instruction sums.
+    """Bounds on the terms that an instruction sums.
 
     Arguments:
-        total: no sum of absolute values of terms exceeds it, the bias among them, and no operand does.
-        digits: how many significant binary digits an operand has at most, its zero point taken off.
+        total: a bound on the sum of absolute values of the terms, bias included, and on every operand.
+        digits: the most significant bits that an operand has after its zero point is subtracted.
     """
 
     total: int
@@ -39,20 +39,20 @@ class Terms:
 
 
 def prove_ranges(program: p.IntegerProgram) -> dict[str, Range]:
-    """For each register the smallest and the largest value that any image can give it.
+    """For each register the smallest and the largest value that it can have for any image.
 
     Arguments:
-        program: one whose names, fields and shapes are sound, which `check_program` finds out.
+        program: its names, fields and shapes are valid, which `check_program` checks.
 
     Raises:
-        LoweringError: a register can leave its type, a code its table, or something inside an instruction 64 bits; it
+        LoweringError: a register can exceed its type, a code its table, or an intermediate result 64 bits; the message
             names the site.
     """
     return _Proof(program).ranges
 
 
 def prove_terms(program: p.IntegerProgram) -> dict[str, Terms]:
-    """For the output of each `Linear`, `Convolution` and `Product` what is known about the terms of its sums.
+    """For the output of each `Linear`, `Convolution` and `Product` the bounds on the terms of its sums.
 
     Raises:
         LoweringError: see `prove_ranges`.
@@ -61,10 +61,10 @@ def prove_terms(program: p.IntegerProgram) -> dict[str, Terms]:
 
 
 class _Proof:
-    """Goes through a program once.
+    """Propagates ranges through a program in one pass.
 
-    It knows the range of each register, and of powers from a softmax what a row of them sums to at most: of their codes
-    what these stand for, and of numerators themselves.
+    Beside the range of each register it has bounds on the sum of a row of probabilities: for codes of powers a bound on
+    the sum of the powers (`probabilities`), for numerators one on the sum of the numerators (`row_sums`).
     """
 
     def __init__(self, program: p.IntegerProgram) -> None:
@@ -148,7 +148,7 @@ class _Proof:
         return int((up * low + down * high + bias).min()), int((up * high + down * low + bias).max())
 
     def _magnitudes(self, weight: str, zero: str | None) -> tuple[Tensor, Tensor]:
-        """The sums of each channel's weights above and below zero: (channels,) twice."""
+        """The sum of each channel's positive weights and that of its negative ones: (channels,) each."""
         if (weight, zero) not in self.magnitudes:
             values = self.program.constants[weight]
             values = (values if zero is None else values - self.program.constants[zero]).flatten(1)
@@ -180,23 +180,24 @@ class _Proof:
     # Operations on codes.
 
     def _row_of_scores(self, i: p.Softmax) -> int:
-        """The length of a row, after a look at whether the tables have an entry for each distance in it."""
+        """The length of a row, after checking that the tables have an entry for each possible distance."""
         length = self.program.registers[i.input].shape[-1]
         if length > LONGEST_ROW:
             raise LoweringError(f"{i.site}: rows of {length} are longer than {LONGEST_ROW}; use smaller images")
         low, high = self.ranges[i.input]
-        levels = len(self.program.constants[i.values]) - 1  # the last entry is for what is masked
+        levels = len(self.program.constants[i.values]) - 1  # the last entry is for masked scores
         if high - low >= levels:
             raise LoweringError(f"{i.site}: scores from {low} to {high} leave a table of {levels} levels; report this")
         return length
 
     def _softmax_to_powers(self, i: p.SoftmaxToPowers) -> Range:
-        """Notes what 2**(-code / steps) sums to in a row at most, without the codes that mean zero.
+        """Bound the sum of 2**(-code / steps) over a row, without the codes of zero.
 
-        With the sum s >= 1 of a row's values and the offset f, an octave o gives at most c * 2**-(o + f) / s, c as in
-        `_NEAREST`; code 0 stands for less where it was clamped. The values are those of the octaves but for rounding:
-        of octaves, which is relative, and of values, half a unit for each entry of a row that is not zero, its gain.
-        So a row sums to at most c * 2**-f * (1 + rounding + gains / s), and to no more than its length.
+        With the sum s >= 1 of a row's values and the offset f, an entry of o octaves becomes at most
+        c * 2**-(o + f) / s, with c from `_NEAREST`; where code 0 was clamped, it is less. The table of values equals
+        2**-octaves except for rounding: that of the octaves is relative, and that of the values adds at most half a
+        unit, the gain, for each entry that is not zero. So the sum of a row is at most
+        c * 2**-f * (1 + rounding + gains / s), and at most the row's length.
         """
         length, factor = self._row_of_scores(i), _PUBLISHED
         if not i.published:
@@ -235,13 +236,13 @@ class _Proof:
             )
         if channels * i.largest >= 2**30 or channels >= 2**22:
             raise LoweringError(f"{i.site}: {channels} channels up to {i.largest} are too many; use fewer bits")
-        normalized = 3 * (isqrt(channels) + 1) << (NORMALIZED_BITS - 1)  # a root of one, rounded down, is off by half
+        normalized = 3 * (isqrt(channels) + 1) << (NORMALIZED_BITS - 1)  # a root near 1, rounded down, is off by half
         if normalized * _largest(self.ranges[i.multiplier]) + _largest(self.ranges[i.addend]) >= 2**63:
             raise LoweringError(f"{i.site}: its affine part may exceed 64 bits; use more bits for its result")
         return i.low, i.high
 
     def _keeps_rows(self, i: p.Reshape | p.Permute | p.Slice | p.Roll) -> bool:
-        """Whether rows of the result are rows of the input."""
+        """Whether every row of the result, along the last axis, is a row of the input."""
         before, after = self.program.registers[i.input].shape, self.program.registers[i.output].shape
         if isinstance(i, p.Permute):
             return i.axes[-1] == len(before) - 1
@@ -250,12 +251,12 @@ class _Proof:
 
 @dataclass(frozen=True)
 class _Powers:
-    """Codes of a softmax.
+    """The codes of a softmax to powers.
 
     Arguments:
-        zero: the code that means zero.
-        steps: a code stands for 2**(-code / steps).
-        row: no row of what they stand for sums to more.
+        zero: the code of zero.
+        steps: the power of a code is 2**(-code / steps).
+        row: a bound on the sum of the powers of a row.
     """
 
     zero: int
@@ -263,10 +264,10 @@ class _Powers:
     row: Fraction
 
     def row_of(self, numerators: list[int]) -> int:
-        """What a row sums to at most with other integers in the place of the powers.
+        """A bound on the sum of a row with the given integers, by code, in place of the powers.
 
-        That is as many times the sum of the powers as the largest quotient of an integer and its power; with two steps
-        its square is a fraction, and the square root of one is rounded down, since sums are integers.
+        It is the bound on the sum of the powers times the largest ratio of an integer to its power. With two steps the
+        ratio's square is an exact fraction, and the square root of the result is rounded down, since sums are integers.
         """
         largest = max(number**self.steps << code for code, number in enumerate(numerators))
         bound = int(self.row**self.steps * largest)
@@ -284,5 +285,5 @@ def _largest(of: Range) -> int:
 
 
 def _digits(largest: int) -> int:
-    """How many significant binary digits integers up to this have: 2**k, the largest of its length, has one."""
+    """The most significant bits of integers of at most this magnitude; 2**k itself has only one significant bit."""
     return max(1, (largest - 1).bit_length())

@@ -1,6 +1,6 @@
-"""The shape that each instruction gives to what it writes, for any number of images.
+"""Shape inference: the shape of each instruction's output, for any number of images.
 
-A shape here has -k for a size of k times the number of images; a register's own has -1, whatever k is.
+A size of -k in a shape here is k times the number of images; in the declared shape of a register it is -1 for any k.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def written_shape(i: p.Instruction, shapes: Mapping[str, Shape]) -> Shape:
     """The shape of an instruction's output.
 
     Arguments:
-        i: its fields are sane: axes and sizes are small integers.
-        shapes: of everything that it reads.
+        i: its fields are checked to be in range: axes and sizes are small integers.
+        shapes: of all its operands.
 
     Raises:
-        LoweringError: what it reads does not fit together, or would mix images; it names the site.
+        LoweringError: the operands' shapes do not fit together, or images would be mixed; the message names the site.
     """
     try:
         shape = _shape(i, shapes)
@@ -48,7 +48,7 @@ def all_shapes(program: p.IntegerProgram) -> dict[str, Shape]:
 
 
 class _MisfitError(Exception):
-    """What an instruction reads does not fit together; the message says how."""
+    """The operands of an instruction do not fit together; the message says why."""
 
 
 def _need(holds: bool, otherwise: str) -> None:
@@ -162,19 +162,19 @@ def _reshape(i: p.Reshape, x: Shape) -> Shape:
 
 
 def _keeps_images(x: Shape, shape: Shape) -> bool:
-    """Whether a tensor goes through its images as often as before, but for axes joined to theirs or parted from it."""
+    """Whether a reshape keeps images apart: it only merges other axes with the batch axis, or splits them from it."""
     (before, size), (after, _) = _outside(x), _outside(shape)
     return before % after == 0 or (after % before == 0 and size % (after // before) == 0)
 
 
 def _outside(shape: Shape) -> tuple[int, int]:
-    """How often a tensor goes through the axis with its images, and how long that is for one image."""
+    """The product of the sizes before the batch axis, and the size of the batch axis for one image."""
     axis = next(axis for axis, size in enumerate(shape) if size < 0)
     return prod(shape[:axis]), -shape[axis]
 
 
 def _concat(i: p.Concat, parts: list[Shape]) -> Shape:
-    """Whatever has a first size of one is repeated."""
+    """The shape of a concatenation; parts whose first size is one are repeated for every image."""
     _need(len(parts) > 0, "joins nothing")
     first = next((part[0] for part in parts if part[:1] not in ((), (1,))), 1)
     whole = [(first, *part[1:]) for part in parts if part[:1] in ((1,), (first,))]
@@ -194,7 +194,7 @@ def _broadcast(left: Shape, right: Shape) -> Shape:
 
 
 def _zero_points(shapes: Mapping[str, Shape], name: str | None, weight: Shape) -> None:
-    """Whether a constant is a weight's only zero point, or has one for each output."""
+    """Check that a constant of zero points has one for the whole weight, or one for each output."""
     if name is not None:
         _fits(shapes, name, weight)
         by_output = (weight[0], *(1 for _ in weight[1:]))
@@ -203,7 +203,7 @@ def _zero_points(shapes: Mapping[str, Shape], name: str | None, weight: Shape) -
 
 
 def _fits(shapes: Mapping[str, Shape], name: str | None, whole: Shape) -> None:
-    """Whether something is repeated to a shape, and does not make it larger."""
+    """Check that an operand can be broadcast to a shape."""
     if name is not None:
         _need(_broadcast(whole, shapes[name]) == whole, f"reads {shapes[name]} for each of {whole}")
 
@@ -219,7 +219,7 @@ def _row(shape: Shape) -> int:
 
 
 def _axes(axes: Iterable[int], shape: Shape) -> None:
-    """Whether these are some axes of a shape, each once, and none the one that grows with the batch."""
+    """Check that these are axes of a shape, at least one, none twice, and not the axis that grows with the batch."""
     axes = tuple(axes)
     _need(len(set(axes)) == len(axes) > 0, f"has axes {axes}")
     _need(all(0 <= axis < len(shape) and shape[axis] > 0 for axis in axes), f"takes axes {axes} of {shape}")

@@ -1,6 +1,6 @@
 """An integer program as one file: safetensors, with the constants packed and the program as JSON in its metadata.
 
-docs/program-format.md is the norm.
+docs/program-format.md is the specification.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from vitquant.schema import (
 )
 
 FORMAT = 3
-_KEY = "vitquant_program"  # one key, as several would be written in any order
-_AFTER = 66  # characters behind what the digest is of: its own digits, a quotation mark and a brace
-_LARGEST = 2**36  # bytes; constants are held once packed and once in 64 bits
-_LONGEST_HEADER = 2**23  # bytes; that of a DeiT has 2**18
+_KEY = "vitquant_program"  # a single key, since the order of several in the file is not defined
+_AFTER = 66  # characters at the end that the digest leaves out: its own 64 digits, a quotation mark and a brace
+_LARGEST = 2**36  # bytes of a file; loading holds constants packed and in 64 bits
+_LONGEST_HEADER = 2**23  # bytes; the header of a DeiT has 2**18
 
 
 def save_program(program: p.IntegerProgram, path: str | Path, force: bool = False) -> None:
@@ -54,8 +54,8 @@ def save_program(program: p.IntegerProgram, path: str | Path, force: bool = Fals
 
     Arguments:
         program: what `lower` returned.
-        path: of the file; its folder is made when missing.
-        force: replace a file that is there.
+        path: of the file; its folder is created when missing.
+        force: replace an existing file.
 
     Raises:
         LoweringError: the program is not valid.
@@ -66,7 +66,7 @@ def save_program(program: p.IntegerProgram, path: str | Path, force: bool = Fals
 
 
 def to_bytes(program: p.IntegerProgram) -> bytes:
-    """What the file of a program holds.
+    """The content of a program's file.
 
     Raises:
         LoweringError: the program is not valid.
@@ -80,11 +80,11 @@ def to_bytes(program: p.IntegerProgram) -> bytes:
 
 
 def load_program(path: str | Path) -> p.IntegerProgram:
-    """Read a program, whoever wrote the file: it is valid or refused.
+    """Read a program and check it, so that a file from anywhere gives a valid program or is refused.
 
     Raises:
-        CheckpointError: missing, truncated, altered, of a newer format, or no valid program; the message names the
-            file.
+        CheckpointError: the file is missing, truncated, altered, of another format, or not a valid program; the message
+            names the file.
     """
     safetensors, path = _safetensors(), Path(path)
     if not os.path.isfile(path):
@@ -111,7 +111,7 @@ def _read(path: Path, safetensors: Any) -> tuple[str, dict[str, Tensor]]:
         raise CheckpointError("it is no saved program, or was truncated; copy it again")
     try:
         packed = safetensors.load(content)
-    except Exception as error:  # the parser's own, and what torch makes of types that it has not
+    except Exception as error:  # safetensors' own errors, and torch's for dtypes that it lacks
         raise CheckpointError(f"it is no saved program: {' '.join(str(error).split())[:200]}") from error
     if any(each.dtype is not torch.uint8 or each.ndim != 1 for each in packed.values()):
         raise CheckpointError("it is no saved program: it has tensors that are no bytes")
@@ -131,11 +131,11 @@ def _check_format(values: Any) -> None:
 
 
 def sealed(values: Mapping[str, Any], packed: Mapping[str, Tensor]) -> str:
-    """The JSON text of a file: it ends in the digest of what stands before and of the constants' bytes.
+    """The JSON text of a file, which ends in the digest of the text before it and of the constants' bytes.
 
     Arguments:
         values: from `plain`.
-        packed: uint8 bytes by the name of the constant.
+        packed: uint8, the packed bytes of each constant, by its name.
     """
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     text = f'{text[:-1]},"sha256":"{"0" * 64}"}}'
@@ -159,7 +159,7 @@ def _safetensors() -> Any:
 
 
 def plain(program: p.IntegerProgram) -> dict[str, Any]:
-    """A program as its file has it in JSON, all but the constants' values and the digest."""
+    """A program as the plain values of its file's JSON, without the constants' values and the digest."""
     facts = dict(program.facts)
     said = facts.pop("outputs", {})
     return {
@@ -178,10 +178,10 @@ def _plain_instruction(i: p.Instruction) -> dict[str, Any]:
     return {"op": opcode_of(i), "site": i.site, "output": i.output, **arguments}
 
 
-# And back: nothing that was read is taken for what it should be.
+# Reading: everything that is read is checked.
 
-_NAME = Text(10_000)  # `check_program` says which names registers may have
-_SCALE = Number()  # and which scales and zero points there are
+_NAME = Text(10_000)  # `check_program` checks the names of registers
+_SCALE = Number()  # and scales and zero points
 _SCHEMA = Table(
     {
         "format": Integer(FORMAT, FORMAT),
@@ -202,7 +202,7 @@ _SCHEMA = Table(
 
 
 def _schema_of(role: opcodes.Role) -> Schema:
-    """What a file may have for an argument; `check_program` says which names and numbers fit."""
+    """The schema of an argument in a file; `check_program` checks names and numbers further."""
     match role:
         case opcodes.Read(several):
             return ListOf(Text()) if several else Text()
@@ -245,7 +245,7 @@ def _program(values: Mapping[str, Any], packed: Mapping[str, Tensor]) -> p.Integ
         instructions=tuple(_instruction(n, each) for n, each in enumerate(values["instructions"])),
         codes=values["codes"],
     )
-    # JSON writes 1.0 as it likes.
+    # JSON may write 1.0 as 1.
     if "scale" in given:
         given["scale"] = float(given["scale"])
     for result in results.values():
@@ -257,7 +257,7 @@ def _program(values: Mapping[str, Any], packed: Mapping[str, Tensor]) -> p.Integ
 
 
 def _constant(name: str, registers: Mapping[str, p.Register], packed: Tensor) -> Tensor:
-    """A constant as int64, when it has as many bytes as its register says."""
+    """A constant as int64, after checking that its size fits its register."""
     if name not in registers:
         raise CheckpointError(f"constant {shown(name)} has no register")
     register = registers[name]

@@ -1,4 +1,4 @@
-"""An integer program as text: one line an instruction, for people to read and to compare."""
+"""An integer program as text, one line per instruction, to read and to compare."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from vitquant.program.shapes import Shape, all_shapes
 def text_form(program: p.IntegerProgram, scales: Mapping[str, tuple[float, float]] | None = None) -> list[str]:
     """The lines of a program: its input, its instructions in their order, and its outputs.
 
-    A line has what is written, its type and shape, the opcode, and the arguments as docs/program-format.md lists them;
-    then the site. N is the number of images. Behind a multiplier stands what it multiplies by, shift included, the
-    smallest and the largest where they differ.
+    A line has the output register with type and shape, the opcode, the arguments in the order of
+    docs/program-format.md, and the site. N is the number of images. A multiplier is followed by the real factor that it
+    is with its shift, or by the smallest and the largest factor where they differ.
 
     Arguments:
         program: a valid one.
-        scales: for registers by name, the smallest and the largest scale of the codes that they have.
+        scales: the smallest and the largest scale of registers' codes, by the register's name.
 
     Raises:
-        LoweringError: its shapes do not fit together.
+        LoweringError: the shapes in the program do not fit together.
     """
     return _Lines(program, scales or {}).all()
 
@@ -64,7 +64,7 @@ class _Lines:
         return f"{argument.key}={_listed(words) if isinstance(value, tuple) else (words or ['none'])[0]}"
 
     def _constant(self, argument: Argument, name: str, i: p.Instruction) -> str:
-        """A constant, and what it multiplies by where it is a requantization's multiplier."""
+        """The text of a constant, with the real factor where it is a multiplier of a requantization."""
         text = f"{self._typed(name)}{self._scale(name)}"
         if argument.key != "multipliers" or not isinstance(i, p.Requantize):
             return text
@@ -87,7 +87,7 @@ def _listed(words: Iterable[str]) -> str:
 
 
 def _quantization(said: Mapping[str, Any] | None) -> str:
-    """What codes stand for, where the program says it."""
+    """The text of scale, zero point and codes, where the program has them."""
     if not said:
         return ""
     scales = said["scale"] if isinstance(said["scale"], list) else [said["scale"]]

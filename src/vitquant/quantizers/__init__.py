@@ -1,4 +1,4 @@
-"""Quantizers: a spec and its parameters turned into arithmetic, one scheme per file."""
+"""Quantizers: the arithmetic of a spec and its parameters, one file for each kind of scheme."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Scales, zero points and the rounding of weights as what gradients change, and as plain numbers again.
+"""Learned scales, zero points and rounding of weights.
 
-While something is learned a quantizer computes with tensors that have gradients: `put` gives it those of the step.
-`harden` leaves it with buffers, or the weight with values on the grid, so what is saved is a plain quantizer.
+While they are learned, a quantizer computes with tensors that have gradients: `put` gives it those of the current step.
+`harden` replaces them by plain buffers, or moves the weight onto the grid, so that a plain quantizer is saved.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from vitquant.quantizers.parameters import SMALLEST_SCALE
 from vitquant.quantizers.quantizer import Quantizer
 from vitquant.quantizers.uniform import UniformQuantizer
 
-# AdaRound's rectified sigmoid ends beyond 0 and 1, so that an offset gets there (Nagel et al. 2020, equation 23).
+# AdaRound stretches the sigmoid beyond [0, 1] and clips it, so that 0 and 1 are reached (Nagel et al. 2020, eq. 23).
 _STRETCH, _SHIFT = 1.2, -0.1
 
 
 @dataclass(frozen=True)
 class LearnedScale:
-    """A scale as a multiple of what was calibrated, by the logarithm of that, so that it stays positive.
+    """A scale that is learned as the logarithm of its ratio to the calibrated scale, so that it stays positive.
 
-    Its gradient is LSQ's (Esser et al. 2020, equation 3), times the scale.
+    The gradient to the logarithm is LSQ's (Esser et al. 2020, equation 3) times the scale.
 
     Arguments:
-        quantizer: whose scale it is.
-        calibrated: float32, its scale before.
-        logarithm: float32, of the same shape; what is learned.
+        quantizer: the quantizer of the scale.
+        calibrated: float32, its scale before learning.
+        logarithm: float32, of the same shape; the learned parameter.
     """
 
     quantizer: Quantizer
@@ -38,29 +38,29 @@ class LearnedScale:
 
     @classmethod
     def of(cls, quantizer: Quantizer) -> LearnedScale:
-        """The scale that a quantizer has, nothing learned yet."""
+        """The learned scale of a quantizer, starting at the scale that it has."""
         return cls(quantizer, quantizer.scale, nn.Parameter(torch.zeros_like(quantizer.scale)))
 
     def put(self) -> None:
-        """Give the quantizer what the logarithm says now."""
+        """Set the quantizer's scale from the current logarithm, with gradients."""
         self.quantizer.scale = (self.calibrated * self.logarithm.exp()).clamp(min=SMALLEST_SCALE)
 
     def harden(self) -> None:
-        """Leave the quantizer with numbers that nothing learns any more."""
+        """Set the quantizer's scale to the learned one as a plain buffer, without gradients."""
         with torch.no_grad():
             self.put()
 
 
 @dataclass(frozen=True)
 class LearnedZeroPoint:
-    """A zero point that moves between codes, rounded straight through.
+    """A zero point that is learned as a real number and rounded with a straight-through gradient.
 
-    Its gradient is that of the values beyond the range, which move with its ends; a value within moves with its code
-    and back.
+    Only values outside of the range contribute to its gradient: they are clamped to the range's ends, which move with
+    it. For a value inside, the shift in encoding and that in decoding cancel.
 
     Arguments:
         quantizer: uniform.
-        position: float32, of the zero point's shape; what is learned.
+        position: float32, of the zero point's shape; the learned parameter.
     """
 
     quantizer: UniformQuantizer
@@ -68,7 +68,7 @@ class LearnedZeroPoint:
 
     @classmethod
     def of(cls, quantizer: UniformQuantizer) -> LearnedZeroPoint:
-        """The zero point that a quantizer has, nothing learned yet.
+        """The learned zero point of a quantizer, starting at the one that it has.
 
         Raises:
             CalibrationError: the spec is symmetric, and its zero point fixed.
@@ -78,13 +78,13 @@ class LearnedZeroPoint:
         return cls(quantizer, nn.Parameter(quantizer.zero_point.to(torch.float32)))
 
     def put(self) -> None:
-        """Give the quantizer what the position says now, a whole number among the codes."""
+        """Set the quantizer's zero point to the position, rounded and clamped to the codes, with gradients."""
         spec = self.quantizer.spec
         code = self.position.detach().round().clamp(spec.qmin, spec.qmax)
         self.quantizer.zero_point = code + (self.position - self.position.detach())
 
     def harden(self) -> None:
-        """Leave the quantizer with the integer that is nearest."""
+        """Set the quantizer's zero point to the nearest integer, as int32 without gradients."""
         with torch.no_grad():
             self.put()
             assert self.quantizer.zero_point is not None
@@ -93,14 +93,14 @@ class LearnedZeroPoint:
 
 @dataclass(frozen=True)
 class LearnedRounding:
-    """Whether each weight goes to the level below or above it, by a number between 0 and 1 that is learned.
+    """Whether each weight is rounded down or up, by a learned number between 0 and 1.
 
     Source: AdaRound, Nagel et al. 2020, equations 20 to 24.
 
     Arguments:
-        quantizer: the weight's, uniform; its scale stays as it is.
+        quantizer: of the weight, uniform; its scale is not changed.
         weight: the stored weight.
-        offset: float32, of the weight's shape; what is learned, before the rectified sigmoid.
+        offset: float32, of the weight's shape; the learned parameter, before the rectified sigmoid.
     """
 
     quantizer: UniformQuantizer
@@ -109,18 +109,18 @@ class LearnedRounding:
 
     @classmethod
     def of(cls, quantizer: UniformQuantizer, weight: Tensor) -> LearnedRounding:
-        """Offsets that leave the weight where it is, between its two levels."""
+        """Offsets with which the rounded weight starts at its float value, between two levels."""
         with torch.no_grad():
             ratio = weight.to(torch.float32) / quantizer.step_along(weight.to(torch.float32))
             share = ((ratio - ratio.floor()) - _SHIFT) / _STRETCH
             return cls(quantizer, weight, nn.Parameter(torch.logit(share)))
 
     def put(self) -> None:
-        """Let the quantizer give the level below plus the offset, with gradients to that."""
+        """Let the quantizer return the level below plus the learned share, with gradients."""
         self.quantizer.rounding = self.share()
 
     def share(self) -> Tensor:
-        """How far towards the level above, 0 to 1."""
+        """How far each weight goes from the level below towards the level above, 0 to 1."""
         return (self.offset.sigmoid() * _STRETCH + _SHIFT).clamp(0, 1)
 
     def undecided(self, sharpness: float) -> Tensor:
@@ -128,7 +128,7 @@ class LearnedRounding:
         return (1 - (2 * self.share() - 1).abs() ** sharpness).sum()
 
     def harden(self) -> None:
-        """Leave the weight on the level that was decided for, where plain rounding finds it."""
+        """Set the weight to the level that was chosen, to which plain rounding maps it from now on."""
         with torch.no_grad():
             self.quantizer.rounding = (self.share() >= 0.5).to(torch.float32)
             self.weight.copy_(self.quantizer(self.weight))

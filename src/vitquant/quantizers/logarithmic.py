@@ -1,4 +1,4 @@
-"""Powers of two and of its square root: the schemes `Log2` and `LogSqrt2`."""
+"""Levels at powers of two and of its square root: the schemes `Log2` and `LogSqrt2`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from vitquant.spec import Logarithmic
 class LogarithmicQuantizer(Quantizer):
     """`code = round(-steps * log2(x / scale))`, `x = scale * 2**(-code / steps)`; the largest code means exactly zero.
 
-    With `separate_zero` all 2**bits codes are powers and zero is one more, 2**bits.
+    With `separate_zero` all 2**bits codes are powers, and zero has the extra code 2**bits.
 
-    Rounding is to the nearest exponent, so the thresholds lie at 2**(-1 / (2 * steps)) times a level. What is nearer
-    (in this sense) to the level after the last one, or not positive, becomes zero; what exceeds `scale`
-    becomes `scale`. Levels and thresholds come from the exponent and mantissa of x / scale, never from a
+    Rounding is to the nearest exponent, so the thresholds lie at 2**(-1 / (2 * steps)) times a level. Values that are
+    nearer (in this sense) to the level after the last one, and values that are not positive, become zero; values above
+    `scale` become `scale`. Levels and thresholds are computed from the exponent and mantissa of x / scale, never from a
     logarithm, so they are the same on every device. The error in [0, scale] is at most
-    (2**(1 / (2 * steps)) - 1) * x above the last threshold and x below it. The gradient to x is 1 there and 0 where
-    x was saturated or became zero.
+    (2**(1 / (2 * steps)) - 1) * x above the last threshold and x below it. The gradient to x is 1 where x is rounded to
+    a power, and 0 where it is saturated or becomes zero.
 
     Arguments:
         spec: unsigned, at most 8 bits.
         params: scale, () or (n,), the largest value; no zero_point.
 
     Attributes:
-        steps: how many levels an octave has.
+        steps: the number of levels in an octave.
 
     Pitfall: float32 cannot hold every level of 7 or 8 bits: those below its smallest subnormal number
         (2**-149) are zero, and among the subnormal ones a code need not decode to itself.
@@ -38,7 +38,7 @@ class LogarithmicQuantizer(Quantizer):
     steps: ClassVar[int]
 
     def error_bound(self, x: Tensor) -> Tensor:
-        """(2**(1 / (2 * steps)) - 1) * x, or x where that becomes zero, and `2 * eps(x.dtype) * x` for rounding."""
+        """(2**(1 / (2 * steps)) - 1) * x, or x where x becomes zero, plus `2 * eps(x.dtype) * x` for rounding."""
         work = x.to(torch.promote_types(x.dtype, torch.float32))
         zeroed = self._nearest_level(work / self.step_along(work)) == 0
         relative = torch.where(zeroed, 1.0, 2 ** (1 / (2 * self.steps)) - 1) + 2 * torch.finfo(x.dtype).eps
@@ -50,7 +50,7 @@ class LogarithmicQuantizer(Quantizer):
 
     @property
     def zero_code(self) -> int:
-        """The code of zero: the largest of b bits, or the one after them, if a byte still holds it."""
+        """The code of zero: the largest code of b bits, or with `separate_zero` the next one, at most 255."""
         scheme = self.spec.scheme
         return min(255, self.spec.qmax + (isinstance(scheme, Logarithmic) and scheme.separate_zero))
 
@@ -102,9 +102,10 @@ def power(code: int, steps: int) -> float:
 
 
 def threshold(code: int, steps: int, dtype: torch.dtype) -> float:
-    """The smallest number of a dtype that is nearer to 2**(-code / steps) than to the next power, by its logarithm.
+    """The smallest number of a dtype whose logarithm is nearer to 2**(-code / steps) than to the next power.
 
-    It is 2**(-(code + 1/2) / steps) rounded up, by an integer root: comparing with it is comparing with the real one.
+    It is 2**(-(code + 1/2) / steps), rounded up by an integer root, so that comparing a number of the dtype with it is
+    the same as comparing with the exact threshold.
 
     Arguments:
         steps: 1 or 2.
@@ -117,7 +118,7 @@ def threshold(code: int, steps: int, dtype: torch.dtype) -> float:
 
 
 def _below(mantissa: Tensor, steps: int) -> Tensor:
-    """How many of the thresholds between 1/2 and 1 lie above a mantissa: the steps from 1 down to its level."""
+    """How many thresholds between 1/2 and 1 lie above a mantissa: the number of steps from 1 down to its level."""
     found = torch.zeros_like(mantissa)
     for code in range(steps):
         found += mantissa < threshold(code, steps, mantissa.dtype)
@@ -125,7 +126,7 @@ def _below(mantissa: Tensor, steps: int) -> Tensor:
 
 
 def _powers_of_two(octaves: Tensor) -> Tensor:
-    """2**-octaves for octaves 0..255, exact where `torch.ldexp` and others raise to a power."""
+    """2**-octaves for octaves 0..255, from a table: `torch.ldexp` and others compute a power, which is not exact."""
     powers = torch.tensor([2.0**-octave for octave in range(256)], dtype=octaves.dtype, device=octaves.device)
     return powers.take(octaves.to(torch.int64))
 
@@ -139,7 +140,7 @@ def _fractions(code: Tensor, steps: int) -> Tensor:
 
 
 class _NearestPower(torch.autograd.Function):
-    """1, 2**(-1 / steps) .. 2**(-last / steps) or 0, whichever is nearest to the argument by its logarithm."""
+    """Round to 1, 2**(-1 / steps) .. 2**(-last / steps) or 0, whichever has the nearest logarithm."""
 
     @staticmethod
     def forward(ratio: Tensor, steps: int, last: int) -> Tensor:

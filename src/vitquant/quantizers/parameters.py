@@ -1,4 +1,4 @@
-"""From a range of values to the parameters of a quantizer that covers it: pure functions."""
+"""The parameters of a quantizer that covers a range of values, as pure functions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def params_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
     Arguments:
         low, high: smallest and largest value, finite, of any floating dtype; () or (n,) along the
             granularity's axis; always (channels,) for `PowerOfTwoFactor`.
-        spec: what the quantizer is.
+        spec: of the quantizer.
 
     Returns:
         Scales of at least float32's eps (1.2e-7), so that a channel of zeros is harmless. Symmetric:
         scale = max(|low|, |high|) / ((qmax - qmin) / 2), zero_point 0 or, unsigned, 2**(bits-1).
         Asymmetric: scale = (high - low) / (qmax - qmin), zero_point = clamp(qmin - round(low / scale)).
 
-    Twin: the levels span high - low, and the code of zero is the one that ends nearest to both.
+    Twin: the levels span high - low, and zero gets the code with which their ends come nearest to low and high.
 
     Source: FQ-ViT's code (`observer/minmax.py`); the factors, its section "Power-of-Two Factor".
 
@@ -55,11 +55,11 @@ def params_from_free_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParam
 
     Arguments:
         low, high: as for `params_from_range`.
-        spec: `Uniform`, not symmetric; any other has its zero where it is, and gets `params_from_range`.
+        spec: `Uniform`, not symmetric; for any other the result is that of `params_from_range`.
 
     Returns:
-        scale = (high - low) / (qmax - qmin), zero_point = qmin - round(low / scale), also outside of the codes, and
-        at most 2**24 from them, where a channel hardly varies.
+        scale = (high - low) / (qmax - qmin), zero_point = qmin - round(low / scale). The zero point may lie outside of
+        the codes; |low / scale|, which is large where a channel hardly varies, is limited to 2**24.
 
     Source: RepQ-ViT's code, channel by channel.
     """
@@ -87,10 +87,10 @@ def _zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _covering_factors(low: Tensor, high: Tensor, spec: QuantSpec, factors: int) -> QParams:
-    """The smallest factor per channel that saturates no value of it, given the zero point of the coarsest step.
+    """The smallest factor per channel that saturates none of its values, given the zero point of the coarsest step.
 
-    FQ-ViT chooses among the same factors by mean squared error on a calibration batch instead; that is
-    a method's work, since it needs the data.
+    FQ-ViT chooses among the same factors by mean squared error on a calibration batch instead; the method
+    `choose-factors` does so, since it needs the data.
     """
     coarsest = _floored((high.max() - low.min()) / (spec.qmax - spec.qmin))
     zero_point = _zero_point(low.min(), coarsest, spec)
@@ -99,15 +99,15 @@ def _covering_factors(low: Tensor, high: Tensor, spec: QuantSpec, factors: int) 
     covered = (torch.round(high / steps) + zero_point <= spec.qmax) & (
         torch.round(low / steps) + zero_point >= spec.qmin
     )
-    covered[-1] = True  # the coarsest is what there is
+    covered[-1] = True  # nothing is coarser, even if it saturates
     return QParams(scale, zero_point, covered.int().argmax(0).to(torch.int32))
 
 
 def _covering_twin(low: Tensor, high: Tensor, spec: QuantSpec, shift: int) -> QParams:
-    """The fine step with which all levels span the range, and where among the codes zero has to be for that."""
+    """The fine step with which the levels span the range, and the zero point with which they lie on the range."""
     fine = 1 << (spec.bits - 1)
     scale = _floored((high - low) / (fine - 1 + (fine << shift)))
-    below = -low / scale.double()  # in fine steps: the first fine / 2 are fine, then as many coarse ones as there are
+    below = -low / scale.double()  # in fine steps; from zero down: fine / 2 fine levels, then up to `fine` coarse ones
     coarse = ((below - fine // 2) / (1 << shift)).clamp(0, fine)
     zero_point = torch.round(below.clamp(max=fine // 2) + coarse + (below - fine // 2 - (fine << shift)).clamp(min=0))
     return QParams(scale, zero_point.clamp(0, spec.qmax).to(torch.int32))

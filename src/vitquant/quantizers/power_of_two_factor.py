@@ -1,4 +1,4 @@
-"""One step per channel, all of them powers of two apart: the scheme `PowerOfTwoFactor`."""
+"""One step per channel, a power of two times a common step: the scheme `PowerOfTwoFactor`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ class PowerOfTwoFactorQuantizer(UniformQuantizer):
 
     @property
     def step(self) -> Tensor:
-        """What one level is worth: float32 (channels,)."""
+        """The step of each channel, the distance between neighbouring levels: float32 (channels,)."""
         assert self.factor is not None
         return self.scale * 2**self.factor  # integer power: exact

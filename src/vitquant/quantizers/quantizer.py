@@ -1,4 +1,4 @@
-"""The base of every quantizer: encode, decode, and a forward that is both and has gradients."""
+"""The base class of quantizers: encode, decode, and a differentiable forward that does both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vitquant.spec import Granularity, PerAxis, PerHead, PerTensor, QParams, Qua
 
 
 def channel_axis(granularity: Granularity) -> int | None:
-    """The axis along which scales differ, as the reading operation counts it; None for a single scale."""
+    """The axis along which scales differ, of the tensor as the operation reads it; None for a single scale."""
     match granularity:
         case PerTensor():
             return None
@@ -27,7 +27,7 @@ def along_axis(values: Tensor, granularity: Granularity, ndim: int) -> Tensor:
 
     Arguments:
         values: (n,) along the granularity's axis, or () which broadcasts as it is.
-        granularity: says which axis that is.
+        granularity: determines the axis.
         ndim: number of axes of the operand.
     """
     axis = channel_axis(granularity)
@@ -41,13 +41,13 @@ def along_axis(values: Tensor, granularity: Granularity, ndim: int) -> Tensor:
 class Quantizer(nn.Module):
     """Map real values to integer codes and back, on a grid fixed by a spec and its parameters.
 
-    Both ways are `level = nearest(x / step)` and `x = level * step`; a scheme says what a step is, which
-    levels there are, and which code stands for which level. The arithmetic is float32 for float32,
-    bfloat16 and float16 operands and float64 for float64 ones; only the result is cast.
+    Quantization is `level = nearest(x / step)`, dequantization `x = level * step`; the scheme defines the step,
+    the levels, and the code of each level. The arithmetic is float32 for float32, bfloat16 and float16 operands
+    and float64 for float64 ones; only the result is cast.
 
     Arguments:
-        spec: what the quantizer is.
-        params: its numbers; copied, so that the quantizer shares no memory with its observer.
+        spec: scheme, bits, sign, symmetry and granularity.
+        params: scale, zero point and factors; copied, so that the quantizer shares no memory with its observer.
 
     Pitfalls:
         A bfloat16 result is the grid's value rounded to 8 significant bits. Encoding it again gives the
@@ -88,20 +88,20 @@ class Quantizer(nn.Module):
         return (self._nearest_level(work / step) * step).to(x.dtype)
 
     def reference(self, x: Tensor) -> Tensor:
-        """What stands in its place in the float model: nothing."""
+        """What the float model computes in its place: the identity."""
         return x
 
     @property
     def integer_bounds(self) -> tuple[int, int]:
-        """The smallest and the largest of `integers`."""
+        """The smallest and the largest value that `integers` returns."""
         return self.spec.qmin, self.spec.qmax
 
     def integers(self, codes: Tensor) -> Tensor:
-        """What integer arithmetic has in place of codes, of their dtype: of equally spaced levels the codes."""
+        """The integers that integer arithmetic computes with: the codes themselves where levels are equally spaced."""
         return codes
 
     def codes_of(self, integers: Tensor) -> Tensor:
-        """The codes that integers of `integers` stand for."""
+        """The codes of integers, the inverse of `integers`."""
         return integers
 
     def error_bound(self, x: Tensor) -> Tensor:
@@ -114,11 +114,11 @@ class Quantizer(nn.Module):
 
     @property
     def step(self) -> Tensor:
-        """What one level is worth: float32, () or one per channel."""
+        """The step, the distance between neighbouring levels: float32, () or one per channel."""
         return self.scale
 
     def step_along(self, like: Tensor) -> Tensor:
-        """What one level is worth in each element of a tensor, of its dtype."""
+        """The step shaped for broadcasting against a tensor, in the tensor's dtype."""
         return self._along(self.step, like)
 
     def extra_repr(self) -> str:

@@ -14,13 +14,13 @@ from vitquant.spec import QuantSpec, TwinUniform
 
 @dataclass(frozen=True)
 class TwinLevels:
-    """Which integers, in fine steps, the codes of a `TwinUniform` spec stand for.
+    """The levels of a `TwinUniform` spec's codes, as integers that count fine steps.
 
-    The fine half of the codes has zero in its middle, or ends where the codes end: of `zero_point` codes below zero,
-    what the fine half does not hold is coarse.
+    Half of the codes are fine: zero is in their middle, unless they would then extend beyond the first or last code. Of
+    the `zero_point` codes below zero, those beyond the fine half are coarse.
 
     Arguments:
-        fine: how many codes are a fine step apart, half of all.
+        fine: the number of codes that are a fine step apart, half of all.
         shift: a coarse step is 2**shift fine ones.
         zero_point: the code of zero, integers of any dtype; may be a tensor, which broadcasts.
     """
@@ -56,7 +56,7 @@ class TwinLevels:
         return self.first_fine - self.coarse_below * (1 << self.shift)
 
     def nearest(self, integers: Tensor) -> Tensor:
-        """The level nearest to integers; of two coarse ones as near, the even one, counted from the fine half."""
+        """The level nearest to integers; of two equally near coarse levels the even one, counted from the fine half."""
         within = torch.minimum(torch.maximum(integers, self.lowest), self.lowest + self.span)
         fine = self._nearest_fine(within)
         step = 1 << self.shift
@@ -79,14 +79,15 @@ class TwinLevels:
 
 
 class TwinUniformQuantizer(Quantizer):
-    """Half of the codes are `scale` apart, around zero; the others `scale * 2**shift`, on both sides beyond.
+    """Half of the codes are `scale` apart, around zero; the others are `scale * 2**shift` apart, on both sides.
 
-    `x / scale` is rounded to an integer and that to the nearest level, halves to even: two roundings, so that the
-    second is a table wherever the first gives integers. Inside `range()` the error is at most half a step and half a
+    `x / scale` is rounded to an integer and that integer to the nearest level, halves to even. With two roundings, the
+    second is a table lookup in integer arithmetic. Inside `range()` the error is at most half a fine step plus half a
     coarse one. The gradient to x is 1 inside the range and 0 outside.
 
-    Every level is an integer multiple of `scale`, and the levels span (1 + 2**shift) * 2**(bits - 1) - 1 of it: with 6
-    bits and shift 2 they are 8-bit integers, and a product of them is one integer product with one scale.
+    Every level is an integer multiple of `scale`, and the levels span (1 + 2**shift) * 2**(bits - 1) - 1 of these: with
+    6 bits and shift 2 they fit into 8-bit integers, and a product of two such operands is one integer product with one
+    scale.
 
     Arguments:
         spec: unsigned, asymmetric, at most 8 bits.
@@ -95,12 +96,12 @@ class TwinUniformQuantizer(Quantizer):
     Source: steps a power of two apart, the twin uniform quantization of PTQ4ViT, Yuan et al. 2022; a dense centre and
     sparse tails instead of its two signs, piecewise linear quantization, Fang et al. 2020. docs/twin-steps.md.
 
-    Pitfall: near zero as fine as a uniform quantizer with a bit or two more, in the tails coarser: weights and other
-    values without long tails gain nothing.
+    Pitfall: near zero it is as fine as a uniform quantizer with one or two more bits, in the tails it is coarser:
+    weights and other values without long tails gain nothing.
     """
 
     def error_bound(self, x: Tensor) -> Tensor:
-        """Half a step near zero, else that and half a coarse step, and the arithmetic's and the cast's rounding."""
+        """Half a step, plus half a coarse step outside of the fine levels, plus rounding of arithmetic and cast."""
         step = self.step_along(x.to(torch.promote_types(x.dtype, torch.float32)))
         levels = self._levels(step)
         ratio = torch.round(x.to(step.dtype) / step)
@@ -118,7 +119,7 @@ class TwinUniformQuantizer(Quantizer):
         return 0, self.levels.span
 
     def integers(self, codes: Tensor) -> Tensor:
-        """The levels of codes, counted from the lowest; of a dtype that holds them."""
+        """The levels of codes minus the lowest level, 0 to `levels.span`, in a dtype that holds them."""
         levels = self._levels(codes)
         return levels.level(codes) - levels.lowest
 
@@ -128,7 +129,7 @@ class TwinUniformQuantizer(Quantizer):
 
     @property
     def levels(self) -> TwinLevels:
-        """Which integers the codes stand for: int32, () or one per channel."""
+        """The levels of the codes: int32, () or one per channel."""
         assert self.zero_point is not None
         return TwinLevels.of(self.spec, self.zero_point)
 
@@ -151,7 +152,7 @@ class _NearestTwin(torch.autograd.Function):
 
     @staticmethod
     def forward(ratio: Tensor, levels: TwinLevels) -> Tensor:
-        return levels.nearest(torch.round(ratio)).add_(0.0)  # + 0 turns -0 into 0, as codes know no -0
+        return levels.nearest(torch.round(ratio)).add_(0.0)  # + 0 turns -0 into 0, since codes have no -0
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

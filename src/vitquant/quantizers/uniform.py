@@ -24,7 +24,7 @@ class UniformQuantizer(Quantizer):
 
     Attributes:
         rounding: while the rounding of a weight is learned, how far each element goes from the level below it to the
-            one above, 0 to 1; None where it goes to the nearest. See `quantizers.learnable`.
+            one above, 0 to 1; None for rounding to the nearest level. See `quantizers.learnable`.
 
     Pitfall: the range seldom ends exactly at the observed extremes, because zero has a code of its own.
     """
@@ -32,7 +32,7 @@ class UniformQuantizer(Quantizer):
     rounding: Tensor | None = None
 
     def error_bound(self, x: Tensor) -> Tensor:
-        """Half a step, and `eps(x.dtype) * (|x| + step)` for the arithmetic's and the cast's rounding."""
+        """Half a step plus `eps(x.dtype) * (|x| + step)` for the rounding of arithmetic and cast."""
         step = self.step_along(x.to(torch.promote_types(x.dtype, torch.float32)))
         return 0.5 * step + torch.finfo(x.dtype).eps * (x.abs().to(step.dtype) + step)
 
@@ -65,16 +65,16 @@ class UniformQuantizer(Quantizer):
 class _NearestInteger(torch.autograd.Function):
     """The argument rounded and clamped to integers low..high, with the gradient of the clamp alone.
 
-    Bounds are integers, so both orders give the same values; the order decides what counts as inside.
-    Not `torch.clamp` under autograd: with tensors for bounds it halves the gradient of what lies on one,
-    which after rounding is every element of the last level.
+    The bounds are integers, so clamping before or after rounding gives the same values; the order decides which
+    arguments count as inside. `torch.clamp` is not used under autograd: with tensor bounds it halves the gradient
+    of elements that equal a bound, which after rounding are all elements of the first and last level.
     """
 
     @staticmethod
     def forward(ratio: Tensor, low: Tensor, high: Tensor, clamp_first: bool) -> Tensor:
-        levels = torch.round(ratio).add_(0.0)  # + 0 turns -0 into 0, as codes know no -0
-        into = None if torch.compiler.is_compiling() else levels  # compilers take care of memory themselves
-        levels = torch.maximum(levels, low, out=into)  # the same as clamp_, which takes ten times as long with tensors
+        levels = torch.round(ratio).add_(0.0)  # + 0 turns -0 into 0, since codes have no -0
+        into = None if torch.compiler.is_compiling() else levels  # compilers manage memory themselves
+        levels = torch.maximum(levels, low, out=into)  # as clamp_, which takes ten times as long with tensor bounds
         return torch.minimum(levels, high, out=into)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Recipes: what is quantized how, as data; read from TOML, altered by overlays and settings, matched with a model."""
+"""Recipes, which say as data how each operand is quantized: reading, overlays, settings, matching with a model."""
 
 from vitquant.recipe.bits import Bits
 from vitquant.recipe.library import available, load_recipe

@@ -25,7 +25,7 @@ class Bits:
         input: symbol `input`, the network's input; always 8, since images come in 8 bits.
 
     Raises:
-        RecipeError: a width outside 2 to 16.
+        RecipeError: a width is outside 2 to 16.
     """
 
     weights: int = 8
@@ -47,7 +47,7 @@ class Bits:
             text: upper or lower case (papers write W4A8).
 
         Raises:
-            RecipeError: another form, or a width outside 2 to 16.
+            RecipeError: the text has another form, or a width is outside 2 to 16.
         """
         match = _FORM.fullmatch(text.strip().lower())
         if match is None:
@@ -65,7 +65,7 @@ class Bits:
         return f"w{self.weights}a{self.activations}{probs}{residual}"
 
     def of(self, symbol: str | int) -> int:
-        """The width that a rule's `bits` stands for: one of `BIT_SYMBOLS`, or a number, which is itself.
+        """The width in bits for a rule's `bits`: a number as it is, or the width of one of `BIT_SYMBOLS`.
 
         Raises:
             RecipeError: an unknown symbol.

@@ -17,7 +17,7 @@ _SHIPPED = files("vitquant") / "recipes"
 
 
 def available() -> list[Recipe]:
-    """The recipes that ship with vitquant, by name; overlays are not among them."""
+    """The recipes that ship with vitquant, sorted by file name, without overlays."""
     texts = {name: (_SHIPPED / f"{name}.toml").read_text(encoding="utf-8") for name in _names()}
     return [
         Recipe.from_toml(text, name) for name, text in texts.items() if "overlay" not in parse_toml(text, RecipeError)
@@ -28,8 +28,8 @@ def load_recipe(text: str) -> Recipe:
     """Read a recipe, with overlays laid over it in the order written.
 
     Arguments:
-        text: `fq-vit`, `path/to/file.toml`, or several joined by `+`: `vt-ptq+integer-residual`. What
-            has a slash or ends in `.toml` is a path. A path that contains `+` works alone, not in a sum.
+        text: `fq-vit`, `path/to/file.toml`, or several joined by `+`: `vt-ptq+integer-residual`. A part with a
+            slash or with the ending `.toml` is a path. A path that contains `+` cannot be joined with others.
 
     Raises:
         RecipeError: it is not found or not valid.

@@ -1,4 +1,4 @@
-"""Match the rules of a recipe with the values of a model: what each value becomes, and by which rule."""
+"""Match the rules of a recipe with the values of a model: how each value is quantized, and by which rule."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vitquant.spec import PerHead, QuantSpec
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one value becomes.
+    """How one value is quantized.
 
     Arguments:
-        spec: how it is quantized; None when it stays in float.
-        observer: the observer that calibrates it; None when it stays in float.
-        rule: the name of the rule that says so; empty when no rule matched.
+        spec: the spec of its quantizer; None when it stays in float.
+        observer: the name of the observer that calibrates it; None when it stays in float.
+        rule: the name of the rule that decided; empty when no rule matched.
     """
 
     spec: QuantSpec | None
@@ -39,14 +39,14 @@ def assign(recipe: Recipe, bits: Bits, values: Sequence[Value]) -> dict[str, Ass
     LayerNorm inputs also sets the residual stream that a LayerNorm reads.
 
     Arguments:
-        recipe: its rules, from general to special.
-        bits: what the symbols in the rules stand for (`recipe.bits`, or what the user asked for).
-        values: the model's.
+        recipe: its rules go from general to special.
+        bits: the widths for the symbols in the rules (`recipe.bits`, or those that the user asked for).
+        values: of the model.
 
     Raises:
-        RecipeError: a rule that is not optional matches nothing, or names a value that is not there; two overlays set
-            the same value and the later does not say `override = true`; these bits do not fit a rule's scheme; or a
-            scale for each head of what has no axis of heads.
+        RecipeError: a rule that is not optional matches nothing, or a rule names a value that the model does not have;
+            two overlays set the same value and the later does not say `override = true`; the bits do not fit a rule's
+            scheme; or a rule asks for a scale per head of a value without an axis of heads.
     """
     matches = {rule.name: [rule.matches(value) for value in values] for rule in recipe.rules}
     known = {str(reader) for value in values for reader in value.readers}
@@ -89,20 +89,20 @@ def _assignment(rules: Sequence[Rule], bits: Bits, value: Value) -> Assignment:
 
 
 def _remedy(earlier: Rule, later: Rule) -> str:
-    """What to do where two overlays set one value and the later does not say that it may."""
+    """What the user can do where two overlays set one value and the later does not say `override = true`."""
     if earlier.override:
         return f"write the overlays in the other order: +{later.overlay}+{earlier.overlay}"
     return f"leave one of the overlays out, or add override = true to {later.name!r} in an overlay of your own"
 
 
 def _has_heads(value: Value) -> bool:
-    """Whether attention reads it with its heads on axis -3."""
+    """Whether attention reads the value with its heads on axis -3."""
     in_attention = any(KINDS[r.kind].of_attention or r.kind == "softmax" for r in value.readers)
     return in_attention and len(value.shape) > 3 and value.shape[-3] > 0
 
 
 def _why(rule: Rule, readers: Sequence[Reader]) -> str:
-    """Which of site, kind and operand found nothing among what the ones before it left, and what is there."""
+    """Why a rule matches no reader: the first of site, kind and operand that excludes all, and what the model has."""
     named = [r for r in readers if rule.reads_name(r)]
     if not named:
         names = {r.site for r in readers} | {r.module for r in readers}
@@ -132,7 +132,7 @@ _OF_ATTENTION = {*_ATTENTION, *(operand for kind in _ATTENTION for operand in KI
 
 
 def _made_optional(rules: Sequence[Rule]) -> str:
-    """What makes rules optional, in a recipe that is the user's or not."""
+    """The settings that make rules optional, for the command line and for Python; they work for any recipe."""
     settings = [f"{rule.name}.optional=true" for rule in rules]
     return f"give {' '.join(f'--set {each}' for each in settings)} (settings={settings})"
 

@@ -24,7 +24,7 @@ Settings = Sequence[str] | Mapping[str, Any]
 def override(recipe: Recipe, settings: Settings) -> Recipe:
     """The recipe with some keys set; all settings are applied before the result is checked.
 
-    A key of a rule is one of the rule's (`observer`) or of its spec (`spec.bits`, or `bits` for short).
+    A rule's keys are its own (`observer`) and those of its spec (`spec.bits`, or `bits` for short).
     Setting `scheme` drops the keys that only the former scheme has. A float rule becomes a quantizing
     one when `scheme` and `bits` are set, and `float=true` drops spec and observer.
 
@@ -34,8 +34,8 @@ def override(recipe: Recipe, settings: Settings) -> Recipe:
             `calibration`.
 
     Raises:
-        RecipeError: an unknown target or key (with the nearest), or a value that does not fit. Keys of
-            methods are free here: the method itself refuses what it does not know.
+        RecipeError: a target or key is unknown (the message names the nearest), or a value does not fit. Keys of
+            methods are not checked here: the method itself refuses unknown ones.
     """
     table = deepcopy(recipe.to_dict())
     rules = {rule["name"]: rule for rule in table["rule"]}
@@ -63,7 +63,7 @@ def override(recipe: Recipe, settings: Settings) -> Recipe:
 
 
 def _assignments(settings: Settings) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """How each setting is written, what it sets, and to what."""
+    """For each setting its text for messages, its `target.key`, and a function that returns the value."""
     if isinstance(settings, Mapping):
         for path, given in settings.items():
             yield f"settings[{path!r}]", path, partial(deepcopy, given)

@@ -1,4 +1,4 @@
-"""A recipe: rules that give specs to operands, and methods with their settings; TOML in and out."""
+"""A recipe: rules that assign specs to operands, and methods with their settings; reading and writing TOML."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = 1
 LONGEST = 2**22  # bytes of a file; a recipe that names every value of a large model has 2**18
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
-# Rules and methods are tables with schemas of their own: those name the rule where one does not fit.
+# Rules and methods are checked by schemas of their own, whose errors name the rule or method.
 _TABLES = ListOf(TableOf(Plain()), most=10_000)
 _PROSE = Text(10_000, LINES)
 _COUNT = Integer(1, 2**31)
@@ -41,11 +41,11 @@ _OVERLAY = Table(_BOTH, {"overlay": Flag(), "rule": _TABLES, "method": _TABLES})
 
 @dataclass(frozen=True)
 class Method:
-    """One step of a recipe, by the name of the function that does it.
+    """One method that a recipe names, with its settings.
 
     Arguments:
         name: such as `calibrate`.
-        settings: its arguments, TOML values. Whether they fit is for the method to say.
+        settings: TOML values, which the method itself checks.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How many images observers see, and how many at a time."""
+    """The number of calibration images, and of images in a batch."""
 
     images: int = 1000
     batch: int = 100
@@ -94,18 +94,18 @@ class Recipe:
     """How to quantize a model, as published; the last rule that matches an operand wins.
 
     Arguments:
-        name, title, source: what it is called, what it is, and the paper.
+        name, title, source: its name, a short description, and the paper.
         rules: from general to special.
-        methods: in the order in which they run.
-        bits: what the symbols in the rules stand for when the user gives no bits.
-        calibration: how much data the observers see.
-        expected, cost: the accuracy to expect, and what it takes to get it, as text.
-        relative_cost: in float passes over the calibration images; one with gradients counts three, and a search as
-            many as take its time.
+        methods: run in the order of their phases, see `methods.table.planned`.
+        bits: the widths for the symbols in the rules when the user gives no bits.
+        calibration: how many calibration images, and in which batches.
+        expected, cost: the expected accuracy, and the computation that it takes, as text.
+        relative_cost: the computation in units of a float pass over the calibration images; a pass with gradients
+            counts as three, and a search as the number of passes that take as long.
 
     Raises:
-        RecipeError: a relative cost below 1; a text with control characters; a name of a rule or method that is
-            taken, or that `--set name.key` could not write.
+        RecipeError: the relative cost is below 1; a text has control characters; the name of a rule or method is
+            taken, or cannot be written in `--set name.key`.
     """
 
     name: str
@@ -181,7 +181,7 @@ class Recipe:
             where: the file or name that errors mention.
 
         Raises:
-            RecipeError: as `from_dict`, or no valid TOML.
+            RecipeError: as `from_dict`, or the text is not valid TOML.
         """
         with within(where):
             return cls.from_dict(parse_toml(text, RecipeError))
@@ -192,9 +192,9 @@ class Overlay:
     """Rules and methods to lay over a recipe.
 
     Arguments:
-        name, title: what it is called, and what it is.
-        rules: they follow the recipe's rules, so they win.
-        methods: one that the recipe has too changes its settings, another is appended.
+        name, title: its name, and a short description.
+        rules: they follow the recipe's rules, so that they win.
+        methods: the settings of a method that the recipe has too are changed; another method is appended.
     """
 
     name: str
@@ -227,8 +227,8 @@ class Overlay:
         """The recipe with this overlay on it, named `recipe+overlay`.
 
         Raises:
-            RecipeError: a rule's name is taken. Rules that set the same operand as another overlay's
-                are found by `matching.assign`, since that takes a model.
+            RecipeError: a rule's name is taken. `matching.assign` refuses rules that set the same operand as
+                another overlay's, since this depends on the model.
         """
         methods = {method.name: method for method in recipe.methods}
         for method in self.methods:

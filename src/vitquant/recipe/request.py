@@ -1,4 +1,4 @@
-"""What a caller asks for, as a recipe and its bits; the best recipe at these bits where none is named."""
+"""The recipe and bits that a caller asks for; where none is named, the best recipe at these bits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Choice:
     """The recipe with the highest agreement at some bits, among those whose every operation lowers to integers.
 
     Arguments:
-        weights, activations: as many bits as that at least.
-        recipe: with its overlays.
-        probs: bits of the attention probabilities where the caller gives none.
-        least_probs: where the caller gives them, they are as many at least.
+        weights, activations: the fewest bits of weights and activations for which it is chosen.
+        recipe: the recipe's name, with overlays.
+        probs: the bits of the attention probabilities if the caller gives none.
+        least_probs: the fewest bits of the attention probabilities for which it is chosen.
         settings: as for `override`.
 
     Source: measured on held-out calibration photographs, docs/default-recipe.md.
@@ -64,8 +64,8 @@ def requested(recipe: str | Recipe, bits: str | None, settings: Settings = ()) -
         settings: see `override`.
 
     Raises:
-        RecipeError: see `load_recipe`, `Bits.parse` and `override`; `default` with more bits than integers have;
-            or bits `r` of a residual stream that has others by a rule.
+        RecipeError: see `load_recipe`, `Bits.parse` and `override`; `default` with more bits than integer products
+            support; or bits `r` that no rule of the recipe uses for the residual stream.
     """
     if not isinstance(recipe, Recipe | str) or not isinstance(bits, str | None):
         raise RecipeError(f"recipe {recipe!r}, bits {bits!r}: give a name or a Recipe, and bits such as 'w8a8'")
@@ -95,7 +95,7 @@ def requested(recipe: str | Recipe, bits: str | None, settings: Settings = ()) -
 
 
 def _refuse_other_stream(recipe: Recipe, bits: Bits) -> None:
-    """Refuse bits of the residual stream that it does not get: by no rule, or another has all of it."""
+    """Refuse bits `r` without effect: no rule uses them, or a later rule sets other bits for the whole stream."""
     if bits.residual == Bits().residual:
         return
     specs = {rule.name: rule.spec for rule in recipe.rules if rule.spec is not None}

@@ -66,7 +66,7 @@ _SPEC = {
 
 
 def _spec_table(scheme: str) -> Table:
-    """What the `spec` table of a scheme holds."""
+    """The schema of a rule's `spec` table for a scheme."""
     own = {f.name: Flag() if isinstance(f.default, bool) else Integer(1, 8) for f in fields(SCHEMES[scheme])}
     optional = {**_SPEC, **own}
     return Table({"scheme": Text(), "bits": optional.pop("bits")}, optional)
@@ -79,16 +79,16 @@ def scheme_keys(scheme: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class SpecTemplate:
-    """A `QuantSpec` that is open in two places: the bits of the recipe and the operand's channel axis.
+    """A `QuantSpec` in which the recipe's bits and the operand's channel axis are left open.
 
     Arguments:
-        scheme: where the levels lie.
+        scheme: how the levels are spaced.
         bits: a symbol (`w`, `a`, `s`, `r`, `input`) that the recipe's bits replace, or a number.
         signed, symmetric: as in `QuantSpec`.
         per: which elements share a scale: `tensor`, `axis` (one per channel) or `head`.
 
     Raises:
-        RecipeError: it has no meaning at any bits.
+        RecipeError: it is not a valid spec, checked at 8 bits for all symbols.
     """
 
     scheme: Scheme
@@ -106,7 +106,7 @@ class SpecTemplate:
         """The spec for one operand.
 
         Arguments:
-            bits: what the symbols stand for.
+            bits: the widths for the symbols.
             channel_axis: `Value.channel_axis` of the operand, used when `per` is `axis`.
 
         Raises:
@@ -133,7 +133,7 @@ class SpecTemplate:
         """Read the `spec` table of a rule.
 
         Raises:
-            RecipeError: an unknown key or scheme, a value of the wrong type, or a spec without meaning.
+            RecipeError: an unknown key or scheme, a value of the wrong type, or an invalid combination of them.
         """
         name = take(table, "scheme", Text(among=tuple(SCHEMES)), RecipeError)
         with within(f"scheme {name!r}"):
@@ -144,21 +144,21 @@ class SpecTemplate:
 
 @dataclass(frozen=True)
 class Rule:
-    """Which operands, and how each is quantized.
+    """Which operands a rule matches, and how they are quantized.
 
     Arguments:
-        name: what `--set name.key=value` and the report call it.
-        site: globs, matched with the site's name or the library's module path.
-        kind: any of these `kinds.KINDS`; empty for all.
-        operand: any of these `kinds.OPERANDS`; empty for all.
-        value: values by any of their readers, `site:operand`, written out; empty for all.
-        unless_read_by: kinds; a value that a site of one of these reads too is left to other rules.
-        unless_made_by: kinds, or `image`; a value that comes from one of these is left to other rules.
+        name: its name in `--set name.key=value` and in the report.
+        site: globs, matched against the site's name and the library's module path.
+        kind: the kinds (of `kinds.KINDS`) that match; empty for all.
+        operand: the operands (of `kinds.OPERANDS`) that match; empty for all.
+        value: the full names of matching values, each by any of its readers as `site:operand`; empty for all.
+        unless_read_by: kinds; the rule does not match a value that a site of one of these kinds reads.
+        unless_made_by: kinds, or `image`; the rule does not match a value that comes from one of these.
         spec: how to quantize; None leaves the operand in float.
-        observer: one of `observers.OBSERVERS`; None when `spec` is.
-        optional: it may match nothing.
-        override: it may set what a rule of another overlay sets.
-        overlay: the overlay that it came from, empty for the recipe's own rules.
+        observer: one of `observers.OBSERVERS`; None if `spec` is None.
+        optional: whether it may match nothing.
+        override: whether it may set a value that a rule of another overlay sets.
+        overlay: the overlay that it comes from, empty for the recipe's own rules.
 
     Raises:
         RecipeError: an unknown kind, operand or observer, or one of spec and observer without the other.
@@ -190,7 +190,7 @@ class Rule:
             raise RecipeError(f"rule {self.name!r}: a spec needs an observer, and float takes none")
 
     def matches(self, value: Value) -> bool:
-        """Whether it reads the value, and the value neither comes from nor goes to what it leaves to other rules."""
+        """Whether the rule matches a reader of the value that `unless_read_by` and `unless_made_by` do not exclude."""
         left = value.made_by in self.unless_made_by
         left |= any(reader.kind in self.unless_read_by for reader in value.readers)
         return not left and any(self.reads(reader) for reader in value.readers)
@@ -225,7 +225,7 @@ class Rule:
         """Read one `[[rule]]`; a rule with a spec and no observer uses `minmax`.
 
         Raises:
-            RecipeError: it names the rule, and the key or value that is wrong.
+            RecipeError: the table is not a valid rule; the message names the rule, and the wrong key or value.
         """
         with within("a rule"):
             name = take(table, "name", Text(100), RecipeError)

@@ -1,4 +1,4 @@
-"""Say where in a recipe something is wrong."""
+"""Error messages that say where in a recipe something is wrong."""
 
 from __future__ import annotations
 

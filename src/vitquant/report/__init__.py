@@ -1,1 +1,1 @@
-"""What a quantized model is and does, as data, and that data as tables."""
+"""Reports about a quantized model, as data and as tables."""

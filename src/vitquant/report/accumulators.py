@@ -1,4 +1,4 @@
-"""What an integer program's sums can hold, site by site."""
+"""The accumulators of an integer program, site by site, with their ranges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Accumulator:
 
     Arguments:
         type: its type, such as `s32`.
-        low, high: the smallest and the largest value that any image can give it.
+        low, high: the smallest and the largest value that it can have for any image.
     """
 
     type: str
@@ -24,7 +24,7 @@ class Accumulator:
 
     @property
     def headroom(self) -> int:
-        """How many bits of the type are never used."""
+        """The number of bits of the type that are never used."""
         _, most = p.type_limits(self.type)
         return most.bit_length() - max(self.high.bit_length(), (-self.low - 1).bit_length() if self.low < 0 else 0)
 
@@ -34,7 +34,7 @@ class Accumulator:
 
 
 def accumulators(program: p.IntegerProgram) -> dict[str, Accumulator]:
-    """For each site that sums, its accumulator; for one that sums several times, the fullest."""
+    """For each site that sums, its accumulator; of several accumulators the one with the least headroom."""
     ranges, found = prove_ranges(program), dict[str, Accumulator]()
     for each in program.instructions:
         if _sums(each):
@@ -44,7 +44,7 @@ def accumulators(program: p.IntegerProgram) -> dict[str, Accumulator]:
 
 
 def _sums(instruction: p.Instruction) -> bool:
-    """Whether what an instruction writes is an accumulator."""
+    """Whether an instruction's output is an accumulator."""
     match instruction:
         case p.Linear() | p.Convolution() | p.Product() | p.Multiply() | p.Sum():
             return True

@@ -1,4 +1,4 @@
-"""Figures of what a model is sensitive to, and of what its size costs; needs the extra `vitquant[figures]`."""
+"""Figures of a model's sensitivities and of the Pareto front; they need the extra `vitquant[figures]`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def sensitivity_figure(modules: Sequence[Sensitivity], sites: Sequence[Sensitivi
     """A PNG: above the modules at each bit width, below the sites, both by output error on a logarithmic axis.
 
     Arguments:
-        modules, sites: what was measured, in graph order.
+        modules, sites: the sensitivities, in graph order.
 
     Raises:
         ExportError: matplotlib is not installed.
@@ -44,14 +44,14 @@ def front_figure(
     costs: Costs,
     sensitivity: str,
 ) -> bytes:
-    """A PNG of the Pareto front of cost against sensitivity, with the same bits everywhere and what was chosen.
+    """A PNG of the Pareto front of cost and sensitivity, with uniform allocations and the chosen one.
 
     Arguments:
-        front: every best allocation.
-        uniform: cost and sensitivity of each bit width everywhere.
-        chosen: marked.
-        costs: from which all of these have theirs.
-        sensitivity: what it is.
+        front: the Pareto-optimal allocations.
+        uniform: cost and sensitivity of the model if all modules have a bit width, by the width.
+        chosen: the allocation to mark.
+        costs: the costs from which those of all allocations were computed.
+        sensitivity: the label of the axis.
 
     Raises:
         ExportError: matplotlib is not installed.
@@ -73,7 +73,7 @@ def front_figure(
 
 
 def check_matplotlib() -> None:
-    """Refuse figures before what takes long.
+    """Refuse figures without matplotlib, before any long work.
 
     Raises:
         ExportError: matplotlib is not installed.
@@ -90,7 +90,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _scale(values: Sequence[float]) -> str:
-    """Logarithmic, unless something is zero."""
+    """The scale of an axis: logarithmic unless a value is zero."""
     return "log" if values and min(values) > 0 else "linear"
 
 

@@ -1,7 +1,7 @@
-"""Every operation of a quantized model: integer or float, why, and how its operands are quantized.
+"""The operations of a quantized model: integer or float, why, and how their operands are quantized.
 
-Of a model that lowers, every operation is one of its integer program. Of another, `integer` says that integers can
-compute an operation, since all of its operands are quantized so.
+In a model that can be lowered, every operation is part of the integer program. In another model, `integer` means that
+an operation could be computed in integers, since all of its operands are quantized suitably.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Operand:
 
     Arguments:
         name: `input`, `query`, ...
-        value: the value it reads; operands that read one value share its quantizer.
+        value: the name of the value it reads; operands that read the same value share its quantizer.
         rule: the recipe's rule that decided; empty when no rule matched.
-        spec: None when it stays in float, and so are the others.
-        scale: the smallest and the largest step from level to level.
-        zero_point: the smallest and the largest; None for a scheme without.
+        spec: of the quantizer; None, like all below, if the operand stays in float.
+        scale: the smallest and the largest step between levels.
+        zero_point: the smallest and the largest zero point; None for a scheme without zero points.
         range: the smallest and the largest real number on the grid.
     """
 
@@ -64,15 +64,15 @@ class Operation:
     """One operation of the graph.
 
     Arguments:
-        name: the site's name, or the graph node's where the operation is no site.
+        name: the site's name, or the graph node's if the operation is not a site.
         kind: the site's kind, or the operator's name.
         module: the path of the module that it came from, as the library names it.
         arithmetic: `integer`, `float`, `fused` into another operation, `constant` (the same for every
             image) or `moves data`.
-        reason: why.
-        operands: a site's; empty elsewhere.
+        reason: why it has this arithmetic.
+        operands: of a site; empty for other operations.
         macs: multiply-accumulates for one image.
-        accumulator: where the integer program sums; None where it does not, or there is no program.
+        accumulator: of the integer program; None if the operation does not sum, or there is no program.
     """
 
     name: str
@@ -97,10 +97,10 @@ def list_operations(model: QuantizedModel, program: IntegerProgram | None = None
 
     Arguments:
         model: calibrated.
-        program: what `lower` made of it; None when it does not lower.
+        program: what `lower` returned for the model; None if it cannot be lowered.
 
-    Pitfall: it runs one image through the model, to learn how often an operation repeats per image
-    (Swin's windows stand in the batch dimension).
+    Pitfall: it runs one image through the model, to determine how many times an operation is repeated for an image
+    (Swin's windows are part of the batch dimension).
     """
     graph = model.graph_module.graph
     dynamic, owners, macs = depends_on_input(graph), _owners(model), _count_macs(model)
@@ -133,7 +133,7 @@ def list_operations(model: QuantizedModel, program: IntegerProgram | None = None
 
 
 def summarize(operations: Sequence[Operation]) -> dict[str, Any]:
-    """Counts, and the shares of multiply-accumulates on quantized operands and in integers, as plain values."""
+    """The numbers of operations and operands, and the shares of quantized and of integer multiply-accumulates."""
     counts = Counter(operation.arithmetic for operation in operations)
     operands = [operand for operation in operations for operand in operation.operands]
     quantized = [o for o in operations if o.operands and all(operand.spec is not None for operand in o.operands)]
@@ -154,13 +154,13 @@ def summarize(operations: Sequence[Operation]) -> dict[str, Any]:
 def classify(
     kind: str, operands: Mapping[str, Assignment], quantized_result: bool, refused: str = ""
 ) -> tuple[str, str]:
-    """Whether integers can compute a site that is simulated in float, and why.
+    """Whether a site that is simulated in float could be computed in integers, and why.
 
     Arguments:
-        kind: the site's.
-        operands: what each of its operands became.
-        quantized_result: whether what it computes is quantized next.
-        refused: why it is not computed on codes although the recipe asks for it.
+        kind: of the site.
+        operands: the assignment of each of its operands.
+        quantized_result: whether its result is quantized.
+        refused: why it is not computed on codes although the recipe asks for it; else empty.
     """
     for name, assignment in operands.items():
         if assignment.spec is None:
@@ -183,7 +183,7 @@ def classify(
 
 
 def _classify_other(node: Node, dynamic: set[Node], owners: Mapping[Node, str]) -> tuple[str, str]:
-    """An operation that is no site."""
+    """Arithmetic and reason of an operation that is not a site."""
     if node not in dynamic:
         return CONSTANT, "the same for every image"
     if is_rearrangement(node) or is_selection(node) or calls(node, ops.JOINS):
@@ -197,10 +197,10 @@ def _classify_other(node: Node, dynamic: set[Node], owners: Mapping[Node, str]) 
 
 
 def _owners(model: QuantizedModel) -> dict[Node, str]:
-    """For each operation that rescaling another one's sums does as well, the name of that one.
+    """For each operation that fuses into the rescaling of a site's sums, the name of that site.
 
-    Between a product of query and key and its softmax that is everything: scale, bias, mask. Elsewhere it is what
-    scales or shifts a sum by constants before it is quantized (LayerScale).
+    Between a product of query and key and its softmax these are all operations: scale, bias, mask. Elsewhere they are
+    those that scale or shift a sum by constants before it is quantized (LayerScale).
     """
     scores = {site.name for site in model.sites if site.kind == "scores"}
     sums = {site.node: site.name for site in model.sites if KINDS[site.kind].rescaled}
@@ -221,7 +221,7 @@ def _owners(model: QuantizedModel) -> dict[Node, str]:
 
 
 def _quantized_results(model: QuantizedModel) -> set[Node]:
-    """The operations whose result is quantized, as it is, rearranged or in part."""
+    """The operations whose result is quantized, perhaps after a rearrangement or selection."""
     nodes = nodes_by_name(model.graph_module.graph)
     return {origin(nodes[value.node]) for value in model.values if model.assignments[value.name].spec is not None}
 
@@ -252,7 +252,7 @@ def _count_macs(model: QuantizedModel) -> dict[Node, int]:
 
 
 class _MacCounter(Interpreter):
-    """Runs a graph, counting the multiply-accumulates of its products that depend on the image."""
+    """Runs a graph and counts the multiply-accumulates of the products that depend on the image."""
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module)

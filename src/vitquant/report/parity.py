@@ -1,4 +1,4 @@
-"""What parity found, as tables and plain values."""
+"""A parity report as tables and as plain values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from vitquant.parity import RESCALING, Comparison, Flips, ParityReport
 
 _SHOWN = 10
-_FORM, _PROMISE = 21, 17  # columns that the longest of their words needs, `bit for bit: kept` on one line
+_FORM, _PROMISE = 21, 17  # widths in characters, which keep `bit for bit: kept` on one line
 
 
 def as_dict(report: ParityReport) -> dict[str, Any]:
@@ -28,12 +28,12 @@ def as_dict(report: ParityReport) -> dict[str, Any]:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """With null for what JSON has no number for: a form that gives NaN."""
+    """The values with None in place of NaN and infinity, which JSON cannot represent."""
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def comparisons_table(comparisons: Iterable[Comparison]) -> Table:
-    """One line for each pair of forms, below what they are beside; no word is broken in 80 columns."""
+    """One line for each comparison, grouped by the reference form; no word is broken in 80 columns."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     table.add_column("form", min_width=_FORM)
     comparisons = list(comparisons)
@@ -68,7 +68,7 @@ def _by_reference(comparisons: Iterable[Comparison]) -> dict[str, list[Compariso
 
 
 def flips_table(flips: Sequence[Flips]) -> Table:
-    """Codes that flip when fed the same codes: all together, and the worst sites."""
+    """The flipped codes in total for each kind of operation, and those of the worst sites."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     table.add_column("codes of", overflow="fold", style="bold")
     table.add_column("made by")
@@ -86,7 +86,7 @@ def flips_table(flips: Sequence[Flips]) -> Table:
 
 
 def verdict(report: ParityReport) -> Text:
-    """The promises in one line, below the one that says why there is no integer program."""
+    """Whether all criteria are met, in one line, after a line on why there is no integer program, if so."""
     said = f"not lowered: {report.refused}\n" if report.refused else ""
     if report.broken:
         return Text.assemble(said, ("broken: ", "bold red"), "; ".join(report.broken))

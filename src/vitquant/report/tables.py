@@ -1,4 +1,4 @@
-"""Results as tables for a terminal; they fold where it is narrow and are never cut."""
+"""Results as tables for a terminal; in a narrow terminal they are folded and never cut."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STYLES = {INTEGER: "green", FLOAT: "yellow", FUSED: "dim", CONSTANT: "dim", DAT
 
 
 def facts(rows: Mapping[str, str]) -> Table:
-    """Names and what they are, one to a line."""
+    """Facts by name, one on each line."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -51,7 +51,7 @@ def operations_table(operations: Iterable[Operation]) -> Table:
 
 
 def _sums(operation: Operation) -> tuple[str, str, str]:
-    """The accumulator's type, its free bits, and the range that it can take."""
+    """The accumulator's type, its headroom in bits, and its range."""
     sums = operation.accumulator
     if sums is None:
         return "", "", ""
@@ -60,7 +60,7 @@ def _sums(operation: Operation) -> tuple[str, str, str]:
 
 def _why(operation: Operation) -> Text:
     style = _STYLES[operation.arithmetic]
-    if operation.arithmetic == INTEGER:  # the reason is always the same
+    if operation.arithmetic == INTEGER:  # its reason adds nothing
         return Text(INTEGER, style=style)
     said = (f"{FLOAT}: ", style) if operation.arithmetic == FLOAT else ""
     return Text.assemble(said, operation.reason)
@@ -82,7 +82,7 @@ def _operand_row(operand: Operand) -> tuple[Text | str, ...]:
 
 
 def spec_text(operand: Operand) -> str:
-    """A spec in few words: `u8 uniform`, `s8 uniform per axis`; per tensor is not said."""
+    """A short text for a spec: `u8 uniform`, `s8 uniform per axis`; per tensor is left out."""
     if operand.spec is None:
         return "float"
     spec = operand.spec.to_dict()
@@ -165,7 +165,7 @@ def _classification_rows(result: ClassificationResult) -> dict[str, str]:
 
 
 def sensitivity_table(measured: Sequence[Sensitivity]) -> Table:
-    """One line for each module or site: what it loses at each of its bit widths."""
+    """One line for each sensitivity of a module or site at a bit width."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     table.add_column("quantized alone", no_wrap=True, style="bold")
     table.add_column("kind")
@@ -197,7 +197,7 @@ def allocation_table(bits: Mapping[str, int]) -> Table:
 
 
 def recipes_table(recipes: Iterable[Recipe]) -> Table:
-    """What recipes there are."""
+    """The recipes, one on each line."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     table.add_column("recipe", no_wrap=True, style="bold")
     table.add_column("bits", no_wrap=True)
@@ -210,7 +210,7 @@ def recipes_table(recipes: Iterable[Recipe]) -> Table:
 
 
 def choices_table(choices: Iterable[Choice]) -> Table:
-    """What the recipe `default` stands for."""
+    """The recipes that `default` chooses from, by bits."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     table.add_column("default", no_wrap=True, style="bold")
     table.add_column("recipe", overflow="fold")

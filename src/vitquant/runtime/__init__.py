@@ -1,1 +1,1 @@
-"""What runs integer programs."""
+"""Runtimes for integer programs and for exported files."""

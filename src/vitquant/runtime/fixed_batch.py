@@ -1,4 +1,4 @@
-"""Files that take a fixed number of images at once, run on any number."""
+"""Running a model with a fixed batch size on any number of images."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vitquant.errors import ExportError
 
 @contextmanager
 def held_at_once(size: int) -> Generator[None]:
-    """What the memory does not hold becomes an error of ours, whichever library asked for it.
+    """Raise an ExportError when memory runs out, whichever library tried to allocate it.
 
     Arguments:
-        size: images in a batch.
+        size: the number of images in a batch, for the message.
 
     Raises:
         ExportError: there is not enough memory.
     """
     try:
         yield
-    except Exception as error:  # torch and ONNX Runtime have no type for it
+    except Exception as error:  # torch and ONNX Runtime raise no MemoryError
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise
         raise ExportError(
@@ -33,16 +33,17 @@ def held_at_once(size: int) -> Generator[None]:
 
 
 def in_batches(run: Callable[[Tensor], Sequence[Tensor]], images: Tensor, size: int) -> list[Tensor]:
-    """What `run` gives for images, `size` of them at once; zeros fill up the last batch, and leave no result.
+    """The results of `run` for images, `size` at a time; zeros pad the last batch, and their results are dropped.
 
     Arguments:
-        run: from (size, ...) to tensors (size, ...).
+        run: maps images (size, ...) to tensors (size, ...).
         images: (images, ...), at least one.
+        size: the batch size.
 
     Raises:
-        ExportError: the memory does not hold as many at once.
+        ExportError: there is not enough memory for a batch.
 
-    Pitfall: results are joined and cut along their first axis, unless there are as many images as `size`.
+    Pitfall: results are concatenated and cut along their first axis, unless there are exactly `size` images.
     """
     with held_at_once(size):
         if len(images) == size:

@@ -1,4 +1,4 @@
-"""The reference interpreter: what every instruction of an integer program means, in int64 tensors."""
+"""The reference interpreter: the execution of every instruction of an integer program, on int64 tensors."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from vitquant.program.shapes import all_shapes
 from vitquant.runtime.outputs import Outputs, given
 from vitquant.runtime.products import Products, convolution, exact_products, linear, operand
 
-_AT_ONCE = 2**17  # elements of the largest register, 1 MiB: larger ones leave the cache, and the heap, every time
+_AT_ONCE = 2**17  # elements of the largest register, 1 MiB: larger ones miss the cache and are allocated anew each time
 
 
 class Interpreter(nn.Module):
     """Runs an integer program.
 
-    Constants are held packed, two 4-bit codes to a byte, and widened when an instruction reads them. Registers are
-    held in the narrowest dtype of their type and computed with in int64, matrix products as `products` says.
+    Constants are stored packed, two 4-bit codes to a byte, and unpacked when an instruction reads them. Registers are
+    stored in the narrowest dtype for their type; arithmetic is in int64, except matrix products, see `products`.
 
     Arguments:
         program: what `lower` returned.
-        products: how matrix products are computed; they all give the same integers.
+        products: chooses the dtypes of matrix products; every choice gives the same integers.
     """
 
     def __init__(self, program: p.IntegerProgram, products: Products = exact_products) -> None:
@@ -53,14 +53,14 @@ class Interpreter(nn.Module):
         self._images = -(-_AT_ONCE // max(prod(map(abs, shapes[each.output])) for each in program.instructions))
 
     def forward(self, codes: Tensor, taps: dict[str, Callable[[Tensor], None]] | None = None) -> Outputs:
-        """The codes of what the program gives, int64 (batch, ...): a tensor, or several by name.
+        """The codes of the program's outputs, int64 (batch, ...): a tensor, or several by name.
 
         Arguments:
             codes: of the images, any integer dtype, (batch, channels, height, width).
-            taps: called with registers by name, as they are written: int64.
+            taps: functions by the name of a register, called with its value as int64 when it is written.
 
         Raises:
-            CaptureError: images of another size, or what are no codes.
+            CaptureError: the images have another size, or are not codes of the input's type.
         """
         first = self.program.registers[self.program.input]
         if tuple(codes.shape[1:]) != first.shape[1:]:
@@ -70,7 +70,7 @@ class Interpreter(nn.Module):
             raise CaptureError(
                 f"the program reads codes from {low} to {high}; encode the images by its input quantizer"
             )
-        if not len(codes):  # a reshape could not tell what is left of nothing
+        if not len(codes):  # a reshape cannot infer a size of -1 for an empty tensor
             shapes = {
                 name: self.program.registers[register].shape[1:] for name, register in self.program.outputs.items()
             }
@@ -155,7 +155,7 @@ class Interpreter(nn.Module):
 
 
 def _dtype(type: str) -> torch.dtype:
-    """What registers of a type are held in."""
+    """The dtype in which registers of a type are stored."""
     return code_dtype(*p.TYPES[type])
 
 
@@ -169,7 +169,7 @@ def _concatenated(parts: list[Tensor], axis: int) -> Tensor:
 
 
 def _last_uses(program: p.IntegerProgram) -> dict[int, list[str]]:
-    """For each instruction the registers that nobody reads after it."""
+    """For each instruction, by its index, the registers that no later instruction reads."""
     last = {name: index for index, each in enumerate(program.instructions) for name in reads(each)}
     found: dict[int, list[str]] = {}
     for name, index in last.items():

@@ -1,4 +1,4 @@
-"""What exported files say of themselves, as the strings by name that ONNX and OpenVINO keep beside a graph."""
+"""The metadata of exported files: strings by name, which ONNX and OpenVINO store beside a graph."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _SCALE = Number(2.0**-140, 2.0**100)
 _CODE = Integer(-(2**31), 2**31)
 _OPTION = Text(among=("0", "1"))
 
-# The facts that something here reads; others are words for people and other programs.
+# The facts that the runtimes here read; others are for people and other programs.
 _SCHEMAS: Mapping[str, Schema] = {
     "input": Table({"scale": _SCALE, "zero_point": _CODE, "low": _CODE, "high": _CODE}),
     "outputs": TableOf(Table({"scale": ListOf(_SCALE, 1, 2**20), "zero_point": _CODE}), Text(1000)),
-    # ONNX Runtime has options that read and write files; these two choose among its kernels.
+    # Only these two, which choose among kernels: other options of ONNX Runtime read and write files.
     "session_options": Table({}, {"session.x64quantprecision": _OPTION, "session.qdqisint8allowed": _OPTION}),
 }
 
 
 def name_of(fact: str) -> str:
-    """The name under which files say a fact."""
+    """The name of a fact in a file's metadata."""
     return f"{_PREFIX}{fact}"
 
 
 def to_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Facts under vitquant's own names: strings as they are, other plain values as JSON."""
+    """The metadata for facts, under vitquant's own names: strings as they are, other plain values as JSON."""
     return {
         name_of(name): fact if isinstance(fact, str) else json.dumps(fact, sort_keys=True)
         for name, fact in facts.items()
@@ -38,15 +38,15 @@ def to_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def fact_of(metadata: Mapping[str, str], name: str) -> str | None:
-    """One of them; None where a file does not say it."""
+    """The text of one fact; None where the metadata lacks it."""
     return metadata.get(name_of(name))
 
 
 def values_of(metadata: Mapping[str, str], name: str) -> Any:
-    """A fact that is no string, checked; None where a file does not say it.
+    """A fact that was stored as JSON, checked by its schema; None where the metadata lacks it.
 
     Raises:
-        ExportError: it is not what such a fact is.
+        ExportError: the text is not valid JSON, or does not fit the schema.
     """
     text = fact_of(metadata, name)
     if text is None:

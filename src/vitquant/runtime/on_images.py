@@ -1,4 +1,4 @@
-"""Programs are functions of codes; here they are functions of images."""
+"""Programs, which are functions of codes, as functions of float images."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vitquant.runtime.outputs import Outputs, given, named
 
 @dataclass(frozen=True)
 class InputQuantization:
-    """What an image's codes stand for.
+    """The quantization of the images.
 
     Arguments:
-        scale, zero_point: a code stands for (code - zero_point) * scale.
+        scale, zero_point: the real value of a code is (code - zero_point) * scale.
         low, high: the smallest and the largest code of an image.
     """
 
@@ -39,18 +39,18 @@ class InputQuantization:
 
 @dataclass(frozen=True)
 class OutputQuantization:
-    """What the codes of an output stand for.
+    """The quantization of an output.
 
     Arguments:
-        scales: one, or one for each index of its last axis.
-        zero_point: a code stands for (code - zero_point) * scale.
+        scales: one, or one for each index of the output's last axis.
+        zero_point: the real value of a code is (code - zero_point) * scale.
     """
 
     scales: tuple[float, ...]
     zero_point: int
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The numbers that codes stand for: float32."""
+        """The real values of codes: float32."""
         scales = torch.tensor(self.scales, dtype=torch.float32, device=codes.device)
         return (codes - self.zero_point) * scales
 
@@ -59,24 +59,24 @@ Quantization = tuple[InputQuantization, dict[str, OutputQuantization]]
 
 
 def quantization_of(program: IntegerProgram) -> Quantization:
-    """What the codes of a program's input stand for, and those of its outputs by name.
+    """The quantization of a program's input, and that of its outputs by name.
 
     Raises:
-        LoweringError: the program does not say it.
+        LoweringError: the program's facts lack it.
     """
     return _quantization(program.facts.get("input"), program.facts.get("outputs"), program.outputs)
 
 
 def quantization_from(metadata: Mapping[str, str], names: Iterable[str]) -> Quantization:
-    """What the codes of an ONNX model's input and outputs stand for.
+    """The quantization of an ONNX model's input, and that of its outputs by name.
 
     Arguments:
-        metadata: the model's.
+        metadata: of the model.
         names: of its outputs, in their order.
 
     Raises:
-        ExportError: its metadata is not what exports have.
-        LoweringError: it does not say it.
+        ExportError: the metadata is not valid.
+        LoweringError: the metadata lacks the quantization.
     """
     return _quantization(values_of(metadata, "input"), values_of(metadata, "outputs"), names)
 
@@ -93,11 +93,11 @@ def _quantization(
 
 
 class OnImages(nn.Module):
-    """A function of images, by whatever runs a program's codes.
+    """A function from float images to float outputs, made of a function on codes.
 
     Arguments:
-        run: codes of images to codes of what the program gives, a tensor or several by name.
-        input, outputs: what these codes stand for.
+        run: maps codes of images to codes of the program's outputs, a tensor or several by name.
+        input, outputs: the quantization of these codes.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class OnImages(nn.Module):
         self.run, self.input, self.outputs = run, input, outputs
 
     def forward(self, images: Tensor) -> Outputs:
-        """What the program gives, in float32, for float32 images (batch, channels, height, width)."""
+        """The program's outputs in float32 for float32 images (batch, channels, height, width)."""
         codes = named(self.run(self.input.encode(images)), self.outputs)
         return given({name: self.outputs[name].decode(each) for name, each in codes.items()})
 

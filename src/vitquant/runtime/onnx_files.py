@@ -1,4 +1,4 @@
-"""ONNX files as data: what is in one is what was exported, and it names no file and no code."""
+"""Reading ONNX files safely: their content must be as exported, and refer to no other files and no code."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vitquant.runtime.metadata import name_of
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, TensorProto
 
-LARGEST = 2**31  # bytes of one protocol buffer
+LARGEST = 2**31  # bytes, the limit of a protocol buffer
 DIGEST = name_of("digest")
 
 
 def seal(model: ModelProto) -> ModelProto:
-    """Let a model say what is in it: the digest of everything, the graph and its tensors included."""
+    """Add the digest of everything in a model, its graph and tensors included, to its metadata."""
     entry = model.metadata_props.add()
     entry.key, entry.value = DIGEST, ""
     entry.value = _digest(model)
@@ -27,12 +27,11 @@ def seal(model: ModelProto) -> ModelProto:
 
 
 def read_onnx(source: bytes | Path) -> tuple[ModelProto, bytes]:
-    """A model, and its bytes, from a file or what is in one.
+    """A model and its bytes, from a file or from the content of one.
 
     Raises:
-        ExportError: it cannot be read, was altered since it was exported, keeps tensors in other files, or has
-            operators that no standard has, functions, or graphs within its graph, or leaves out inputs in front of
-            others: what vitquant exports has none of it.
+        ExportError: the file cannot be read, was altered since it was exported, or has what no export of vitquant has:
+            tensors in other files, non-standard operators, functions, subgraphs, or omitted optional inputs.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -50,7 +49,7 @@ def read_onnx(source: bytes | Path) -> tuple[ModelProto, bytes]:
         raise ExportError("it has functions or operators that are not ONNX's own; export it again")
     if any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute):
         raise ExportError("it has graphs within its graph, which may run without end; export it again")
-    if any(not name for node in model.graph.node for name in node.input):  # its fusions read beyond the inputs then
+    if any(not name for node in model.graph.node for name in node.input):  # fusions would then read out of bounds
         raise ExportError("it leaves out inputs of operators, which ONNX Runtime may not survive; export it again")
     said = [entry.value for entry in model.metadata_props if entry.key == DIGEST]
     if said and said != [_digest(model)]:
@@ -70,7 +69,7 @@ def _digest(model: ModelProto) -> str:
 
 
 def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """Every tensor of a graph, of the attributes of its nodes and of graphs within it."""
+    """Every tensor of a graph, of its nodes' attributes and of its subgraphs."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)

@@ -1,4 +1,4 @@
-"""Runs ONNX models by ONNX Runtime, on the processor."""
+"""Running ONNX models with ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class OnnxModel:
     """An ONNX model with one input, as a function of tensors.
 
     Arguments:
-        model: a file, or what is in one.
-        optimize: let ONNX Runtime rewrite the graph (all of its optimizations), or run it as it stands.
-        threads: that one operator uses; by default as many as there are cores.
+        model: a file, or the content of one.
+        optimize: whether ONNX Runtime applies all of its graph optimizations, or none.
+        threads: the number of threads within an operator; by default the number of cores.
 
     Attributes:
-        metadata: what the exporter wrote beside the graph, such as recipe and bits.
-        batch: how many images the file takes at once; None for any number. Calls take any number.
-        outputs: what it gives, by name, in order.
+        metadata: the strings that the exporter wrote beside the graph, such as recipe and bits.
+        batch: the fixed batch size of the file; None for any. Calls take any number of images.
+        outputs: the names of the outputs, in order.
 
     Raises:
         ExportError: onnxruntime is missing, there is no such file, or ONNX Runtime refuses the model.
@@ -42,7 +42,7 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 4  # what it logs, it raises as well
+        options.log_severity_level = 4  # errors are raised anyway
         self._name = "the model" if isinstance(model, bytes) else str(model)
         try:
             proto, content = read_onnx(model if isinstance(model, bytes) else Path(model))
@@ -60,7 +60,7 @@ class OnnxModel:
             raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {error}") from error
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its errors have no common base
+        except Exception as error:  # ONNX Runtime's errors have no common base class
             raise ExportError(f"{self._name} cannot be run by ONNX Runtime: {first_line(error)}") from error
         self._input = self._session.get_inputs()[0]
         for name, said in (values_of(self.metadata, "outputs") or {}).items():
@@ -80,20 +80,20 @@ class OnnxModel:
 
     @property
     def takes_codes(self) -> bool:
-        """Whether its images are codes, and not floats."""
+        """Whether the model's input is codes and not floats."""
         return self._dtype.kind != "f"
 
     def __call__(self, images: Tensor) -> Outputs:
-        """What the model gives, a tensor or several by name: int64 for codes, as the interpreter has it, else floats.
+        """The model's outputs, a tensor or several by name: int64 for codes, as in the interpreter, else floats.
 
         Arguments:
-            images: codes in any integer dtype, or floats, as the model takes them; (batch, channels, height, width).
+            images: codes in any integer dtype, or floats, whichever the model takes; (batch, channels, height, width).
 
         Raises:
-            ExportError: floats for a model that takes codes or the other way round, codes that its input cannot
-                hold, or images of another size.
+            ExportError: the images are floats where the model takes codes or the other way round, codes exceed the
+                input's type, or the images have another size.
         """
-        if not len(images):  # ONNX Runtime fails to broadcast nothing
+        if not len(images):  # ONNX Runtime cannot broadcast an empty tensor
             return mapped(lambda x: x[:0], self(images.new_zeros((1, *images.shape[1:]))))
         if images.is_floating_point() != (self._dtype.kind == "f"):
             raise ExportError(f"{self._name} takes {self._dtype} images, and these are {images.dtype}")

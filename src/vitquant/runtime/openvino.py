@@ -1,4 +1,4 @@
-"""Running what was exported, in OpenVINO on the CPU: float images in, floats out."""
+"""Running exported files with OpenVINO on the CPU, from float images to floats."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class OpenVinoModel:
 
     Arguments:
         path: the directory that `write_openvino` wrote, an .xml file, or an .onnx file.
-        precision: of what is not integer: `f32`, or `bf16`, which newer CPUs compute faster and OpenVINO takes there
-            when it is not told.
-        threads: how many; None lets OpenVINO choose.
+        precision: of the float operations: `f32`, or `bf16`, which is faster on newer CPUs, and OpenVINO's default
+            there.
+        threads: the number of threads; None lets OpenVINO choose.
 
     Attributes:
-        metadata: what the exporter wrote beside the graph, such as recipe and bits.
-        batch: how many images the file takes at once; None for any number. Calls take any number.
+        metadata: the strings that the exporter wrote beside the graph, such as recipe and bits.
+        batch: the fixed batch size of the file; None for any. Calls take any number of images.
 
     Raises:
         ExportError: the extra `openvino` is not installed, the file is missing, a directory's files were altered since
-            they were exported, or OpenVINO refuses it.
+            they were exported, or OpenVINO refuses the model.
 
-    Pitfall: in `bf16` a value between two quantizers has 8 significant bits, so far more codes flip.
+    Pitfall: in `bf16` a value between two quantizers has 8 significant bits, so that far more codes flip.
     """
 
     def __init__(self, path: str | Path, precision: str = "f32", threads: int | None = None) -> None:
@@ -67,13 +67,13 @@ class OpenVinoModel:
             raise ExportError(f"OpenVINO refuses {file}: {_said(error)}") from error
 
     def __call__(self, images: Tensor) -> Outputs:
-        """What the model gives for images, float32 on the CPU: a tensor, or several by name.
+        """The model's outputs for images, float32 on the CPU: a tensor, or several by name.
 
         Arguments:
             images: float32 (batch, channels, height, width), any batch, on any device.
 
         Raises:
-            ExportError: the images have another type or size than the model takes.
+            ExportError: the images have another dtype or size than the model takes.
         """
         expected = self._shape
         if images.dtype != torch.float32 or list(images.shape[1:]) != [int(str(size)) for size in list(expected)[1:]]:
@@ -91,7 +91,7 @@ class OpenVinoModel:
 
 
 def seal(directory: Path) -> None:
-    """Let a directory say what is in its files."""
+    """Write the digests of an exported directory's files beside them."""
     text = json.dumps({name: sha256(directory / name) for name in _FILES}, indent=1)
     (directory / _DIGEST).write_text(text + "\n", encoding="utf-8")
 
@@ -115,7 +115,7 @@ def _check_seal(directory: Path) -> None:
 
 
 def _without_other_files(file: Path) -> Path:
-    """The file, when it is no ONNX model that keeps tensors in others."""
+    """The file, after checking, if it is an ONNX model, that it is safe to read (see `read_onnx`)."""
     if file.suffix == ".onnx":
         try:
             read_onnx(file)
@@ -125,18 +125,19 @@ def _without_other_files(file: Path) -> Path:
 
 
 def _said(error: Exception) -> str:
-    """What OpenVINO says, without the places in its own source that it begins with."""
+    """OpenVINO's message, without the source locations at its beginning."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in reversed(lines) if not line.startswith("Exception from")), type(error).__name__)
 
 
 @functools.cache
 def openvino_core() -> Any:
-    """The `openvino.Core` of this process; there is one, and it stays.
+    """The `openvino.Core` of this process; there is only one, and it is never freed.
 
-    Every one of OpenVINO's CPU plug-ins (seen in 2026.4) gives the thread an alternate signal stack and puts the
-    earlier one back when it goes. Two plug-ins that go in the order in which they came leave the stack of the first
-    behind, freed, and the next signal that Python handles, a data loader's worker that ends, is a segmentation fault.
+    Each of OpenVINO's CPU plug-ins (seen in 2026.4) installs an alternate signal stack for the thread, and restores the
+    previous one when it is destroyed. Destroying two plug-ins in the order of their creation leaves the first one's
+    stack installed although it is freed, and the next signal, such as the end of a data loader's worker, causes a
+    segmentation fault.
 
     Raises:
         ExportError: the extra `openvino` is not installed.

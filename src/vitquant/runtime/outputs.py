@@ -1,4 +1,4 @@
-"""What whatever runs a program gives: one tensor, or several by name."""
+"""The outputs of a runtime: one tensor, or several by name."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Outputs = Tensor | dict[str, Tensor]
 
 
 def given(tensors: Mapping[str, Tensor]) -> Outputs:
-    """The only tensor as it is, several by their names."""
+    """A single tensor as it is, several as a dictionary by name."""
     return next(iter(tensors.values())) if len(tensors) == 1 else dict(tensors)
 
 
 def named(outputs: Outputs, names: Iterable[str]) -> dict[str, Tensor]:
-    """What `given` gave, by name.
+    """The outputs that `given` returned as a dictionary by name.
 
     Arguments:
         names: of all outputs, in their order.
@@ -24,5 +24,5 @@ def named(outputs: Outputs, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def mapped(change: Callable[[Tensor], Tensor], outputs: Outputs) -> Outputs:
-    """Every tensor changed in the same way."""
+    """The outputs with a function applied to every tensor."""
     return change(outputs) if isinstance(outputs, Tensor) else {name: change(each) for name, each in outputs.items()}

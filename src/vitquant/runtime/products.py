@@ -1,4 +1,4 @@
-"""Matrix products of integers: in int64, which defines them, or in floating point where that is proved to be exact."""
+"""Matrix products of integers: in int64, the definition, or in floating point where that is proved to be exact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 from vitquant.program.instructions import IntegerProgram
 from vitquant.program.ranges import Terms, prove_terms
 
-# The dtype that each instruction computes its products in; they all give the same integers.
+# Chooses the dtype of each instruction's products, by its output; every choice gives the same integers.
 Products = Callable[[IntegerProgram], Mapping[str, torch.dtype]]
 
 
@@ -27,10 +27,11 @@ def exact_products(program: IntegerProgram) -> Mapping[str, torch.dtype]:
 
 
 def exact_dtype(terms: Terms) -> torch.dtype:
-    """float32 below 2**24, float64 below 2**53, int64 above: every partial sum is then an integer that it holds.
+    """float32 below 2**24, float64 below 2**53, int64 above: every partial sum is then exact in the dtype.
 
-    No order of summation can leave the bound, which is on the sum of absolute values. float32 is for operands of 8
-    digits only: those survive where torch or oneDNN was told to multiply float32 in bfloat16 or TF32.
+    The bound is on the sum of absolute values, and so holds for any order of summation. float32 is used only for
+    operands of at most 8 significant bits, which stay exact if torch or oneDNN is set to multiply float32 in bfloat16
+    or TF32.
     """
     if terms.total < 2**24 and terms.digits <= 8:
         return torch.float32
@@ -38,7 +39,7 @@ def exact_dtype(terms: Terms) -> torch.dtype:
 
 
 def operand(x: Tensor, zero: int | Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x - zero in a dtype for products; float64 in place of float32 on other devices, which may add less exactly.
+    """x - zero in a dtype for products; on devices other than the CPU float64 replaces float32, which may be inexact.
 
     Arguments:
         x: any integer dtype.
@@ -59,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
     """The convolution of (batch, channels, height, width) with the stride, padding, dilation and groups of `geometry`.
 
-    It is a matrix product in every dtype, since libraries convolve float32 by transforms that round.
+    It is computed as a matrix product in every dtype, since libraries convolve float32 by transforms that round.
     """
     windows = functional.pad(x, (geometry.padding[1],) * 2 + (geometry.padding[0],) * 2)
     for axis, (size, step, apart) in enumerate(zip(weight.shape[2:], geometry.stride, geometry.dilation, strict=True)):

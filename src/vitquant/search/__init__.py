@@ -1,1 +1,1 @@
-"""Searches that know nothing of models: they ask for the value of candidates and are told it."""
+"""Search algorithms that are independent of models: a callback returns the scores of candidates."""

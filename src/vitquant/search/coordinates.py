@@ -1,4 +1,4 @@
-"""One coordinate after another, each to the best of its candidates, until nothing changes."""
+"""Coordinate search: set one coordinate after another to the best of its candidates until nothing changes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Found:
-    """Where a search ended.
+    """The result of a search.
 
     Arguments:
-        choice: for each coordinate the index of its candidate.
-        rounds: how often all coordinates were gone through, the last time without a change unless `settled` is not.
+        choice: for each coordinate the index of the chosen candidate.
+        rounds: the number of rounds over all coordinates.
         settled: whether nothing changed in the last round.
     """
 
@@ -33,16 +33,17 @@ def alternate(
 ) -> Found:
     """Choose the best candidate of each coordinate while the others stay, round after round.
 
-    A candidate must be better than the present one to replace it, and the first of equals is taken, so a search that
-    settles stays. A coordinate is not scored again while all that its scores depend on is as it was.
+    A candidate replaces the current one only if its score is higher, and the first of equal candidates is taken, so
+    that a search that has settled does not change again. A coordinate is not scored again while nothing that its
+    scores depend on has changed.
 
     Arguments:
         coordinates: in the order in which they are searched.
-        start: the candidate that each begins with.
-        score: from a coordinate and the present choice the score of every candidate of the coordinate: (candidates,).
-        rounds: at most.
-        after_round: is told the choice after each round, before it is known whether there is another; what it does to
-            later scores depends on that choice alone.
+        start: the index of the candidate that each coordinate starts with.
+        score: maps a coordinate and the current choice to the scores of the coordinate's candidates: (candidates,).
+        rounds: the maximal number of rounds.
+        after_round: called with the choice after each round, also the last one; its effect on later scores must depend
+            on that choice alone.
 
     Source: VT-PTQ, Liu et al. 2021, algorithm 1, which ends after 20 rounds.
     """
@@ -69,5 +70,5 @@ def alternate(
 
 
 def multiples(low: float, high: float, count: int) -> Tensor:
-    """The candidates' multiples of what a search begins with: float64 (count + 1,), 1 first, then low..high evenly."""
+    """The multiples of a start value that a search tries: float64 (count + 1,), 1 and then evenly from low to high."""
     return torch.cat([torch.ones(1, dtype=torch.float64), torch.linspace(low, high, count, dtype=torch.float64)])

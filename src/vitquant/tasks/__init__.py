@@ -1,1 +1,1 @@
-"""What the models are for: data, preprocessing and metrics."""
+"""The tasks of models: data, preprocessing and metrics."""

@@ -1,4 +1,4 @@
-"""The classes of a model: how many there are, and the names by which folders call them."""
+"""The classes of a model: their number, and the names by which folders refer to them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import nn
 
 from vitquant.errors import DataError, ModelError
 
-SYNSET = re.compile(r"n\d{8}(?!\d)")  # a noun of WordNet, as ImageNet names its classes
+SYNSET = re.compile(r"n\d{8}(?!\d)")  # a WordNet synset, the id of an ImageNet class
 _HEADS = ("head", "heads", "fc", "classifier")
 
 
 @dataclass(frozen=True)
 class ClassNames:
-    """A model's classes by name.
+    """The names of a model's classes.
 
     Arguments:
-        count: how many classes the model has.
-        names: the names of a class index, such as its synset and "tench, Tinca tinca"; empty where none are known.
+        count: the number of classes.
+        names: the names of each class index, such as its synset and "tench, Tinca tinca"; empty if none are known.
         origin: where the names come from, for messages.
-        by_file: the user gave them, so that a folder named by a number is looked up as well.
+        by_file: whether the user gave them in a file, so that folders named by a number are looked up as well.
     """
 
     count: int
@@ -34,13 +34,13 @@ class ClassNames:
     by_file: bool = False
 
     def index(self, name: str) -> int | None:
-        """The class that goes by a name, or None.
+        """The class with a name, or None.
 
-        Names as they are come before their first synonym, before either without regard to case and punctuation,
-        before other synonyms, before a synset that the name begins with (`n01440764_tench`).
+        The name is compared, in this order, with the names as they are; with their first synonyms; with both, ignoring
+        case and punctuation; with the other synonyms; and by the synset that it begins with (`n01440764_tench`).
 
         Raises:
-            DataError: several classes go by it.
+            DataError: several classes have this name.
         """
         synset = SYNSET.match(name)
         keys = (name, name, _plain(name), _plain(name), _plain(name), synset.group() if synset else None)
@@ -53,7 +53,7 @@ class ClassNames:
         return None
 
     def has(self, name: str) -> bool:
-        """Whether a class, or several, go by a name."""
+        """Whether one or more classes have a name."""
         try:
             return self.index(name) is not None
         except DataError:
@@ -69,10 +69,10 @@ class ClassNames:
 
 
 def refuse_features(model: nn.Module) -> None:
-    """Refuse a model without a head: what it gives are features, and the largest feature is no class.
+    """Refuse a model without a classification head, whose outputs are features and not logits.
 
     Raises:
-        ModelError: it `is_headless`.
+        ModelError: the model `is_headless`.
     """
     if is_headless(model):
         raise ModelError(
@@ -82,7 +82,7 @@ def refuse_features(model: nn.Module) -> None:
 
 
 def is_headless(model: nn.Module) -> bool:
-    """Whether timm's `num_classes` or transformers' `num_labels` is 0, or the head passes its input on."""
+    """Whether timm's `num_classes` or transformers' `num_labels` is 0, or the head is an identity."""
     said = getattr(model, "num_classes", getattr(getattr(model, "config", None), "num_labels", None))
     heads = [head for name in _HEADS if isinstance(head := getattr(model, name, None), nn.Module)]
     return said == 0 or bool(heads and all(map(_passes_on, heads)))
@@ -100,5 +100,5 @@ def _table(pairs: Iterable[tuple[int, str]]) -> dict[str, set[int]]:
 
 
 def _plain(text: str) -> str:
-    """A name without case, accents' encoding (macOS has another), punctuation and underscores."""
+    """A name without case and punctuation, in normalized Unicode, since macOS encodes accents differently."""
     return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()

@@ -1,4 +1,4 @@
-"""A file that says which class a folder is, in the forms that such files have."""
+"""Files that map folders to classes, in their common formats."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _MOST_LITERAL_BYTES = 2**20
 _DELIMITERS = (",", ";", "\t")
 _PAIRS = "write lines of folder,class_index, with whole numbers from 0"
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?")
-Entry = tuple[str, Any]  # an index, or what should be one, behind a name
+Entry = tuple[str, Any]  # a name, and its class index before it is checked
 
 
 def read_classes(path: str | Path, count: int) -> ClassNames:
-    """Read which class a folder is.
+    """Read a file that maps folders to classes.
 
-    Forms: lines `folder,class_index` (or `;`, or tabs; a first line of headers is left out); a name a line, as many as
-    the model has classes, the first being class 0 (synsets, names, or `n01440764 tench, Tinca tinca`); JSON, or a
-    Python literal: a list of names, `{"folder": index}`, `{"0": "name"}`, `{"0": ["n01440764", "tench"]}`, or an
-    object with `id2label` or `label_names`, as transformers and timm write config.json.
+    Formats: lines `folder,class_index` (or with `;` or tabs; a first line of headers is skipped); one name per line, as
+    many as the model has classes, the first being class 0 (synsets, names, or `n01440764 tench, Tinca tinca`); JSON or
+    a Python literal: a list of names, `{"folder": index}`, `{"0": "name"}`, `{"0": ["n01440764", "tench"]}`, or an
+    object with `id2label` or `label_names`, as in the config.json of transformers and timm.
 
     Arguments:
-        count: how many classes the model has.
+        count: the number of classes of the model.
 
     Raises:
-        DataError: the file cannot be read, has none of these forms, names a folder twice, gives an index that is no
-            class, or lists another number of names than the model has classes.
+        DataError: the file cannot be read, has none of these formats, names a folder twice, has an index that is not a
+            class, or does not list as many names as the model has classes.
     """
     text = _text(Path(path))
     try:
@@ -70,7 +70,7 @@ def _text(path: Path) -> str:
 
 
 def _entries(text: str) -> tuple[list[Entry], bool]:
-    """Names and their indices; and whether the place in a list is the index."""
+    """Names with their class indices, and whether an index is the position in a list."""
     if text.lstrip()[0] in "[{(":
         return _from_value(_value(text))
     lines = text.rstrip().splitlines()
@@ -86,7 +86,7 @@ def _entries(text: str) -> tuple[list[Entry], bool]:
 
 
 def _pairs(lines: Sequence[str]) -> list[Entry]:
-    """Lines of `name,index` or `index,name`; none when they are not that."""
+    """The entries of lines `name,index` or `index,name`; empty if the lines have another format."""
     for delimiter in _DELIMITERS:
         try:
             cells = list(csv.reader(lines, delimiter=delimiter, strict=True))
@@ -105,7 +105,7 @@ def _pairs(lines: Sequence[str]) -> list[Entry]:
 
 
 def _holds_a_number(line: str) -> bool:
-    """Whether a line that is no pair of a name and an index has a number all the same, so that it is no name alone."""
+    """Whether a line that is not a pair of name and index still has a number as a cell, and so is not just a name."""
     cells = [cell.strip() for cell in re.split("[,;\t]", line)]
     synset = SYNSET.match(line.lstrip())
     behind = line.lstrip()[synset.end() :].split()[:1] if synset else []
@@ -113,7 +113,7 @@ def _holds_a_number(line: str) -> bool:
 
 
 def _refuse_other_numbers(lines: Sequence[str]) -> None:
-    """Refuse names that are all numbered by class, and not from 0 in the order of their lines."""
+    """Refuse names that all have numbers, if these are not 0, 1, .. in the order of the lines."""
     for place in (0, -1):
         words = [line.split()[place] for line in lines if len(line.split()) > 1]
         numbers = [int(word) for word in words if _is_number(word) and len(word) < 10 and int(word) <= len(lines)]
@@ -149,7 +149,7 @@ def _from_value(value: Any) -> tuple[list[Entry], bool]:
     if not isinstance(value, dict) or not value:
         raise DataError("neither a list of names nor an object of folders and class indices")
     if all(isinstance(index, int) or _is_number(index) for index in value.values()):
-        return list(value.items()), False  # before what follows: {"7": 0} says that folder 7 is class 0
+        return list(value.items()), False  # takes precedence: {"7": 0} means that folder 7 is class 0
     if not all(isinstance(key, int) or _is_number(key) for key in value):
         raise DataError("an object of classes has folders and their indices, or indices and their names")
     names = [(name, index) for index, said in value.items() for name in (said if _is_list(said) else [said])]
@@ -172,7 +172,7 @@ def _index(value: Any, count: int) -> int:
 
 
 def _names(name: Any) -> tuple[str, ...]:
-    """What a class is called: a line may hold its synset and its names."""
+    """The names of a class, where a line may hold both its synset and its names."""
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"a name of a class must be text, not {shown(name)}")
     synset = SYNSET.match(name)

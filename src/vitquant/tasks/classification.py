@@ -1,4 +1,4 @@
-"""Accuracy of a classifier, beside its float model on the same images."""
+"""Accuracy of a classifier, compared with its float model on the same images."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ClassificationResult:
-    """Figures of one evaluation; shares are percentages of `images`.
+    """The figures of one evaluation; accuracies and agreement are percentages of `images`.
 
     Arguments:
-        engine: what computed the logits, e.g. `simulated`.
+        engine: the engine that computed the logits, e.g. `simulated`.
         float_top1, agreement, top1_difference_interval: None without a float model. Agreement is
             the share of images given the float model's class; the interval is the paired 95 % one
             of `top1 - float_top1`, in percentage points.
         seconds: spent in the evaluated model alone.
-        doubt: why the labels may not be the model's classes, judged by the float model where there is one, in one
-            line; None where nothing speaks against them.
+        doubt: why the labels may not match the model's classes, in one line, judged by the float model if there is one;
+            None if there is no sign of a mismatch.
     """
 
     engine: str
@@ -48,7 +48,7 @@ class ClassificationResult:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be said beside the figures."""
+        """Remarks to show with the figures, one line each."""
         return () if self.doubt is None else (self.doubt,)
 
 
@@ -59,16 +59,16 @@ def evaluate(
     progress: Progress = silent,
     engine: str = "simulated",
 ) -> ClassificationResult:
-    """Run a model, and its float model if given, over labelled batches, holding counts alone.
+    """Run a model, and its float model if given, over labelled batches, keeping only counts in memory.
 
     Arguments:
         model, float_model: modules (run in eval mode, on their own device) or any callables that
-            give logits of shape (images, classes), bare or as `.logits`.
-        progress: told after each batch how many images are done, of how many where that is known (else of 0).
+            return logits of shape (images, classes), as a tensor or as `.logits`.
+        progress: called after each batch with the number of images done and the total, 0 if that is not known.
 
     Raises:
-        ModelError: logits of another shape or not finite (the first such image is named), or a model without a head.
-        DataError: no images, or a label that is no class of the model.
+        ModelError: logits have another shape or are not finite (the first such image is named), or a model has no head.
+        DataError: there are no images, or a label is not a class of the model.
 
     Pitfall: both models run on every batch; without the float model it takes half the time.
     """
@@ -79,7 +79,7 @@ def evaluate(
     with evaluating(model, float_model):
         for images, labels in batches:
             started = time.perf_counter()
-            logits = logits_of(run_on(model, images)).cpu()  # the copy waits for the device
+            logits = logits_of(run_on(model, images)).cpu()  # the copy synchronizes with the device, for the timing
             seconds += time.perf_counter() - started
             reference = None
             if float_model is not None:
@@ -100,10 +100,10 @@ def evaluate(
 def compare(
     logits: Tensor, float_logits: Tensor | None, labels: Tensor, engine: str = "simulated", seconds: float = 0.0
 ) -> ClassificationResult:
-    """The figures of logits that are at hand, (images, classes), one row per label.
+    """The figures of given logits, (images, classes), one row per label.
 
     Raises:
-        DataError: no images, or a label that is no class.
+        DataError: there are no images, or a label is not a class.
     """
     counts = _Counts()
     counts.add(logits, float_logits, labels)
@@ -113,11 +113,11 @@ def compare(
 def paired_interval(a_correct: Sequence[bool] | Tensor, b_correct: Sequence[bool] | Tensor) -> tuple[float, float]:
     """The 95 % interval, in percentage points, of the accuracy of `a` minus that of `b` on the same images.
 
-    Tango's score interval (Statistics in Medicine 17, 1998), which stays sound when few images
-    differ: with none of n it is about +-3.84/(n+3.84), not zero.
+    It is Tango's score interval (Statistics in Medicine 17, 1998), which is valid even if few images
+    differ: if none of n differ, it is about +-3.84/(n+3.84), not zero.
 
     Raises:
-        DataError: no images, or not as many of `a` as of `b`.
+        DataError: there are no images, or the numbers of results differ.
     """
     a, b = torch.as_tensor(a_correct).bool(), torch.as_tensor(b_correct).bool()
     if a.shape != b.shape or a.numel() == 0:
@@ -126,10 +126,10 @@ def paired_interval(a_correct: Sequence[bool] | Tensor, b_correct: Sequence[bool
 
 
 def logits_of(output: object) -> Tensor:
-    """The logits in what a library's classifier returns: a tensor, or an object or mapping with `logits`.
+    """The logits in the output of a library's classifier: a tensor, or an object or mapping with `logits`.
 
     Raises:
-        ModelError: there are none.
+        ModelError: the output has no logits.
     """
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
@@ -142,18 +142,18 @@ def logits_of(output: object) -> Tensor:
 
 
 def logits_among(outputs: Mapping[str, T]) -> T | None:
-    """The logits, or their shape, among what a model gives by name: `logits`, or the only one; None without them."""
+    """The entry for the logits among a model's outputs by name: `logits`, or the only output; None if neither."""
     return outputs.get("logits", next(iter(outputs.values())) if len(outputs) == 1 else None)
 
 
 def same_classes(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Tensor:
-    """Which images two forms of a classifier give the same class, of equal logits the first: bool (images,).
+    """For which images two forms of a classifier predict the same class: bool (images,); ties go to the lower class.
 
     Arguments:
-        found, reference: what they give, by name.
+        found, reference: the outputs of both, by name.
 
     Raises:
-        ModelError: there are no logits among it.
+        ModelError: there are no logits among the outputs.
     """
     return _classes(found) == _classes(reference)
 
@@ -167,13 +167,13 @@ def _classes(outputs: Mapping[str, Tensor]) -> Tensor:
 
 
 class _Counts:
-    """What the figures need of the images seen so far."""
+    """The counts from which the figures are computed, over the images so far."""
 
     def __init__(self) -> None:
         self.images = self.top1 = self.top5 = self.agree = self.only_model = self.only_float = 0
         self.compared = False
         self.classes, self.confidence = 0, 0.0
-        self.pairs: Counter[tuple[int, int]] = Counter()  # of labels and the predictions that judge them
+        self.pairs: Counter[tuple[int, int]] = Counter()  # (label, prediction), of the float model if there is one
 
     def add(self, logits: Tensor, float_logits: Tensor | None, labels: Tensor) -> None:
         labels, classes = labels.cpu(), logits.shape[1]

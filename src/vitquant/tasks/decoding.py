@@ -1,4 +1,4 @@
-"""Image files as 8-bit RGB: which formats are read, and what becomes of each kind of pixel."""
+"""Decoding of image files to 8-bit RGB: the supported formats, and the conversion of each kind of pixel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitquant.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What Pillow decodes by itself, and refuses when it is truncated. EPS, for one, would start Ghostscript.
+# Formats that Pillow decodes by itself, and refuses if truncated. EPS, for example, would start Ghostscript.
 FORMATS = (
     *("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "JPEG2000", "GIF", "TIFF", "BMP", "DIB"),
     *("PPM", "TGA", "QOI", "SGI", "PCX"),
@@ -20,9 +20,9 @@ _WHITE_IS_ZERO, _PHOTOMETRIC, _BITS_PER_SAMPLE = 0, 262, 258  # of TIFF
 
 
 def readable_endings() -> frozenset[str]:
-    """The endings of file names, in lower case with their dot, that the installed Pillow can decode.
+    """The file extensions, in lower case with the dot, that the installed Pillow can decode.
 
-    HEIC is among them once `pillow_heif.register_heif_opener()` was called.
+    HEIC is among them after a call of `pillow_heif.register_heif_opener()`.
 
     Raises:
         DataError: Pillow is not installed.
@@ -34,14 +34,14 @@ def readable_endings() -> frozenset[str]:
 def decode(path: str | Path, exif_orientation: bool = False) -> Image:
     """The first frame of an image file as 8-bit RGB.
 
-    Modes become RGB as Pillow has it, and torchvision with it: transparency is dropped. Greyscale of more than 8 bits,
+    Modes are converted to RGB as in Pillow and torchvision: transparency is dropped. Greyscale of more than 8 bits,
     which Pillow would clip to white, is scaled from its whole range instead.
 
     Arguments:
-        exif_orientation: turn the image as its EXIF data says. TIFF files are always turned: Pillow does.
+        exif_orientation: whether to rotate the image by its EXIF orientation. Pillow always rotates TIFF files.
 
     Raises:
-        DataError: Pillow is not installed, or pixels are floats or 32-bit integers, whose range nothing says.
+        DataError: Pillow is not installed, or pixels are floats or 32-bit integers, whose range is not known.
         Exception: whatever Pillow raises for a file that it cannot decode.
     """
     from PIL import ImageOps

@@ -1,4 +1,4 @@
-"""Whether labels are what a model means by its classes, judged by what it predicts."""
+"""Signs that labels do not match a model's classes, judged by its predictions."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _PER_LABEL = 5  # images that a label needs before its most frequent prediction 
 
 
 def doubt(pairs: Mapping[tuple[int, int], int], classes: int, confidence: float) -> str | None:
-    """Why top-1 may not be what it says, in one line; None where nothing speaks against it.
+    """Why top-1 may be misleading, in one line; None if there is no sign of it.
 
-    Three signs, the most telling first. *Another order*: images of one label get one class, but another than their
-    label, different ones for different labels. *Confidence*: the model's classes are right much less often than their
-    probabilities say. *Chance*: top-1 cannot be told from 1/classes.
+    There are three signs, the strongest first. *Another order*: images of one label are predicted as one class that is
+    not the label, and different labels have different such classes. *Confidence*: predictions are right much less often
+    than their probabilities suggest. *Chance*: top-1 is not significantly different from 1/classes.
 
     Arguments:
-        pairs: how many images have which (label, prediction).
-        classes: how many the model has.
-        confidence: the mean probability of its predictions.
+        pairs: the number of images for each (label, prediction).
+        classes: the number of classes of the model.
+        confidence: the mean probability of the predictions.
 
-    Pitfall: with a handful of images nothing can be said, and nothing is.
+    Pitfall: for very few images there is no evidence, and the result is None.
     """
     images = sum(pairs.values())
     right = sum(count for (label, predicted), count in pairs.items() if label == predicted)
@@ -49,7 +49,7 @@ def doubt(pairs: Mapping[tuple[int, int], int], classes: int, confidence: float)
 
 
 def _moved(pairs: Mapping[tuple[int, int], int]) -> str:
-    """Labels and the other classes that their images get, when that explains the predictions far better."""
+    """Up to three labels with the other class that their images get, if that fits the predictions far better."""
     predictions: dict[int, Counter[int]] = defaultdict(Counter)
     for (label, predicted), count in pairs.items():
         predictions[label][predicted] += count
@@ -59,7 +59,7 @@ def _moved(pairs: Mapping[tuple[int, int], int]) -> str:
     agree = sum(counted[label][predicted] for label, predicted in usual.items())
     right = sum(each[label] for label, each in counted.items())
     others = {label: predicted for label, predicted in usual.items() if label != predicted}
-    distinct = len(set(usual.values()))  # a model that gives one class to everything says nothing of labels
+    distinct = len(set(usual.values()))  # a model that predicts one class for all images is no evidence
     if len(usual) < 2 or 2 * distinct <= len(usual) or 2 * agree <= images or agree - right <= images / 4:
         return ""
     first = sorted(others, key=lambda label: (-counted[label][others[label]], label))[:3]
@@ -67,7 +67,7 @@ def _moved(pairs: Mapping[tuple[int, int], int]) -> str:
 
 
 def _score_limits(right: int, images: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
+    """Wilson's 95 % score interval of a proportion."""
     share, z2 = right / images, Z95**2 / images
     middle = share + z2 / 2
     width = math.sqrt(z2 * (share * (1 - share) + z2 / 4))

@@ -1,4 +1,4 @@
-"""How close a model's features are to its float model's, on the same images."""
+"""Comparison of a model's features with those of its float model, on the same images."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from vitquant.progress import Progress, silent
 from vitquant.tasks.images import ImageBatches
 from vitquant.tasks.running import evaluating, place_of, run_on
 
-BANK = 2048  # images among which the nearest one is looked for
+BANK = 2048  # images among which nearest neighbours are searched
 
 
 @dataclass(frozen=True)
 class FeaturesOf:
-    """One output beside the float model's.
+    """The comparison of one output with that of the float model.
 
     Arguments:
-        name: the way to it in what the model gives, see `graph.outputs.named_tensors`.
-        shape: of one image's.
-        cosine: of all its numbers, the mean over images.
-        lowest_cosine: the smallest of an image.
-        neighbours: per cent of the images whose nearest neighbour is that of the float model's features; None for
-            single numbers, for maps, (channels, height, width) or otherwise of rank 3, and for fewer than three images.
+        name: of the output, see `graph.outputs.named_tensors`.
+        shape: of the output for one image.
+        cosine: the cosine similarity over all elements of an image, the mean over images.
+        lowest_cosine: the smallest cosine similarity of an image.
+        neighbours: per cent of the images with the same nearest neighbour by both models' features; None for single
+            numbers, for maps (channels, height, width) and other outputs of rank 3 or more, and for fewer than three
+            images.
     """
 
     name: str
@@ -42,11 +43,12 @@ class FeaturesOf:
 
 @dataclass(frozen=True)
 class FeaturesResult:
-    """Figures of one evaluation.
+    """The figures of one evaluation.
 
     Arguments:
-        engine: what computed the features, e.g. `simulated`.
-        outputs: in the order in which the model gives them.
+        engine: the engine that computed the features, e.g. `simulated`.
+        images: the number of images.
+        outputs: the comparison of each output, in the model's order.
         seconds: spent in the evaluated model alone.
     """
 
@@ -57,7 +59,7 @@ class FeaturesResult:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be said beside the figures."""
+        """Remarks to show with the figures, one line each."""
         small = [each.name for each in self.outputs if each.neighbours is None and len(each.shape) in (1, 2)]
         return ("nearest neighbours are compared among three images or more",) if small else ()
 
@@ -69,22 +71,22 @@ def evaluate(
     progress: Progress = silent,
     engine: str = "simulated",
 ) -> FeaturesResult:
-    """Run a model and its float model over images, and compare what they give.
+    """Run a model and its float model over images, and compare their outputs.
 
-    The nearest neighbour of an image is the one of the first 2,048 images, itself left out, whose features have the
-    largest cosine with its own: memory does not grow with the images. Of tokens, (images, tokens, channels), it is that
-    of their mean.
+    The nearest neighbour of an image is the one among the first 2,048 images, except itself, whose features have the
+    largest cosine similarity to its own, so that memory does not grow with the images. For tokens, (images, tokens,
+    channels), the features are their mean.
 
     Arguments:
-        model, float_model: modules (run in eval mode, on their own device) or any callables that give tensors whose
-            first axis is the images, alone or several.
-        batches: images, float32 (batch, channels, height, width), or what holds them, as `quantize` takes it.
-        progress: told after each batch how many images are done, of how many where that is known (else of 0).
+        model, float_model: modules (run in eval mode, on their own device) or any callables that return one or more
+            tensors whose first axis is the images.
+        batches: images, float32 (batch, channels, height, width), or batches that contain them, as for `quantize`.
+        progress: called after each batch with the number of images done and the total, 0 if that is not known.
 
     Raises:
-        ModelError: there is no float model, or both do not give finite tensors of the same shapes (the first image is
-            named).
-        DataError: no images.
+        ModelError: there is no float model, or the models do not return finite tensors of the same shapes (the first
+            such image is named).
+        DataError: there are no images.
     """
     if float_model is None:
         raise ModelError("features are compared with those of the float model, which is not there")
@@ -94,7 +96,7 @@ def evaluate(
         for batch in batches:
             images = images_of(batch)
             started = time.perf_counter()
-            found = [each.cpu() for each in named_tensors(run_on(model, images)).values()]  # waits for the device
+            found = [each.cpu() for each in named_tensors(run_on(model, images)).values()]  # synchronizes
             seconds += time.perf_counter() - started
             named = {name: each.cpu() for name, each in named_tensors(run_on(float_model, images)).items()}
             expected = list(named.values())
@@ -110,13 +112,13 @@ def evaluate(
 
 
 class _Compared:
-    """What the figures of one output need of the images seen so far."""
+    """The sums from which the figures of one output are computed, over the images so far."""
 
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         self.name, self.shape = name, shape
         self.cosine, self.lowest, self.same = 0.0, 1.0, 0
         self.banks: tuple[Tensor, Tensor] | None = None
-        self.pairs: list[tuple[Tensor, Tensor]] = []  # of the images that will be the bank
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # features of the images of the bank, until it is full
 
     def add(self, found: Tensor, expected: Tensor) -> None:
         rows = [x.double().reshape(len(x), -1) for x in (found, expected)]
@@ -141,7 +143,7 @@ class _Compared:
         return FeaturesOf(self.name, self.shape, self.cosine / images, self.lowest, neighbours)
 
     def _fill_banks(self) -> None:
-        """The first images are compared with each other, and the bank is what later ones are compared with."""
+        """Make the bank of the first images, to which later images are compared, and compare these with each other."""
         found, expected = (torch.cat(side) for side in zip(*self.pairs, strict=True))
         self.pairs = []
         self.banks = found[:BANK], expected[:BANK]
@@ -150,15 +152,15 @@ class _Compared:
 
 
 def _directions(x: Tensor) -> Tensor:
-    """The features of each image, or the mean of its tokens, of length one: float32 (images, channels)."""
+    """The features of each image, or the mean of its tokens, normalized to length one: float32 (images, channels)."""
     return torch.nn.functional.normalize(x.float() if x.ndim == 2 else x.float().mean(1), dim=1)
 
 
 def _nearest(x: Tensor, bank: Tensor, own: Tensor | None = None) -> Tensor:
-    """The place in the bank with the largest cosine; of equal ones, the first.
+    """The position in the bank with the largest cosine similarity; among equals the first.
 
     Arguments:
-        own: the place of each image itself, where it may be in the bank.
+        own: the position of each image itself, which is excluded, if it may be in the bank.
     """
     similar = x @ bank.T
     if own is not None:

@@ -1,4 +1,4 @@
-"""Class folders: which they are, and which class each one is."""
+"""Class folders: finding them, and the class of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from vitquant.errors import DataError
 from vitquant.tasks.classes import ClassNames
 
-# What systems leave beside a user's files; hidden names (.DS_Store, ._photo.jpg, .@__thumb) are no part of a data set.
+# Left by operating systems and file servers; hidden names (.DS_Store, ._photo.jpg, .@__thumb) are skipped anyway.
 _SYSTEM_FOLDERS = frozenset(
     (
         *("__macosx", "__pycache__", "network trash folder", "temporary items"),
@@ -32,13 +32,14 @@ _MAP = "give --classes FILE, with lines of folder,class_index"
 
 @dataclass(frozen=True)
 class Tree:
-    """The images of a directory and of the folders in it, and what else is there.
+    """The images of a directory and of the folders in it, and its other files.
 
     Arguments:
-        here: images beside the folders.
-        folders: of each visible folder, sorted by name, the images at any depth.
-        nested: those that hold folders, and no image beside these.
-        left_out: how many files have which ending that is not read, "" for none.
+        root: the directory.
+        here: the images directly in it.
+        folders: for each visible folder, sorted by name, its images at any depth.
+        nested: the folders whose images are all in subfolders.
+        left_out: the number of files that are not images by their extension, "" for files without one.
     """
 
     root: Path
@@ -49,10 +50,10 @@ class Tree:
 
 
 def scan(root: Path, endings: Collection[str]) -> Tree:
-    """Look through a directory without opening a file; a link that leads back up is not followed.
+    """List a directory without opening a file; a link to a directory above or already visited is not followed.
 
     Arguments:
-        endings: of the files that are images.
+        endings: the extensions of image files.
 
     Raises:
         DataError: a directory cannot be read.
@@ -67,7 +68,7 @@ def scan(root: Path, endings: Collection[str]) -> Tree:
         found = [
             path for folder, inside in _walk(root / name, above) for path in _images(folder, inside, endings, left_out)
         ]
-        # by the text of the folder, then by name: what is drawn at random from a listing depends on its order
+        # in a reproducible order, on which a random subset of the listing depends: by folder, then by name
         folders[name] = sorted(found, key=lambda path: (str(path.parent), path.name))
         if found and all(path.parent != root / name for path in found):
             nested.add(name)
@@ -75,17 +76,17 @@ def scan(root: Path, endings: Collection[str]) -> Tree:
 
 
 def classes_of_folders(tree: Tree, classes: ClassNames | None) -> tuple[dict[str, int | None], list[str]]:
-    """The class of every folder that has images, and what a user should know of it.
+    """The class of every folder that has images, and notes for the user.
 
-    Names that are numbers are class indices. Others are looked up where names of the model's classes are known. Without
-    such names, as many folders as classes are numbered by their sorted names, as torchvision's ImageFolder does, unless
-    they may be parts of a data set, which hold the class folders.
+    Names that are numbers are class indices. Other names are looked up if the names of the model's classes are known.
+    If they are not, and there are as many folders as classes, folders are numbered by their sorted names, as in
+    torchvision's ImageFolder, unless they may be the splits of a data set that contain the class folders.
 
     Arguments:
-        classes: the model's; None where it is not known, and then folders without numbers have no class.
+        classes: of the model; None if not known, and then folders whose names are not numbers have no class.
 
     Raises:
-        DataError: folders are parts of a data set (train, val), or which classes they are cannot be told for certain.
+        DataError: the folders are splits of a data set (train, val), or their classes are ambiguous.
     """
     known = classes if classes is not None and classes.names else None
     if parts := _parts(tree, known):
@@ -108,10 +109,10 @@ def classes_of_folders(tree: Tree, classes: ClassNames | None) -> tuple[dict[str
 
 
 def refuse_parts(tree: Tree) -> None:
-    """Refuse folders of which only one is meant; which class the others are does not matter.
+    """Refuse folders that are splits of a data set, for images whose classes do not matter.
 
     Raises:
-        DataError: folders are parts of a data set (train, val). One of two may be called so: `valid` beside `invalid`.
+        DataError: folders are splits of a data set (train, val). A single one of two is not: `valid` beside `invalid`.
     """
     parts = _parts(tree, None)
     if parts and (len(parts) > 1 or len(tree.folders) != 2 or parts[0] in tree.nested):
@@ -119,7 +120,7 @@ def refuse_parts(tree: Tree) -> None:
 
 
 def left_out_text(left_out: Counter[str]) -> str:
-    """How many files of which endings were not read."""
+    """A text with the number of files of each extension that were not read."""
     by_count = sorted(left_out.items(), key=lambda each: (-each[1], each[0]))
     shown = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in by_count[:8])
     return shown + (", ..." if len(by_count) > 8 else "")
@@ -179,24 +180,24 @@ def _without_image(empty: list[str]) -> list[str]:
 
 
 def _parts(tree: Tree, known: ClassNames | None) -> list[str]:
-    """Folders such as `train` and `val`, unless they are the names of classes: CIFAR-100 has trains."""
+    """Folders that are splits such as `train` and `val`, unless these are names of classes: CIFAR-100 has trains."""
     found = {
         name: match
         for name, images in tree.folders.items()
         if images and (match := _SPLIT.fullmatch(name)) and (known is None or not known.has(name))
     }
     kinds = {match["part"].lower() for match in found.values()}
-    # `bullet_train` by itself is a class; `set1_train` beside `set1_val` is none
+    # `bullet_train` alone is a class, `set1_train` beside `set1_val` is a split
     parts = [name for name, match in found.items() if not match["of"] or len(kinds) > 1]
     others = [name for name, images in tree.folders.items() if images and name not in parts]
-    # the name of a vehicle where the others have names too
+    # a single `train` beside folders with names and not numbers is a class, the vehicle
     named = known is None and bool(others) and not any(map(_is_number, others))
     alone = len(parts) == 1 and parts[0].lower() == "train" and parts[0] not in tree.nested
     return [] if alone and named else parts
 
 
 def _refuse_holders(tree: Tree, known: ClassNames | None) -> None:
-    """Refuse folders that may hold the class folders, such as fold1 and fold2; a class may have one `images` in it."""
+    """Refuse folders that may contain class folders, such as fold1 and fold2; a single subfolder `images` is fine."""
     several = [name for name in sorted(tree.nested) if len({path.parent for path in tree.folders[name]}) > 1]
     if holders := [name for name in several if known is None or not known.has(name)]:
         shown = " and ".join(holders[:5]) + (", ..." if len(holders) > 5 else "")
@@ -216,19 +217,19 @@ def _is_number(name: str) -> bool:
 
 
 def _by_value(name: str) -> list[tuple[bool, int, str]]:
-    """Orders `class_2` before `class_10`."""
+    """A sort key that puts `class_2` before `class_10`."""
     parts = re.split(r"([0-9]+)", name)
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts if part]
 
 
 def _walk(folder: Path, above: Iterable[Path]) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder below one, each once, with the names of its files."""
+    """A folder and every folder below it, each once, with the names of its files."""
     seen = {(status.st_dev, status.st_ino) for status in (path.stat() for path in above)}
     waiting = [folder]
     while waiting:
         folder = waiting.pop()
         status = folder.stat()
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+        if (status.st_dev, status.st_ino) in seen:  # reached by a link
             continue
         seen.add((status.st_dev, status.st_ino))
         names, files = _visible(folder)
@@ -237,7 +238,7 @@ def _walk(folder: Path, above: Iterable[Path]) -> Iterator[tuple[Path, list[str]
 
 
 def _visible(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of folders and of files in a folder, sorted, without hidden ones and those of the system."""
+    """The names of folders and of files in a folder, sorted, without hidden ones and system files."""
     names, files = [], []
     try:
         with os.scandir(folder) as entries:
@@ -260,7 +261,7 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 
 
 def _images(folder: Path, files: Iterable[str], endings: Collection[str], left_out: Counter[str]) -> Iterator[Path]:
-    """The files that are images; the endings of the others are counted."""
+    """The files that are images by their extension; the extensions of other files are counted in `left_out`."""
     for name in files:
         ending = Path(name).suffix.lower()
         if ending in endings:

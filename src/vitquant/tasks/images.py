@@ -1,4 +1,4 @@
-"""Folders of images as batches of tensors, never more of them in memory than asked for."""
+"""Folders of images as batches of tensors, with no more batches in memory than asked for."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ class BadImage:
 
 
 class Listing(list[Item]):
-    """The images of a directory, and what a user should know of how they were found.
+    """The images of a directory, with notes for the user on how they were found.
 
     Arguments:
+        items: the images.
         notes: one line each.
     """
 
@@ -57,12 +58,11 @@ def load_listing(directory: str | Path, classes: ClassNames | None = None) -> Li
     see `classes_of_folders`; or images alone, sorted by name, without labels.
 
     Arguments:
-        classes: the model's. Without them a class folder is one when its name is a class index; images in other
-            folders have no label.
+        classes: of the model. Without them, only images in folders whose name is a class index have a label.
 
     Raises:
-        DataError: no such directory, no images, images both beside and inside folders, folders whose classes cannot be
-            told for certain, or a bad row.
+        DataError: there is no such directory, there are no images, images are both beside and inside folders, the
+            classes of folders are ambiguous, or a row is not valid.
     """
     root = _existing(directory)
     if os.path.lexists(root / "labels.csv"):
@@ -75,14 +75,14 @@ def load_listing(directory: str | Path, classes: ClassNames | None = None) -> Li
 
 
 def load_unlabelled(directory: str | Path) -> Listing:
-    """List the images of a directory whose labels do not matter, as to calibrate on them.
+    """List the images of a directory whose labels do not matter, as for calibration.
 
-    The layouts are those of `load_listing`. A `labels.csv` that is none of ours is passed over with a note, and folders
-    need not be classes.
+    The layouts are those of `load_listing`. A `labels.csv` of another format is ignored with a note, and folders need
+    not be classes.
 
     Raises:
-        DataError: no such directory, no images, images both beside and inside folders, or folders that are parts of a
-            data set (train, val).
+        DataError: there is no such directory, there are no images, images are both beside and inside folders, or
+            folders are splits of a data set (train, val).
     """
     root = _existing(directory)
     if not os.path.lexists(root / "labels.csv"):
@@ -115,7 +115,7 @@ def _of_any_folders(root: Path) -> Listing:
 
 
 def _of_tree(tree: Tree, labels: Mapping[str, int | None], notes: Iterable[str]) -> Listing:
-    """The images of folders with their labels, or those beside them."""
+    """The images in folders with their labels, or those directly in the directory."""
     labelled = [Item(path, label) for name, label in labels.items() for path in tree.folders[name]]
     left_out = left_out_text(tree.left_out)
     if tree.here and labelled:
@@ -133,7 +133,7 @@ def subset(items: Sequence[Item], count: int, seed: int) -> list[Item]:
     """The first `count` items after `random.Random(seed).shuffle`.
 
     Raises:
-        DataError: fewer than `count` items, or `count` below 1.
+        DataError: there are fewer than `count` items, or `count` is below 1.
     """
     if not 1 <= count <= len(items):
         raise DataError(f"{count} images asked for, {len(items)} listed")
@@ -143,7 +143,7 @@ def subset(items: Sequence[Item], count: int, seed: int) -> list[Item]:
 
 
 def check_labels(items: Sequence[Item], num_classes: int) -> None:
-    """Raise DataError, naming the first file, where a label is absent or not below `num_classes`."""
+    """Raise a DataError that names the first file whose label is missing or not below `num_classes`."""
     for item in items:
         if item.label is None:
             raise DataError(f"{item.path}: no label; evaluation needs a labels.csv or one folder per class")
@@ -152,12 +152,12 @@ def check_labels(items: Sequence[Item], num_classes: int) -> None:
 
 
 def fingerprint(items: Sequence[Item]) -> str:
-    """SHA-256 over the files' names and contents, in the order given; it does not move with the directory.
+    """The SHA-256 over the files' relative names and contents, in the given order, wherever the directory is.
 
     Raises:
         DataError: a file cannot be read.
 
-    Pitfall: labels are no part of it.
+    Pitfall: it does not include the labels.
     """
     if not items:
         raise DataError("no images to fingerprint")
@@ -174,7 +174,7 @@ def fingerprint(items: Sequence[Item]) -> str:
 
 
 class ImageDataset(Dataset[tuple[Tensor, int] | BadImage]):
-    """Preprocessed images by index: `(tensor, label)` with label -1 for none, or a `BadImage`."""
+    """Preprocessed images by index: `(tensor, label)`, with label -1 if there is none, or a `BadImage`."""
 
     def __init__(self, items: Sequence[Item], preprocessing: Preprocessing) -> None:
         self.items = list(items)
@@ -197,7 +197,7 @@ class ImageDataset(Dataset[tuple[Tensor, int] | BadImage]):
 
 
 class ImageBatches:
-    """The batches of `batches()`, as often as iterated; `skipped` grows while images are left out."""
+    """The batches that `batches()` returns, which can be iterated repeatedly; `skipped` collects unreadable images."""
 
     def __init__(
         self, items: Sequence[Item], preprocessing: Preprocessing, batch_size: int, workers: int, skip: bool
@@ -217,7 +217,7 @@ class ImageBatches:
             batch_size=batch_size,
             num_workers=workers,
             collate_fn=list,
-            generator=torch.Generator(),  # or each epoch would draw from the global one
+            generator=torch.Generator(),  # else each epoch would draw from the global generator
         )
 
     def __len__(self) -> int:
@@ -237,7 +237,7 @@ class ImageBatches:
             raise DataError(f"none of {read} images can be read")
 
     def path(self, position: int) -> Path:
-        """The file of the image at `position` among those given so far, not counting those left out."""
+        """The file of the image at `position` among those yielded so far, without the skipped ones."""
         skipped = {bad.path for bad in self.skipped}
         return [item.path for item in self.items if item.path not in skipped][position]
 
@@ -250,7 +250,7 @@ class ImageBatches:
 
 
 def _missing(path: Path) -> str | None:
-    """Why a file cannot hold an image, as far as can be told without reading it."""
+    """Why a file cannot be an image, as far as that is known without reading it; None if it may be one."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -267,19 +267,19 @@ def batches(
     workers: int = 0,
     skip_bad_images: bool = False,
 ) -> ImageBatches:
-    """Batches `(images, labels)` in the order of `items`, one held at a time (two more per worker).
+    """Batches `(images, labels)` in the order of `items`, with one in memory at a time (two more per worker).
 
-    Missing and empty files are found and counted here, before anything is decoded. Files that do not
-    decode are found when their batch is read, and counted up to that batch: to know them earlier,
-    the whole set would be read twice.
+    Missing and empty files are found and counted here, before anything is decoded. Files that cannot be
+    decoded are found when their batch is read, and counted up to that batch: to find them earlier,
+    the whole set would have to be read twice.
 
     Arguments:
-        workers: processes that decode; 0 decodes in this one.
-        skip_bad_images: leave out what cannot be read; `.skipped` lists it.
+        workers: the number of processes that decode; 0 decodes in this process.
+        skip_bad_images: skip images that cannot be read; `.skipped` lists them.
 
     Raises:
-        DataError: images that cannot be read, at once or while iterating; or none that can.
+        DataError: images cannot be read, raised here or while iterating; or none can be.
 
-    Pitfall: batches are shorter where images are left out. Labels are -1 where there are none.
+    Pitfall: batches are shorter if images are skipped. Labels are -1 where there are none.
     """
     return ImageBatches(items, preprocessing, batch_size, workers, skip_bad_images)

@@ -1,4 +1,4 @@
-"""`labels.csv`: which files are the images, and which class each one is."""
+"""`labels.csv`, which lists image files and the class of each."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _MOST_DIGITS = 9
 def read_labels(path: Path) -> list[tuple[Path, int]]:
     """The images and class indices of a `labels.csv`, in its order.
 
-    Files are taken relative to its directory; those of other directories (absolute, or with `..`) are taken as well,
-    since nothing is done with them but decoding them as images.
+    Paths are relative to its directory; files in other directories (absolute, or with `..`) are allowed, since they are
+    only decoded as images.
 
     Raises:
-        DataError: it is no regular UTF-8 file with the columns `file` and `class_index` (others are ignored), a row is
-            of another form, or a file has two rows; the line is named.
+        DataError: it is not a regular UTF-8 file with the columns `file` and `class_index` (others are ignored), a row
+            has another format, or a file has two rows; the message names the line.
     """
     try:
         if not os.path.isfile(path):

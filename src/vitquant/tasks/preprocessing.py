@@ -1,4 +1,4 @@
-"""How an image becomes a model's input, in timm's words."""
+"""Preprocessing of an image to a model's input, with the keys of timm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 LARGEST_RESIZE = 8192  # pixels of a side, before the crop
-LARGEST_RESIZED = 2**28  # pixels of an image while it is resized; Pillow holds them in 1 GiB
+LARGEST_RESIZED = 2**28  # pixels of an image while it is resized, 1 GiB in Pillow
 _LONGEST = 2**16  # bytes of a file
 _SCHEMA = Table(
     {},
@@ -39,21 +39,22 @@ _SCHEMA = Table(
 class Preprocessing:
     """Resize, crop and normalization of one model's input; the keys are those of timm's data configuration.
 
-    The image is resized to `floor(size / crop_pct)`, cut to `size` and normalized. Without arguments
-    it is the common ImageNet one: 256 bicubic, centre crop 224.
+    The image is resized to `floor(size / crop_pct)`, cropped to `size` and normalized. The defaults are
+    the common ones for ImageNet: resize to 256, bicubic, centre crop 224.
 
     Arguments:
         input_size: (3, height, width).
         interpolation: one of `INTERPOLATIONS`.
-        crop_pct: share of the resized image that the crop keeps, from 0.01 to 1.
+        crop_pct: the side of the crop relative to the resized image, from 0.01 to 1.
         mean, std: per colour, of pixels in [0, 1]; std is at least 0.001.
         crop_mode: `center` keeps the aspect ratio, `squash` does not, `border` pads.
-        exif_orientation: turn photographs as their EXIF data says; timm and torchvision do not. No key of timm's.
+        exif_orientation: whether to rotate photographs by their EXIF orientation, which timm and torchvision do not do;
+            timm has no such key.
 
     Raises:
-        DataError: a value has the wrong type or is out of range; the key is named.
+        DataError: a value has the wrong type or is out of range; the message names the key.
 
-    Pitfall: timm's own `crop_pct` of DeiT is 0.9 (resize 248), its paper's 0.875 (resize 256).
+    Pitfall: for DeiT, timm's `crop_pct` is 0.9 (resize to 248), and that of the paper 0.875 (resize to 256).
     """
 
     input_size: tuple[int, int, int] = (3, 224, 224)
@@ -78,20 +79,20 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], base: Preprocessing | None = None) -> Preprocessing:
-        """Read what `to_dict` wrote; keys that are absent are those of `base`.
+        """Read what `to_dict` returned; missing keys are taken from `base`.
 
         Raises:
-            DataError: an unknown key or a bad value.
+            DataError: a key is unknown, or a value is not valid.
         """
         check(values, _SCHEMA, DataError, "preprocessing")
         return replace(base or cls(), **values)
 
     @classmethod
     def from_toml(cls, path: str | Path, base: Preprocessing | None = None) -> Preprocessing:
-        """Read a TOML file of some or all keys; the others are those of `base`, or the ImageNet ones.
+        """Read a TOML file with some or all keys; the others are taken from `base`, or the defaults.
 
         Raises:
-            DataError: the file cannot be read, or holds an unknown key or a bad value.
+            DataError: the file cannot be read, a key is unknown, or a value is not valid.
         """
         try:
             return cls.from_dict(parse_toml(read_file(Path(path), _LONGEST, DataError), DataError), base)
@@ -99,7 +100,7 @@ class Preprocessing:
             raise DataError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys and values, as JSON and TOML hold them."""
+        """The keys and values as plain values for JSON and TOML."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def transform(self) -> Callable[[Image], Tensor]:
@@ -108,8 +109,8 @@ class Preprocessing:
         Raises:
             DataError: timm is not installed.
 
-        Pitfall: it neither turns an image nor converts it to RGB; `tasks.decoding` does. Where `check_size` refuses an
-            image, it fails or takes gigabytes.
+        Pitfall: it neither rotates an image nor converts it to RGB, which `tasks.decoding` does. For an image that
+            `check_size` refuses, it fails or takes gigabytes.
         """
         try:
             from timm.data import create_transform
@@ -119,13 +120,13 @@ class Preprocessing:
         return create_transform(**steps, is_training=False)  # pyright: ignore[reportReturnType]
 
     def check_size(self, width: int, height: int) -> None:
-        """Refuse an image that is so narrow that resizing leaves nothing of it, or makes it enormous.
+        """Refuse an image that is so narrow that one side becomes 0 when it is resized, or the other enormous.
 
         Arguments:
             width, height: of the image, in pixels.
 
         Raises:
-            DataError: it says the size, before and after.
+            DataError: the image is too narrow; the message names its size before and after resizing.
         """
         sizes = [math.floor(size / self.crop_pct) for size in self.input_size[1:]]
         high, wide = sizes
@@ -135,7 +136,7 @@ class Preprocessing:
             high, wide = round(height / ratio), round(width / ratio)
         if not min(wide, high):
             raise DataError(f"{width} x {height} pixels are too narrow: resized to {wide} x {high}, nothing is left")
-        if wide * max(high, height) > LARGEST_RESIZED:  # Pillow resizes all rows first, and the columns of that
+        if wide * max(high, height) > LARGEST_RESIZED:  # Pillow resizes horizontally first, then vertically
             raise DataError(
                 f"{width} x {height} pixels are too narrow: resizing them to {wide} x {high} takes more than "
                 f"{LARGEST_RESIZED} pixels"

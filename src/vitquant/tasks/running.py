@@ -1,4 +1,4 @@
-"""Models run for evaluation, whatever their task is."""
+"""Running models for evaluation, for any task."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitquant.tasks.images import ImageBatches
 
 
 def run_on(model: Any, images: Tensor) -> Any:
-    """What a model gives for images, which are moved to its device."""
+    """The output of a model for images, which are moved to its device."""
     if isinstance(model, nn.Module):
         tensor = next(model.parameters(), next(model.buffers(), None))
         images = images if tensor is None else images.to(tensor.device)
@@ -22,13 +22,13 @@ def run_on(model: Any, images: Tensor) -> Any:
 
 
 def place_of(batches: Iterable[Any], position: int) -> str | Path:
-    """What the image at a position is called in messages."""
+    """The name of the image at a position, for messages."""
     return batches.path(position) if isinstance(batches, ImageBatches) else f"image {position}"
 
 
 @contextmanager
 def evaluating(*models: object) -> Generator[None]:
-    """Without gradients, and modules in evaluation mode while this lasts."""
+    """A context without gradients, in which modules are in evaluation mode."""
     modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
     modes = [module.training for module in modules]
     for model in models:

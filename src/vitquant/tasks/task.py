@@ -1,4 +1,4 @@
-"""What a model's outputs mean: the one table of tasks."""
+"""The table of tasks: how the outputs of a model are evaluated."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ Model = Callable[[Tensor], Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What one kind of outputs is compared by.
+    """How one kind of outputs is evaluated and compared.
 
     Arguments:
-        name: as it is asked for and saved.
-        labelled: whether images need labels to be evaluated.
-        evaluate: a model and its float model over batches.
-        error: of an output, (images, ...), beside the float model's, for methods that learn: (images,), differentiable.
-        same: which images two forms of a model, each a mapping of tensors by name, give the same answer: bool
-            (images,); None where answers are numbers that only come close.
+        name: by which users choose it, and under which it is saved.
+        labelled: whether evaluation needs labels.
+        evaluate: evaluates a model, with its float model, on batches.
+        error: the error of an output against the float model's, both (images, ...), for methods that learn: (images,),
+            differentiable.
+        same: maps the outputs of two forms of a model, tensors by name, to the images with the same answer, bool
+            (images,); None if the answers are real numbers, which are never exactly the same.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        # What all classes have in common changes no probability.
+        # A shift of all logits changes no probability.
         Task("classification", True, classification.evaluate, shift_free_error, classification.same_classes),
         Task("features", False, features.evaluate, relative_error, None),
     )
@@ -54,7 +55,7 @@ def task_named(name: str) -> Task:
     """A task by its name.
 
     Raises:
-        DataError: there is none of that name.
+        DataError: there is no task of that name.
     """
     if name not in TASKS:
         raise DataError(f"task {name[:80]!r} is unknown; the tasks are: {', '.join(TASKS)}")
@@ -62,11 +63,11 @@ def task_named(name: str) -> Task:
 
 
 def task_of(model: nn.Module, outputs: Mapping[str, Sequence[int]]) -> Task:
-    """The task of a model, as far as it can be told: classification where it gives logits, else features.
+    """The most likely task of a model: classification if it returns logits, else features.
 
     Arguments:
-        model: the float model, which says whether it has a head.
-        outputs: the shapes of what it gives, by name, as `CapturedModel.outputs` has them.
+        model: the float model, to determine whether it has a head.
+        outputs: the shapes of its outputs by name, as in `CapturedModel.outputs`.
     """
     logits = classification.logits_among(outputs)
     if logits is None or len(logits) != 2 or is_headless(model):

@@ -1,4 +1,4 @@
-"""Models by name, as the libraries make them: timm, transformers, torchvision, or a user's factory."""
+"""Unmodified models by name, from timm, transformers, torchvision, or a user's factory."""
 
 from vitquant.zoo.build import architecture, check_name, create
 from vitquant.zoo.classes import class_names

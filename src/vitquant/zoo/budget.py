@@ -1,4 +1,4 @@
-"""Bounds on what building a model and running it takes, for a model that a file describes."""
+"""Bounds on the memory and time for building and running a model that a file describes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from vitquant.errors import ModelError
 
-_SPARE_ELEMENTS = 2**25  # masks, tables of positions, and what initialization makes on the way
+_SPARE_ELEMENTS = 2**25  # for masks, tables of positions, and temporary tensors of initialization
 _SPARE_CALLS = 2**13  # of torch's operators
-_LARGEST = 32  # elements of one tensor in a forward pass, for each of the model's own; the spare ones come on top
+_LARGEST = 32  # the most elements of one tensor in a forward pass, per element of the model; spare elements are added
 
 
-# Swin V2 makes four times the elements of its parameters, and MaxViT calls 22 operators for each; most make no copy and
-# call five.
+# Swin V2 creates four times the elements of its parameters, and MaxViT calls 22 operators for each parameter; most
+# models create no copies and call five.
 class Budget(TorchDispatchMode):
-    """Inside of this context torch makes no more tensors than a model with these ones needs.
+    """A context in which torch creates no more tensors than building a model with given tensors needs.
 
-    A file can ask for a million blocks, or for a layer of a billion channels; it is refused before memory or time goes.
+    A file can ask for a million blocks, or for a layer of a billion channels; it is refused before this takes memory or
+    time.
 
     Arguments:
-        shapes: of the tensors that a model of the file has.
+        shapes: the shapes of the tensors in the file.
 
     Raises:
-        ModelError: from the operator that is one too many, before it runs.
+        ModelError: an operator would exceed the budget; raised before it runs.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -47,16 +48,16 @@ class Budget(TorchDispatchMode):
 
 
 class ForwardBudget(TorchDispatchMode):
-    """Inside of this context no tensor is made that is far larger than a model with these ones makes of an image.
+    """A context in which a forward pass creates no tensor that is far too large for a model with given tensors.
 
-    A small file can ask for an image of millions of pixels, or for attention among as many tokens. Two images of
-    1,024 x 1,024 are within it for ViT-B and larger models, of 512 x 512 for ViT-Ti.
+    A small file can ask for an image of millions of pixels, or for attention among millions of tokens. Two images of
+    1,024 x 1,024 are within the budget for ViT-B and larger models, and two of 512 x 512 for ViT-Ti.
 
     Arguments:
-        shapes: of the tensors that a model of the file has.
+        shapes: the shapes of the tensors in the file.
 
     Raises:
-        ModelError: from the operator that would make it, before it runs.
+        ModelError: an operator would create a tensor that is too large; raised before it runs.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -71,7 +72,7 @@ class ForwardBudget(TorchDispatchMode):
 
 
 def _scores_of(func: Any, args: Any) -> int:
-    """How many scores attention in one operator has: its parts make them once the model is captured."""
+    """The number of scores of fused attention, which become a tensor once the model is captured; else 0."""
     if "scaled_dot_product" not in str(func) or len(args) < 2:
         return 0
     query, key = args[:2]
@@ -79,14 +80,14 @@ def _scores_of(func: Any, args: Any) -> int:
 
 
 def _made_by(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
-    """How many new elements an operator makes, found without making them."""
+    """The number of new elements that an operator creates, computed on the meta device."""
     schema = func._schema
-    if any(result.alias_info is not None for result in schema.returns):  # a view, or in place
+    if any(result.alias_info is not None for result in schema.returns):  # a view or an in-place operator
         return 0
     args, keywords = tree_map_only(Tensor, lambda x: x.to("meta"), (args, dict(kwargs)))
     if any(argument.name == "device" for argument in schema.arguments):
         keywords["device"] = torch.device("meta")
     try:
         return sum(each.numel() for each in tree_iter(func(*args, **keywords)) if isinstance(each, Tensor))
-    except (RuntimeError, NotImplementedError):  # it depends on values, and gives no more of them than it reads
+    except (RuntimeError, NotImplementedError):  # its result depends on values, and is not larger than its input
         return 0

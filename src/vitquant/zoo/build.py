@@ -1,4 +1,4 @@
-"""A library's own, unmodified model from its source."""
+"""Building a library's own, unmodified model from its source."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from vitquant.zoo.weights import Note, load_weights, warn
 def create(source: ModelSource, note: Note = warn) -> nn.Module:
     """Build the library's own model, with its weights, in eval mode and float32 on the CPU.
 
-    A `python:` factory with `pretrained` gives whatever weights it gives.
+    A `python:` factory with `pretrained` weights keeps the weights with which it returns the model.
 
     Arguments:
-        note: told what a user should know of a weights file: which weights were taken where there are several, and
-            what the library converted or resampled.
+        note: called with notes for the user about a weights file: which weights were chosen among several, and what
+            the library converted or resampled.
 
     Raises:
         ModelError: the library is not installed, the name or an argument is unknown, or the weights
-            cannot be had or do not fit; up to 5 keys that do not fit are named.
+            are not available or do not fit; the message names up to 5 keys that do not fit.
 
-    Pitfall: without a network, the hub's client tries for about a minute before it gives up.
+    Pitfall: without a network, the hub's client tries for about a minute before it fails.
     """
     if source.weights_key is not None and source.weights in ("pretrained", "random"):
         raise ModelError(f"weights_key {source.weights_key!r} chooses within a file; {source.weights} weights are none")
@@ -46,21 +46,21 @@ def create(source: ModelSource, note: Note = warn) -> nn.Module:
 
 
 def architecture(source: ModelSource) -> nn.Module:
-    """Build the model without its weights: random ones, the same for the same seed, else as `create`.
+    """Build the model as `create` does, but with random weights, which are the same for the same seed.
 
     Raises:
-        ModelError: as `create`, except for weights.
+        ModelError: as for `create`, except for weights.
 
     Pitfall: a transformers hub name still needs its config.json, from the hub or its cache.
     """
     try:
-        # a seed for this model alone; the global generators, CUDA's among them, stay as they are
+        # a seed for this model only: the global generators, including CUDA's, are not changed
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(source.seed)
             model = _BUILDERS[source.library](source)
     except ModelError:
         raise
-    except Exception as error:  # whatever a library makes of bad arguments
+    except Exception as error:  # libraries raise anything for invalid arguments
         raise ModelError(f"{source.name} cannot be built with {shown(source.arguments)}: {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{source.name} gives {type(model).__name__}, not a torch.nn.Module")
@@ -68,7 +68,7 @@ def architecture(source: ModelSource) -> nn.Module:
 
 
 def check_name(source: ModelSource) -> None:
-    """Refuse a model that its library does not know, without building one; what a factory gives is known later.
+    """Refuse a model that its library does not know, without building one; factories are not checked.
 
     Raises:
         ModelError: the library is not installed or does not know the name.
@@ -78,9 +78,9 @@ def check_name(source: ModelSource) -> None:
 
 
 def _timm(source: ModelSource) -> ModuleType:
-    """The library, when it knows the model."""
+    """The library, after checking that it knows the model."""
     timm = import_library("timm")
-    name = source.model.split(".")[0]  # the rest is a tag of weights
+    name = source.model.split(".")[0]  # the rest is the tag of pretrained weights
     if ":" not in name and not timm.is_model(name):
         raise unknown(source, name, timm.list_models())
     return timm
@@ -116,7 +116,7 @@ def _build_torchvision(source: ModelSource, pretrained: bool = False) -> nn.Modu
     models = _torchvision(source)
     arguments: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
     if "weights_backbone" in inspect.signature(models.get_model_builder(source.model)).parameters:
-        arguments["weights_backbone"] = None  # it is fetched otherwise
+        arguments["weights_backbone"] = None  # else torchvision downloads a backbone
     return models.get_model(source.model, **{**arguments, **source.arguments})
 
 
@@ -129,7 +129,7 @@ def _build_transformers(source: ModelSource, pretrained: bool = False) -> nn.Mod
         return auto.from_config(config, dtype=torch.float32, **trusted)
     folder = Path(source.model).parent if os.path.isfile(source.model) else source.model
     model, info = auto.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True, **trusted)
-    # transformers gives random weights for these, with no more than a warning
+    # transformers initializes these randomly, with only a warning
     if absent := sorted(info["missing_keys"]) + [str(key[0]) for key in info["mismatched_keys"]]:
         raise ModelError(f"{source.name}: its checkpoint has no fitting {first_five(absent)}; give --weights FILE")
     return model
@@ -160,7 +160,7 @@ def _pretrained(source: ModelSource) -> nn.Module:
     except ModelError:
         raise
     except Exception as error:
-        architecture(source)  # says so where the arguments are at fault, not the weights
+        architecture(source)  # raises if the arguments and not the weights are wrong
         raise ModelError(
             f"{source.name}: no pretrained weights ({one_line(error)}); give --weights FILE or --weights random"
         ) from error
@@ -177,7 +177,7 @@ def _transformers_config(source: ModelSource) -> Any:
         if source.weights == "pretrained":
             raise ModelError(f"{source.name} is a model type without weights; give --weights FILE or --weights random")
         config = transformers.AutoConfig.for_model(source.model, **source.arguments)
-        # it would keep a misspelt argument as one more attribute
+        # transformers would store a misspelt argument as an attribute
         return _refuse_unused(source, [key for key in source.arguments if not hasattr(type(config)(), key)], config)
     try:
         config, unused = transformers.AutoConfig.from_pretrained(
@@ -197,7 +197,7 @@ def _transformers_config(source: ModelSource) -> Any:
 
 
 def _trusted(source: ModelSource) -> dict[str, bool]:
-    """Whether code that comes with a checkpoint may run: never, unless the user says so in an argument."""
+    """The argument that lets code from a checkpoint run: false, unless the user passes it as a model argument."""
     return {"trust_remote_code": source.arguments.get("trust_remote_code", False) is True}
 
 

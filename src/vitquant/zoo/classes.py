@@ -1,4 +1,4 @@
-"""What each library says of the names of a model's classes."""
+"""The names of a model's classes, from its library."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from vitquant.tasks.classes import ClassNames
 from vitquant.zoo.failures import import_library
 from vitquant.zoo.source import ModelSource
 
-_PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers writes where nobody named the classes
+_PLACEHOLDER = re.compile(r"LABEL_\d+")  # transformers' names for classes without names
 
 
 def class_names(model: nn.Module, source: ModelSource, count: int) -> ClassNames:
     """The names of a model's classes, as far as its library knows them.
 
-    timm: the names that came with the weights, or ImageNet's, when the model has as many classes as one of its sets.
-    torchvision: the categories of the default weights. transformers: the config's `id2label`. In all libraries
-    ImageNet's synsets, which are names of nothing else.
+    timm: the names that come with the weights, or those of the ImageNet set with the model's number of classes.
+    torchvision: the categories of the default weights. transformers: the config's `id2label`. For all libraries
+    ImageNet's synsets are added, which cannot be confused with other names.
 
     Arguments:
-        count: how many classes the model gives.
+        count: the number of classes of the model.
 
-    Pitfall: of a model whose weights were trained on as many other classes, this gives the names of those of its
-    library. `read_classes` reads a file that says better.
+    Pitfall: for a model whose weights were trained on the same number of other classes, the names are wrong;
+    `read_classes` reads a file with the right ones.
     """
     names, origin = {}, ""
     if source.library == "timm":
@@ -64,7 +64,7 @@ def _synsets(count: int) -> tuple[dict[int, tuple[str, ...]], str]:
 
 
 def _imagenet(count: int, described: bool) -> tuple[dict[int, tuple[str, ...]], str]:
-    """The synsets of the ImageNet set with so many classes, in timm's order, and what they are called; or nothing."""
+    """The synsets, and names if `described`, of the ImageNet set with `count` classes, in timm's order; else empty."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset({"num_classes": count})

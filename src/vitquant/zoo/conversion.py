@@ -1,4 +1,4 @@
-"""Checkpoints of another form or image size, brought to a model by its library's own functions."""
+"""Conversion of checkpoints with other names or another image size, by the functions of the model's library."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch import Tensor, nn
 
 
 def converted_by_library(model: nn.Module, given: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]] | None:
-    """What the model's library makes of a checkpoint that does not fit: its names, and positions of another size.
+    """Convert the names and the size of position embeddings of a checkpoint that does not fit, by the model's library.
 
     timm: `checkpoint_filter_fn` of the model's module. torchvision: `interpolate_embeddings`. transformers: the
-    conversion of `from_pretrained`, and the `interpolate_pos_encoding` of the model's embeddings. Then, of any model,
-    what its modules do with names of their earlier versions.
+    conversion of `from_pretrained`, and the `interpolate_pos_encoding` of the model's embeddings. Then, for any model,
+    the conversion of names of earlier versions by its modules.
 
     Arguments:
-        model: where the weights will be; it is left as it is.
-        given: by the names of the checkpoint.
+        model: the model for the weights; it is not changed.
+        given: tensors by the names of the checkpoint.
 
     Returns:
-        Who converted and the tensors, which may not fit either; None where nobody could.
+        The name of the library and the tensors, which may still not fit; None if no conversion succeeded.
     """
     library = type(model).__module__.partition(".")[0]
     library = library if library in _CONVERT else "the model's own load_state_dict"
     found: dict[str, Tensor] | None = None
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         for convert in (_CONVERT.get(library, _as_it_is), _by_its_own_hooks):
-            # A library may choke on what is not its own in any way; then the refusal names what does not fit.
+            # A library may raise anything for a foreign checkpoint; the caller then reports what does not fit.
             with contextlib.suppress(Exception):
                 converted = convert(model, dict(given if found is None else found))
                 if all(isinstance(tensor, Tensor) for tensor in converted.values()):
@@ -45,7 +45,7 @@ def _as_it_is(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _by_its_own_hooks(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What modules make of names of their earlier versions (torchvision's MLP) when they load them."""
+    """The tensors after the model's modules have converted names of earlier versions on loading (torchvision's MLP)."""
     twin = copy.deepcopy(model)
     twin.load_state_dict(given)
     return {key: tensor for key, tensor in twin.state_dict().items() if isinstance(tensor, Tensor)}
@@ -79,7 +79,7 @@ def _by_transformers(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _resampled_positions(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Position embeddings in the model's image size, by the function with which the library serves larger images."""
+    """Resample position embeddings to the model's image size, with the library's function for larger images."""
     size = getattr(model.config, "image_size", None)
     height, width = size if isinstance(size, list | tuple) else (size, size)
     resampled = dict(given)

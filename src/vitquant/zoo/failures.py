@@ -1,4 +1,4 @@
-"""What other libraries report, in the words and the one line of ours."""
+"""Errors of other libraries as one-line errors of vitquant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitquant.zoo.source import ModelSource
 
 
 def import_library(name: str) -> ModuleType:
-    """Import a library, or say which extra of vitquant installs it, or what it needs itself and lacks."""
+    """Import a library, or raise an error that names the extra that installs it, or the dependency that it lacks."""
     library = name.partition(".")[0]
     extra = {"transformers": "transformers", "safetensors": "checkpoint"}.get(library, "timm")
     try:
@@ -23,19 +23,19 @@ def import_library(name: str) -> ModuleType:
             raise ModelError(f"{library} is not installed: pip install vitquant[{extra}]") from error
         absent = error.name.partition(".")[0]
         raise ModelError(f"{library} needs {absent}, which is not installed: pip install {absent}") from error
-    except Exception as error:  # installed, and broken or of a version that does not fit
+    except Exception as error:  # installed, but broken or of an incompatible version
         raise ModelError(f"{library} is installed but cannot be imported: {one_line(error)}") from error
 
 
 def unknown(source: ModelSource, word: str, known: Iterable[str], what: str = "model") -> ModelError:
-    """An error for a word that a library does not know, with up to three that are close to it."""
+    """An error for a name that a library does not know, with up to three similar names."""
     near = difflib.get_close_matches(word, list(known), n=3)
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     return ModelError(f"{source.name}: {source.library} has no {what} {word!r}{hint}")
 
 
 def first_five(keys: Sequence[str]) -> str:
-    """At most five of the keys, with dots for the others."""
+    """The first five keys, followed by dots if there are more."""
     return ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
 
 
@@ -45,6 +45,6 @@ def shown(arguments: Mapping[str, Any]) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """An exception's kind and text on one line of bearable length."""
+    """An exception's type and message on one line of at most about 200 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) < 200 else text[:200] + '...'}"

@@ -1,4 +1,4 @@
-"""What each library says of a model's preprocessing, in one set of words."""
+"""A model's preprocessing from its library, as a `Preprocessing`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from vitquant.zoo.source import ModelSource
 
 
 def preprocessing_of(model: nn.Module, source: ModelSource, file: str | Path | None = None) -> Preprocessing:
-    """The preprocessing that the library says the model was trained with, with the keys of a file laid over it.
+    """The preprocessing with which the model was trained, according to its library, overridden by the keys of a file.
 
-    timm: the model's data configuration. torchvision: the default weights' transforms. transformers:
-    the checkpoint's image processor, or the default one of the model type when there is none, in the
-    size of the config. A user's factory: the common ImageNet one.
+    timm: the model's data configuration. torchvision: the transforms of the default weights. transformers:
+    the checkpoint's image processor, or if there is none the default one of the model type, with the size
+    from the config. A user's factory: the common one for ImageNet.
 
     Raises:
-        ModelError: a step cannot be said in these words (another rescaling than 1/255, channels flipped), and there is
-            no file.
-        DataError: the file is none of preprocessing.
+        ModelError: `Preprocessing` cannot express a step (another rescaling than 1/255, flipped channels), and no file
+            is given.
+        DataError: the file cannot be read, or has an unknown key or a bad value.
 
-    Pitfall: a default may not be what given weights were trained with; a `--preprocessing` file decides.
+    Pitfall: weights may have been trained with another preprocessing than the default; a `--preprocessing` file
+        overrides it.
     """
     if file is None:
         return _said_by_library(model, source)
@@ -51,7 +52,7 @@ def _said_by_library(model: nn.Module, source: ModelSource) -> Preprocessing:
 
 def _timm_preprocessing(model: nn.Module, source: ModelSource) -> Preprocessing:
     values = dict(import_library("timm.data").resolve_model_data_config(model))
-    if size := source.arguments.get("img_size"):  # the configuration does not follow it
+    if size := source.arguments.get("img_size"):  # which the configuration ignores
         values["input_size"] = (3, *_pair(size))
     return Preprocessing.from_dict(values)
 
@@ -81,7 +82,7 @@ def _transformers_preprocessing(model: nn.Module, source: ModelSource) -> Prepro
     shortest = processor.size.get("shortest_edge")
     resized = shortest or processor.size.get("height") or 224
     if type(processor).__name__.startswith("Levit"):
-        resized = int(resized * 256 / 224)  # its processor enlarges what it is asked for
+        resized = int(resized * 256 / 224)  # as its processor does
     crop = (processor.crop_size["height"], processor.crop_size["width"]) if processor.do_center_crop else None
     size = crop or (resized, resized if shortest else processor.size.get("width") or resized)
     crop_pct = _crop_pct(size[0], resized)
@@ -122,7 +123,7 @@ def _image_processor(model: nn.Module, source: ModelSource) -> tuple[Any, bool]:
 
 
 def _crop_pct(crop: int, resized: int) -> float:
-    """A share of which `floor(crop / share)` is `resized` again, whatever the rounding."""
+    """The share crop / resized, rounded so that `floor(crop / share)` is exactly `resized`."""
     share = min(crop / resized, 1.0)
     return share if math.floor(crop / share) == resized else math.nextafter(share, 0)
 

@@ -1,4 +1,4 @@
-"""The name of a model and all that is needed to make it again."""
+"""The source of a model: its name and everything else that is needed to build it again."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _SCHEMA = Table(
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from; all that is needed to make it again.
+    """The source of a model, from which it can be built again.
 
     Arguments:
         name: `timm:NAME`, `torchvision:NAME`, `python:package.module:factory`, or `transformers:` and
             a hub name, a directory, a config.json or a model type (`vit`).
-        arguments: passed to the library; anything JSON holds (tuples become lists).
-        weights: `pretrained`, `random`, or the path of a file of weights: safetensors or `torch.save`'s, an index of
+        arguments: passed to the library; JSON values (tuples become lists).
+        weights: `pretrained`, `random`, or the path of a weights file: of safetensors or `torch.save`, an index of
             shards, or a directory as transformers saves it.
         seed: of random weights.
-        weights_sha256: of the weights file; `create` refuses a file with another one.
-        weights_key: which of several state dicts in the file, such as `model` or `state_dict_ema`.
+        weights_sha256: of the weights file; `create` refuses a file with another digest.
+        weights_key: the name of one of several state dicts in the file, such as `model` or `state_dict_ema`.
 
     Raises:
-        ModelError: an unknown library, or a field that a saved model cannot hold.
+        ModelError: the library is unknown, or a saved model cannot store a field.
     """
 
     name: str
@@ -59,7 +59,7 @@ class ModelSource:
             object.__setattr__(self, "arguments", json.loads(json.dumps(dict(self.arguments), allow_nan=False)))
         except (TypeError, ValueError, RecursionError) as error:
             raise ModelError(f"{self.name}: model arguments must be plain JSON values: {error}") from error
-        check(self.to_dict(), _SCHEMA, ModelError, "model source")  # so that what is saved is read again
+        check(self.to_dict(), _SCHEMA, ModelError, "model source")  # so that it can be saved and read
 
     @property
     def library(self) -> str:
@@ -72,15 +72,15 @@ class ModelSource:
         return self.name.partition(":")[2]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON holds them."""
+        """The fields as plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSource:
-        """Read what `to_dict` wrote.
+        """Read what `to_dict` returned.
 
         Raises:
-            ModelError: a missing or unknown key, or a value of the wrong type.
+            ModelError: a key is missing or unknown, or a value has the wrong type.
         """
         return cls(**check(values, _SCHEMA, ModelError, "model source"))
 
@@ -89,7 +89,8 @@ def parse_model_arguments(assignments: Sequence[str]) -> dict[str, Any]:
     """Read `key=value` texts; a value is a Python literal, or else a string.
 
     Raises:
-        ModelError: no `=`, a key twice, or `true`, `false`, `none`, `null`, which as strings would all be true.
+        ModelError: there is no `=`, a key is there twice, or a value is `true`, `false`, `none` or `null`, which as a
+            non-empty string would be true.
     """
     arguments: dict[str, Any] = {}
     for text in assignments:

@@ -1,4 +1,4 @@
-"""Which of the state dicts in a file is a model's, whatever containers and prefixes it was saved under."""
+"""Finding a model's state dict among those of a file, in any container and with any prefix."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from vitquant.zoo.failures import first_five
 
 _AVERAGED = re.compile(r"(^|[._])(ema|teacher|swa|averaged?|shadow)([._]|$)", re.IGNORECASE)
 _HEADS = ("head", "classifier", "fc", "cls_classifier", "distillation_classifier")
-_DEPTH = 4  # of dictionaries in dictionaries
+_DEPTH = 4  # of nested dictionaries
 
 
 @dataclass(frozen=True)
 class StateDict:
-    """Tensors of a file under the names that a model may have.
+    """A candidate state dict in a file.
 
     Arguments:
-        name: the keys that lead to it and the prefix that was taken off, joined by dots; empty when there are none.
-        tensors: by name.
-        left_out: names of tensors beside it that have another prefix.
+        name: the keys that lead to it and the prefix that was removed from the names, joined by dots; empty if none.
+        tensors: by name, without the prefix.
+        left_out: the names of tensors in the same dictionary that do not have the prefix.
     """
 
     name: str
@@ -34,17 +34,17 @@ class StateDict:
 
     @property
     def is_averaged(self) -> bool:
-        """Whether its name says that it is a moving average of the weights."""
+        """Whether it is a moving average of the weights, by its name."""
         return bool(_AVERAGED.search(self.name))
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The state dict that was taken, and what a user should know of it.
+    """The chosen state dict, with notes for the user.
 
     Arguments:
         tensors: by name.
-        notes: which others there were, and what was left out.
+        notes: which other state dicts the file has, and which tensors were left out.
     """
 
     tensors: Mapping[str, Tensor]
@@ -52,17 +52,17 @@ class Chosen:
 
 
 def choose(loaded: Any, wanted: Mapping[str, Tensor], key: str | None) -> Chosen:
-    """The state dict that fits best; of several that fit alike, the averaged one (EMA, teacher), as timm's loader does.
+    """The state dict that fits best; of several that fit equally, the averaged one (EMA, teacher), as in timm's loader.
 
-    A prefix is taken off the names where all tensors share it, or where the model is whole without the others.
+    A prefix is removed from the names if all tensors have it, or if those that have it make a complete model.
 
     Arguments:
-        loaded: what a file holds.
+        loaded: the content of a file.
         wanted: the model's state dict.
-        key: the name of the one to take (`model`, `state_dict_ema`, `teacher.backbone`), or a part of it.
+        key: the name of the state dict to choose (`model`, `state_dict_ema`, `teacher.backbone`), or a part of it.
 
     Raises:
-        ModelError: there is none, none of that name, or several that fit alike.
+        ModelError: there is no state dict, none of that name, or several fit equally.
     """
     found = [each for name, tensors in _held(loaded) for each in _without_prefix(name, tensors, wanted)]
     if not found:
@@ -86,7 +86,7 @@ def choose(loaded: Any, wanted: Mapping[str, Tensor], key: str | None) -> Chosen
 
 
 def _held(loaded: Any) -> list[tuple[str, dict[str, Tensor]]]:
-    """Every dictionary that holds tensors by name, and where it lies."""
+    """Every dictionary that contains tensors by name, with the keys that lead to it."""
     found = []
     for place, held in _dictionaries(loaded):
         values = {key: _as_tensor(value) for key, value in held.items()}
@@ -97,7 +97,7 @@ def _held(loaded: Any) -> list[tuple[str, dict[str, Tensor]]]:
 
 
 def _averages_without_names(loaded: Any) -> list[str]:
-    """Where lists of tensors lie that are averaged weights, as torch_ema saves them."""
+    """The keys of lists of tensors that are averaged weights, as torch_ema saves them."""
     return [
         ".".join((*place, key))
         for place, held in _dictionaries(loaded)
@@ -108,7 +108,7 @@ def _averages_without_names(loaded: Any) -> list[str]:
 
 
 def _dictionaries(loaded: Any) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """Every dictionary of names, each once, and the keys that lead to it."""
+    """Every dictionary with string keys, each once, with the keys that lead to it."""
     seen = set()
     pending: list[tuple[tuple[str, ...], Any]] = [((), loaded)]
     while pending:
@@ -128,7 +128,7 @@ def _as_tensor(value: Any) -> Any:
         return value
     try:
         return torch.from_numpy(value.copy())
-    except TypeError:  # texts
+    except TypeError:  # an array of strings
         return value
 
 
@@ -141,7 +141,7 @@ def _what_instead(loaded: Any) -> str:
 
 
 def _without_prefix(name: str, tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> list[StateDict]:
-    """A dictionary's state dicts: as it is, or by each prefix under which the model may lie."""
+    """The candidate state dicts of a dictionary: as it is, and for each prefix that the model's names may have."""
     weights = [key for key, tensor in tensors.items() if tensor.numel() > 1]  # not counters, such as n_averaged
     found = []
     for prefix in _prefixes(tensors, wanted):
@@ -154,12 +154,12 @@ def _without_prefix(name: str, tensors: dict[str, Tensor], wanted: Mapping[str, 
 
 
 def is_head(key: str) -> bool:
-    """Whether a tensor's name is that of a classifier."""
+    """Whether a tensor belongs to a classifier head, by its name."""
     return any(part.startswith(_HEADS) for part in key.split(".")[:2])
 
 
 def _prefixes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """What stands before the model's own names in the file's, the shortest first."""
+    """The prefixes of the model's names in the file's names, the shortest first."""
     found = {""}
     for key in tensors:
         parts = key.split(".")
@@ -168,7 +168,7 @@ def _prefixes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> li
 
 
 def _fit(state: StateDict, wanted: Mapping[str, Tensor]) -> tuple[bool, int]:
-    """How well names fit: more is better."""
+    """How well the names fit those of the model: larger is better."""
     there = len(state.tensors.keys() & wanted.keys())
     return there > 0, 2 * there - len(state.tensors) if there else len(state.tensors)
 
@@ -186,5 +186,5 @@ def _names(states: Sequence[StateDict]) -> str:
 
 
 def _same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    """Whether two dictionaries hold the very same tensors."""
+    """Whether two dictionaries contain identical tensor objects."""
     return left.keys() == right.keys() and all(left[key] is right[key] for key in left)

@@ -1,7 +1,7 @@
-"""What a file may say of a model by itself; all else that it names is data until the caller repeats it.
+"""Which model sources a file may name by itself; all others must be repeated by the caller.
 
-A saved model comes from anywhere, and a library's own functions load code and files, or ask the network, for some of
-their names and arguments. By itself a file names a model that its library lists, and arguments that are numbers and
+A saved model may come from anywhere, and for some names and arguments a library's functions load code and files, or
+access the network. A file alone may name only a model that its library lists, and only arguments that are numbers and
 words of an architecture, within bounds.
 """
 
@@ -18,7 +18,7 @@ from vitquant.schema import Either, Flag, Integer, ListOf, Nothing, Number, Sche
 from vitquant.zoo.failures import import_library
 from vitquant.zoo.source import ModelSource
 
-# Arguments that say how large a model is and what it is made of, in timm's, transformers' and torchvision's words.
+# Arguments of timm, transformers and torchvision that determine the size of a model and its parts.
 _ARCHITECTURE = """
 act_layer apply_layernorm attention_dropout attention_probs_dropout_prob attn_drop_rate attn_ratio class_token
 classifier_dropout_prob conv_bias depth depths dim dims distilled drop_path_rate drop_rate dropout dynamic_img_pad
@@ -33,7 +33,7 @@ representation_size sr_ratios stochastic_depth_prob strict_img_size strides use_
 use_absolute_position_embeddings use_mask_token use_mean_pooling use_relative_position_bias
 use_shared_relative_position_bias use_swiglu_ffn weight_init window_ratio window_size
 """
-# What a transformers config.json holds besides; a word here loads nothing.
+# Further keys of a transformers config.json; their values load nothing.
 _OF_CONFIGS = """
 architectures chunk_size_feed_forward dtype id2label is_encoder_decoder label2id model_type out_indices
 output_attentions output_hidden_states path_norm problem_type return_dict semantic_loss_ignore_index stage_names
@@ -45,21 +45,21 @@ _LIST = ListOf(Either((*_SCALAR, ListOf(Either(_SCALAR), most=64))), most=64)
 _ARGUMENT = Either((*_SCALAR, _LIST))
 _PIXELS = Either((Integer(1, 1024), ListOf(Integer(1, 1024), 1, 3)))  # some libraries loop over all pairs of tokens
 _BOUNDED: Mapping[str, Schema] = {"img_size": _PIXELS, "image_size": _PIXELS}
-_OF_ANOTHER_LIBRARY = ("timm_wrapper", "timm_backbone")  # their configs name models and files of timm
+_OF_ANOTHER_LIBRARY = ("timm_wrapper", "timm_backbone")  # whose configs name models and files of timm
 _LONGEST_CONFIG = 2**20  # bytes; the names of 21,843 classes take 2**19
-_NUMBERS = Either((*_SCALAR[:-1], ListOf(Either(_SCALAR[:-1]), most=64)))  # what a user's function gets from a file
+_NUMBERS = Either((*_SCALAR[:-1], ListOf(Either(_SCALAR[:-1]), most=64)))  # for a user's function, from a file
 
 
 def as_repeated(source: ModelSource, name: str | None, arguments: Mapping[str, Any]) -> ModelSource:
-    """The source that a file names, when it is harmless or the caller said the same.
+    """The source that a file names, if it is harmless or the caller has repeated it.
 
     Arguments:
-        source: of a file.
-        name: the model's name, repeated by the caller; None when it was not.
-        arguments: repeated by the caller.
+        source: from the file.
+        name: the model's name, if the caller has repeated it; else None.
+        arguments: those that the caller has repeated.
 
     Raises:
-        ModelError: the name or an argument has to be repeated, or the caller named another one.
+        ModelError: the name or an argument must be repeated, or differs from the caller's.
     """
     if name is not None and name != source.name:
         raise ModelError(f"it was made from {source.name}, not from {name}")
@@ -96,14 +96,14 @@ def _is_harmless(library: str, key: str, value: Any) -> bool:
 
 
 def _is_listed(source: ModelSource) -> bool:
-    """Whether a library has the model in its own list, so that nothing is read or fetched to build it."""
+    """Whether the library itself lists the model, so that building it reads no file and fetches nothing."""
     match source.library:
         case "timm":
             plain = _fits(source.model, Text(200, r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?"))
             return plain and import_library("timm").is_model(source.model.split(".")[0])
         case "torchvision":
             models = import_library("torchvision").models
-            return source.model in models.list_models(module=models)  # those of images; others fetch a backbone
+            return source.model in models.list_models(module=models)  # image classifiers; others fetch a backbone
         case "transformers":
             path = Path(source.model)
             return _is_plain_config(path) if os.path.lexists(path) else _is_type(source.model)
@@ -116,7 +116,7 @@ def _is_type(name: str) -> bool:
 
 
 def _is_plain_config(path: Path) -> bool:
-    """Whether a path is that of a config.json, or of its directory, that holds numbers and words of an architecture."""
+    """Whether a path is a config.json, or its directory, with only numbers and words of an architecture."""
     file = path / "config.json" if os.path.isdir(path) else path
     if not os.path.isfile(file):
         return False

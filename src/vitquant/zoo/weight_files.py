@@ -1,4 +1,4 @@
-"""Files of weights, recognized by what they hold and not by their ending; nothing in them is run."""
+"""Reading weights files, recognized by their content and not their extension, without running code from them."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _FOREIGN = {
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that are the weights together: one, or an index and its shards, which lie beside it.
+    """The files that contain the weights: one, or an index and its shards, which are beside it.
 
     Arguments:
         path: a file, an index as transformers writes it (`model.safetensors.index.json`), or a directory with either.
 
     Raises:
-        ModelError: there is none, or an index names what is no file beside it.
+        ModelError: there is no such file, or an index names a file that is not beside it.
     """
     if os.path.isdir(path):
         inside = next((path / name for name in _IN_A_DIRECTORY if os.path.isfile(path / name)), None)
@@ -67,7 +67,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def digest_of_weights(path: Path) -> str:
-    """The SHA-256 of a weights file; where there are several, of their digests in order.
+    """The SHA-256 of a weights file; for several files, that of their digests in order.
 
     Raises:
         ModelError: a file cannot be read.
@@ -77,13 +77,13 @@ def digest_of_weights(path: Path) -> str:
 
 
 def read_weights(path: Path) -> Any:
-    """What a weights file holds: tensors in dictionaries, with the plain values that training scripts save beside them.
+    """The content of a weights file: tensors in dictionaries, with plain values that training scripts save beside them.
 
     Arguments:
-        path: see `weight_files`; safetensors, or what `torch.save` wrote, whatever its ending.
+        path: see `weight_files`; a file of safetensors or `torch.save`, with any extension.
 
     Raises:
-        ModelError: it is something else, it is damaged, or reading it would run code.
+        ModelError: it is another kind of file, is damaged, or could run code when it is read.
     """
     files = weight_files(path)
     if len(files) == 1:
@@ -107,20 +107,20 @@ def _read(path: Path) -> Any:
             return _load(path)
     except ModelError:
         raise
-    except Exception as error:  # pickle, zip and safetensors have an error each
+    except Exception as error:  # pickle, zip and safetensors raise errors of their own
         raise ModelError(f"{path} cannot be read as weights, it may be truncated: {one_line(error)}") from error
     raise ModelError(f"{path} {_foreign_file(path, head)}")
 
 
 def _load(path: Path) -> Any:
-    """What `torch.save` wrote, without running what pickle would."""
+    """Load a file of `torch.save` without running code from its pickle."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(b"\nbytearray\n") >= 0:  # torch.load makes one of any size that a file names
+        if content.find(b"\nbytearray\n") >= 0:  # torch.load allocates any size that a file names
             raise ModelError(f"{path} holds a bytearray, which may be of any size; {_ALONE}")
     with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with path.open("rb") as file:  # by its path, torch goes by the ending
+            with path.open("rb") as file:  # given a path, torch would go by the extension
                 return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             named = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"[Uu]nsupported class ([\w.]+)", str(error))
@@ -137,11 +137,11 @@ def _load(path: Path) -> Any:
 
 
 def _harmless() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """Classes of plain values that training scripts save beside weights; to make one of them runs no code of a file."""
-    # No range: a set of one fills the memory.
+    """Classes of plain values that training scripts save beside weights, whose construction runs no code of a file."""
+    # Not range: a set of a large one fills the memory.
     allowed: list[Any] = [argparse.Namespace, types.SimpleNamespace, frozenset, slice]
     allowed += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
-    for module in ("pathlib", "pathlib._local"):  # its name since Python 3.13
+    for module in ("pathlib", "pathlib._local"):  # the second is its name in Python 3.13
         allowed += [(pathlib.PurePosixPath, f"{module}.{name}") for name in ("PosixPath", "PurePosixPath")]
         allowed += [(pathlib.PureWindowsPath, f"{module}.{name}") for name in ("WindowsPath", "PureWindowsPath")]
     try:
@@ -149,13 +149,13 @@ def _harmless() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     except ImportError:
         return allowed
     scalar, rebuild = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # its name since numpy 2
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # the second is its name since numpy 2
         allowed += [(scalar, f"{module}.scalar"), (rebuild, f"{module}._reconstruct")]
     return [*allowed, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdFDSU")]
 
 
 def _foreign_archive(path: Path) -> str | None:
-    """What a zip archive is that is not from `torch.save`."""
+    """The description of a zip archive that `torch.save` did not write; None if it did."""
     with zipfile.ZipFile(path) as archive:
         names, parts = archive.namelist(), archive.infolist()
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
@@ -174,7 +174,7 @@ def _foreign_archive(path: Path) -> str | None:
 
 
 def _foreign_file(path: Path, head: bytes) -> str:
-    """What a file is that holds no weights we read."""
+    """The description of a file in a format that cannot be read."""
     if not head:
         return "is empty"
     for start, said in _FOREIGN.items():
@@ -188,7 +188,7 @@ def _foreign_file(path: Path, head: bytes) -> str:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """Whether a length stands before an opening brace; that of a text would be out of all bounds."""
+    """Whether a file begins with a plausible length and an opening brace; in a text the length would be huge."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32
 
 

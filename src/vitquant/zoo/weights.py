@@ -1,4 +1,4 @@
-"""Weights from a file, or a refusal that names what does not fit."""
+"""Loading weights from a file, or a refusal that names the tensors that do not fit."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Note = Callable[[str], None]
 
 
 def warn(text: str) -> None:
-    """A note on weights as Python's own warning."""
+    """Issue a note on weights as a Python warning."""
     warnings.warn(text, stacklevel=4)
 
 
 def pinned(source: ModelSource) -> ModelSource:
-    """The source with the SHA-256 of its weights file; unchanged when there is no file.
+    """The source with the SHA-256 of its weights file; unchanged if it has no file.
 
     Raises:
         ModelError: the file cannot be read.
@@ -39,10 +39,10 @@ def pinned(source: ModelSource) -> ModelSource:
 
 
 def load_weights(model: nn.Module, source: ModelSource, note: Note = warn) -> None:
-    """Give a model the weights of a file.
+    """Load the weights of a file into a model.
 
     Arguments:
-        note: told which weights were taken where there are several, and what was converted.
+        note: called with notes: which weights were chosen among several, and what was converted.
 
     Raises:
         ModelError: see `create`.
@@ -107,12 +107,12 @@ def _count(problems: Mapping[str, list[str]]) -> int:
 
 
 def _is_comparable(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
-    """Whether the file's tensors are of the model's order of size, so that to resample them costs little."""
+    """Whether the file's tensors have a size comparable with the model's, so that resampling is cheap."""
     return sum(tensor.numel() for tensor in given.values()) < 64 * (1 + sum(map(torch.numel, wanted.values())))
 
 
 def _refuse_no_weights(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Refuse tensors whose numbers cannot be a model's weights as they are, by name."""
+    """Refuse tensors that are not plain float weights, and name the first."""
     for key, tensor in given.items():
         kind = str(tensor.dtype).removeprefix("torch.")
         if tensor.is_quantized or tensor.layout is not torch.strided or tensor.is_meta:
@@ -126,7 +126,7 @@ def _refuse_no_weights(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 
 
 def _refuse_not_finite(given: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse what is NaN, or infinite in a parameter, once it is in the model's precision."""
+    """Refuse tensors with NaN, and parameters with infinity, after rounding to float32."""
     for key, tensor in given.items():
         if tensor.is_floating_point():
             numbers = tensor.float()
@@ -146,7 +146,7 @@ def _what_was_converted(library: str, before: Mapping[str, Tensor], after: Mappi
 
 
 def _in_parts(unexpected: Sequence[str], missing: Sequence[str]) -> str:
-    """What to do with tensors from which a weight is yet to be made; empty where there are none."""
+    """Advice for a file of tensors from which weights are computed (LoRA, weight norm, pruning); else empty."""
     names = frozenset(unexpected)
     for key in unexpected:
         if re.search(r"\.(lora_\w+|base_layer)\.", f".{key}."):
@@ -171,7 +171,7 @@ def _in_parts(unexpected: Sequence[str], missing: Sequence[str]) -> str:
 def _advice(
     source: ModelSource, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], found: Mapping[str, list[str]]
 ) -> str:
-    """What a user may do about the commonest mistakes."""
+    """Advice for the most common mistakes; empty for others."""
     differing = [key for key in wanted if key in given and given[key].shape != wanted[key].shape]
     classes = {(given[key].shape[:1], wanted[key].shape[:1]) for key in differing}
     same_inside = all(given[key].shape[1:] == wanted[key].shape[1:] for key in differing)

@@ -17,7 +17,7 @@ def shift_down(x: Value, digits: int) -> Value:
 def shift_floor(x: Value, digits: int) -> Value:
     """x >> digits for any x, negative ones rounded down; 1 <= digits <= 63.
 
-    With its sign bit turned over, x is the unsigned x + 2**63, whatever x is.
+    With its sign bit flipped, x read as unsigned is x + 2**63 for any x.
     """
     turned = x.graph.node("BitwiseXor", x, x.graph.scalar(_LIMITS.min, x.dtype))
     return shift_down(turned, digits) - (1 << (63 - digits))
@@ -38,10 +38,10 @@ def shift_clamped(x: Value, digits: int, low: int, high: int) -> Value:
 
 
 def bit_length(x: Value) -> Value:
-    """The number of binary digits of x >= 0: of the powers of two that it reaches.
+    """The number of binary digits of x >= 0, counted as the number of powers of two that are at most x.
 
     Arguments:
-        x: (..., 1), since all 63 powers stand beside it; for small tensors.
+        x: (..., 1); it is compared with all 63 powers by broadcasting, so it should be small.
     """
     powers = x.graph.constant([1 << k for k in range(63)], np.int64)
     return x.at_least(powers).cast(np.int64).sum()
@@ -50,7 +50,8 @@ def bit_length(x: Value) -> Value:
 def square_root(x: Value) -> Value:
     """floor(sqrt(x)) for 1 <= x < 2**62, of shape (..., 1).
 
-    The steps are those of `integer.arithmetic.square_root`. Without a minimum they end at the floor or one above it.
+    The steps are those of `integer.arithmetic.square_root`. Without its minimum they end at the floor or one above it,
+    which is corrected.
     """
     starts = x.graph.constant([1 << ((length + 1) >> 1) for length in range(63)], np.int64)
     root = starts.entries(bit_length(x))
@@ -60,7 +61,7 @@ def square_root(x: Value) -> Value:
 
 
 def logarithm(x: Value, fraction_bits: int) -> Value:
-    """log2(x) * 2**fraction_bits for 1 <= x < 2**31, of shape (..., 1); as `integer.arithmetic.logarithm` rounds it."""
+    """log2(x) * 2**fraction_bits for 1 <= x < 2**31, of shape (..., 1), rounded like `integer.arithmetic.logarithm`."""
     length = bit_length(x)
     up = x.graph.constant([0, *(1 << (31 - n) for n in range(1, 32))], np.int64)
     mantissa, whole = x * up.entries(length), length - 1

@@ -1,4 +1,4 @@
-"""A small builder of ONNX graphs: values with operators, so that integer formulas read as they do elsewhere."""
+"""A small builder of ONNX graphs, whose values have Python operators, so that integer formulas look as elsewhere."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ try:
 except ImportError as error:
     raise ExportError("writing ONNX needs onnx: pip install 'vitquant[onnx]'") from error
 
-UINT4_OPSET = 21  # the first that has UINT4; before, 4-bit codes take a byte
-LARGEST_MODEL = 2**31 - 1  # bytes that one protobuf message can have
-_ROOM = 2**20  # for everything but constants, which are counted while they are added
+UINT4_OPSET = 21  # the first opset with UINT4; in earlier ones 4-bit codes take a byte
+LARGEST_MODEL = 2**31 - 1  # bytes, the limit of a protobuf message
+_ROOM = 2**20  # bytes left for everything except constants, whose size is counted when they are added
 
 Number = int | np.integer[Any]
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of a graph; numbers beside an operator become constants of its dtype.
+    """A tensor of a graph; numbers in an expression with it become constants of its dtype.
 
     Arguments:
-        graph: that has it.
-        name: in that graph.
+        graph: the graph of the tensor.
+        name: its name in the graph.
         dtype: of its elements.
     """
 
@@ -48,11 +48,11 @@ class Value:
         return self._with("Mul", other)
 
     def __floordiv__(self, other: Value | Number) -> Value:
-        """The floor of the quotient, of non-negative values only: ONNX rounds towards zero."""
+        """The floor of the quotient, for non-negative values only, since ONNX rounds towards zero."""
         return self._with("Div", other)
 
     def __rshift__(self, digits: Value | Number) -> Value:
-        """Without the last digits; of unsigned values only, as ONNX has it."""
+        """The value shifted right by some bits, for unsigned values only, as in ONNX."""
         return self._with("BitShift", digits, direction="RIGHT")
 
     def at_least(self, other: Value | Number) -> Value:
@@ -60,45 +60,45 @@ class Value:
         return self._with("GreaterOrEqual", other, dtype=bool)
 
     def where(self, then: Value | Number, otherwise: Value | Number) -> Value:
-        """`then` where this bool is true, else `otherwise`; one of them a value."""
+        """`then` where this bool value is true, else `otherwise`; at least one of them is a `Value`."""
         dtype = next(each.dtype for each in (then, otherwise) if isinstance(each, Value))
         chosen = (each if isinstance(each, Value) else self.graph.scalar(each, dtype) for each in (then, otherwise))
         return self.graph.node("Where", self, *chosen, dtype=dtype)
 
     def minimum(self, other: Value | Number) -> Value:
-        """The smaller of two; not of int64."""
+        """The elementwise minimum; not for int64."""
         return self._orderly()._with("Min", other)
 
     def maximum(self, other: Value | Number) -> Value:
-        """The larger of two; not of int64."""
+        """The elementwise maximum; not for int64."""
         return self._orderly()._with("Max", other)
 
     def clip(self, low: int, high: int) -> Value:
-        """Clamped to low..high; not of int64."""
+        """The value clamped to low..high; not for int64."""
         bounds = (self.graph.scalar(bound, self.dtype) for bound in (low, high))
         return self.graph.node("Clip", self._orderly(), *bounds)
 
     def cast(self, dtype: Any) -> Value:
-        """The same numbers in another dtype; of integers that it cannot hold, the lowest bits."""
+        """The same numbers in another dtype; of integers that do not fit, the lowest bits."""
         dtype = np.dtype(dtype)
         if dtype == self.dtype:
             return self
         return self.graph.node("Cast", self, dtype=dtype, to=helper.np_dtype_to_tensor_dtype(dtype))
 
     def sum(self, axes: Sequence[int] = (-1,), keep: bool = True) -> Value:
-        """The sum over some axes; of 32- or 64-bit integers."""
+        """The sum over some axes, for 32- or 64-bit integers."""
         return self.graph.node("ReduceSum", self, self.graph.shape(axes), keepdims=int(keep))
 
     def largest(self) -> Value:
-        """The largest of the last axis, which becomes one; not of int64."""
+        """The maximum over the last axis, which is kept with size one; not for int64."""
         return self.graph.node("ReduceMax", self._orderly(), self.graph.shape((-1,)), keepdims=1)
 
     def entries(self, index: Value) -> Value:
-        """The elements of this vector that `index` counts."""
+        """The elements of this vector at the positions `index`."""
         return self.graph.node("Gather", self, index, axis=0)
 
     def _orderly(self) -> Value:
-        # ONNX Runtime 1.31 finds the wrong one of two int64 with the same upper half (its pull request 32475).
+        # ONNX Runtime 1.31 picks the wrong one of two int64 whose upper 32 bits are equal (its pull request 32475).
         assert self.dtype != np.int64, f"{self.graph.scope}: no minimum or maximum of int64; compare and choose"
         return self
 
@@ -109,14 +109,14 @@ class Value:
 
 
 class Graph:
-    """Collects nodes and constants; every value is written once.
+    """Collects the nodes and constants of an ONNX graph.
 
     Arguments:
         opset: the version of ONNX's operators.
         ends: the names of inputs and outputs, which no other value gets.
 
     Attributes:
-        scope: what names of nodes begin with.
+        scope: the prefix of the names of nodes, set by the caller.
     """
 
     def __init__(self, opset: int = UINT4_OPSET, ends: Iterable[str] = ()) -> None:
@@ -129,13 +129,13 @@ class Graph:
         self._bytes = 0
 
     def node(self, operator: str, *inputs: Value, dtype: Any = None, **attributes: Any) -> Value:
-        """The result of an operator; of the dtype of its first input unless said otherwise."""
+        """Add a node and return its result, of the dtype of its first input unless one is given."""
         name = self._free(f"{self.scope}/{operator}.{len(self._nodes)}")
         self._nodes.append(helper.make_node(operator, [each.name for each in inputs], [name], name, **attributes))
         return Value(self, name, inputs[0].dtype if dtype is None else np.dtype(dtype))
 
     def named(self, value: Value, name: str) -> Value:
-        """The result of the last node under another name; any other value under its own."""
+        """Rename a value if it is the result of the last node, and return it; other values keep their name."""
         if not self._nodes or self._nodes[-1].output[0] != value.name:
             return value
         self._nodes[-1].output[0] = self._free(name)
@@ -147,11 +147,11 @@ class Graph:
         return replace(value, name=name)
 
     def describe(self, value: Value, shape: Sequence[int | str]) -> None:
-        """Say what shape a value has where ONNX cannot infer it; sizes that depend on the batch are words."""
+        """Declare the shape of a value that ONNX cannot infer; sizes that depend on the batch are strings."""
         self._shapes.append(_info(value, shape))
 
     def constant(self, values: Tensor | np.ndarray[Any, Any] | Sequence[int], dtype: Any) -> Value:
-        """Numbers that are the same for every image."""
+        """Add a constant tensor."""
         array = np.asarray(values)
         stored = array.astype(dtype)
         assert np.array_equal(array, stored), f"{self.scope}: values do not fit {np.dtype(dtype)}"
@@ -160,7 +160,7 @@ class Graph:
         return Value(self, self._constants[-1].name, stored.dtype)
 
     def nibbles(self, codes: Tensor) -> Value:
-        """Numbers 0..15 stored two to a byte, where the opset can; uint8 when they are read."""
+        """Add a constant of numbers 0..15, stored two to a byte if the opset has UINT4, and read as uint8."""
         if self.opset < UINT4_OPSET:
             return self.constant(codes, np.uint8)
         raw, name = pack(codes, 4).numpy().tobytes(), self._free(f"constant.{len(self._constants)}")
@@ -168,18 +168,18 @@ class Graph:
         return Value(self, name, np.dtype(np.void)).cast(np.uint8)
 
     def scalar(self, number: Number, dtype: np.dtype[Any]) -> Value:
-        """One number, stored once however often it is asked for."""
+        """A constant of one number, which is stored only once."""
         key = (int(number), dtype)
         if key not in self._scalars:
             self._scalars[key] = self.constant(np.array(int(number)), dtype)
         return self._scalars[key]
 
     def shape(self, sizes: Sequence[int]) -> Value:
-        """Sizes, axes or positions, as operators take them: int64."""
+        """A constant of sizes, axes or positions, in the int64 that operators take."""
         return self.constant(sizes, np.int64)
 
     def input(self, name: str, dtype: Any) -> Value:
-        """What the graph is given."""
+        """The value of a graph input."""
         return Value(self, name, np.dtype(dtype))
 
     def model(
@@ -193,8 +193,8 @@ class Graph:
 
         Arguments:
             given, results: its input and its outputs, each with its shape.
-            metadata: strings that are kept with it.
-            version: of the producer.
+            metadata: strings by name that are stored in the model.
+            version: of the producer, vitquant.
         """
         ends = [_info(*given)], [_info(*result) for result in results]
         opsets = [helper.make_opsetid("", self.opset)]

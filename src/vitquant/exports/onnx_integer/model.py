@@ -1,7 +1,7 @@
 """An integer program as an ONNX model of standard integer operators, bit for bit what the interpreter computes.
 
-It is a format to check other runtimes by rather than a fast one: no floating point between the codes of the
-images and those of the outputs.
+The format serves to check other runtimes and is not fast: it has no floating point between the codes of the images
+and those of the outputs.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ def onnx_integer_model(
 ) -> ModelProto:
     """An integer program as an ONNX model.
 
-    Its input `images` and its outputs, by the program's names, are codes, of the smallest type that ONNX Runtime
-    computes with.
-    `metadata_props` hold the program's facts: scale and zero point of both as JSON, recipe and bits (docs/integers.md).
+    Its input `images` and its outputs, which have the program's names, are codes, in the smallest type for which ONNX
+    Runtime has the operators. `metadata_props` hold the program's facts: scales and zero points as JSON, recipe and
+    bits (docs/integers.md).
 
     Arguments:
         program: from `lower`, so that its ranges are proved.
-        float_io: quantize images that are float32 at the front, and give outputs in float32 at the end.
-        batch: fixed, so that every size in the graph is a number; any when None.
-        opset: of `OPSETS`; 21 when None. Before 21 weights of 4 bits take a byte each.
+        float_io: whether the graph takes float32 images and quantizes them, and dequantizes its outputs to float32.
+        batch: a fixed batch size, with which every size in the graph is a number; any when None.
+        opset: one of `OPSETS`; 21 when None. Before 21, 4-bit weights take a byte each.
 
     Raises:
-        ExportError: onnx is missing, batch or opset cannot be, a sum or an operand has more bits than ONNX's integer
-            operators take, or the model has more than 2 GB.
+        ExportError: onnx is missing, batch or opset is not supported, a sum or an operand has more bits than ONNX's
+            integer operators take, or the model has more than 2 GB.
     """
     check_batch_and_opset("onnx-integer", batch, opset)
     return _Export(program, batch, opset or UINT4_OPSET).model(float_io)
 
 
 class _Export:
-    """Goes through a program once; for every register it knows the value of the graph that it is."""
+    """Translates a program in one pass; `values` maps each register to its value in the ONNX graph."""
 
     def __init__(self, program: p.IntegerProgram, batch: int | None, opset: int) -> None:
         self.program, self.batch, self.graph = program, batch, Graph(opset, (INPUT, *program.outputs))
@@ -82,7 +82,7 @@ class _Export:
             result = graph.named(self._exported(instruction).cast(self._dtype(instruction.output)), instruction.output)
             self.values[instruction.output] = result
             if isinstance(instruction, p.Reshape) or self.batch is not None:
-                # ONNX Runtime needs ten seconds instead of one to load DeiT-Tiny where no name says what is equal.
+                # Without a common name for equal sizes ONNX Runtime loads DeiT-Tiny in ten seconds instead of one.
                 graph.describe(result, self._sizes(instruction.output))
         graph.scope = "output"
         results = []
@@ -93,15 +93,15 @@ class _Export:
         return seal(graph.model((images, self._sizes(program.input)), results, self._metadata(), __version__))
 
     def _sizes(self, name: str) -> list[int | str]:
-        """A register's shape, with a word for what grows with the batch, where that is not fixed."""
+        """A register's shape, with a string for the size that grows with the batch unless the batch is fixed."""
         return [size if size >= 0 else self._grown(-size) for size in self.shapes[name]]
 
     def _fixed(self, i: p.Reshape) -> tuple[int, ...]:
-        """The sizes that a reshape gives: numbers all of them where the batch is fixed."""
+        """The shape of a reshape's result, without -1 if the batch is fixed."""
         return i.shape if self.batch is None else tuple(int(size) for size in self._sizes(i.output))
 
     def _grown(self, images: int) -> int | str:
-        """A size of so many for each image."""
+        """A size of that many for each image of the batch: a number if the batch is fixed, else a string."""
         if self.batch is not None:
             return images * self.batch
         return "batch" if images == 1 else f"{images}*batch"
@@ -163,7 +163,7 @@ class _Export:
     # Registers and constants.
 
     def _read(self, name: str, dtype: Any = np.int64) -> Value:
-        """A register or a constant in some dtype."""
+        """The value of a register or a constant, cast to a dtype."""
         if name in self.values:
             return self.values[name].cast(dtype)
         return self.graph.constant(self.program.constants[name], dtype)
@@ -181,12 +181,12 @@ class _Export:
         return bytes_of(self.graph, self.program.constants[name], type, zero)
 
     def _weight(self, i: p.Linear) -> list[Bytes]:
-        """The transposed weight, whose zero points are of its columns."""
+        """The transposed weight as bytes, with one zero point for all columns or one for each."""
         zero = 0 if i.weight_zero is None else self.program.constants[i.weight_zero].flatten()
         return bytes_of(self.graph, self.program.constants[i.weight].T, self.program.registers[i.weight].type, zero)
 
     def _kernel(self, i: p.Convolution) -> list[Bytes]:
-        """The kernel; less its zero points where it has some, because ConvInteger knows a single one only."""
+        """The kernel as bytes; zero points are subtracted, because ConvInteger takes only a single one."""
         kernel = self.program.constants[i.weight]
         if i.weight_zero is None:
             return bytes_of(self.graph, kernel, self.program.registers[i.weight].type, 0)
@@ -200,10 +200,10 @@ class _Export:
         mask = None if i.mask is None else self.graph.constant(self.program.constants[i.mask] > 0, bool)
         return distances(self._read(i.input, np.int32), mask, len(self.program.constants[i.values]) - 1)
 
-    # The ends.
+    # Float input and outputs.
 
     def _quantized(self, images: Value) -> Value:
-        """Codes of float images."""
+        """The codes of float images."""
         dtype, facts = self._byte(self.program.input), self.program.facts["input"]
         scale = self.graph.constant(np.array(facts["scale"], np.float32), np.float32)
         zero = self.graph.scalar(facts["zero_point"], dtype)
@@ -212,7 +212,7 @@ class _Export:
         return codes if (facts["low"], facts["high"]) == limits else codes.clip(facts["low"], facts["high"])
 
     def _dequantized(self, codes: Value, name: str) -> Value:
-        """Floats of an output's codes."""
+        """The real values of an output's codes, float32."""
         register, facts = self.program.outputs[name], self.program.facts["outputs"][name]
         scale = np.array(facts["scale"], np.float32)
         if self.program.registers[register].type not in _BYTES:

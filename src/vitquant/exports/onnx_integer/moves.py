@@ -11,15 +11,15 @@ from vitquant.errors import ExportError
 from vitquant.exports.onnx_integer.builder import Value
 from vitquant.program import instructions as p
 
-_END = 2**31 - 1  # of an axis, whatever its size
+_END = 2**31 - 1  # the end of an axis of any size
 
 
 def move(instruction: p.Move, x: Value, shape: Sequence[int]) -> Value:
     """The tensor rearranged.
 
     Arguments:
-        x: what it reads, in a dtype that holds what it is padded with.
-        shape: of that, -1 for the size that grows with the batch.
+        x: the input, in a dtype that holds the padding value.
+        shape: of the input, -1 for the size that grows with the batch.
 
     Raises:
         ExportError: a roll along the batch.
@@ -42,10 +42,10 @@ def move(instruction: p.Move, x: Value, shape: Sequence[int]) -> Value:
 
 
 def concatenate(parts: Sequence[Value], shapes: Sequence[Sequence[int | str]], axis: int) -> Value:
-    """Tensors joined along one axis; what has a batch of one is repeated.
+    """Tensors concatenated along one axis; a part with a batch of one is repeated for every image.
 
     Arguments:
-        shapes: of the parts, a word for the size that grows with the batch.
+        shapes: of the parts, with a string for the size that grows with the batch.
     """
     batches = [shape[0] for shape in shapes]
     most = next((size for size in batches if isinstance(size, str)), None) or max(batches)
@@ -58,7 +58,7 @@ def concatenate(parts: Sequence[Value], shapes: Sequence[Sequence[int | str]], a
 
 
 def _repeated(part: Value, like: Value, most: int | str, rank: int) -> Value:
-    """With as many along the first axis as another has."""
+    """A tensor expanded to the size of another along the first axis."""
     graph = part.graph
     if isinstance(most, int):
         return graph.node("Expand", part, graph.shape([most, *[1] * (rank - 1)]))
@@ -72,7 +72,7 @@ def _slice(x: Value, axes: Sequence[int], starts: Sequence[int], ends: Sequence[
 
 
 def _roll(x: Value, shift: int, axis: int, size: int) -> Value:
-    """The last `shift` elements brought to the front."""
+    """The tensor with the last `shift` elements of an axis moved to the front."""
     if size == -1:
         raise ExportError(f"{x.graph.scope}: a roll along the batch has no ONNX form here; roll along another axis")
     cut = -shift % size
@@ -81,6 +81,6 @@ def _roll(x: Value, shift: int, axis: int, size: int) -> Value:
 
 
 def _pad(x: Value, amounts: Sequence[int], value: int, rank: int) -> Value:
-    """Amounts before and after each axis, the last axis first."""
+    """The padded tensor; `amounts` are pairs before and after each axis, the last axis first."""
     before, after = ([0] * (rank - len(amounts) // 2) + list(amounts[side::2])[::-1] for side in (0, 1))
     return x.graph.node("Pad", x, x.graph.shape([*before, *after]), x.graph.scalar(value, x.dtype))

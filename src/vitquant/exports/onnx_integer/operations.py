@@ -1,4 +1,4 @@
-"""Norms and softmax of `integer` as ONNX graphs, line by line."""
+"""The norms and softmaxes of `integer` as ONNX graphs, translated line by line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vitquant.integer.exponential import OCTAVE_BITS, VALUE_BITS
 from vitquant.integer.layer_norm import NORMALIZED_BITS, RECIPROCAL_BITS, guard_bits
 from vitquant.integer.softmax import ROW_BITS, step_bits
 
-_LOWEST = -(1 << 31)  # where all of a row is masked, what is taken from it wraps around, and is replaced
+_LOWEST = -(1 << 31)  # in a fully masked row differences from it wrap around, but all are replaced
 
 
 def normalize(x: Value, channels: int, epsilon: int, largest: int) -> Value:
@@ -39,7 +39,7 @@ def distances(codes: Value, mask: Value | None, last: int) -> Value:
     Arguments:
         codes: int32 (..., row).
         mask: bool, broadcastable to codes.
-        last: the index that stands for a masked entry.
+        last: the index of masked entries, the last one of the tables.
     """
     if mask is None:
         return codes.largest() - codes
@@ -54,8 +54,9 @@ def softmax_to_powers(
     Arguments:
         distance: int32, from `distances`.
         values, octaves: int32 tables of the exponential.
-        zero: the code that means zero.
-        steps, offset: how many powers an octave has, and where they begin.
+        zero: the code of zero.
+        steps: the number of powers in an octave, 1 or 2.
+        offset: log2 of the largest power, in units of `Exponential.octaves`.
     """
     digits = step_bits(steps)
     total = logarithm(_row_sums(values.entries(distance)), OCTAVE_BITS) - (VALUE_BITS << OCTAVE_BITS)
@@ -69,7 +70,8 @@ def softmax_to_powers(
 def published_softmax_to_powers(distance: Value, values: Value, zero: int) -> Value:
     """`integer.softmax.published_log_int_softmax`: int64 codes.
 
-    Its code, the logarithm rounded up from 1.5 * 2**k on, is how many of 1.5, 3, 6 .. the inverse has reached.
+    The code, the logarithm of the inverse rounded up from 1.5 * 2**k on, is the number of thresholds 1.5, 3, 6 .. that
+    are at most the inverse.
     """
     value = values.entries(distance)
     doubled = (value * 2).maximum(1).cast(np.int64)

@@ -1,8 +1,8 @@
 """Matrix products and convolutions of integers as products of unsigned bytes, which every runtime computes exactly.
 
-ONNX Runtime saturates u8 x s8 on processors without VNNI, and is slow at s8 x s8: so signed codes and their zero
-points are shifted up, and codes of more than 8 bits are taken apart. Sums are s32 and may wrap around on the way; the
-program's proof says that what they come to in the end fits.
+ONNX Runtime saturates u8 x s8 on processors without VNNI, and is slow at s8 x s8. So signed codes and their zero
+points are shifted to unsigned ones, and codes of more than 8 bits are split into bytes. Sums are s32, and partial sums
+may wrap around; the program's ranges prove that the final sums fit.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vitquant.program.instructions import TYPES
 
 @dataclass(frozen=True)
 class Bytes:
-    """One byte of every element: weight * (codes - zero).
+    """One byte of every element, the tensor weight * (codes - zero).
 
     Arguments:
         codes: uint8.
-        zero: uint8, one or one per column.
+        zero: uint8, one for all or one per column.
         weight: 1, or 256 for the high byte.
     """
 
@@ -34,15 +34,15 @@ class Bytes:
 
 
 def bytes_of(graph: Graph, codes: Value | Tensor, type: str, zero: int | Tensor) -> list[Bytes]:
-    """Codes less their zero point as a sum of unsigned bytes.
+    """Codes minus their zero point as a sum of `Bytes`.
 
     Arguments:
-        codes: of a register, or a constant; constants of 4 bits are stored as that.
+        codes: of a register, or a constant; constants of 4 bits are stored in 4 bits.
         type: of the register.
-        zero: one, or for a constant (k, n) one per column.
+        zero: the zero point, or for a constant (k, n) one per column.
 
     Raises:
-        ExportError: codes of more than 16 bits.
+        ExportError: the codes have more than 16 bits.
     """
     bits, signed = TYPES[type]
     if bits > 16:
@@ -80,7 +80,7 @@ def convolution(
     dilation: Sequence[int],
     groups: int,
 ) -> Value:
-    """The two-dimensional convolution, what lies around the images being their zero point: int32."""
+    """The two-dimensional convolution, with the images padded by their zero point: int32."""
 
     def product(*operands: Value) -> Value:
         geometry = {"strides": stride, "pads": [*padding, *padding], "dilations": dilation, "group": groups}
@@ -90,7 +90,7 @@ def convolution(
 
 
 def _summed(left: Sequence[Bytes], right: Sequence[Bytes], product: Callable[..., Value]) -> Value:
-    """The products of all pairs, added up."""
+    """The weighted sum of the products of all pairs of bytes."""
     total = None
     for a in left:
         for b in right:

@@ -1,4 +1,4 @@
-"""Quantized models as ONNX with QuantizeLinear and DequantizeLinear."""
+"""Quantized models as ONNX with QuantizeLinear and DequantizeLinear (QDQ)."""
 
 from vitquant.exports.qdq.model import FORMAT, onnx_qdq_model
 

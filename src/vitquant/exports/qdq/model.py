@@ -1,6 +1,6 @@
-"""A quantized model as ONNX with QuantizeLinear and DequantizeLinear: the form that runtimes fuse.
+"""A quantized model as ONNX with QuantizeLinear and DequantizeLinear, the form that runtimes fuse.
 
-docs/onnx-qdq.md says what is in the file, and which runtime does what with it.
+docs/onnx-qdq.md describes the file, and how each runtime executes it.
 """
 
 from __future__ import annotations
@@ -47,37 +47,37 @@ if TYPE_CHECKING:
 FORMAT = "onnx-qdq/2"
 _RESULT = "vitquant.output."  # what outputs are called until all other names are known
 
-# Without VNNI, x86 processors add two products of u8 and s8 in 16 bits, which saturate. With this option ONNX Runtime
-# stores weights as u8, whose products it adds in 32 bits; where there is VNNI that only takes twice the time.
+# Without VNNI, x86 processors add two products of u8 and s8 in 16 bits, which saturates. With this option ONNX Runtime
+# stores weights as u8, whose products it adds in 32 bits; on processors with VNNI this only takes twice the time.
 WITHOUT_VNNI = {"session.x64quantprecision": "1"}
-# From opset 21 on ONNX Runtime fails to rewrite s8 activations as u8, and must be told to leave them.
+# From opset 21 on, ONNX Runtime fails when it rewrites s8 activations as u8; this option prevents the rewrite.
 SIGNED = {"session.qdqisint8allowed": "1"}
 
 
 def onnx_qdq_model(model: QuantizedModel, batch: int | None = None, opset: int | None = None) -> onnx.ModelProto:
-    """The simulation as one ONNX graph of standard operators; the model is left as it is.
+    """The simulation as one ONNX graph of standard operators; the model is not changed.
 
-    `images` float32 (batch, channels, height, width) to the model's outputs by name, float32. Every quantizer
-    on equally spaced levels is a QuantizeLinear and a DequantizeLinear, one on powers of two a few exact comparisons;
-    weights are integers (int4 up to 4 bits, int8, int16) with a DequantizeLinear. What the simulation computes on
-    codes (softmax, LayerNorm, activations) is the float operator between their quantizers.
+    The graph maps `images`, float32 (batch, channels, height, width), to the model's outputs by name, float32. Every
+    quantizer on equally spaced levels becomes a QuantizeLinear and a DequantizeLinear, and one on powers of two a few
+    exact comparisons; weights are integers (int4 up to 4 bits, int8, int16) with a DequantizeLinear. An operation that
+    the simulation computes on codes (softmax, LayerNorm, activation) becomes the float operator between its quantizers.
 
     Arguments:
         model: calibrated, with float32 tensors.
-        batch: fixed, so that every size in the graph is a number; any when None.
-        opset: of `OPSETS`, at least 21 where the model has integers of 4 or 16 bits; when None, 20 or that.
+        batch: a fixed batch size, with which every size in the graph is a number; any when None.
+        opset: one of `OPSETS`, at least 21 if the model has integers of 4 or 16 bits; when None, 20, or 21 if needed.
 
     Returns:
-        A checked model. `metadata_props` say recipe, bits,
-        version, format, and the options that an ONNX Runtime session needs, as JSON: `vitquant.session_options`
-        everywhere, `vitquant.session_options.without_vnni` too on x86 processors without VNNI.
+        A checked model. Its `metadata_props` have recipe, bits, version, format, and the options that an ONNX Runtime
+        session needs, as JSON: `vitquant.session_options` on every processor, and on x86 without VNNI
+        `vitquant.session_options.without_vnni` too.
 
     Raises:
         CalibrationError: a quantizer is missing.
-        ExportError: the extra `onnx` is not installed, the model is not in float32, batch or opset cannot be, or ONNX
-            cannot hold an operation.
+        ExportError: the extra `onnx` is not installed, the model is not in float32, batch or opset is not supported, or
+            ONNX cannot represent an operation.
 
-    Pitfall: a runtime rounds sums elsewhere than the simulation does, so codes near the middle between two levels flip.
+    Pitfall: runtimes round sums differently from the simulation, so that codes near the middle between two levels flip.
     """
     check_batch_and_opset("onnx-qdq", batch, opset)
     model.require_calibrated()
@@ -102,7 +102,7 @@ def onnx_qdq_model(model: QuantizedModel, batch: int | None = None, opset: int |
 
 
 class _Outputs(nn.Module):
-    """The graph without the library's own output type around its tensors."""
+    """The graph with a tuple of tensors in place of the library's own output type."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__()
@@ -113,9 +113,9 @@ class _Outputs(nn.Module):
 
 
 def _with_operators(model: QuantizedModel) -> GraphModule:
-    """A copy of the model's graph, on the CPU, whose quantizers are ONNX operators."""
+    """A copy of the model's graph, on the CPU, in which modules for ONNX operators replace the quantizers."""
     module = copy.deepcopy(model.graph_module).cpu()
-    fixed: dict[Node, Any] = {}  # what no image changes, the size of the batch included
+    fixed: dict[Node, Any] = {}  # values that depend neither on the images nor on the batch size
     for node in list(module.graph.nodes):
         called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if node.op == "get_attr":
@@ -133,11 +133,11 @@ def _with_operators(model: QuantizedModel) -> GraphModule:
             given, keywords = (map_arg(found, lambda node: fixed[node]) for found in (node.args, node.kwargs))
             fixed[node] = node.target(*given, **keywords)  # type: ignore[operator]
     module.graph.eliminate_dead_code()
-    return GraphModule(module, module.graph)  # holds what the graph reads and no more
+    return GraphModule(module, module.graph)  # only with the tensors that the graph reads
 
 
 def _store(module: GraphModule, node: Node, name: str, quantizer: UniformQuantizer, value: torch.Tensor) -> None:
-    """Let a quantizer's node give stored codes; a layer's weight is stored as the product wants it."""
+    """Replace a quantizer by its stored codes; a linear layer's weight is stored transposed and the layer a matmul."""
     layers = list(node.users)
     is_weight = value.ndim == 2 and all(calls(user, LINEAR) and arguments(user)[0] is not node for user in layers)
     module.set_submodule(str(node.target), StoredCodes(name, quantizer, value, transposed=is_weight))
@@ -153,13 +153,13 @@ def _store(module: GraphModule, node: Node, name: str, quantizer: UniformQuantiz
 
 def _require_extra() -> None:
     try:
-        importlib.import_module("onnxscript")  # which torch's exporter imports, and it onnx and onnx_ir
+        importlib.import_module("onnxscript")  # torch's exporter imports it, and it imports onnx and onnx_ir
     except ImportError as error:
         raise ExportError("ONNX files need onnx and onnxscript: pip install 'vitquant[onnx]'") from error
 
 
 def _opset(operators: Iterable[LinearOperators], asked: int | None) -> int:
-    """The opset asked for, or the first that has all types and Gelu."""
+    """The opset asked for, or the first one that has Gelu and all types of the model."""
     wide = [each for each in operators if each.width != 8]
     if wide and asked is not None and asked < 21:
         raise ExportError(
@@ -194,7 +194,7 @@ def _export(
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong at the bottom of torch's chain of errors."""
+    """The first line of the error at the bottom of torch's chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -202,7 +202,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """The exporter logs and prints what is of no use to a user."""
+    """Silence the exporter, whose logs and prints are of no use to a user."""
     loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,6 +1,6 @@
-"""Quantizers as ONNX operators: modules that `torch.onnx.export` writes as the nodes they are named for.
+"""Modules that `torch.onnx.export` writes as the ONNX operators of a quantizer.
 
-Each takes the place of a quantizer, or of an operation on codes, in a graph that is about to be exported.
+Each replaces a quantizer, or an operation on codes, in a graph that is about to be exported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vitquant.quantizers.quantizer import along_axis, channel_axis
 from vitquant.quantizers.twin_uniform import TwinLevels, TwinUniformQuantizer
 from vitquant.quantizers.uniform import UniformQuantizer
 
-OPERAND, STORED_AS = "vitquant.operand", "vitquant.type"  # what a node says of itself, in its metadata
+OPERAND, STORED_AS = "vitquant.operand", "vitquant.type"  # keys of a node's metadata
 
 
 def stored_bits(bits: int) -> int:
@@ -27,9 +27,9 @@ def stored_bits(bits: int) -> int:
 
 
 class LinearOperators(nn.Module):
-    """What `QuantizeLinear` and `DequantizeLinear` need: a scale and a zero point, one for all or one per channel.
+    """The scale and zero point of `QuantizeLinear` and `DequantizeLinear`, one for all or one per channel.
 
-    Types of 4 bits are unknown to torch: they travel in int8 or uint8, and under their own name in the metadata.
+    torch has no 4-bit types: their codes are int8 or uint8 until export, and the metadata has the name of their type.
 
     Attributes:
         signed, width: the type of the codes: INT4 to UINT16.
@@ -65,17 +65,17 @@ class LinearOperators(nn.Module):
 class QuantizeDequantize(LinearOperators):
     """A quantizer on equally spaced levels: `QuantizeLinear` and `DequantizeLinear` with one scale.
 
-    Runtimes fuse these pairs as if every scale of an activation were one number, so power-of-two factors stand
-    outside, as products, which are exact. Where codes do not fill their type, what lies beyond the first and the last
-    level is clipped before; the ends are levels, so nothing is rounded twice.
+    Runtimes fuse these pairs as if the scale of an activation were always a single number, so power-of-two factors are
+    applied outside of them, as exact products. Where codes do not fill their type, values beyond the first and the last
+    level are clipped before; the bounds are levels, so that nothing is rounded twice.
 
     Arguments:
         name: of the quantized value.
         quantizer: on equally spaced levels.
-        rank: how many axes the value has.
+        rank: the number of axes of the value.
 
     Raises:
-        ExportError: the quantizer has several scales that are no powers of two apart.
+        ExportError: the quantizer has several scales that are not powers of two apart.
     """
 
     factors: Tensor
@@ -87,7 +87,7 @@ class QuantizeDequantize(LinearOperators):
             raise ExportError(
                 f"{name} has {scale.numel()} scales, and runtimes take one for what images change; use per = tensor"
             )
-        width = 8 if spec.bits < 4 else stored_bits(spec.bits)  # runtimes quantize to no fewer than 4 bits
+        width = 8 if spec.bits < 4 else stored_bits(spec.bits)  # runtimes quantize activations to at least 4 bits
         super().__init__(name, scale, zero, None, spec.signed, width)
         self._factored = quantizer.factor is not None
         if quantizer.factor is not None:
@@ -108,13 +108,13 @@ class QuantizeDequantize(LinearOperators):
 
 
 class StoredCodes(LinearOperators):
-    """A quantized value that no image changes: its codes, and `DequantizeLinear`.
+    """A quantized value that does not depend on the images: its codes, and `DequantizeLinear`.
 
     Arguments:
         name: of the quantized value.
         quantizer: on equally spaced levels.
         value: the tensor.
-        transposed: swap the axes of a matrix, as a product wants a layer's weight.
+        transposed: whether to swap the axes of a matrix, as for the weight of a layer that becomes a product.
     """
 
     codes: Tensor
@@ -131,22 +131,22 @@ class StoredCodes(LinearOperators):
         self.register_buffer("codes", codes.to(self._type).contiguous())
 
     def forward(self) -> Tensor:
-        """What the codes stand for."""
+        """The real values of the codes."""
         return self._dequantize(self.codes)
 
 
 class NearestPower(nn.Module):
-    """A quantizer on powers of two or of its root, by comparisons and exact products alone: no logarithm is rounded.
+    """A quantizer on powers of two or of its square root, by comparisons and exact products only, without a logarithm.
 
-    The code's binary digits are found from the highest on: a value below the first of the `n` levels still in
-    question that lie in the lower half belongs to that half. Levels and thresholds are those of the quantizer; an odd
-    code is found last, so whatever is multiplied by the root of 1/2 is a power of two.
+    The level is found by binary search: each comparison with a threshold halves the number of candidate levels. Levels
+    and thresholds are those of the quantizer. The lowest bit of the code is found last, so that the factor sqrt(1/2) is
+    only applied to powers of two.
 
     Arguments:
-        quantizer: on powers of two or of its root.
-        rank: how many axes the value has.
+        quantizer: on powers of two or of its square root.
+        rank: the number of axes of the value.
 
-    Pitfall: with 7 and 8 bits the last levels and thresholds are subnormal numbers, which runtimes may take for zero.
+    Pitfall: with 7 and 8 bits the last levels and thresholds are subnormal numbers, which runtimes may flush to zero.
     """
 
     scale: Tensor
@@ -174,11 +174,11 @@ class NearestPower(nn.Module):
 
 
 class NearestTwin(nn.Module):
-    """A quantizer on twin steps, by a quotient, two roundings and exact products: no runtime has a type for it.
+    """A quantizer on twin steps, by a quotient, two roundings and exact products, since ONNX has no operator for it.
 
     Arguments:
         quantizer: on twin steps.
-        rank: how many axes the value has.
+        rank: the number of axes of the value.
     """
 
     scale: Tensor
@@ -200,12 +200,12 @@ class FloatOperation(nn.Module):
     """An operation on codes as the float operation that runtimes know and fuse.
 
     Arguments:
-        operation: what the simulation computes.
+        operation: the operation of the simulation.
     """
 
     def __init__(self, operation: IntegerOperation) -> None:
         super().__init__()
-        self._operation = (operation,)  # a tuple: its quantizers are no part of the export
+        self._operation = (operation,)  # a tuple, so that it is not a submodule and its quantizers are not exported
 
     def forward(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         """The float result."""
@@ -213,7 +213,7 @@ class FloatOperation(nn.Module):
 
 
 def quantizer_operator(name: str, quantizer: Quantizer, rank: int) -> nn.Module:
-    """What a quantizer of a value that images change becomes."""
+    """The module that replaces the quantizer of a value that depends on the images."""
     if isinstance(quantizer, LogarithmicQuantizer):
         return NearestPower(quantizer, rank)
     if isinstance(quantizer, TwinUniformQuantizer):

@@ -1,6 +1,6 @@
-"""What the exported graph needs after torch has written it: barriers against wrong fusions, types, names.
+"""Rewrites of the exported graph after torch has written it: barriers against wrong fusions, types, names.
 
-Needs the extra `onnx`. Every rewrite is in place.
+This module needs the extra `onnx`. Every rewrite is in place.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import onnx_ir as ir
 
 from vitquant.exports.qdq.operators import OPERAND, STORED_AS
 
-# Between an operator and its quantizer these hide neither from a runtime: it moves quantizers over them.
+# Runtimes move quantizers across these operators, and so see the quantizer of an operator behind them.
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Concat", "Mul", "Clip"}
 
 
 def rewrite(graph: ir.Graph) -> None:
-    """Bring a graph of `qdq_operators` to the form that is written to files."""
+    """Rewrite a graph that was exported from the modules of `operators` to the form that is written to files."""
     keep_softmax_apart(graph)
     keep_convolutions_apart(graph)
     give_parameters(graph)
@@ -26,12 +26,12 @@ def rewrite(graph: ir.Graph) -> None:
 
 
 def keep_softmax_apart(graph: ir.Graph) -> None:
-    """Put an Abs, which changes no probability, between every softmax and a QuantizeLinear.
+    """Insert an Abs, which changes no probability, between every softmax and a QuantizeLinear.
 
-    ONNX Runtime fuses DequantizeLinear, Softmax, QuantizeLinear to QLinearSoftmax, whatever scale and whatever moves
-    elements stand between. It rounds 1 / scale down, and it returns zeros for scales below exp(-5) / row length, where
-    its table of exponentials overflows (onnxruntime 1.31.1). Clip, Identity, Cast, Relu and additions of zero are
-    removed before; Abs is not.
+    ONNX Runtime fuses DequantizeLinear, Softmax, QuantizeLinear to QLinearSoftmax, for any scale, and also if
+    rearrangements lie between them. That operator rounds 1 / scale down, and returns zeros for scales below
+    exp(-5) / row length, where its table of exponentials overflows (onnxruntime 1.31.1). The optimizer removes Clip,
+    Identity, Cast, Relu and additions of zero before the fusion, but not Abs.
     """
     for node in list(graph):
         if node.op_type == "Softmax" and _feeds_quantizer(node.outputs[0]):
@@ -39,10 +39,10 @@ def keep_softmax_apart(graph: ir.Graph) -> None:
 
 
 def keep_convolutions_apart(graph: ir.Graph) -> None:
-    """Put a Max with the smallest float, which changes nothing, between every convolution and a QuantizeLinear.
+    """Insert a Max with the lowest float, which changes nothing, between every convolution and a QuantizeLinear.
 
-    OpenVINO moves the quantization of a concatenation or transposition up to the convolution before it, and loses the
-    bias on the way, or without one rounds elsewhere (openvino 2026.4.1).
+    OpenVINO moves the quantization of a concatenation or transposition up to the convolution before it, and thereby
+    loses the bias or, if there is none, rounds at another place (openvino 2026.4.1).
     """
     for node in list(graph):
         if node.op_type == "Conv" and _feeds_quantizer(node.outputs[0]):
@@ -59,7 +59,7 @@ def _feeds_quantizer(value: ir.Value) -> bool:
 
 
 def _insert_after(graph: ir.Graph, node: ir.Node, operator: str, *operands: ir.Value) -> None:
-    """Let everything that reads a node's result read `operator(result, *operands)`, of the same shape, instead."""
+    """Insert `operator(result, *operands)`, of the same shape, between a node's result and its readers."""
     result, readers = node.outputs[0], list(node.outputs[0].uses())
     same = ir.node(operator, [result, *operands])
     same.outputs[0].shape, same.outputs[0].type = result.shape, result.type
@@ -69,10 +69,10 @@ def _insert_after(graph: ir.Graph, node: ir.Node, operator: str, *operands: ir.V
 
 
 def give_parameters(graph: ir.Graph) -> None:
-    """Give every quantized value stored tensors of its own: `NAME.scale`, `NAME.zero`, codes; 4-bit ones in 4 bits.
+    """Give every quantized value its own initializers, `NAME.scale`, `NAME.zero` and codes, 4-bit ones in 4 bits.
 
-    Torch writes 4-bit integers as bytes, and equal tensors once. An optimizer of ONNX Runtime that rewrites weights as
-    u8 cannot rewrite a zero point that several weights share (onnxruntime 1.31.1: "Attempt to replace the existing
+    torch writes 4-bit integers as bytes, and shares equal tensors. The optimizer of ONNX Runtime that rewrites weights
+    as u8 fails for a zero point that several weights share (onnxruntime 1.31.1: "Attempt to replace the existing
     tensor").
     """
     for node in graph:
@@ -83,7 +83,7 @@ def give_parameters(graph: ir.Graph) -> None:
         for index, part in enumerate(("stored", "scale", "zero")):
             tensor = node.inputs[index].const_value  # type: ignore[union-attr]
             if tensor is None:
-                continue  # what images change
+                continue  # not a constant
             if part != "scale" and dtype.bitwidth == 4:
                 tensor = ir.tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype)
             node.replace_input_with(index, _stored(graph, f"{operand}.{part}", tensor))
@@ -92,7 +92,7 @@ def give_parameters(graph: ir.Graph) -> None:
 
 
 def _stored(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """The stored tensor of that name; `tensor` when there is none."""
+    """The initializer of that name, which is made from `tensor` if there is none yet."""
     if name not in graph.initializers:
         shape = ir.Shape(tensor.shape.numpy())
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
@@ -101,9 +101,9 @@ def _stored(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
 
 
 def give_names(graph: ir.Graph) -> None:
-    """Name tensors after the model's parameters and quantized values, and drop what torch says of its own graph.
+    """Name tensors after the model's parameters and quantized values, and remove torch's metadata.
 
-    Codes are `blocks.0.attn.scores:query.codes`, what they stand for `blocks.0.attn.scores:query`.
+    Codes are named `blocks.0.attn.scores:query.codes`, and their dequantized values `blocks.0.attn.scores:query`.
     """
     for value in list(graph.initializers.values()):
         value.name = str(value.name).removeprefix("graph_module.")
