@@ -20,18 +20,20 @@ def allocate(
     output: Annotated[Path, typer.Option(metavar="RECIPE.toml", help="The recipe to write.")],
     mean_bits: Annotated[
         float | None,
-        typer.Option(callback=options.finite, help="Of the weights of attention and MLP, at most, as in 6 or 5.5."),
+        typer.Option(
+            callback=options.finite, help="Maximum mean bits of the weights of attention and MLP, as in 6 or 5.5."
+        ),
     ] = None,
     megabytes: Annotated[
         float | None,
-        typer.Option(callback=options.finite, help="Of the saved model, at most, instead of mean bits."),
+        typer.Option(callback=options.finite, help="Maximum size of the saved model, instead of mean bits."),
     ] = None,
     by: Annotated[
         str,
         typer.Option(
             metavar="MEASURE",
             autocompletion=measures,
-            help="What is to be least: nuclear-norm, output-error or correlation.",
+            help="The measure to minimize: nuclear-norm, output-error or correlation.",
         ),
     ] = "nuclear-norm",
     figure: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the Pareto front.")] = None,

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 Name = Annotated[
     str, typer.Argument(help="timm:NAME, transformers:NAME, torchvision:NAME or python:package.module:factory.")
 ]
-Weights = Annotated[str, typer.Option(metavar="PATH|pretrained|random", help="A state dict, or where from.")]
+Weights = Annotated[
+    str, typer.Option(metavar="PATH|pretrained|random", help="A weights file, or pretrained or random weights.")
+]
 WeightsKey = Annotated[
     str | None,
     typer.Option(
@@ -45,7 +47,9 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="RULE.KEY=VALUE", help="Replaces one key of the recipe; repeat.")
 ]
 CalibrationFolder = Annotated[Path, typer.Option(metavar="DIR", help="Images to calibrate on; labels are not read.")]
-Images = Annotated[int | None, typer.Option(min=1, help="How many of them; the recipe's number when not given.")]
+Images = Annotated[
+    int | None, typer.Option(min=1, help="Number of calibration images; the recipe's number when not given.")
+]
 Batch = Annotated[
     int | None,
     typer.Option(
@@ -59,10 +63,12 @@ ModelArguments = Annotated[
 ]
 Work = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Where long work keeps its state: the same command goes on there when killed."),
+    typer.Option(
+        metavar="DIR", help="Directory for saved state; the same command continues there after an interruption."
+    ),
 ]
 Seed = Annotated[
-    int, typer.Option(min=0, max=options.LARGEST_SEED, help="Of random weights and of the choice of images.")
+    int, typer.Option(min=0, max=options.LARGEST_SEED, help="Seed of random weights and of the choice of images.")
 ]
 
 

@@ -34,7 +34,7 @@ Minutes = Annotated[
     float,
     typer.Option(min=0, callback=options.finite, help="Leave out the recipes that do not fit into this time together."),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=options.LARGEST_SEED, help="Of recipes that draw at random.")]
+Seed = Annotated[int, typer.Option(min=0, max=options.LARGEST_SEED, help="Seed of recipes that draw at random.")]
 
 
 def demo(

@@ -35,7 +35,7 @@ TaskName = Annotated[
     typer.Option(
         "--task",
         metavar="TASK",
-        help="What the outputs mean: classification (accuracy) or features (cosine with the float model's, nearest "
+        help="The task: classification (accuracy) or features (cosine with the float model's, nearest "
         "neighbours); as quantized when not given.",
     ),
 ]
@@ -44,14 +44,14 @@ Classes = Annotated[
     typer.Option(
         "--classes",
         metavar="FILE",
-        help="Which class a folder is: lines of folder,class_index, or as many names as classes, in their order.",
+        help="File that maps folders to classes: lines of folder,class_index, or the names of all classes in order.",
     ),
 ]
 Weights = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
-        help="The float weights: where they are now, if they moved, or pretrained, to fetch them; else as saved.",
+        help="Path of the float weights if they were moved, or pretrained to download them; else as saved.",
     ),
 ]
 
@@ -72,7 +72,7 @@ EngineName = Annotated[
     Engine | None,
     typer.Option(
         "--engine",
-        help="What computes; integer when the model lowers, else simulated, when not given. onnxruntime: the integer "
+        help="The engine; integer when the model lowers, else simulated, when not given. onnxruntime: the integer "
         "ONNX file, or the QDQ one where there is no other; onnx-integer and onnx-qdq say which.",
     ),
 ]

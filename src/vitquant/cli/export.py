@@ -27,8 +27,8 @@ Formats = Annotated[
     Format,
     typer.Option(
         "--format",
-        help="program: the integer program. onnx-integer: that in ONNX. onnx-qdq: the simulation in ONNX. "
-        "openvino: that as OpenVINO's files.",
+        help="program: the integer program. onnx-integer: the integer program in ONNX. onnx-qdq: the simulation in "
+        "ONNX. openvino: the simulation as OpenVINO's files.",
     ),
 ]
 Output = Annotated[
@@ -43,7 +43,7 @@ FixedBatch = Annotated[
         "--batch",
         min=1,
         max=options.LARGEST_BATCH,
-        help="Images that the file takes at once, every size in it a number; any when not given.",
+        help="Fixed batch size of the file; any batch when not given.",
     ),
 ]
 Opset = Annotated[
@@ -71,7 +71,7 @@ def export(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write a quantized model for another runtime, once it was run there and is what it should be.
+    """Export a quantized model to the format of a runtime, after the export was run and compared with the model.
 
     Exit code 1, and nothing is written, when a promise is broken.
     """

@@ -38,10 +38,12 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-Saved = Annotated[Path, typer.Argument(metavar="OUT", help="What `quantize` wrote.")]
+Saved = Annotated[Path, typer.Argument(metavar="OUT", help="Directory of a saved model.")]
 Repeated = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help="Repeat the model's name, where it imports, reads or fetches."),
+    typer.Option(
+        "--model", metavar="NAME", help="Repeat the model's name if loading it imports code, reads files or downloads."
+    ),
 ]
 RepeatedArguments = Annotated[
     list[str] | None,

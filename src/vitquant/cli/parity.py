@@ -36,11 +36,13 @@ _FORMATS = {
 
 Against = Annotated[
     list[Runtime] | None,
-    typer.Option(help="Runtimes. What was not exported for one is made for the comparison and thrown away."),
+    typer.Option(help="Runtimes. An export that is missing is made for the comparison only."),
 ]
 
 
-Also = Annotated[list[Runtime] | None, typer.Argument(metavar="[RUNTIME]...", help="More of --against.")]
+Also = Annotated[
+    list[Runtime] | None, typer.Argument(metavar="[RUNTIME]...", help="Further runtimes, as for --against.")
+]
 
 
 def parity(

@@ -21,28 +21,31 @@ if TYPE_CHECKING:
 Output = Annotated[Path, typer.Option(metavar="OUT", help="The directory to write.")]
 Simulated = Annotated[
     bool,
-    typer.Option(
-        "--simulated", help="Write the model also where its recipe promises integers and it can only be simulated."
-    ),
+    typer.Option("--simulated", help="Write the model even if its recipe promises integers and it cannot be lowered."),
 ]
 TaskName = Annotated[
     str | None,
     typer.Option(
         "--task",
         metavar="TASK",
-        help="What the outputs mean: classification or features; classification where the model gives logits, else "
+        help="The task: classification or features; classification where the model gives logits, else "
         "features, when not given.",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace a saved model that is there.")]
 MemoryBudget = Annotated[
     float | None,
-    typer.Option(min=0, metavar="GB", callback=options.finite, help="What a search may hold beside the model; 4."),
+    typer.Option(
+        min=0, metavar="GB", callback=options.finite, help="Memory for searches beside the model; 4 when not given."
+    ),
 ]
 TimeLimit = Annotated[
     float | None,
     typer.Option(
-        min=0, metavar="SECONDS", callback=options.finite, help="When methods that take long end with what they have."
+        min=0,
+        metavar="SECONDS",
+        callback=options.finite,
+        help="Time limit of long methods, which then stop with their current result.",
     ),
 ]
 

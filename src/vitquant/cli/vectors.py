@@ -21,7 +21,7 @@ def vectors(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write small integer programs with inputs and expected outputs, which every engine of the format has to give.
+    """Write small integer programs with inputs and expected outputs, which every engine of the format must reproduce.
 
     docs/program-format.md says what programs are and how to read the files.
     """

@@ -97,7 +97,9 @@ def check_options(format: str, float_io: bool = False, batch: int | None = None,
     if format not in FORMATS:
         raise ExportError(f"format {format!r} is unknown; the formats are: {', '.join(FORMATS)}")
     if float_io and format != "onnx-integer":
-        raise ExportError(f"--float-io (float_io=True) belongs to onnx-integer; {format} has the ends that it has")
+        raise ExportError(
+            f"--float-io (float_io=True) applies to onnx-integer only; inputs and outputs of {format} are fixed"
+        )
     check_batch_and_opset(format, batch, opset)
 
 
