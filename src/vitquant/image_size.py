@@ -49,11 +49,13 @@ def at_image_size(
     Pitfall: what was learned at one size is not what would be learned at another; docs/image-size.md measures it.
     """
     quantized.require_calibrated()
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (quantized.input_shape[0], int(height), int(width))
+    sizes = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sizes) != 2 or not all(isinstance(each, int) and each >= 1 for each in sizes):
+        raise CaptureError(
+            f"no image has the size {size}: give (height, width) in whole pixels, or one number for both"
+        )
+    shape = (quantized.input_shape[0], *sizes)
     where = f"at {shape[1]} x {shape[2]} pixels"
-    if min(shape) < 1:
-        raise CaptureError(f"{where} there is no image: give a height and a width of 1 or more")
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(2, *shape, generator=generator).to(next(quantized.parameters()))
     captured = CapturedModel(capture(unwrapped(model), example), shape)

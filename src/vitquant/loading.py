@@ -22,6 +22,7 @@ from vitquant.model.config import check_config
 from vitquant.model.saved import restore
 from vitquant.plain_forward import plain_forward
 from vitquant.tasks.preprocessing import Preprocessing
+from vitquant.tasks.task import task_named
 from vitquant.unwrapping import unwrapped
 from vitquant.zoo import ModelSource, architecture, create
 from vitquant.zoo.budget import Budget, ForwardBudget
@@ -60,6 +61,8 @@ def load(
     config = check_config(read_config(directory), directory)
     if config.get("preprocessing") is not None:
         _named(directory, lambda: Preprocessing.from_dict(config["preprocessing"]))
+    if config.get("task") is not None:
+        _named(directory, lambda: task_named(config["task"]))
     if model is None:
         found = _source(directory, config, source, arguments)
         shapes = _shapes(directory, config)

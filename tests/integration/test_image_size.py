@@ -163,8 +163,10 @@ def test_the_command_line_writes_it_and_evaluates_it(run, tmp_path):
             r"head:weight has a scale of .*\(7,\), not float32 \(\) or \(5,\); give a model",
         ),
         (lambda: vit(dynamic_img_size=True), 90, "refuses an input of shape"),
-        (lambda: vit(dynamic_img_size=True), 0, "there is no image"),
-        (lambda: vit(dynamic_img_size=True), (96, -16), "there is no image"),
+        (lambda: vit(dynamic_img_size=True), 0, "no image has the size 0"),
+        (lambda: vit(dynamic_img_size=True), (96, -16), r"no image has the size \(96, -16\)"),
+        (lambda: vit(dynamic_img_size=True), (3, 96, 96), "no image has the size"),
+        (lambda: vit(dynamic_img_size=True), (96.0, 96), "no image has the size"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(create, size, problem):

@@ -184,6 +184,19 @@ def test_the_task_that_is_asked_for_is_the_one_that_is_saved():
         vitquant.quantize(model, "minmax", DATA, task="segments")
 
 
+def test_a_task_that_a_file_names_is_one_or_refused(tmp_path):
+    torch.manual_seed(0)
+    model = vit(num_classes=5).eval()
+    quantized = vitquant.quantize(model, "minmax", DATA)
+    for task, problem in (("segments", "task 'segments' is unknown; the tasks are"), (3, "task = 3 should be")):
+        quantized.provenance["task"] = task
+        if isinstance(task, str):
+            quantized.save(tmp_path / "out", force=True)
+        with pytest.raises(vitquant.VitquantError, match=problem) as refused:
+            vitquant.load(tmp_path / "out", model) if isinstance(task, str) else quantized.save(tmp_path / "other")
+        assert str(tmp_path) in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("more", "problem"),
     [

@@ -343,7 +343,10 @@ def test_inspect_tells_accumulators_and_that_everything_is_in_integers(run, work
         (("evaluate", "--data", "IMAGES", "--engine", "onnxruntime"), "vitquant export .* --format onnx-integer"),
         (("evaluate", "--data", "IMAGES", "--engine", "quick"), "'quick' is not one of"),
         (("export", "--format", "tflite"), "'tflite' is not one of"),
-        (("export", "--format", "onnx-qdq", "--float-io"), r"--float-io \(float_io=True\) applies to onnx-integer only"),
+        (
+            ("export", "--format", "onnx-qdq", "--float-io"),
+            r"--float-io \(float_io=True\) applies to onnx-integer only",
+        ),
         (("export", "--format", "program", "--data", "NOWHERE"), "NOWHERE"),
         (
             ("export", "--format", "program", "--batch", "1"),
