@@ -31,14 +31,17 @@ def vit(**given):
     return timm.create_model("vit_tiny_patch16_224", **sizes, **given)
 
 
-class LogitsAndTokens(nn.Module):
-    def __init__(self):
+class Gives(nn.Module):
+    """Gives what a function makes of images, tokens and logits."""
+
+    def __init__(self, made):
         super().__init__()
-        self.vit = vit(num_classes=5)
+        torch.manual_seed(0)
+        self.vit, self.made = vit(num_classes=5), made
 
     def forward(self, images):
         tokens = self.vit.forward_features(images)
-        return {"logits": self.vit.forward_head(tokens), "tokens": tokens}
+        return self.made(images, tokens, self.vit.forward_head(tokens))
 
 
 def swin_maps():
@@ -53,7 +56,11 @@ def dinov2_maps():
 MODELS = {  # the model; the task; its outputs
     "features": (lambda: vit(num_classes=0), "features", {"output": (48,)}),
     "tokens": (lambda: vit(num_classes=0, global_pool=""), "features", {"output": (17, 48)}),
-    "logits and tokens": (LogitsAndTokens, "classification", {"logits": (5,), "tokens": (17, 48)}),
+    "logits and tokens": (
+        lambda: Gives(lambda images, tokens, logits: {"logits": logits, "tokens": tokens}),
+        "classification",
+        {"logits": (5,), "tokens": (17, 48)},
+    ),
     "swin maps": (swin_maps, "features", {"0": (16, 16, 24), "1": (8, 8, 48)}),
     "transformers": (
         lambda: transformers.ViTModel(transformers.ViTConfig(**TINY)),
@@ -209,18 +216,9 @@ def test_a_task_that_a_file_names_is_one_or_refused(tmp_path):
     ],
 )
 def test_what_integers_cannot_give_is_refused_by_name(more, problem):
-    class Gives(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.vit = vit(num_classes=5)
-
-        def forward(self, images):
-            logits = self.vit(images)
-            return logits, more(images, logits)
-
-    torch.manual_seed(0)
+    model = Gives(lambda images, _, logits: (logits, more(images, logits)))
     with pytest.raises(LoweringError, match=problem):
-        vitquant.quantize(Gives().eval(), "fq-vit", DATA)
+        vitquant.quantize(model.eval(), "fq-vit", DATA)
 
 
 def test_the_command_line_evaluates_features(run, tmp_path):
@@ -257,17 +255,7 @@ def test_the_command_line_evaluates_features(run, tmp_path):
 
 @pytest.mark.parametrize("numbers", [lambda y: y[:, 0], lambda y: y.mean(-1)])
 def test_one_number_for_an_image_is_an_output(tmp_path, numbers):
-    class Gives(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.vit = vit(num_classes=5)
-
-        def forward(self, images):
-            logits = self.vit(images)
-            return {"logits": logits, "number": numbers(logits)}
-
-    torch.manual_seed(0)
-    model = Gives().eval()
+    model = Gives(lambda _, tokens, logits: {"logits": logits, "number": numbers(logits)}).eval()
     quantized = vitquant.quantize(model, "fq-vit", DATA)
     assert quantized.outputs == {"logits": (-1, 5), "number": (-1,)}
     for format in ("program", "onnx-integer"):
@@ -277,16 +265,7 @@ def test_one_number_for_an_image_is_an_output(tmp_path, numbers):
 
 
 def test_outputs_that_are_not_by_image_are_simulated_and_not_compared(tmp_path):
-    class Loss(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.vit = vit(num_classes=5)
-
-        def forward(self, images):
-            return self.vit(images).mean()
-
-    torch.manual_seed(0)
-    model = Loss().eval()
+    model = Gives(lambda _, tokens, logits: logits.mean()).eval()
     quantized = vitquant.quantize(model, "minmax", DATA)
     with pytest.raises(ModelError, match="let its first axis be the images"):
         vitquant.export(quantized, "onnx-qdq", tmp_path / "model.onnx", DATA)
@@ -306,17 +285,8 @@ def test_outputs_that_are_not_by_image_are_simulated_and_not_compared(tmp_path):
     ],
 )
 def test_outputs_may_be_called_as_anything_else_is(tmp_path, keys, names):
-    class Gives(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.vit = vit(num_classes=5)
-
-        def forward(self, images):
-            tokens = self.vit.forward_features(images)
-            return dict(zip(keys, (self.vit.forward_head(tokens), tokens), strict=True))
-
-    torch.manual_seed(0)
-    quantized = vitquant.quantize(Gives().eval(), "fq-vit", DATA)
+    model = Gives(lambda _, tokens, logits: dict(zip(keys, (logits, tokens), strict=True)))
+    quantized = vitquant.quantize(model.eval(), "fq-vit", DATA)
     assert list(quantized.outputs) == names
     for format in ("onnx-integer", "onnx-qdq"):
         assert vitquant.export(quantized, format, tmp_path / f"{format}.onnx", DATA).broken == []
