@@ -176,7 +176,9 @@ def _check(path: Path, run: dict[str, Any]) -> None:
     if not file.exists():
         others = [each.name for each in path.iterdir() if not each.name.startswith(".")]
         if others:
-            raise CheckpointError(f"{path} holds {others[0]} and is no work directory; give another, or an empty one")
+            raise CheckpointError(
+                f"{path} holds {others[0]} and is not a work directory; give another, or an empty one"
+            )
         write_file(file, json.dumps(run, indent=1).encode())
         return
     found = parse_json(read_file(file, _LONGEST_RUN, CheckpointError), CheckpointError)

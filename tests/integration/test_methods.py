@@ -63,7 +63,7 @@ def test_phases_order_the_methods_whoever_names_them_where() -> None:
     [
         (["calibrat"], "method 'calibrat' is unknown; did you mean calibrate?"),
         (["xyz"], "the methods are: calibrate, reparameterize-scales"),
-        (["search-scales"], "search-scales works on what calibrate gives, which the recipe has not"),
+        (["search-scales"], "search-scales works on what calibrate gives, which the recipe lacks"),
         (["integer-operations"], "integer-operations works on what calibrate gives"),
     ],
 )

@@ -273,7 +273,7 @@ HEADS_OF_POWERS = QuantSpec(4, granularity=PerHead(), scheme=Log2())
         (lambda a, b: LogIntSoftmax(a, b, "exact"), HEADS, POWERS, "its input has more than one scale"),
         (lambda a, b: LogIntSoftmax(a, b, "exact"), PTF, POWERS, "its input has more than one scale"),
         (lambda a, b: LogIntSoftmax(a, b, "exact"), POWERS, POWERS, "its input has more than one scale"),
-        (lambda a, b: LogIntSoftmax(a, b, "exact"), U8, U8, "its result is on no powers of two"),
+        (lambda a, b: LogIntSoftmax(a, b, "exact"), U8, U8, "its result is not quantized to powers of two"),
         (lambda a, b: LogIntSoftmax(a, b, "exact"), U8, HEADS_OF_POWERS, "its result has more than one scale"),
         (lambda a, b: LogIntSoftmax(a, b, "exact"), U8, QuantSpec(5, scheme=Log2()), r"has 5 bits.*\(s4 in"),
         (

@@ -189,7 +189,7 @@ def test_other_safetensors_are_refused(tmp_path):
     path.write_bytes(safetensors.torch.save({"a": torch.zeros(3)}))
     refused(path, "no bytes")
     path.write_bytes(safetensors.torch.save({"a": torch.zeros(3, dtype=torch.uint8)}))
-    refused(path, "no saved program")
+    refused(path, "not a saved program")
     path.write_bytes(safetensors.torch.save({"a": torch.zeros(3, dtype=torch.uint8)}, {KEY: "[1]"}))
     refused(path, "no format number")
     path.write_bytes(safetensors.torch.save({"a": torch.zeros(3, 2, dtype=torch.uint8)}, {KEY: "{}"}))
@@ -252,16 +252,16 @@ def change(values: Any, path: tuple[Any, ...], new: Any) -> None:
     [
         (("registers", "weight"), ["s4", [3, 5, 1]], "needs 2 axes"),
         (("registers", "weight"), ["s4", [10**18, 10**18]], "no shape"),
-        (("registers", "weight"), ["s4", [2**32, 2**32]], "not the bytes"),
+        (("registers", "weight"), ["s4", [2**32, 2**32]], "not have the bytes"),
         (("registers", "weight"), ["s4", [0, 10**9]], "no shape"),
         (("registers", "weight"), ["s4", [-3, -5]], "no shape"),
-        (("registers", "weight"), ["s4", [-1, 5]], "not the bytes"),
+        (("registers", "weight"), ["s4", [-1, 5]], "not have the bytes"),
         (("registers", "weight"), ["s4", [1] * 100000], "weight[1] = a list of 100000"),
         (("registers", "weight"), ["s4", [True, 5]], "should be an integer"),
         (("registers", "weight"), ["s4", [3.0, 5]], "should be an integer"),
         (("registers", "weight"), ["s4", ["3", 5]], "should be an integer"),
         (("registers", "weight"), ["s4", 15], "weight[1] = 15 should be a list"),
-        (("registers", "weight"), ["s8", [3, 5]], "not the bytes"),
+        (("registers", "weight"), ["s8", [3, 5]], "not have the bytes"),
         (("registers", "weight"), ["s5", [3, 5]], "no type"),
         (("registers", "weight"), ["s4"], "should be a list of 2"),
         (("registers", "weight"), [["s4"], [3, 5]], "should be a string"),
@@ -330,7 +330,7 @@ def test_constants_and_bytes_that_do_not_belong_together_are_refused(saved, tmp_
     values, packed = plain(saved)
     refused(signed(tmp_path / "bad", values, {**packed, "ghost": torch.zeros(3, dtype=torch.uint8)}), "ghost")
     refused(
-        signed(tmp_path / "bad", values, {**packed, "x": torch.zeros(5, dtype=torch.uint8)}), "'x' has not the bytes"
+        signed(tmp_path / "bad", values, {**packed, "x": torch.zeros(5, dtype=torch.uint8)}), "'x' does not have the bytes"
     )
     less = {name: each for name, each in packed.items() if name != "bias"}
     refused(signed(tmp_path / "bad", values, less), "bias 'bias' is not known before")

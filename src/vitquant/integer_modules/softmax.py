@@ -97,7 +97,7 @@ class LogIntSoftmax(_Softmax):
     def check(self, source: Quantizer, result: Quantizer) -> None:
         super().check(source, result)
         if not isinstance(result, LogarithmicQuantizer):
-            raise NotIntegerError("its result is on no powers of two")
+            raise NotIntegerError("its result is not quantized to powers of two")
         if result.scale.numel() != 1:
             raise NotIntegerError("its result has more than one scale")
         scale, scheme, most = result.scale.item(), result.spec.scheme, VALUE_BITS * result.steps + 1

@@ -96,7 +96,9 @@ class Context:
         if node in self.values:
             return self.values[node]
         if node in self.dynamic:
-            raise self.refuse("it reads the image before that is quantized", "do in the preprocessing what it does")
+            raise self.refuse(
+                "it reads the image before that is quantized", "move this operation into the preprocessing"
+            )
         raise self.refuse(f"it computes with {node.name}, which is no tensor")
 
     def codes(self, value: Value, what: str) -> Term:

@@ -29,7 +29,7 @@ def joined(context: Context, node: Node) -> Joined:
         value = context.value(part)
         value = together(context, value) if isinstance(value, Joined) else value
         if not isinstance(value, Scaled | Static):
-            raise context.refuse("it joins what is no sum of integers", "quantize its parts")
+            raise context.refuse("it joins a tensor that is not quantized", "quantize its parts")
         parts.append((value, part))
     axis = (int(arguments(node)[1]) if len(arguments(node)) > 1 else 0) % len(node.meta["shape"])
     if packet(node) is aten.cat:

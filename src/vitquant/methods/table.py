@@ -99,7 +99,7 @@ def planned(recipe: Recipe) -> tuple[Step, ...]:
             raise RecipeError(f"method {name!r} is unknown; {hint}")
         for other in METHODS[name].after:
             if other not in names:
-                raise RecipeError(f"{recipe.name}: {name} works on what {other} gives, which the recipe has not")
+                raise RecipeError(f"{recipe.name}: {name} works on what {other} gives, which the recipe lacks")
     order = list(METHODS)
     steps = [_step(method) for method in recipe.methods]
     return tuple(sorted(steps, key=lambda step: (step.definition.phase, order.index(step.name))))

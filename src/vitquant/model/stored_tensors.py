@@ -50,7 +50,7 @@ def stored_quantizer(tensors: Tensors, prefix: str, value: Value, spec: QuantSpe
     if isinstance(spec.scheme, PowerOfTwoScale) and bool((torch.frexp(scale).mantissa != 0.5).any()):
         raise refuse("a scale that is no power of two")
     if (zero is None) != isinstance(spec.scheme, Logarithmic):
-        raise refuse("no zero point" if zero is None else "a zero point, which powers have not")
+        raise refuse("no zero point" if zero is None else "a zero point, which logarithmic schemes do not have")
     if zero is not None:
         fixed = spec.symmetric and not isinstance(spec.scheme, PowerOfTwoFactor)
         middle = 0 if spec.signed else 1 << (spec.bits - 1)
@@ -59,7 +59,7 @@ def stored_quantizer(tensors: Tensors, prefix: str, value: Value, spec: QuantSpe
         if zero.dtype != torch.int32 or zero.shape != scale.shape or not _within(zero, low, high):
             raise refuse(f"zero points that are not int32 {tuple(scale.shape)} from {low} to {high}")
     if (factor is None) == isinstance(spec.scheme, PowerOfTwoFactor):
-        raise refuse("no factors" if factor is None else "factors, which its scheme has not")
+        raise refuse("no factors" if factor is None else "factors, which its scheme does not have")
     if factor is not None and isinstance(spec.scheme, PowerOfTwoFactor):
         channels, most = shapes[-1], spec.scheme.factors - 1
         if factor.dtype != torch.int32 or tuple(factor.shape) != channels or not _within(factor, 0, most):
@@ -150,7 +150,7 @@ def load_tensors(module: GraphModule, tensors: Tensors, packed: Mapping[str, Any
         if (key in parameters and not bool(torch.isfinite(found).all())) or bool(torch.isnan(found).any()):
             raise CheckpointError(f"{directory}: {key} holds NaN or infinity; quantize the model again")
         if key in read and not tensor.is_floating_point() and not _indices_of(operator.attrgetter(key)(module), found):
-            raise CheckpointError(f"{directory}: {key} holds indices that the model's own has not")
+            raise CheckpointError(f"{directory}: {key} holds indices outside of the model's own")
     for name, tensor in computed.items():
         if name in tensors:
             tensor.copy_(tensors.pop(name))

@@ -126,7 +126,7 @@ def _check_facts(program: p.IntegerProgram) -> None:
         if not (isinstance(low, int) and isinstance(high, int) and least <= low < high <= most):
             raise _refuse("input", f"no lowest and highest code between {least} and {most}")
     if not isinstance(results, Mapping) or not results.keys() <= program.outputs.keys():
-        raise _refuse("outputs", "what is said of them is of no output")
+        raise _refuse("outputs", "the facts name an output that the program does not have")
     for name, result in results.items():
         match result:
             case {"scale": list(scales), "zero_point": int(zero), **more} if not more:

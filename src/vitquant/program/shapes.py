@@ -74,7 +74,7 @@ def _shape(instruction: p.Instruction, shapes: Mapping[str, Shape]) -> Shape:
         case p.Multiply() as i:
             return _broadcast(shapes[i.left], shapes[i.right])
         case p.Requantize() as i:
-            _need(len(i.inputs) == len(i.multipliers) > 0, "has not one multiplier for each input")
+            _need(len(i.inputs) == len(i.multipliers) > 0, "does not have one multiplier for each input")
             shape = shapes[i.addend]
             for name in (*i.inputs, *i.multipliers):
                 shape = _broadcast(shape, shapes[name])

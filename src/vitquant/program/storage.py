@@ -108,22 +108,22 @@ def _read(path: Path, safetensors: Any) -> tuple[str, dict[str, Tensor]]:
     content = read_file(path, _LARGEST, CheckpointError)
     length = int.from_bytes(content[:8], "little")
     if not 0 < length <= min(_LONGEST_HEADER, len(content) - 8):
-        raise CheckpointError("it is no saved program, or was truncated; copy it again")
+        raise CheckpointError("it is not a saved program, or was truncated; copy it again")
     try:
         packed = safetensors.load(content)
     except Exception as error:  # safetensors' own errors, and torch's for dtypes that it lacks
-        raise CheckpointError(f"it is no saved program: {' '.join(str(error).split())[:200]}") from error
+        raise CheckpointError(f"it is not a saved program: {' '.join(str(error).split())[:200]}") from error
     if any(each.dtype is not torch.uint8 or each.ndim != 1 for each in packed.values()):
-        raise CheckpointError("it is no saved program: it has tensors that are no bytes")
+        raise CheckpointError("it is not a saved program: it has tensors that are no bytes")
     header = parse_json(content[8 : 8 + length], CheckpointError).get("__metadata__", {})
     if _KEY not in header:
-        raise CheckpointError("it is no saved program: it holds tensors only")
+        raise CheckpointError("it is not a saved program: it holds tensors only")
     return header[_KEY], packed
 
 
 def _check_format(values: Any) -> None:
     if not isinstance(values, dict) or type(values.get("format")) is not int:
-        raise CheckpointError("it is no saved program: it has no format number")
+        raise CheckpointError("it is not a saved program: it has no format number")
     if values["format"] > FORMAT:
         raise CheckpointError(f"it has format {values['format']}, newer than {FORMAT}: update vitquant")
     if values["format"] < FORMAT:
@@ -263,7 +263,7 @@ def _constant(name: str, registers: Mapping[str, p.Register], packed: Tensor) ->
     register = registers[name]
     bits, signed = p.TYPES[register.type]
     if min(register.shape, default=1) < 1 or packed_size(prod(register.shape), bits) != packed.numel():
-        raise CheckpointError(f"constant {shown(name)} has not the bytes of its type and shape")
+        raise CheckpointError(f"constant {shown(name)} does not have the bytes of its type and shape")
     return unpack(packed, bits, signed, register.shape).to(torch.int64)
 
 

@@ -50,7 +50,7 @@ def read_onnx(source: bytes | Path) -> tuple[ModelProto, bytes]:
     if any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute):
         raise ExportError("it has graphs within its graph, which may run without end; export it again")
     if any(not name for node in model.graph.node for name in node.input):  # fusions would then read out of bounds
-        raise ExportError("it leaves out inputs of operators, which ONNX Runtime may not survive; export it again")
+        raise ExportError("it leaves out inputs of operators, which can crash ONNX Runtime; export it again")
     said = [entry.value for entry in model.metadata_props if entry.key == DIGEST]
     if said and said != [_digest(model)]:
         raise ExportError("it was altered since it was exported: its digest differs; export it again")
