@@ -59,7 +59,7 @@ class CalibrationData:
                 "give a list of batches or a DataLoader"
             )
         if labels:
-            _labels(self._first)
+            labels_of(self._first)
         self._first = ()  # release the batch
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -97,7 +97,7 @@ class _Labelled:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         device = self._data.example.device
-        return ((self._data.images_of(b).to(device), _labels(b).to(device)) for b in self._data.batches())
+        return ((self._data.images_of(b).to(device), labels_of(b).to(device)) for b in self._data.batches())
 
 
 def _sha256(images: torch.Tensor) -> Any:
@@ -108,13 +108,17 @@ def _bytes(images: torch.Tensor) -> memoryview:
     return images.detach().cpu().contiguous().view(torch.uint8).numpy().data
 
 
-def _labels(batch: Batch) -> torch.Tensor:
-    """The classes of a batch's images."""
+def labels_of(batch: Batch) -> torch.Tensor:
+    """The classes of a batch's images: int64 (batch,).
+
+    Raises:
+        CalibrationError: the batch has none.
+    """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if isinstance(batch, Sequence) and len(batch) > 1:
         labels = batch[1]
     if not isinstance(labels, torch.Tensor) or labels.shape != (len(images_of(batch)),):
-        raise CalibrationError("a method needs labels: give batches (images, labels), labels int64 (batch,)")
+        raise CalibrationError("labels are needed: give batches (images, labels), labels int64 (batch,)")
     return labels.to(torch.int64)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from vitquant.autocast import in_own_precision
 from vitquant.calibration_data import Batch, CalibrationData, images_of
 from vitquant.engines import default_engine, engine, forms_of
-from vitquant.errors import CalibrationError, ExportError, RecipeError
+from vitquant.errors import CalibrationError, ExportError, ModelError, RecipeError
 from vitquant.exports.formats import check_options, kind_of, write
 from vitquant.files import discard, replacing
 from vitquant.graph.capture import capture
@@ -127,7 +127,9 @@ def quantize(
             asked = {"recipe": recipe.to_dict(), "bits": str(widths), "seed": seed, "images": stream.first}
             asked["task"] = meaning.name
             kept = held.enter_context(WorkDirectory.opened(work, {"model": _digest(captured), **asked}))
-        context = Context(stream, stream.labelled(), meaning.error, teacher, seed, progress, memory, deadline)
+        context = Context(
+            stream, stream.labelled(), meaning.errors(captured.outputs), teacher, seed, progress, memory, deadline
+        )
         run_steps(quantized, steps, context, kept)
     if not simulated:
         check_promise(quantized)
@@ -172,6 +174,10 @@ def evaluate(
     """
     if engine_name is None:
         engine_name, computed, _ = default_engine(model)
+    elif engine_name == "float":
+        if float_model is None:
+            raise ModelError("engine 'float' is the float model: give float_model")
+        computed = float_model
     else:
         computed = engine(engine_name, model, "." if directory is None else directory)
     return task_for(model, task).evaluate(computed, float_model, data, progress, engine_name)

@@ -143,7 +143,7 @@ def test_labels_are_given_to_methods_that_need_them(deit, spied) -> None:
     model, images = deit
     spy = spied(Phase.TRAIN, Needs(labels=True))
     for unlabelled in ([images], [(images, None)], [(images, torch.zeros(5))], [{"pixel_values": images}]):
-        with pytest.raises(CalibrationError, match="needs labels"):
+        with pytest.raises(CalibrationError, match="labels are needed"):
             vitquant.quantize(model, with_spy("minmax"), unlabelled)
     labels = torch.arange(6)
     for labelled in ([(images, labels)], [{"pixel_values": images, "labels": labels}]):

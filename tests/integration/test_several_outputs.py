@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vitquant
-from vitquant.engines import engine
+from vitquant.engines import WAYS, engine
 from vitquant.errors import DataError, LoweringError, ModelError
 from vitquant.exports.formats import FORMATS
 from vitquant.graph.outputs import named_tensors
+from vitquant.objectives.relative_error import relative_error, shift_free_error
 from vitquant.program.storage import load_program
 from vitquant.tasks.features import FeaturesResult
+from vitquant.tasks.task import TASKS
 
 SIZE = 64
 DATA = [torch.randn(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))]
@@ -293,3 +295,72 @@ def test_outputs_may_be_called_as_anything_else_is(tmp_path, keys, names):
         import onnx
 
         assert [each.name for each in onnx.load(tmp_path / f"{format}.onnx").graph.output] == names
+
+
+def test_outputs_are_compared_by_their_names_and_not_by_their_order():
+    model = Gives(lambda _, tokens, logits: {"first": tokens[:, 0], "mean": tokens.mean(1)}).eval()
+    other = Gives(lambda _, tokens, logits: {"mean": tokens.mean(1), "first": tokens[:, 0]}).eval()
+    third = Gives(lambda _, tokens, logits: {"mean": tokens.mean(1), "last": tokens[:, 0]}).eval()
+    quantized = vitquant.quantize(model, "default", DATA, bits="w8a8")
+    swapped, same = (vitquant.evaluate(quantized, DATA, float_model=each) for each in (other, model))
+    found = {each.name: each for each in swapped.outputs}
+    assert {each.name: each for each in same.outputs} == found
+    assert all(each.cosine > 0.99 for each in swapped.outputs)
+    assert vitquant.compare(quantized, DATA, float_model=other).comparisons[0].cosine > 0.99
+    for compared in (vitquant.evaluate, vitquant.compare):
+        with pytest.raises(ModelError, match=r"outputs are called .*mean.*, and not .*: give the same model"):
+            compared(quantized, DATA, float_model=third)
+
+
+def test_one_tensor_under_several_names_and_names_with_numbers_are_sites_of_their_own():
+    def made(_, tokens, logits):
+        return {"a": tokens, "b": tokens, "b_2": tokens[:, 0], "c": logits}
+
+    quantized = vitquant.quantize(Gives(made).eval(), "fq-vit", DATA)
+    sites = [site.name for site in quantized.sites if site.kind == "output"]
+    assert sites == ["output.a", "output.b", "output.b_2", "output.c"]
+    assert len({site.name for site in quantized.sites}) == len(quantized.sites)
+    program = vitquant.lower(quantized)
+    assert program.outputs["a"] == program.outputs["b"]
+    assert list(program.run(DATA[0])) == ["a", "b", "b_2", "c"]
+
+
+@pytest.mark.parametrize("format", ["onnx-qdq", "openvino"])
+def test_a_norm_with_two_quantizers_and_hidden_states_are_exported_under_their_names(tmp_path, format):
+    def made(_, tokens, logits):
+        return {"patches": tokens[:, 1:], "first": tokens[:, 0], "logits": logits}
+
+    model = Gives(made).eval()
+    quantized = vitquant.quantize(model, "fq-vit", DATA)
+    vitquant.export(quantized, format, tmp_path / format, DATA, float_model=model)
+    quantized.save(tmp_path / "out")
+    (tmp_path / format).rename(tmp_path / "out" / FORMATS[format].path)
+    found = engine(format, quantized, tmp_path / "out")(DATA[0])
+    assert list(found) == ["patches", "first", "logits"]
+    config = transformers.ViTConfig(**TINY, output_hidden_states=True)
+    torch.manual_seed(0)
+    hidden = vitquant.quantize(transformers.ViTModel(config).eval(), "minmax", DATA)
+    vitquant.export(hidden, format, tmp_path / "hidden", DATA)
+    opened = WAYS[format][0].open(tmp_path / "hidden", 1)
+    assert list(opened.on_images(DATA[0])) == list(hidden.outputs)
+
+
+@pytest.mark.parametrize("wrapped", [lambda y: (y,), lambda y: {"probs": y}, lambda y: (y, None, 3)])
+def test_a_classifier_may_wrap_its_logits(wrapped):
+    model = Gives(lambda _, tokens, logits: wrapped(logits)).eval()
+    quantized = vitquant.quantize(model, "minmax", DATA)
+    assert quantized.provenance["task"] == "classification"
+    labelled = [{"pixel_values": DATA[0], "labels": torch.arange(6) % 5}]
+    assert vitquant.evaluate(quantized, labelled, float_model=model).agreement is not None
+    alone = vitquant.evaluate(quantized, labelled, float_model=model, engine_name="float")
+    assert (alone.engine, alone.agreement) == ("float", 100.0)
+    with pytest.raises(vitquant.VitquantError, match=r"give batches \(images, labels\)"):
+        vitquant.evaluate(quantized, DATA, float_model=model)
+
+
+def test_only_logits_are_learned_without_their_mean():
+    outputs = {"logits": (-1, 5), "tokens": (-1, 17, 48), "number": (-1,)}
+    errors = dict(zip(outputs, TASKS["classification"].errors(outputs), strict=True))
+    assert errors == {"logits": shift_free_error, "tokens": relative_error, "number": relative_error}
+    assert TASKS["classification"].errors({"logits": (-1, 1)}) == (relative_error,)
+    assert TASKS["features"].errors(outputs) == (relative_error,) * 3

@@ -74,7 +74,7 @@ class Teacher:
 
 
 def given_to(model: QuantizedModel, data: Iterable[torch.Tensor], **others: Any) -> Context:
-    return Context(data, output_error=shift_free_error, teacher=Teacher(model), **others)  # type: ignore[arg-type]
+    return Context(data, output_errors=(shift_free_error,), teacher=Teacher(model), **others)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

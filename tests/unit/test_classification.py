@@ -162,8 +162,9 @@ def test_any_callable_and_any_library_output_will_do():
 
     assert logits_of(Output()) is Output.logits
     assert logits_of({"logits": Output.logits}) is Output.logits
+    assert logits_of((Output.logits, None)) is Output.logits
     with pytest.raises(ModelError, match=r"tuple.*\.logits"):
-        logits_of((torch.eye(3),))
+        logits_of((torch.eye(3), torch.eye(3)))
     result = evaluate(lambda images: Output(), lambda images: torch.eye(3).int(), stream([0, 1, 2], 3), engine="onnx")
     assert result == ClassificationResult(
         "onnx", 3, 100.0, 100.0, 100.0, 100.0, paired_interval([True] * 3, [True] * 3), result.seconds

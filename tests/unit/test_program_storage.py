@@ -330,7 +330,8 @@ def test_constants_and_bytes_that_do_not_belong_together_are_refused(saved, tmp_
     values, packed = plain(saved)
     refused(signed(tmp_path / "bad", values, {**packed, "ghost": torch.zeros(3, dtype=torch.uint8)}), "ghost")
     refused(
-        signed(tmp_path / "bad", values, {**packed, "x": torch.zeros(5, dtype=torch.uint8)}), "'x' does not have the bytes"
+        signed(tmp_path / "bad", values, {**packed, "x": torch.zeros(5, dtype=torch.uint8)}),
+        "'x' does not have the bytes",
     )
     less = {name: each for name, each in packed.items() if name != "bias"}
     refused(signed(tmp_path / "bad", values, less), "bias 'bias' is not known before")

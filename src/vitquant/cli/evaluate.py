@@ -104,13 +104,14 @@ def evaluate(
             from vitquant.engines import file_of
             from vitquant.image_folders import evaluation_images, preprocessing_for
             from vitquant.model.checkpoint import read_config
+            from vitquant.model.config import check_config
             from vitquant.report.tables import ends_text, facts, result_rows
             from vitquant.tasks.images import batches, load_listing, load_unlabelled
             from vitquant.tasks.task import task_named
             from vitquant.workflows import task_for
 
             where = options.choose_device(device, threads)
-            said = task or read_config(out).get("task")
+            said = task or check_config(read_config(out), out).get("task")
             if said is not None and not task_named(said).labelled:
                 load_unlabelled(data)  # report errors before the model is built
             elif classes is None:  # a file of classes can only be checked with the model

@@ -46,6 +46,8 @@ def write_openvino(
 
         proto = onnx_qdq_model(model, batch) if isinstance(model, QuantizedModel) else model
         converted = core.read_model(proto.SerializeToString())
+        for output, named in zip(converted.outputs, proto.graph.output, strict=True):
+            output.get_tensor().set_names({named.name})  # of all names that a tensor has, the output's
         try:
             new.mkdir()
             openvino.save_model(converted, new / _IR, compress_to_fp16=False)  # float16 would round the scales

@@ -12,9 +12,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from vitquant.autocast import autocasts, own_precision
-from vitquant.errors import CaptureError, ModelError
+from vitquant.errors import CaptureError
 from vitquant.graph.index import GraphIndex
-from vitquant.graph.outputs import named_tensors, output_names
+from vitquant.graph.outputs import matched, named_tensors, output_names
 from vitquant.graph.plain import plain, rebuilt
 from vitquant.graph.segments import Segment, boundary, segment
 from vitquant.graph.sites import Site, Value, is_float
@@ -72,12 +72,9 @@ class CapturedModel(nn.Module):
         """The float tensors in an output of this model, of its float model or of its program, by name.
 
         Raises:
-            ModelError: there are more or fewer float tensors than the captured graph has.
+            ModelError: see `outputs.matched`.
         """
-        tensors = list(named_tensors(output).values())
-        if len(tensors) != len(self.outputs):
-            raise ModelError(f"there are {len(tensors)} float tensors in an output, and not {len(self.outputs)}")
-        return dict(zip(self.outputs, tensors, strict=True))
+        return matched(named_tensors(output), tuple(self.outputs))
 
     def forward(self, images: torch.Tensor | None = None, **named: torch.Tensor) -> Any:
         """The model's output for images (batch, channels, height, width), of the library's own type.

@@ -11,6 +11,7 @@ follows is the block's MLP. Attention outside of a branch (attention pooling, a 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
@@ -52,17 +53,10 @@ class _Structure:
         self.dynamic = depends_on_input(module.graph)
         self.operations = operations
         self.attention = attention
-        results = next(arguments(node)[0] for node in module.graph.nodes if node.op == "output")
-        self._outputs = dict(zip(results, output_names(module), strict=True))
         self.branches = self._find_branches()
         self.numbered = [branch for branch in self.branches if branch.block is not None]
         self.first = min((self.start_of(branch) for branch in self.numbered), default=len(self.place))
         self.last = max((self.place[branch.addition] for branch in self.numbered), default=-1)
-
-    def output_of(self, node: Node) -> str:
-        """The site name of an output: `output`, or `output.NAME` with the model's own name where there are several."""
-        word, several = KINDS["output"].word, sum(kind == "output" for _, kind, _ in self.operations) > 1
-        return f"{word}.{self._outputs[node]}" if several else word
 
     def depends(self, node: Node, on: Node) -> bool:
         return bool(self.before[node] >> self.place[on] & 1)
@@ -163,17 +157,40 @@ def name_operations(
     """
     structure = _Structure(module, operations, attention)
     taken: Counter[str] = Counter()
-    names = []
+    outputs = _outputs(module, operations)
+    names: list[tuple[str, int | None]] = []
     for operation in operations:
+        if operation[1] == "output":
+            names.append((_unique(next(outputs), taken), None))
+            continue
         branch = structure.innermost(operation[0])
         if branch is not None and branch.block is not None:
             name, block = _name_in_block(operation, branch, structure), branch.block
         else:
             name, block = _name_outside(operation, structure, taken)
-        name = name or _fallback(operation)
-        taken[name] += 1
-        names.append((name if taken[name] == 1 else f"{name}_{taken[name]}", block))
+        names.append((_unique(name or _fallback(operation), taken), block))
     return names
+
+
+def _outputs(module: GraphModule, operations: list[Operation]) -> Iterator[str]:
+    """The site names of the outputs: `output`, or `output.NAME` with the model's own names where there are several."""
+    given = [operands["input"] for _, kind, operands in operations if kind == "output"]
+    results = next(arguments(node)[0] for node in module.graph.nodes if node.op == "output")
+    named = (name for name, result in zip(output_names(module), results, strict=True) if result in given)
+    word = KINDS["output"].word
+    return (f"{word}.{name}" if len(given) > 1 else word for name in named)
+
+
+def _unique(name: str, taken: Counter[str]) -> str:
+    """A name that no site has yet: this one, or this one with a number."""
+    taken[name] += 1
+    while taken[name] > 1 and taken[f"{name}_{taken[name]}"]:
+        taken[name] += 1
+    if taken[name] == 1:
+        return name
+    numbered = f"{name}_{taken[name]}"
+    taken[numbered] += 1
+    return numbered
 
 
 def _fallback(operation: Operation) -> str:
@@ -245,8 +262,6 @@ def _after_linear(node: Node, branch: _Branch, structure: _Structure) -> bool:
 def _name_outside(operation: Operation, structure: _Structure, taken: Counter[str]) -> tuple[str, int | None]:
     node, kind, operands = operation
     place = structure.place[node]
-    if kind == "output":
-        return structure.output_of(operands["input"]), None
     if KINDS[kind].norm and (block := _post_norm_of(node, operands, structure)) is not None:
         return block
     if place < structure.first:

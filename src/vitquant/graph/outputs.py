@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
+
+from vitquant.errors import ModelError
 
 ONLY = "output"  # the name of the tensor of a model that returns one tensor and nothing else
 _TAKEN = "images"  # the name of the input in exported files
@@ -26,6 +28,23 @@ def named_tensors(output: Any) -> dict[str, Tensor]:
     leaves, spec = pytree.tree_flatten(output)
     named = zip(_names(spec), leaves, strict=True)
     return {name: leaf for name, leaf in named if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+
+
+def matched(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors in the order of some names: by name, or a single one whatever it is called.
+
+    Arguments:
+        tensors: of one form of a model, by name.
+        names: of the outputs of another form.
+
+    Raises:
+        ModelError: there are more or fewer tensors, or several of other names.
+    """
+    if len(tensors) != len(names):
+        raise ModelError(f"there are {len(tensors)} float tensors in an output, and not {len(names)}")
+    if len(names) > 1 and set(names) != set(tensors):
+        raise ModelError(f"outputs are called {', '.join(tensors)}, and not {', '.join(names)}: give the same model")
+    return {names[0]: next(iter(tensors.values()))} if len(names) == 1 else {name: tensors[name] for name in names}
 
 
 def output_names(module: GraphModule) -> tuple[str, ...]:

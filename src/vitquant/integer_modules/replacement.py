@@ -59,7 +59,7 @@ def replace_operations(module: GraphModule, sites: Iterable[Site], arithmetic: A
                 mask_exactly(module, mask)
         parts = [node, *(_copy_for(module, node, users) for users in list(readers.values())[1:])]
         for number, (part, (operation, parameters)) in enumerate(zip(parts, built, strict=True)):
-            target = f"{ROOT}.{site.name}" + (f".part{number}" if number else "")
+            target = f"{ROOT}.{site.name}" + (f"_part{number}" if number else "")
             module.add_submodule(target, operation)
             part.op, part.target, part.args, part.kwargs = "call_module", target, (arguments(part)[0], *parameters), {}
     module.graph.lint()

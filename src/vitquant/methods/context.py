@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from vitquant.graph.captured import CapturedModel
-from vitquant.objectives.relative_error import relative_error
 from vitquant.progress import Progress, silent
 from vitquant.work import WorkState
 
@@ -24,8 +23,8 @@ class Context:
         data: calibration batches, (batch, channels, height, width) on the model's device; it can be iterated over as
             many times as the method declares in its needs.
         labelled: the same batches, each with the classes of its images, (batch,) int64, for methods that need labels.
-        output_error: the task's error of a quantized output against the float one, both (images, ...): (images,),
-            differentiable.
+        output_errors: for each output of the model, the task's error of a quantized one against the float one, both
+            (images, ...): (images,), differentiable; `relative_error` for all of them when empty.
         teacher: the float model, for methods that need it. It keeps its own weights when methods change those of the
             quantized model; rewrites that preserve the function are applied to both, so that their tensors correspond.
         seed: of all random draws.
@@ -38,7 +37,7 @@ class Context:
 
     data: Iterable[torch.Tensor]
     labelled: Iterable[tuple[torch.Tensor, torch.Tensor]] = ()
-    output_error: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = relative_error
+    output_errors: Sequence[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = ()
     teacher: CapturedModel | None = None
     seed: int = 0
     progress: Progress = silent

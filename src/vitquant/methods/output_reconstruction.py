@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -94,6 +94,7 @@ def reconstruct_output(model: QuantizedModel, context: Context, settings: Recons
     in_a_pass = sum(math.ceil(size / settings.batch) for size in sizes)
     total = settings.passes * in_a_pass
     outputs = [site.name for site in model.sites if site.kind == "output"]
+    errors = context.output_errors or [relative_error] * len(outputs)
     ends = outputs + [site.name for site in model.sites if site.kind in _NORMS]
     student, teacher = model.segment(IMAGES, ends), context.teacher.segment(IMAGES, ends)
     with torch.inference_mode(False), torch.enable_grad(), _learnable(model) as learned:
@@ -105,7 +106,7 @@ def reconstruct_output(model: QuantizedModel, context: Context, settings: Recons
                 break
             context.progress("reconstructing the output", training.step, total)
             training.put(_cosine(training.step, total))
-            output, norms = _errors(student, teacher, images, len(outputs), context.output_error)
+            output, norms = _errors(student, teacher, images, errors)
             error = output + settings.norms * norms
             if not math.isfinite(error.item()):
                 raise CalibrationError(
@@ -229,15 +230,15 @@ def _steps(data: Iterable[Tensor], settings: ReconstructOutputSettings) -> Itera
 
 
 def _errors(
-    student: Segment, teacher: Segment, images: Tensor, outputs: int, error: Callable[[Tensor, Tensor], Tensor]
+    student: Segment, teacher: Segment, images: Tensor, errors: Sequence[Callable[[Tensor, Tensor], Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """The mean error of the outputs, which are the first `outputs` tensors of both segments, and that of the norms."""
+    """The mean error of the outputs, the first tensors of both segments, and that of the norms, which are the rest."""
     with torch.no_grad():
         expected = teacher(images)
     found = student(images)
     pairs = list(zip(found, expected, strict=True))
-    output = torch.stack([error(*pair).mean() for pair in pairs[:outputs]]).mean()
-    norms = [relative_error(*pair).mean() for pair in pairs[outputs:]]
+    output = torch.stack([error(*pair).mean() for error, pair in zip(errors, pairs, strict=False)]).mean()
+    norms = [relative_error(*pair).mean() for pair in pairs[len(errors) :]]
     return output, torch.stack(norms).mean() if norms else torch.zeros_like(output)
 
 

@@ -13,8 +13,10 @@ def relative_error(found: Tensor, expected: Tensor) -> Tensor:
         found: the quantized model's tensor, (images, ...).
         expected: the float model's tensor, of the same shape.
     """
-    squares = expected.flatten(1).square().sum(1)
-    return (found - expected).flatten(1).square().sum(1) / squares.clamp(min=torch.finfo(squares.dtype).tiny)
+    squares = expected.reshape(len(expected), -1).square().sum(1)
+    return (found - expected).reshape(len(expected), -1).square().sum(1) / squares.clamp(
+        min=torch.finfo(squares.dtype).tiny
+    )
 
 
 def shift_free_error(found: Tensor, expected: Tensor) -> Tensor:

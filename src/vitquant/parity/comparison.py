@@ -58,7 +58,7 @@ def compare(form: str, found: Outputs, beside: str, reference: Outputs, same: Sa
         len(pairs[0][0]),
         agreement=None if same is None else 100 * same(found, reference).double().mean().item(),
         identical=100 * torch.stack([(x == y).all(1) for x, y in pairs]).all(0).double().mean().item(),
-        cosine=torch.stack([torch.cosine_similarity(x, y, dim=1).mean() for x, y in pairs]).min().item(),  # or NaN
+        cosine=torch.stack([_cosines(x, y).mean() for x, y in pairs]).min().item(),  # or NaN
         worst=torch.stack([(x - y).abs().max() for x, y in pairs]).max().item(),
     )
 
@@ -86,6 +86,11 @@ def as_close_as(comparison: Comparison, usual: Comparison | None) -> Comparison:
     """
     most = 1 - ALONE if usual is None else min(4 * (1 - usual.cosine) + 1e-3, FARTHEST)
     return replace(comparison, promise=f"cosine at least {1 - most:.3f}", kept=comparison.cosine >= 1 - most)
+
+
+def _cosines(x: Tensor, y: Tensor) -> Tensor:
+    """The cosine of each image's rows; 1 where they are equal, also of zeros, which have no direction."""
+    return torch.where((x == y).all(1), 1.0, torch.cosine_similarity(x, y, dim=1))
 
 
 def _by_image(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vitquant.allocation.measure import Sensitivity
+from vitquant.graph.outputs import ONLY
 from vitquant.model import QuantizedModel
 from vitquant.printable import one_line
 from vitquant.recipe import Choice, Recipe
@@ -141,9 +142,10 @@ def _features_rows(result: FeaturesResult) -> dict[str, str]:
     rows = {"images": f"{result.images}"}
     for each in result.outputs:
         shape = " x ".join(map(str, each.shape))
-        rows[each.name] = f"{shape}, cosine with the float model's {each.cosine:.4f}, lowest {each.lowest_cosine:.4f}"
+        row = each.name if each.name == ONLY else f"{ONLY} {each.name}"  # no row of another kind is called so
+        rows[row] = f"{shape}, cosine with the float model's {each.cosine:.4f}, lowest {each.lowest_cosine:.4f}"
         if each.neighbours is not None:
-            rows[each.name] += f", {each.neighbours:.2f} % of the images have the same nearest neighbour"
+            rows[row] += f", {each.neighbours:.2f} % of the images have the same nearest neighbour"
     return rows
 
 

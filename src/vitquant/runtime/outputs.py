@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
+from vitquant.errors import ModelError
+
 Outputs = Tensor | dict[str, Tensor]
 
 
@@ -19,7 +21,14 @@ def named(outputs: Outputs, names: Iterable[str]) -> dict[str, Tensor]:
 
     Arguments:
         names: of all outputs, in their order.
+
+    Raises:
+        ModelError: these are other outputs.
     """
+    names = tuple(names)
+    found = {names[0]: outputs} if isinstance(outputs, Tensor) else outputs
+    if found.keys() != set(names):
+        raise ModelError(f"it gives the outputs {', '.join(found)}, and not {', '.join(names)}; export it again")
     return {name: outputs if isinstance(outputs, Tensor) else outputs[name] for name in names}
 
 

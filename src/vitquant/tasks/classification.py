@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vitquant.calibration_data import Batch, images_of, labels_of
 from vitquant.errors import DataError, ModelError
+from vitquant.graph.outputs import named_tensors
 from vitquant.progress import Progress, silent
 from vitquant.tasks.classes import refuse_features
 from vitquant.tasks.doubt import Z95, doubt
@@ -55,7 +57,7 @@ class ClassificationResult:
 def evaluate(
     model: Callable[[Tensor], Any],
     float_model: Callable[[Tensor], Any] | None,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     progress: Progress = silent,
     engine: str = "simulated",
 ) -> ClassificationResult:
@@ -77,7 +79,8 @@ def evaluate(
             refuse_features(each)
     counts, seconds = _Counts(), 0.0
     with evaluating(model, float_model):
-        for images, labels in batches:
+        for batch in batches:
+            images, labels = images_of(batch), labels_of(batch)
             started = time.perf_counter()
             logits = logits_of(run_on(model, images)).cpu()  # the copy synchronizes with the device, for the timing
             seconds += time.perf_counter() - started
@@ -131,12 +134,12 @@ def logits_of(output: object) -> Tensor:
     Raises:
         ModelError: the output has no logits.
     """
-    if isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
+        logits = output if isinstance(output, Tensor) else logits_among(named_tensors(output))
+    if logits is None:
         raise ModelError(
-            f"the model gives {type(output).__name__}; a classifier gives a tensor or an object with .logits"
+            f"the model gives {type(output).__name__}; a classifier gives one tensor, or an object with .logits"
         )
     return logits
 

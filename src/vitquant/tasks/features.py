@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitquant.calibration_data import Batch, images_of
 from vitquant.errors import DataError, ModelError
-from vitquant.graph.outputs import named_tensors
+from vitquant.graph.outputs import matched, named_tensors
 from vitquant.progress import Progress, silent
 from vitquant.tasks.images import ImageBatches
 from vitquant.tasks.running import evaluating, place_of, run_on
@@ -96,14 +96,16 @@ def evaluate(
         for batch in batches:
             images = images_of(batch)
             started = time.perf_counter()
-            found = [each.cpu() for each in named_tensors(run_on(model, images)).values()]  # synchronizes
+            given = {name: each.cpu() for name, each in named_tensors(run_on(model, images)).items()}  # synchronizes
             seconds += time.perf_counter() - started
-            named = {name: each.cpu() for name, each in named_tensors(run_on(float_model, images)).items()}
-            expected = list(named.values())
-            _check(found, expected, len(images), batches, done)
-            compared = compared or [_Compared(name, tuple(each.shape[1:])) for name, each in named.items()]
-            for each, x, y in zip(compared, found, expected, strict=True):
-                each.add(x, y)
+            expected = {name: each.cpu() for name, each in named_tensors(run_on(float_model, images)).items()}
+            found = matched(given, tuple(expected))
+            _check(list(found.values()), list(expected.values()), len(images), batches, done)
+            compared = compared or [_Compared(name, tuple(each.shape[1:])) for name, each in expected.items()]
+            if [(each.name, each.shape) for each in compared] != [(n, tuple(x.shape[1:])) for n, x in expected.items()]:
+                raise ModelError("the float model gives other tensors for some batches than for others")
+            for each in compared:
+                each.add(found[each.name], expected[each.name])
             done += len(images)
             progress("evaluating", done, len(batches.items) if isinstance(batches, ImageBatches) else 0)
     if not done:
@@ -123,6 +125,7 @@ class _Compared:
     def add(self, found: Tensor, expected: Tensor) -> None:
         rows = [x.double().reshape(len(x), -1) for x in (found, expected)]
         cosines = torch.cosine_similarity(rows[0], rows[1])
+        cosines[(rows[0] == rows[1]).all(1)] = 1.0  # also of zeros, which have no direction
         self.cosine += float(cosines.sum())
         self.lowest = min(self.lowest, float(cosines.min()))
         if len(self.shape) not in (1, 2):

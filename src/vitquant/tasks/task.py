@@ -18,6 +18,7 @@ from vitquant.tasks.features import FeaturesResult
 
 Result = ClassificationResult | FeaturesResult
 Model = Callable[[Tensor], Any]
+OutputError = Callable[[Tensor, Tensor], Tensor]  # of an output and the float model's, (images, ...): (images,)
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,7 @@ class Task:
         name: by which users choose it, and under which it is saved.
         labelled: whether evaluation needs labels.
         evaluate: evaluates a model, with its float model, on batches.
-        error: the error of an output against the float model's, both (images, ...), for methods that learn: (images,),
-            differentiable.
+        errors: from the shapes of a model's outputs by name, for each output its error for methods that learn.
         same: maps the outputs of two forms of a model, tensors by name, to the images with the same answer, bool
             (images,); None if the answers are real numbers, which are never exactly the same.
     """
@@ -37,16 +37,26 @@ class Task:
     name: str
     labelled: bool
     evaluate: Callable[[Model, Model | None, Iterable[Any], Progress, str], Result]
-    error: Callable[[Tensor, Tensor], Tensor]
+    errors: Callable[[Mapping[str, Sequence[int]]], tuple[OutputError, ...]]
     same: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] | None
+
+
+def _of_logits(outputs: Mapping[str, Sequence[int]]) -> tuple[OutputError, ...]:
+    """A shift of all logits changes no probability; what else the model gives is compared as it is."""
+    logits = classification.logits_among({name: name for name in outputs})
+    shifted = (name == logits and len(shape) == 2 and shape[1] > 1 for name, shape in outputs.items())
+    return tuple(shift_free_error if each else relative_error for each in shifted)
+
+
+def _of_features(outputs: Mapping[str, Sequence[int]]) -> tuple[OutputError, ...]:
+    return tuple(relative_error for _ in outputs)
 
 
 TASKS = {
     task.name: task
     for task in (
-        # A shift of all logits changes no probability.
-        Task("classification", True, classification.evaluate, shift_free_error, classification.same_classes),
-        Task("features", False, features.evaluate, relative_error, None),
+        Task("classification", True, classification.evaluate, _of_logits, classification.same_classes),
+        Task("features", False, features.evaluate, _of_features, None),
     )
 }
 
@@ -57,8 +67,8 @@ def task_named(name: str) -> Task:
     Raises:
         DataError: there is no task of that name.
     """
-    if name not in TASKS:
-        raise DataError(f"task {name[:80]!r} is unknown; the tasks are: {', '.join(TASKS)}")
+    if not isinstance(name, str) or name not in TASKS:
+        raise DataError(f"task {str(name)[:80]!r} is unknown; the tasks are: {', '.join(TASKS)}")
     return TASKS[name]
 
 
