@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Node
 
 from vitquant.autocast import in_own_precision
 from vitquant.errors import CaptureError, CheckpointError, LoweringError, RecipeError
 from vitquant.graph.capture import capture
 from vitquant.graph.captured import CapturedModel
+from vitquant.graph.layer_norm_folding import NotFoldableError, foldable_norm
+from vitquant.graph.walk import nodes_by_name
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
 from vitquant.model.state import put_state, state_of
@@ -60,6 +63,7 @@ def at_image_size(
     example = torch.randn(2, *shape, generator=generator).to(next(quantized.parameters()))
     captured = CapturedModel(capture(unwrapped(model), example), shape)
     _refuse_other_sites(quantized, captured, where)
+    _refuse_padding_of_shifted(quantized, captured, where)
     try:
         found = QuantizedModel(captured, quantized.recipe, quantized.bits)
     except RecipeError as error:
@@ -90,6 +94,30 @@ def _refuse_other_sites(quantized: QuantizedModel, captured: CapturedModel, wher
     for site in captured.sites:
         if kinds.get(site.name) != site.kind:
             raise CaptureError(f"{where} the model is another computation: {site.name} is {site.kind}; {_AGAIN}")
+
+
+def _refuse_padding_of_shifted(quantized: QuantizedModel, captured: CapturedModel, where: str) -> None:
+    """Refuse zeros beside the output of a LayerNorm that a method shifted: they would stand for other numbers."""
+    nodes = nodes_by_name(captured.graph_module.graph)
+    methods = {
+        name: record.method
+        for record in quantized.records
+        for name, decision in record.decisions.items()
+        if decision.get("shifted")
+    }
+    for site in captured.sites:
+        if site.name in methods and not _is_shiftable(captured, nodes[site.node]):
+            raise CaptureError(
+                f"{where} zeros are put beside the result of {site.name}, which {methods[site.name]} shifted; take a "
+                f"size that the windows divide, or {_AGAIN}"
+            )
+
+
+def _is_shiftable(captured: CapturedModel, norm: Node) -> bool:
+    try:
+        return foldable_norm(captured.graph_module, norm).shiftable
+    except NotFoldableError:
+        return False
 
 
 def _refuse_other_specs(quantized: QuantizedModel, found: QuantizedModel, where: str) -> None:

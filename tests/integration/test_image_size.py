@@ -122,6 +122,18 @@ def test_it_is_saved_and_loaded_at_its_size(tmp_path):
     assert all(torch.equal(*pair) for pair in zip(outputs(loaded, x), outputs(there, x), strict=True))
 
 
+def test_zeros_beside_what_a_method_shifted_are_refused():
+    """At 64 pixels the windows of this Swin are filled; at 72 they are padded behind the norm that RepQ-ViT shifts."""
+    torch.manual_seed(0)
+    model = timm.create_model("swin_tiny_patch4_window7_224", **SWIN, strict_img_size=False).eval()
+    shifted = quantized_by(model, "repq-vit", simulated=True)
+    with pytest.raises(CaptureError, match=r"at 72 x 72 pixels zeros are put beside the result of blocks.*shifted"):
+        vitquant.at_image_size(shifted, model, 72)
+    there = vitquant.at_image_size(quantized_by(model, "minmax"), model, 72)
+    found, expected = outputs(there, images(72, 72))[0], outputs(model, images(72, 72))[0]
+    assert torch.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.98
+
+
 def test_the_command_line_writes_it_and_evaluates_it(run, tmp_path):
     torch.manual_seed(0)
     for number in range(4):
