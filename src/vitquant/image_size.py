@@ -52,8 +52,8 @@ def at_image_size(
     Pitfall: what was learned at one size is not what would be learned at another; docs/image-size.md measures it.
     """
     quantized.require_calibrated()
-    sizes = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sizes) != 2 or not all(isinstance(each, int) and each >= 1 for each in sizes):
+    sizes = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(sizes) != 2 or not all(type(each) is int and each >= 1 for each in sizes):
         raise CaptureError(
             f"no image has the size {size}: give (height, width) in whole pixels, or one number for both"
         )
@@ -69,8 +69,10 @@ def at_image_size(
     except RecipeError as error:
         raise CaptureError(f"{where} the recipe does not fit: {error}; {_AGAIN}") from None
     _refuse_other_specs(quantized, found, where)
+    # Tables of indices and conditions are made by the model's code for its image size, and no method changes them.
+    tables = {name: x for name, x in found.graph_module.state_dict().items() if not x.is_floating_point() and x.ndim}
     try:
-        put_state(found, state_of(quantized), where)
+        put_state(found, {**state_of(quantized), **tables}, where)
     except CheckpointError as error:
         problem = str(error).partition(";")[0]  # what it says to do is about files
         raise CaptureError(f"{problem}; {_ANY_SIZE}, or {_AGAIN}") from None

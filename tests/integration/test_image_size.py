@@ -122,6 +122,29 @@ def test_it_is_saved_and_loaded_at_its_size(tmp_path):
     assert all(torch.equal(*pair) for pair in zip(outputs(loaded, x), outputs(there, x), strict=True))
 
 
+def test_tables_of_indices_are_those_of_the_new_size():
+    """Of the same shape at both sizes, and with other numbers."""
+
+    class Ordered(torch.nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.vit = vit(dynamic_img_size=True)
+            self.register_buffer("order", torch.arange(8).view(rows, -1).T.flatten())
+
+        def forward(self, images):
+            return self.vit.forward_features(images)[:, 1:][:, self.order]
+
+    torch.manual_seed(0)
+    wide, tall = Ordered(2).eval(), Ordered(4).eval()
+    tall.vit.load_state_dict(wide.vit.state_dict())
+    quantized = vitquant.quantize(wide, "minmax", [images(32, 64)])
+    there = vitquant.at_image_size(quantized, tall, (64, 32))
+    assert torch.equal(there.graph_module.order, tall.order)
+    x = images(64, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(there.run(x, {}, quantized=False), tall(x), rtol=1e-3, atol=1e-4)
+
+
 def test_zeros_beside_what_a_method_shifted_are_refused():
     """At 64 pixels the windows of this Swin are filled; at 72 they are padded behind the norm that RepQ-ViT shifts."""
     torch.manual_seed(0)
@@ -179,6 +202,8 @@ def test_the_command_line_writes_it_and_evaluates_it(run, tmp_path):
         (lambda: vit(dynamic_img_size=True), (96, -16), r"no image has the size \(96, -16\)"),
         (lambda: vit(dynamic_img_size=True), (3, 96, 96), "no image has the size"),
         (lambda: vit(dynamic_img_size=True), (96.0, 96), "no image has the size"),
+        (lambda: vit(dynamic_img_size=True), 96.0, "no image has the size"),
+        (lambda: vit(dynamic_img_size=True), True, "no image has the size"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(create, size, problem):
