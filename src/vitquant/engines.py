@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitquant.errors import ExportError, LoweringError, VitquantError
+from vitquant.errors import ExportError, LoweringError, ModelError, VitquantError
 from vitquant.exports.formats import FORMATS, exported
 from vitquant.lowering import lower
 from vitquant.model import QuantizedModel
@@ -28,11 +28,14 @@ class Opened:
         run: maps codes to codes if there is `quantization`, else images to outputs.
         metadata: of the file.
         quantization: returns scales and zero points of input and outputs; None if the file takes images.
+        sealed: whether the metadata must have a digest, which is checked when the file is read; the other formats
+            cannot be read without theirs.
     """
 
     run: Engine
     metadata: Mapping[str, str]
     quantization: Callable[[], Quantization] | None = None
+    sealed: bool = False
 
     @property
     def on_images(self) -> Engine:
@@ -70,7 +73,7 @@ def _onnxruntime(path: Path, threads: int | None, optimize: bool = True) -> Open
 
     model = OnnxModel(path, optimize, threads)
     codes = (lambda: quantization_from(model.metadata, model.outputs)) if model.takes_codes else None
-    return Opened(model, model.metadata, codes)
+    return Opened(model, model.metadata, codes, sealed=True)
 
 
 def _not_optimized(path: Path, threads: int | None) -> Opened:
@@ -96,7 +99,8 @@ WAYS: Mapping[str, Sequence[Way]] = {
     },
     "openvino": (Way("openvino", _openvino),),
 }
-# Engines of the quantized model itself; the engine `float` is the float model, which the caller has.
+_FLOAT = "float"  # the engine that is the float model, which the caller has
+# Engines of the quantized model itself.
 _OF_THE_MODEL: Mapping[str, Callable[[QuantizedModel], Engine]] = {
     "simulated": lambda model: model,
     "integer": lambda model: interpreted(lower(model)),
@@ -108,7 +112,7 @@ _OF_FILES: Mapping[str, Sequence[str]] = {
     "onnx-qdq": ("onnx-qdq",),
     "openvino": ("openvino",),
 }
-ENGINES = ("float", *_OF_THE_MODEL, *_OF_FILES)
+ENGINES = (_FLOAT, *_OF_THE_MODEL, *_OF_FILES)
 
 
 def program_of(model: QuantizedModel) -> tuple[IntegerProgram | None, str]:
@@ -130,27 +134,39 @@ def file_of(name: str, directory: str | Path) -> Path | None:
     return next(iter(_files(name, directory).values()), None)
 
 
-def engine(name: str, model: QuantizedModel, directory: str | Path, threads: int | None = None) -> Engine:
+def engine(
+    name: str,
+    model: QuantizedModel,
+    directory: str | Path = ".",
+    threads: int | None = None,
+    float_model: Engine | None = None,
+) -> Engine:
     """The function that computes a model's outputs from float32 images (batch, channels, height, width).
 
     Arguments:
-        name: one of `ENGINES` except `float`, which does not run the quantized model. `onnxruntime` runs the integer
-            ONNX file, or the QDQ one if there is no other; `onnx-integer` and `onnx-qdq` choose one of them.
+        name: one of `ENGINES`. `onnxruntime` runs the integer ONNX file, or the QDQ one if there is no other;
+            `onnx-integer` and `onnx-qdq` choose one of them.
         model: the model that is saved in `directory`.
         directory: where exports are searched.
         threads: the number of threads of an external runtime; its choice when None.
+        float_model: the engine `float`.
 
     Raises:
+        ModelError: for `float`, there is no float model.
         ExportError: the name is unknown, nothing was exported for that runtime, or the export is of another model.
         LoweringError: for `integer` or `onnx-integer`, the model cannot be lowered.
     """
+    if name == _FLOAT:
+        if float_model is None:
+            raise ModelError("engine 'float' is the float model, which is not there; --weights PATH (float_model=...)")
+        return float_model
     if name in _OF_THE_MODEL:
         return _OF_THE_MODEL[name](model)
     if name not in _OF_FILES:
         raise ExportError(f"engine {name!r} is unknown; the engines are: {', '.join(ENGINES)}")
     for format, path in _files(name, directory).items():
         opened = WAYS[format][0].open(path, threads)
-        _refuse_another(model, opened.metadata, path)
+        _refuse_another(model, opened, path)
         return opened.on_images
     raise _nothing_for(name, model, directory)
 
@@ -170,7 +186,7 @@ def forms_of(path: str | Path, format: str, model: QuantizedModel | None = None)
     path, forms = Path(path), []
     for way in WAYS[format]:
         opened = way.open(path, None)
-        _refuse_another(model, opened.metadata, path)
+        _refuse_another(model, opened, path)
         forms.append(Form(way.name, opened.run, FORMATS[format].on_integers, opened.quantization is not None))
     return forms
 
@@ -181,15 +197,15 @@ def _files(name: str, directory: str | Path) -> dict[str, Path]:
     return {format: files[format] for format in _OF_FILES.get(name, ()) if format in files}
 
 
-def _refuse_another(model: QuantizedModel | None, metadata: Mapping[str, str], path: Path) -> None:
+def _refuse_another(model: QuantizedModel | None, opened: Opened, path: Path) -> None:
     """Refuse a file whose metadata do not name this model, or which has no digest to detect alterations."""
     if model is None:
         return
-    if fact_of(metadata, "model") != digest(model):
+    if fact_of(opened.metadata, "model") != digest(model):
         raise ExportError(
             f"{path} was exported from another model than that of {path.parent}; export it again, with --force"
         )
-    if path.suffix == ".onnx" and fact_of(metadata, "digest") is None:
+    if opened.sealed and fact_of(opened.metadata, "digest") is None:
         raise ExportError(f"{path} does not say what was in it when it was exported; export it again, with --force")
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from vitquant.errors import DataError, ModelError
+from vitquant.errors import DataError
 from vitquant.model import QuantizedModel
 from vitquant.recipe import Recipe
 from vitquant.tasks.classes import ClassNames, refuse_features
 from vitquant.tasks.classes_file import read_classes
-from vitquant.tasks.classification import logits_among
+from vitquant.tasks.classification import check_classifier, class_count
 from vitquant.tasks.images import (
     ImageBatches,
     Item,
@@ -117,16 +117,17 @@ def evaluation_images(
 
     Raises:
         ModelError: a classifier's outputs are no logits.
-        DataError: no directory of such images.
+        DataError: no directory of such images; or a file of classes for a task without them.
     """
     if not task.labelled:
+        if classes is not None:
+            raise DataError(f"{classes}: the task {task.name} has no classes; leave --classes out")
         return load_unlabelled(directory)
-    logits = logits_among(model.outputs)
-    if logits is None or len(logits) != 2:
-        given = ", ".join(f"{name} {list(shape[1:])}" for name, shape in model.outputs.items())
-        raise ModelError(f"the model gives no logits, one number for each class: its outputs are {given} for an image")
-    items = load_listing(directory, _classes(model, float_model, logits[1], classes))
-    check_labels(items, logits[1])
+    check_classifier(model, model.outputs)
+    count = class_count(model.outputs)
+    assert count is not None
+    items = load_listing(directory, _classes(model, float_model, count, classes))
+    check_labels(items, count)
     return items
 
 

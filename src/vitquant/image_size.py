@@ -132,6 +132,9 @@ def _provenance(quantized: QuantizedModel, shape: tuple[int, int, int], source: 
     """What is otherwise of a model at another size."""
     steps = quantized.provenance.get("preprocessing")
     changed: dict[str, Any] = {} if source is None else {"source": source.to_dict()}
+    calibration = quantized.provenance.get("calibration")
+    if calibration is not None:
+        changed["calibration"] = {"input_shape": list(quantized.input_shape), **calibration}  # the first stays
     if steps is not None:
         changed["preprocessing"] = replace(Preprocessing.from_dict(steps), input_size=shape).to_dict()
     return changed

@@ -15,7 +15,7 @@ from torch import nn
 from vitquant.autocast import in_own_precision
 from vitquant.calibration_data import Batch, CalibrationData, images_of
 from vitquant.engines import default_engine, engine, forms_of
-from vitquant.errors import CalibrationError, ExportError, ModelError, RecipeError
+from vitquant.errors import CalibrationError, ExportError, RecipeError
 from vitquant.exports.formats import check_options, kind_of, write
 from vitquant.files import discard, replacing
 from vitquant.graph.capture import capture
@@ -96,6 +96,7 @@ def quantize(
             the model or its calibration do not allow it, and `simulated` is false; the message names the site and what
             to do. It is raised before calibration if it does not depend on the images.
         CheckpointError: the work directory belongs to another run.
+        ModelError: the task is classification, and the model gives no logits.
         VitquantError: see `capture`, `requested` and the recipe's methods.
     """
     deadline = time.monotonic() + time_limit
@@ -113,6 +114,7 @@ def quantize(
     shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
     captured = CapturedModel(capture(model, example), shape)
     meaning = asked_task or task_of(model, captured.outputs)
+    meaning.check(model, captured.outputs)
     check_gradients(captured, example, steps)
     teacher = copy.deepcopy(captured) if any(step.definition.needs.teacher for step in steps) else None
     quantized = QuantizedModel(captured, recipe, widths)
@@ -148,7 +150,7 @@ def evaluate(
     *,
     float_model: Model | None = None,
     engine_name: str | None = None,
-    directory: str | Path | None = None,
+    directory: str | Path = ".",
     task: str | None = None,
     progress: Progress = silent,
 ) -> Result:
@@ -174,12 +176,8 @@ def evaluate(
     """
     if engine_name is None:
         engine_name, computed, _ = default_engine(model)
-    elif engine_name == "float":
-        if float_model is None:
-            raise ModelError("engine 'float' is the float model: give float_model")
-        computed = float_model
     else:
-        computed = engine(engine_name, model, "." if directory is None else directory)
+        computed = engine(engine_name, model, directory, float_model=float_model)
     return task_for(model, task).evaluate(computed, float_model, data, progress, engine_name)
 
 

@@ -63,6 +63,8 @@ def test_evaluation_has_labels_where_the_task_has_them(folder, made):
     assert sorted({item.label for item in items}) == list(range(6))
     data = batches(items, preprocessing_for(quantized), 5)
     assert vitquant.evaluate(quantized, data, float_model=model).images == 12
+    with pytest.raises(DataError, match=r"names\.csv: the task features has no classes; leave --classes out"):
+        evaluation_images(folder, quantized, task_for(quantized, "features"), classes="names.csv")
     features = evaluation_images(folder, quantized, task_for(quantized, "features"))
     assert {item.label for item in features} == {None}
     result = vitquant.evaluate(quantized, batches(features, STEPS, 5), float_model=model, task="features")

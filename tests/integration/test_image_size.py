@@ -115,6 +115,10 @@ def test_it_is_saved_and_loaded_at_its_size(tmp_path):
     there = vitquant.at_image_size(quantized, vitquant.zoo.create(free), OTHER, free)
     there.save(tmp_path / "out")
     loaded = vitquant.load(tmp_path / "out")
+    farther = vitquant.at_image_size(loaded, vitquant.zoo.create(free), 80)
+    assert "input_shape" not in quantized.provenance["calibration"]
+    for each in (loaded, farther):
+        assert each.provenance["calibration"]["input_shape"] == [3, SIZE, SIZE]  # where the scales come from
     assert loaded.input_shape == (3, *OTHER)
     assert loaded.provenance["preprocessing"]["input_size"] == [3, *OTHER]
     assert loaded.provenance["preprocessing"]["crop_pct"] == quantized.provenance["preprocessing"]["crop_pct"]
@@ -181,6 +185,11 @@ def test_the_command_line_writes_it_and_evaluates_it(run, tmp_path):
     values = json.loads(text)
     assert (code, values["engine"], values["images"]) == (0, "integer", 4)
     assert values["outputs"][0]["cosine"] > 0.9
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "source": ["timm"]}))
+    code, _, err = run("resize", out, *words)
+    assert (code, err.count("\n")) == (2, 1)
+    (out / "config.json").write_text(json.dumps(config))
     for size in ("0", "96x", "x96", "96x80x3", "-1", "1e2", "\u0661"):
         code, _, err = run("resize", out, f"--image-size={size}", "--output", tmp_path / "other")
         assert (code, err.count("\n")) == (2, 1), size

@@ -14,7 +14,7 @@ from torch import nn
 
 import vitquant
 from vitquant.engines import WAYS, engine
-from vitquant.errors import DataError, LoweringError, ModelError
+from vitquant.errors import CaptureError, DataError, LoweringError, ModelError
 from vitquant.exports.formats import FORMATS
 from vitquant.graph.outputs import named_tensors
 from vitquant.objectives.relative_error import relative_error, shift_free_error
@@ -193,6 +193,21 @@ def test_the_task_that_is_asked_for_is_the_one_that_is_saved():
         vitquant.quantize(model, "minmax", DATA, task="segments")
 
 
+def test_what_is_no_classifier_is_not_quantized_as_one():
+    torch.manual_seed(0)
+    for model, problem in (
+        (vit(num_classes=0), "the model has no head"),
+        (swin_maps(), r"no logits, .* outputs are 0 \[16, 16, 24\], 1 \[8, 8, 48\] for an image"),
+    ):
+        with pytest.raises(ModelError, match=problem):
+            vitquant.quantize(model.eval(), "minmax", DATA, task="classification")
+
+
+def test_a_model_that_gives_integers_alone_is_refused():
+    with pytest.raises(CaptureError, match="gives no tensor of floating point"):
+        vitquant.quantize(Gives(lambda _, tokens, logits: logits.argmax(-1)).eval(), "minmax", DATA)
+
+
 def test_a_task_that_a_file_names_is_one_or_refused(tmp_path):
     torch.manual_seed(0)
     model = vit(num_classes=5).eval()
@@ -354,6 +369,8 @@ def test_a_classifier_may_wrap_its_logits(wrapped):
     assert vitquant.evaluate(quantized, labelled, float_model=model).agreement is not None
     alone = vitquant.evaluate(quantized, labelled, float_model=model, engine_name="float")
     assert (alone.engine, alone.agreement) == ("float", 100.0)
+    with pytest.raises(ModelError, match="engine 'float' is the float model, which is not there"):
+        vitquant.evaluate(quantized, labelled, engine_name="float")
     with pytest.raises(vitquant.VitquantError, match=r"give batches \(images, labels\)"):
         vitquant.evaluate(quantized, DATA, float_model=model)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
@@ -37,6 +38,24 @@ def test_an_export_is_there_once_it_was_compared(quantized, tmp_path: Path) -> N
     assert not vitquant.compare(quantized, TRAIN, forms).broken
     with pytest.raises(ExportError, match=r"is there|exists"):
         vitquant.export(quantized, "onnx-integer", tmp_path / "model.onnx", TRAIN)
+
+
+@pytest.mark.parametrize("name", ["qdq.onnx", "qdq.bin"])
+def test_a_file_whose_content_nothing_vouches_for_is_refused_under_any_name(quantized, tmp_path: Path, name) -> None:
+    vitquant.export(quantized, "onnx-qdq", tmp_path / name, TRAIN)
+    assert len(forms_of(tmp_path / name, "onnx-qdq", quantized)) == 2
+    proto = onnx.load(tmp_path / name)
+    kept = [each for each in proto.metadata_props if each.key != "vitquant.digest"]
+    assert len(kept) == len(proto.metadata_props) - 1
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    (tmp_path / name).write_bytes(proto.SerializeToString())
+    with pytest.raises(ExportError, match="does not say what was in it when it was exported; export it again"):
+        forms_of(tmp_path / name, "onnx-qdq", quantized)
+    del proto.graph.input[0].type.tensor_type.shape.dim[:]
+    (tmp_path / name).write_bytes(proto.SerializeToString())
+    with pytest.raises(ExportError, match="its input has no shape; export it again"):
+        forms_of(tmp_path / name, "onnx-qdq", quantized)
 
 
 def test_an_export_that_is_not_the_model_is_not_written(quantized, tmp_path: Path, monkeypatch) -> None:

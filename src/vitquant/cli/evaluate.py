@@ -14,7 +14,6 @@ import typer
 from vitquant.cli import options
 from vitquant.cli.float_model import float_model
 from vitquant.cli.terminal import Terminal
-from vitquant.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -163,10 +162,6 @@ def _engine(
         name, computed, reason = default_engine(quantized)
         if reason and quantized.arithmetic is not None:  # the recipe asks for integers
             terminal.note(f"simulated, since the model does not lower: {reason}")
-    elif asked is Engine.FLOAT:
-        if reference is None:
-            raise ModelError("--engine float: the float model is not there; --weights PATH says where its weights are")
-        name, computed = asked.value, reference
     else:
-        name, computed = asked.value, engine(asked.value, quantized, out, threads)
+        name, computed = asked.value, engine(asked.value, quantized, out, threads, reference)
     return name, computed.to(where) if isinstance(computed, nn.Module) else computed

@@ -45,11 +45,12 @@ def resize(
             from vitquant import loading
             from vitquant.image_size import at_image_size
             from vitquant.model.checkpoint import SAVED_MODEL, read_config
+            from vitquant.model.config import check_config
             from vitquant.report.tables import facts
             from vitquant.zoo import ModelSource, architecture
 
             size = _size(image_size)
-            said = read_config(out).get("source")
+            said = check_config(read_config(out), out).get("source")
             if not said:
                 raise CheckpointError(f"{out} was saved without the model's source; in Python, vitquant.at_image_size")
             source = ModelSource.from_dict(said)

@@ -43,7 +43,12 @@ _QUANTIZATION = Table(
 )
 _CALIBRATION = Table(
     {"images": Integer(1), "sha256": DIGEST},
-    {"directory": Text(10_000, PATH), "seed": Integer(), "batch": Integer(1)},
+    {
+        "directory": Text(10_000, PATH),
+        "seed": Integer(),
+        "batch": Integer(1),
+        "input_shape": ListOf(Integer(1, 2**16), 3, 3),  # where the model was captured again for another size
+    },
 )
 RECORD = Table({"method": Text(), "summary": TableOf(Plain()), "decisions": TableOf(TableOf(Plain()))})
 _PROVENANCE: dict[str, Schema] = {

@@ -68,7 +68,7 @@ class QuantizedModel(CapturedModel):
 
     Raises:
         RecipeError: the recipe does not fit the model.
-        CaptureError: the graph has no product of activations, hence no attention.
+        CaptureError: the graph has no product of activations, hence no attention; or no output of floating point.
     """
 
     def __init__(self, captured: CapturedModel, recipe: Recipe, bits: Bits) -> None:
@@ -76,6 +76,8 @@ class QuantizedModel(CapturedModel):
         self.recipe, self.bits = recipe, bits
         if not any(calls(node, PRODUCTS) for node in self.graph_module.graph.nodes):
             raise CaptureError("the model has no attention (no matrix product of activations): is it a transformer?")
+        if not self.outputs:
+            raise CaptureError("the model gives no tensor of floating point; let it give what its numbers come from")
         self.assignments: dict[str, Assignment] = assign(recipe, bits, self.values)
         self.arithmetic: Arithmetic | None = None
         self.float_reasons: dict[str, str] = {}

@@ -49,6 +49,8 @@ class OnnxModel:
             self.metadata: dict[str, str] = {each.key: each.value for each in proto.metadata_props}
             if len(proto.graph.input) != 1 or not proto.graph.output:
                 raise ExportError("it has not exactly one input and at least one output; export it again")
+            if not proto.graph.input[0].type.tensor_type.shape.dim:
+                raise ExportError("its input has no shape; export it again")
             for end in (*proto.graph.input, *proto.graph.output):
                 if end.type.tensor_type.elem_type not in onnx.TensorProto.DataType.values()[1:]:
                     raise ExportError(f"{end.name[:80]!r} has no type of elements; export it again")

@@ -144,6 +144,28 @@ def logits_of(output: object) -> Tensor:
     return logits
 
 
+def class_count(outputs: Mapping[str, Sequence[int]]) -> int | None:
+    """The number of classes of a model by the shapes of its outputs; None if it gives no logits (images, classes)."""
+    logits = logits_among(outputs)
+    return logits[1] if logits is not None and len(logits) == 2 else None
+
+
+def check_classifier(model: nn.Module, outputs: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a model that is no classifier.
+
+    Arguments:
+        model: the float model, or any module of which it is not known whether it has a head.
+        outputs: the shapes of its outputs by name.
+
+    Raises:
+        ModelError: it has no head, or gives no logits.
+    """
+    refuse_features(model)
+    if class_count(outputs) is None:
+        given = ", ".join(f"{name} {list(shape[1:])}" for name, shape in outputs.items())
+        raise ModelError(f"the model gives no logits, one number for each class: its outputs are {given} for an image")
+
+
 def logits_among(outputs: Mapping[str, T]) -> T | None:
     """The entry for the logits among a model's outputs by name: `logits`, or the only output; None if neither."""
     return outputs.get("logits", next(iter(outputs.values())) if len(outputs) == 1 else None)

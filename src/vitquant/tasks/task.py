@@ -18,6 +18,7 @@ from vitquant.tasks.features import FeaturesResult
 
 Result = ClassificationResult | FeaturesResult
 Model = Callable[[Tensor], Any]
+Shapes = Mapping[str, Sequence[int]]
 OutputError = Callable[[Tensor, Tensor], Tensor]  # of an output and the float model's, (images, ...): (images,)
 
 
@@ -28,6 +29,7 @@ class Task:
     Arguments:
         name: by which users choose it, and under which it is saved.
         labelled: whether evaluation needs labels.
+        check: refuses a float model whose outputs, of these shapes by name, are not of the task.
         evaluate: evaluates a model, with its float model, on batches.
         errors: from the shapes of a model's outputs by name, for each output its error for methods that learn.
         same: maps the outputs of two forms of a model, tensors by name, to the images with the same answer, bool
@@ -36,27 +38,39 @@ class Task:
 
     name: str
     labelled: bool
+    check: Callable[[nn.Module, Shapes], None]
     evaluate: Callable[[Model, Model | None, Iterable[Any], Progress, str], Result]
-    errors: Callable[[Mapping[str, Sequence[int]]], tuple[OutputError, ...]]
+    errors: Callable[[Shapes], tuple[OutputError, ...]]
     same: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] | None
 
 
-def _of_logits(outputs: Mapping[str, Sequence[int]]) -> tuple[OutputError, ...]:
+def _of_logits(outputs: Shapes) -> tuple[OutputError, ...]:
     """A shift of all logits changes no probability; what else the model gives is compared as it is."""
     logits = classification.logits_among({name: name for name in outputs})
     shifted = (name == logits and len(shape) == 2 and shape[1] > 1 for name, shape in outputs.items())
     return tuple(shift_free_error if each else relative_error for each in shifted)
 
 
-def _of_features(outputs: Mapping[str, Sequence[int]]) -> tuple[OutputError, ...]:
+def _of_features(outputs: Shapes) -> tuple[OutputError, ...]:
     return tuple(relative_error for _ in outputs)
+
+
+def _anything(model: nn.Module, outputs: Shapes) -> None:
+    """All outputs are features."""
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("classification", True, classification.evaluate, _of_logits, classification.same_classes),
-        Task("features", False, features.evaluate, _of_features, None),
+        Task(
+            "classification",
+            True,
+            classification.check_classifier,
+            classification.evaluate,
+            _of_logits,
+            classification.same_classes,
+        ),
+        Task("features", False, _anything, features.evaluate, _of_features, None),
     )
 }
 
@@ -72,14 +86,12 @@ def task_named(name: str) -> Task:
     return TASKS[name]
 
 
-def task_of(model: nn.Module, outputs: Mapping[str, Sequence[int]]) -> Task:
+def task_of(model: nn.Module, outputs: Shapes) -> Task:
     """The most likely task of a model: classification if it returns logits, else features.
 
     Arguments:
         model: the float model, to determine whether it has a head.
         outputs: the shapes of its outputs by name, as in `CapturedModel.outputs`.
     """
-    logits = classification.logits_among(outputs)
-    if logits is None or len(logits) != 2 or is_headless(model):
-        return TASKS["features"]
-    return TASKS["classification"]
+    classifies = classification.class_count(outputs) is not None and not is_headless(model)
+    return TASKS["classification" if classifies else "features"]
