@@ -238,6 +238,16 @@ def test_forward_is_decode_of_encode_bit_for_bit(case: Case) -> None:
 
 @law
 @given(ALL)
+def test_without_gradients_the_result_is_the_same_and_the_operand_stays(case: Case) -> None:
+    x = case.x.clone()
+    with_gradients = case.quantizer(x)
+    with torch.no_grad():
+        assert same_bits(case.quantizer(x), with_gradients.detach())
+    assert same_bits(x, case.x)
+
+
+@law
+@given(ALL)
 def test_codes_are_canonical(case: Case) -> None:
     codes = case.quantizer.encode(case.x)
     again = case.quantizer.encode(case.quantizer.decode(codes, case.x.dtype))

@@ -85,7 +85,9 @@ class Quantizer(nn.Module):
         """
         work = x.to(_working_dtype(x.dtype))
         step = self.step_along(work)
-        return (self._nearest_level(work / step) * step).to(x.dtype)
+        level = self._nearest_level(work / step)
+        in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        return (level.mul_(step) if in_place else level * step).to(x.dtype)
 
     def reference(self, x: Tensor) -> Tensor:
         """What the float model computes in its place: the identity."""
@@ -125,7 +127,7 @@ class Quantizer(nn.Module):
         return repr(self.spec)
 
     def _nearest_level(self, ratio: Tensor) -> Tensor:
-        """The level nearest to `ratio` = x / step, differentiable."""
+        """The level nearest to `ratio` = x / step, differentiable; without gradients perhaps in its memory."""
         raise NotImplementedError
 
     def _code(self, level: Tensor) -> Tensor:

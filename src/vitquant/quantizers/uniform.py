@@ -49,6 +49,8 @@ class UniformQuantizer(Quantizer):
         clamp_first = isinstance(scheme, Uniform) and scheme.clamp_before_round
         if self.rounding is not None:
             return torch.minimum(torch.maximum(ratio.detach().floor() + self.rounding, low), high)
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return _rounded(ratio, low, high, into=ratio)  # fresh memory costs more than the arithmetic
         return _NearestInteger.apply(ratio, low, high, clamp_first)  # type: ignore[return-value]
 
     def _code(self, level: Tensor) -> Tensor:
@@ -62,6 +64,14 @@ class UniformQuantizer(Quantizer):
         return self._along(self.zero_point, like)
 
 
+def _rounded(ratio: Tensor, low: Tensor, high: Tensor, into: Tensor | None = None) -> Tensor:
+    """The argument rounded and clamped to integers low..high, in the memory of `into`."""
+    levels = torch.round(ratio, out=into).add_(0.0)  # + 0 turns -0 into 0, since codes have no -0
+    into = None if torch.compiler.is_compiling() else levels  # compilers manage memory themselves
+    levels = torch.maximum(levels, low, out=into)  # as clamp_, which takes ten times as long with tensor bounds
+    return torch.minimum(levels, high, out=into)
+
+
 class _NearestInteger(torch.autograd.Function):
     """The argument rounded and clamped to integers low..high, with the gradient of the clamp alone.
 
@@ -72,10 +82,7 @@ class _NearestInteger(torch.autograd.Function):
 
     @staticmethod
     def forward(ratio: Tensor, low: Tensor, high: Tensor, clamp_first: bool) -> Tensor:
-        levels = torch.round(ratio).add_(0.0)  # + 0 turns -0 into 0, since codes have no -0
-        into = None if torch.compiler.is_compiling() else levels  # compilers manage memory themselves
-        levels = torch.maximum(levels, low, out=into)  # as clamp_, which takes ten times as long with tensor bounds
-        return torch.minimum(levels, high, out=into)
+        return _rounded(ratio, low, high)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
