@@ -42,7 +42,7 @@ def float_deit() -> torch.nn.Module:
 
 def quantized(model: torch.nn.Module, variant: str, calibration: Sequence[Item]) -> vitquant.QuantizedModel:
     """The model by a variant: a recipe, then bits, then settings as `vitquant quantize --set` takes them."""
-    recipe, bits = _requested(variant)
+    recipe, bits = requested_variant(variant)
     size = min(recipe.calibration.batch, len(calibration))
     data = batches(calibration, PREPROCESSING, size)
     # What lowers runs in integers all the same.
@@ -51,10 +51,10 @@ def quantized(model: torch.nn.Module, variant: str, calibration: Sequence[Item])
 
 def asked(variant: str) -> Calibration:
     """How many calibration images a variant asks for."""
-    return _requested(variant)[0].calibration
+    return requested_variant(variant)[0].calibration
 
 
-def _requested(variant: str) -> tuple[Recipe, Bits]:
+def requested_variant(variant: str) -> tuple[Recipe, Bits]:
     name, *rest = variant.split()
     bits = next((word for word in rest if "=" not in word), None)
     return requested(name, bits, [word for word in rest if "=" in word])

@@ -36,6 +36,7 @@ class Segment(nn.Module):
 
     Attributes:
         inputs, outputs: as given; where `outputs` is one name, a call returns one tensor, and a tuple otherwise.
+        axes: the axis of each input that grows with the batch; None for an input that has none.
         shapes: the shape of each output by its name, -1 for the size that grows with the batch.
 
     Pitfall: a quantizer that is inserted into the model later is not in the segment; make the segment again.
@@ -52,6 +53,8 @@ class Segment(nn.Module):
         super().__init__()
         self.inputs, self.outputs = inputs, outputs
         self._graph, self._quantized = graph, quantized
+        read = [node.meta["shape"] for node in graph.nodes if node.op == "placeholder"]
+        self.axes = tuple(shape.index(-1) if -1 in shape else None for shape in read)
         results: Any = next(node.args[0] for node in graph.nodes if node.op == "output")
         results = (results,) if isinstance(results, Node) else results
         self.shapes = {name: result.meta["shape"] for name, result in zip(_several(outputs), results, strict=True)}

@@ -112,7 +112,7 @@ def searched(
         )
     x, weight = held[str(site.reader("input"))], model.parameter(read["weight"]).detach()
     if site.kind == "conv":
-        stride, padding, dilation = (option(node, place, name, default) for place, name, default in _OF_CONV)
+        stride, padding, dilation = (option(node, place, name, default) for place, name, default in OF_CONV)
         patches = functional.unfold(x.flatten(0, 1), weight.shape[2:], dilation, padding, stride).mT
         x = patches.unflatten(0, x.shape[:2])
     bias = stored(module, option(node, 2, "bias", None))
@@ -121,7 +121,7 @@ def searched(
     return SearchedLayer(x.flatten(1, -2), weight.to(x.dtype), used, correctable, values)
 
 
-_OF_CONV = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+OF_CONV = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
 
 
 def option(node: Node, place: int, name: str, default: Any) -> Any:

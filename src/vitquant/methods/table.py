@@ -15,8 +15,10 @@ from vitquant.methods.contract import Definition, Needs, Phase
 from vitquant.methods.integer_operations import integer_operations
 from vitquant.methods.output_reconstruction import ReconstructOutputSettings, reconstruct_output
 from vitquant.methods.power_of_two_factor import ChooseFactorsSettings, choose_factors, has_no_factors
+from vitquant.methods.scale_evolution import EvolveScalesSettings, check_evolution, evolve_scales
 from vitquant.methods.scale_reparameterization import ReparameterizeScalesSettings, check_sites, reparameterize_scales
 from vitquant.methods.scale_search import SearchScalesSettings, search_scales
+from vitquant.methods.weight_correction import CorrectWeightsSettings, correct_weights
 from vitquant.model import QuantizedModel, Record
 from vitquant.recipe import Method, Recipe
 from vitquant.schema import Table, check, of_type
@@ -38,6 +40,15 @@ METHODS: dict[str, Definition[Any]] = {
     ),
     "choose-factors": Definition(
         choose_factors, ChooseFactorsSettings, Phase.SEARCH, Needs(passes=1), _CALIBRATED, idle=has_no_factors
+    ),
+    "correct-weights": Definition(correct_weights, CorrectWeightsSettings, Phase.SEARCH, Needs(passes=1), _CALIBRATED),
+    "evolve-scales": Definition(
+        evolve_scales,
+        EvolveScalesSettings,
+        Phase.SEARCH,
+        Needs(passes=2, teacher=True, memory=True),
+        _CALIBRATED,
+        check_evolution,
     ),
     "reconstruct-output": Definition(
         reconstruct_output,

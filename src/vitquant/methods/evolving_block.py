@@ -1,0 +1,141 @@
+"""The numbers of one block that evolve, and the quantizers that they are put into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitquant.errors import CalibrationError
+from vitquant.methods.weight_correction import CorrectableLayer, apply_correction, correction, moments
+from vitquant.quantizers import Quantizer
+from vitquant.quantizers.parameters import SMALLEST_SCALE
+from vitquant.search.evolution import Genes
+from vitquant.spec import Logarithmic, PowerOfTwoFactor, PowerOfTwoScale
+
+PARAMETERS = ("scale", "zero_point", "factor")
+
+
+@dataclass(frozen=True)
+class EvolvingLayer:
+    """A layer whose quantized weight keeps its mean and variance whatever its scale.
+
+    Arguments:
+        layer: the layer.
+        weight, bias: copies of its stored tensors.
+        wanted: the mean and standard deviation of every channel of its quantized weight.
+    """
+
+    layer: CorrectableLayer
+    weight: Tensor
+    bias: Tensor | None
+    wanted: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, layer: CorrectableLayer) -> EvolvingLayer:
+        """The layer with the moments that its quantized weight has now."""
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        return cls(layer, layer.weight.detach().clone(), bias, moments(layer.quantizer(layer.weight)))
+
+    def correct(self) -> None:
+        """Correct the layer for the scale that its quantizer has now, which is relative to the copied weight."""
+        layer = self.layer
+        layer.weight.copy_(self.weight)
+        if layer.bias is not None and self.bias is not None:
+            layer.bias.copy_(self.bias)
+        apply_correction(layer, correction(layer.quantizer(layer.weight), self.wanted))
+
+
+@dataclass(frozen=True)
+class EvolvingBlock:
+    """A block with parameters of quantizers that evolve.
+
+    Arguments:
+        quantizers: by the name of their value.
+        parameters: those of `PARAMETERS` that evolve.
+        layers: whose weights keep their mean and variance.
+    """
+
+    quantizers: Mapping[str, Quantizer]
+    parameters: Sequence[str]
+    layers: Sequence[EvolvingLayer] = ()
+
+    def genes(self, mutation: float, relative: bool) -> Genes:
+        """The current parameters of the quantizers, and how far a mutation may move each.
+
+        Zero points and factors are integers and move by one at most; scales of channels that are zero stay.
+
+        Arguments:
+            mutation: how far a scale moves, as an amount, or as a share of it if `relative`.
+
+        Raises:
+            CalibrationError: a mutation could make a scale zero or negative.
+        """
+        parts = [self._of(name, mutation, relative) for name in self._tensors()]
+        return Genes(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    def put(self, genes: Tensor) -> None:
+        """Set the parameters of the quantizers.
+
+        Arguments:
+            genes: float64 (n,), as in `genes`.
+        """
+        tensors = self._tensors()
+        parts = genes.split([tensor.numel() for tensor in tensors.values()])
+        for (name, parameter), part in zip(tensors, parts, strict=True):
+            before: Tensor = getattr(self.quantizers[name], parameter)
+            setattr(self.quantizers[name], parameter, part.view(before.shape).to(before))
+        for layer in self.layers:
+            layer.correct()
+
+    def _tensors(self) -> dict[tuple[str, str], Tensor]:
+        """The evolving tensors, by the name of their value and of the parameter."""
+        return {
+            (name, parameter): getattr(quantizer, parameter)
+            for name, quantizer in self.quantizers.items()
+            for parameter in self.parameters
+            if evolves(quantizer, parameter)
+        }
+
+    def _of(self, key: tuple[str, str], mutation: float, relative: bool) -> tuple[Tensor, ...]:
+        name, parameter = key
+        quantizer = self.quantizers[name]
+        start = getattr(quantizer, parameter).detach().cpu().double().flatten()
+        whole = parameter != "scale"
+        low, high = _limits(quantizer, parameter)
+        reach = torch.full_like(start, 1.0 if whole else mutation)
+        if not whole:
+            reach[start <= SMALLEST_SCALE] = 0.0
+            unsafe = (start <= reach) & (reach > 0)
+            if not relative and bool(unsafe.any()):
+                smallest = start[unsafe].min().item()
+                raise CalibrationError(
+                    f"a scale is {smallest:.3g}, and a mutation by {mutation:g} could make it zero or negative: give a "
+                    "smaller mutation, or a relative one",
+                    name,
+                )
+        flags = (torch.full_like(start, relative and not whole).bool(), torch.full_like(start, whole).bool())
+        return start, reach, *flags, torch.full_like(start, low), torch.full_like(start, high)
+
+
+def evolves(quantizer: Quantizer, parameter: str) -> bool:
+    """Whether a parameter of a quantizer can be changed by itself."""
+    scheme = quantizer.spec.scheme
+    if parameter == "scale":
+        return not isinstance(scheme, PowerOfTwoScale | Logarithmic)
+    if parameter == "zero_point":
+        return quantizer.zero_point is not None and not quantizer.spec.symmetric
+    return isinstance(scheme, PowerOfTwoFactor)
+
+
+def _limits(quantizer: Quantizer, parameter: str) -> tuple[float, float]:
+    spec = quantizer.spec
+    if parameter == "scale":
+        return SMALLEST_SCALE, math.inf
+    if parameter == "zero_point":
+        return spec.qmin, spec.qmax
+    assert isinstance(spec.scheme, PowerOfTwoFactor)
+    return 0, spec.scheme.factors - 1

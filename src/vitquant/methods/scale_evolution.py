@@ -1,0 +1,367 @@
+"""Scale evolution: search the scales of one block after another by the loss of the model's outputs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from vitquant.errors import CalibrationError, RecipeError
+from vitquant.graph.kinds import OPERANDS
+from vitquant.graph.parts import in_parts
+from vitquant.graph.segments import IMAGES, Segment
+from vitquant.methods.context import Context
+from vitquant.methods.evolving_block import PARAMETERS, EvolvingBlock, EvolvingLayer, evolves
+from vitquant.methods.held_prefixes import HeldPrefixes, suffix
+from vitquant.methods.searched_layer import LAYERS
+from vitquant.methods.weight_correction import correctable_layers, why_not_correctable
+from vitquant.model import QuantizedModel, Record
+from vitquant.objectives.output_loss import OUTPUT_LOSSES
+from vitquant.quantizers import Quantizer
+from vitquant.schema import Integer, ListOf, Number, Table, nearest
+from vitquant.search.evolution import Evolution, EvolutionSettings, Genes, within
+from vitquant.work import Saved, WorkState
+
+
+@dataclass(frozen=True)
+class EvolveScalesSettings:
+    """Which parameters evolve, by which loss, and how long.
+
+    Arguments:
+        sites: globs of the names of sites.
+        operands: of these sites.
+        parameters: of the operands' quantizers: `scale`, `zero_point`, `factor` (of power-of-two factors).
+        blocks: the numbers of the blocks that evolve; all when empty.
+        loss: one of `OUTPUT_LOSSES`.
+        passes: how many times to evolve every block.
+        cycles: the number of children of a block in a pass.
+        population, sample, rate: see `EvolutionSettings`.
+        mutation: how far a scale may move at once: an amount, or a share of the scale if `relative`.
+        relative: see `mutation`.
+        keep_moments: whether every child's quantized weights keep the mean and the variance of each output channel.
+
+    Raises:
+        RecipeError: a word is unknown or a number out of range.
+    """
+
+    sites: tuple[str, ...] | list[str] = ("*",)
+    operands: tuple[str, ...] | list[str] = ("weight",)
+    parameters: tuple[str, ...] | list[str] = ("scale",)
+    blocks: tuple[int, ...] | list[int] = ()
+    loss: str = "infonce"
+    passes: int = 10
+    cycles: int = 3
+    population: int = 15
+    sample: int = 10
+    rate: float = 1.0
+    mutation: float = 1e-3
+    relative: bool = False
+    keep_moments: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("operands", OPERANDS), ("parameters", PARAMETERS), ("sites", ())):
+            words = getattr(self, name)
+            if isinstance(words, str) or not words or not all(isinstance(word, str) for word in words):
+                raise RecipeError(f"evolve-scales: {name} = {words!r}: it is a list of words, one at least")
+            for word in words if known else ():
+                if word not in known:
+                    raise RecipeError(f"evolve-scales: {name} has no {word!r}; {nearest(word, known)}")
+        if self.loss not in OUTPUT_LOSSES:
+            raise RecipeError(f"evolve-scales: loss = {self.loss!r} is unknown; {nearest(self.loss, OUTPUT_LOSSES)}")
+        if not all(isinstance(number, int) and not isinstance(number, bool) for number in self.blocks):
+            raise RecipeError(f"evolve-scales: blocks = {self.blocks!r}: it is a list of whole numbers")
+        for name in ("passes", "cycles", "population", "sample"):
+            if not isinstance(getattr(self, name), int) or not 1 <= getattr(self, name) <= 1_000_000:
+                raise RecipeError(
+                    f"evolve-scales: {name} = {getattr(self, name)}: it is a whole number from 1 to 1,000,000"
+                )
+        if not 0 < self.rate <= 1:
+            raise RecipeError(f"evolve-scales: rate = {self.rate}: it is above 0 and at most 1")
+        if not 0 < self.mutation < (1 if self.relative else math.inf):
+            most = "below 1: more could make a scale zero or negative" if self.relative else "finite"
+            raise RecipeError(f"evolve-scales: mutation = {self.mutation}: it is positive and {most}")
+
+
+def evolve_scales(model: QuantizedModel, context: Context, settings: EvolveScalesSettings) -> Record:
+    """Search scales of one block after another, the last block first, by the loss of the model's outputs.
+
+    For each block a population of copies of its scales evolves for some cycles, and the fittest is taken. Fitness is
+    the mean loss of the outputs of the quantized model against those of the float model, over all images. Only the part
+    of the model behind the block's inputs is computed for it: its inputs are held in memory within the budget.
+
+    Arguments:
+        model: calibrated, its operations still in float; scales change, and with `keep_moments` stored weights and
+            biases.
+        context: its data are iterated over several times; its teacher is used. After an interruption, a later call with
+            the same work state continues; at the deadline it ends with the best so far.
+        settings: see `EvolveScalesSettings`.
+
+    Returns:
+        The loss before, after each pass and after, and for each block how much its children lowered it.
+
+    Raises:
+        CalibrationError: no data; a batch of one image, which has no negatives for `infonce`; the loss is NaN or
+            infinite; or a mutation could make a scale zero or negative.
+        RecipeError: see `check_evolution`.
+
+    Source: Evol-Q, Frumkin et al. 2023, algorithm 1. docs/evol-q.md.
+    """
+    model.require_calibrated()
+    check_evolution(model, settings)
+    assert context.teacher is not None
+    with torch.inference_mode():
+        references, sizes = _references(context, settings.loss)
+    blocks = _blocks(model, context, settings)
+    suffixes = {number: suffix(model, number) for number in blocks}
+    held = sum(each.nbytes for batch in references for each in batch)
+    inputs = {number: part.inputs for number, part in suffixes.items()}
+    prefixes = HeldPrefixes(model, context.data, sizes, inputs, context.memory * 1e9 - held)
+    search = _Search(settings, context, blocks, suffixes, prefixes, references, sizes)
+    with torch.inference_mode(False), torch.no_grad():
+        search.run()
+    return search.record()
+
+
+def check_evolution(model: QuantizedModel, settings: EvolveScalesSettings) -> None:
+    """Refuse settings that leave nothing of a model to evolve.
+
+    Raises:
+        RecipeError: there is no such block, or no quantizer has the operands and parameters in question.
+    """
+    known = sorted(model.index.blocks)
+    for number in settings.blocks:
+        if number not in known:
+            there = f"its blocks are {known[0]} to {known[-1]}" if known else "it has none"
+            raise RecipeError(f"the model has no block {number}; {there}")
+    if not any(_names(model, settings).values()):
+        raise RecipeError(
+            f"no quantized operand in a block is one of {', '.join(settings.operands)} at sites that match "
+            f"{', '.join(settings.sites)}"
+        )
+
+
+# --- what evolves ---------------------------------------------------------------------------------------
+
+
+def _names(model: QuantizedModel, settings: EvolveScalesSettings) -> dict[int, list[str]]:
+    """The names of the values that evolve, by the number of the first block that reads them."""
+    found: dict[int, list[str]] = {number: [] for number in settings.blocks or sorted(model.index.blocks)}
+    quantized = set(model.quantized_names)
+    for value in model.values:
+        readers = [reader for reader in value.readers if reader.operand in settings.operands]
+        matched = [reader for reader in readers if any(fnmatchcase(reader.site, glob) for glob in settings.sites)]
+        numbers = [model.index.site(reader.site).block for reader in value.readers]
+        first = min((number for number in numbers if number is not None), default=None)
+        if matched and value.name in quantized and first in found and None not in numbers:
+            found[first].append(value.name)
+    return found
+
+
+def _blocks(model: QuantizedModel, context: Context, settings: EvolveScalesSettings) -> dict[int, EvolvingBlock]:
+    """The blocks that have something to evolve, the last first."""
+    quantizers = model.quantizers
+    names = {
+        number: [name for name in some if _any_evolves(quantizers[name], settings)]
+        for number, some in _names(model, settings).items()
+    }
+    if not any(names.values()):
+        raise CalibrationError(
+            f"no quantizer has a {' or '.join(settings.parameters)} that may change: powers of two are fixed, and so "
+            "are zero points of symmetric weights"
+        )
+    evolving = {name for some in names.values() for name in some}
+    layers: dict[str, EvolvingLayer] = {}
+    if settings.keep_moments:
+        of_weights = [
+            site
+            for site in model.sites
+            if site.kind in LAYERS
+            and model.index.read_by(site)["weight"].name in evolving
+            and not why_not_correctable(model, site)
+        ]
+        found = correctable_layers(model, of_weights, context.data)
+        layers = {layer.name: EvolvingLayer.of(layer) for layer in found}
+    return {
+        number: EvolvingBlock(
+            {name: quantizers[name] for name in some},
+            tuple(settings.parameters),
+            tuple(layers[name] for name in some if name in layers),
+        )
+        for number, some in sorted(names.items(), reverse=True)
+        if some
+    }
+
+
+def _any_evolves(quantizer: Quantizer, settings: EvolveScalesSettings) -> bool:
+    return any(evolves(quantizer, parameter) for parameter in settings.parameters)
+
+
+def _references(context: Context, loss: str) -> tuple[list[tuple[Tensor, ...]], list[int]]:
+    """The float model's outputs for each batch, and the number of images of each."""
+    teacher = context.teacher
+    assert teacher is not None
+    compute = teacher.segment(IMAGES, [site.name for site in teacher.sites if site.kind == "output"])
+    found: list[tuple[Tensor, ...]] = []
+    sizes: list[int] = []
+    for batch in context.data:
+        if loss == "infonce" and len(batch) < 2:
+            raise CalibrationError(
+                f"batch {len(sizes) + 1} has one image, and infonce compares every image with the others of its batch: "
+                "give batches of at least two, or another number of images"
+            )
+        found.append(in_parts(compute, [batch], len(batch)))
+        sizes.append(len(batch))
+    if not sizes:
+        raise CalibrationError("no calibration images: give at least one batch")
+    return found, sizes
+
+
+# --- the search -----------------------------------------------------------------------------------------
+
+_STATE = Table(
+    {
+        "evaluations": Integer(0),
+        "losses": ListOf(Number(0.0, 1e30), most=2**21),
+        "gains": ListOf(Number(-1e30, 1e30), most=2**16),
+    }
+)
+
+
+@dataclass
+class _Search:
+    """The search, and how far it is.
+
+    Arguments:
+        settings, context: of the method.
+        blocks: what evolves, by the number of the block, in the order in which they evolve.
+        suffixes: the part of the model behind the inputs of each.
+        prefixes: the inputs of these parts.
+        references: the float outputs of each batch.
+        sizes: the number of images of each batch.
+        evaluations: how many children have been evaluated.
+        losses: the loss before, and the loss at the end of each pass; the last is the current one.
+        gains: by how much the loss fell at each block.
+    """
+
+    settings: EvolveScalesSettings
+    context: Context
+    blocks: Mapping[int, EvolvingBlock]
+    suffixes: Mapping[int, Segment]
+    prefixes: HeldPrefixes
+    references: Sequence[Sequence[Tensor]]
+    sizes: Sequence[int]
+    evaluations: int = 0
+    losses: list[float] = field(default_factory=list)
+    gains: list[float] = field(default_factory=list)
+
+    @property
+    def of(self) -> int:
+        """The number of evaluations in all."""
+        return self.settings.passes * len(self.blocks) * self.settings.cycles
+
+    def run(self) -> None:
+        """Search until all passes are done, or the time is up, and leave the best in the quantizers."""
+        settings, work, numbers = self.settings, self.context.work, list(self.blocks)
+        genes = {number: block.genes(settings.mutation, settings.relative) for number, block in self.blocks.items()}
+        best = {number: each.start for number, each in genes.items()}
+        saved = self._resumed(work, genes, best)
+        if saved is None:
+            self.losses, self.gains = [self._loss(numbers[0])], [0.0] * len(numbers)
+        started, before = time.monotonic(), self.evaluations
+        for turn in range(self.evaluations // settings.cycles, settings.passes * len(numbers)):
+            number, place = numbers[turn % len(numbers)], turn % len(numbers)
+            if len(self.losses) < turn // len(numbers) + 2:  # a new pass
+                self.losses.append(self.losses[-1])
+                self.prefixes.renew()
+            evolution = self._evolution(replace(genes[number], start=best[number]), turn)
+            if saved is not None:
+                _restore(evolution, saved, genes[number])
+                saved = None
+            while self.evaluations < (turn + 1) * settings.cycles:
+                if self.context.out_of_time or work.due:
+                    self._save(work, best, evolution)
+                if self.context.out_of_time:
+                    return
+                rate = (self.evaluations - before) / max(time.monotonic() - started, 1e-9)
+                what = f"evolving block {number}: loss {evolution.best[1]:.6g}, {rate:.2g} evaluations/s"
+                self.context.progress(what, self.evaluations, self.of)
+                child = evolution.ask()
+                self.blocks[number].put(child)
+                evolution.tell(child, self._loss(number))
+                self.evaluations += 1
+                self.blocks[number].put(evolution.best[0])
+            best[number], loss = evolution.best
+            self.gains[place] += self.losses[-1] - loss
+            self.losses[-1] = loss
+        self.context.progress("evolving scales", self.of, self.of)
+
+    def record(self) -> Record:
+        """The losses, and for each block how many operands evolved and by how much the loss fell."""
+        summary = {
+            "images": sum(self.sizes),
+            "loss": self.settings.loss,
+            "loss before": self.losses[0],
+            "loss after each pass": self.losses[1:],
+            "evaluations": self.evaluations,
+            "of": self.of,
+        }
+        decisions = {
+            f"block {number}": {"operands": len(block.quantizers), "loss lowered by": gain}
+            for (number, block), gain in zip(self.blocks.items(), self.gains, strict=True)
+        }
+        return Record("evolve-scales", summary, decisions)
+
+    def _evolution(self, genes: Genes, turn: int) -> Evolution:
+        settings = EvolutionSettings(self.settings.population, self.settings.sample, self.settings.rate)
+        return Evolution(genes, self.losses[-1], settings, self.context.generator(f"evolve-scales {turn}"))
+
+    def _loss(self, number: int) -> float:
+        """The mean loss over all images of the model as it is, computed from the inputs of a block."""
+        loss, total = OUTPUT_LOSSES[self.settings.loss], 0.0
+        with torch.inference_mode():
+            held = zip(self.prefixes.batches(number), self.references, self.sizes, strict=True)
+            for inputs, references, size in held:
+                outputs = in_parts(self.suffixes[number], inputs, size)
+                losses = [loss(*pair).sum() for pair in zip(outputs, references, strict=True)]
+                total += torch.stack(losses).mean().item()
+        mean = total / sum(self.sizes)
+        if not self.losses and not math.isfinite(mean):
+            raise CalibrationError(f"the loss is {mean} before the search: the quantized model gives no finite outputs")
+        return mean
+
+    def _save(self, work: WorkState, best: Mapping[int, Tensor], evolution: Evolution) -> None:
+        tensors = {f"genes/{number}": each for number, each in best.items()}
+        tensors |= {f"evolution/{name}": each for name, each in evolution.state().items()}
+        work.save(tensors, {"evaluations": self.evaluations, "losses": self.losses, "gains": self.gains})
+
+    def _resumed(self, work: WorkState, genes: Mapping[int, Genes], best: dict[int, Tensor]) -> Saved | None:
+        """Continue from the state that a killed run saved; None if there is none."""
+        saved = work.load(_STATE)
+        if saved is None:
+            return None
+        self.evaluations, self.losses, self.gains = (saved.values[key] for key in ("evaluations", "losses", "gains"))
+        passes = self.evaluations // (self.settings.cycles * len(self.blocks))
+        if self.evaluations >= self.of or len(self.losses) != passes + 2 or len(self.gains) != len(self.blocks):
+            raise saved.damaged()
+        for number, block in self.blocks.items():
+            best[number] = saved.tensor(f"genes/{number}", genes[number].start)
+            if not within(genes[number], best[number]):
+                raise saved.damaged()
+            block.put(best[number])
+        return saved
+
+
+def _restore(evolution: Evolution, saved: Saved, genes: Genes) -> None:
+    """Continue an evolution from a saved state, which may come from any file."""
+    state = {name: saved.tensor(f"evolution/{name}", like) for name, like in evolution.state().items()}
+    try:
+        evolution.restore(state)
+    except RuntimeError as refused:  # no state of a generator
+        raise saved.damaged() from refused
+    if not within(genes, state["members"]):
+        raise saved.damaged()
