@@ -280,7 +280,7 @@ class _Search:
                 self.prefixes.renew()
             evolution = self._evolution(replace(genes[number], start=best[number]), turn)
             if saved is not None:
-                _restore(evolution, saved, genes[number])
+                _restore(evolution, saved)
                 saved = None
             while self.evaluations < (turn + 1) * settings.cycles:
                 if self.context.out_of_time or work.due:
@@ -356,12 +356,10 @@ class _Search:
         return saved
 
 
-def _restore(evolution: Evolution, saved: Saved, genes: Genes) -> None:
+def _restore(evolution: Evolution, saved: Saved) -> None:
     """Continue an evolution from a saved state, which may come from any file."""
     state = {name: saved.tensor(f"evolution/{name}", like) for name, like in evolution.state().items()}
     try:
         evolution.restore(state)
-    except RuntimeError as refused:  # no state of a generator
+    except ValueError as refused:
         raise saved.damaged() from refused
-    if not within(genes, state["members"]):
-        raise saved.damaged()

@@ -116,11 +116,20 @@ class Evolution:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state` gave, for the same arguments.
 
+        Arguments:
+            state: its tensors have the shapes and dtypes of those of `state`; what they hold is checked.
+
         Raises:
-            RuntimeError: the state of the generator is none.
+            ValueError: no evolution with these arguments has such a state.
         """
-        self._members, self._fitness, self._age = (state[name].clone() for name in ("members", "fitness", "age"))
-        self._generator.set_state(state["generator"])
+        members, fitness, age = (state[name].clone() for name in ("members", "fitness", "age"))
+        if not within(self._genes, members) or len(age.unique()) < len(age) or bool((age < 0).any()):
+            raise ValueError("no evolution of these genes has such members or ages")
+        try:
+            self._generator.set_state(state["generator"])
+        except RuntimeError as refused:
+            raise ValueError("the state of the generator is none") from refused
+        self._members, self._fitness, self._age = members, fitness, age
 
     def _random(self, count: int) -> Tensor:
         """Float64 (count,), uniform in [0, 1)."""

@@ -1,0 +1,219 @@
+"""The recipe evol-q and the overlay evolved-scales, from models to integers."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from architectures import ZOO, vary
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import vitquant
+import vitquant.work
+from vitquant.errors import CheckpointError
+from vitquant.model.saved import digest
+
+QUICK = [
+    "evolve-scales.passes=2", "evolve-scales.cycles=2", "evolve-scales.population=4", "evolve-scales.mutation=0.05",
+    "evolve-scales.relative=true",
+]  # fmt: skip
+
+
+def network(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    build, size = ZOO[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    vary(model)
+    return model, torch.randn(6, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def deit() -> tuple[torch.nn.Module, torch.Tensor]:
+    return network("timm deit")
+
+
+@pytest.mark.parametrize("bits", ["w3a8", "w4a8", "w8a8"])
+def test_the_recipe_runs_in_integers_with_every_weight_on_its_grid(deit, bits: str) -> None:
+    model, images = deit
+    quantized = vitquant.quantize(model, "evol-q", [images], bits=bits, settings=QUICK)
+    assert [record.method for record in quantized.records] == [
+        "calibrate", "choose-factors", "correct-weights", "evolve-scales", "integer-operations",
+    ]  # fmt: skip
+    summary = quantized.records[3].summary
+    assert summary["loss after each pass"][-1] < summary["loss before"]
+    for value in quantized.values:
+        if value.parameter is not None and any(reader.operand == "weight" for reader in value.readers):
+            spec = quantized.assignments[value.name].spec
+            assert spec is not None
+            assert not spec.signed
+            assert not spec.symmetric
+            assert spec.bits == int(bits[1])
+    program = vitquant.lower(quantized)
+    report = vitquant.compare(quantized, [images], float_model=model)
+    assert not report.broken
+    assert program.instructions
+
+
+ON_TOP = ("evol-q", *(f"{base}+evolved-scales" for base in ("repq-vit", "vt-ptq", "minmax", "fq-vit")))
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [*(("timm deit", recipe) for recipe in ON_TOP), *((name, "evol-q") for name in ("timm swin", "torchvision vit"))],
+)
+def test_it_works_on_top_of_other_recipes_and_models(name: str, recipe: str) -> None:
+    model, images = network(name)
+    settings = [*QUICK, "search-scales.candidates=3", "search-scales.rounds=1"] if "vt-ptq" in recipe else QUICK
+    quantized = vitquant.quantize(model, recipe, [images], bits="w4a8", settings=settings, simulated=True)
+    record = next(record for record in quantized.records if record.method == "evolve-scales")
+    assert record.summary["loss after each pass"][-1] <= record.summary["loss before"]
+    assert record.summary["evaluations"] == record.summary["of"]
+    assert len(record.decisions) == len(quantized.index.blocks)
+
+
+def test_features_evolve_by_the_same_losses(deit) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), img_size=32, depth=2,
+                              embed_dim=32, num_heads=2).eval()  # fmt: skip
+    _, images = deit
+    quantized = vitquant.quantize(model, "evol-q", [images], settings=QUICK, simulated=True)
+    record = next(record for record in quantized.records if record.method == "evolve-scales")
+    assert record.summary["loss after each pass"][-1] < record.summary["loss before"]
+
+
+def test_the_same_seed_gives_the_same_model_and_another_another(deit) -> None:
+    model, images = deit
+    of = [
+        digest(vitquant.quantize(model, "evol-q", images.split(3), settings=QUICK, seed=seed, memory=memory))
+        for seed, memory in ((0, 4.0), (0, 1e-6), (1, 4.0))
+    ]
+    assert of[0] == of[1] != of[2]
+
+
+# --- nothing is lost ---
+
+
+class KilledError(Exception):
+    """Not one of ours: nothing handles it."""
+
+
+@pytest.fixture(scope="module")
+def whole(deit) -> tuple[str, int]:
+    """The digest of an undisturbed run, and how often it tells its progress."""
+    model, images = deit
+    told: list[str] = []
+    quantized = vitquant.quantize(
+        model, "evol-q", images.split(3), settings=QUICK, progress=lambda what, *_: told.append(what)
+    )
+    return digest(quantized), len(told)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_search_that_was_killed_goes_on_and_ends_the_same(deit, whole, tmp_path, monkeypatch, seed: int) -> None:
+    model, images = deit
+    monkeypatch.setattr(vitquant.work, "_EVERY", 0.0)
+    monkeypatch.setattr(vitquant.work, "_SHARE", 1e9)  # at every chance
+    expected, told = whole
+    last = random.Random(seed).randrange(told)
+    said: list[tuple[str, int]] = []
+
+    def until(last: int):
+        def progress(what: str, done: int, total: int) -> None:
+            said.append((what.partition(",")[0], done))
+            if len(said) > last:
+                raise KilledError
+
+        return progress
+
+    options = {"settings": QUICK, "work": tmp_path / "work"}
+    with pytest.raises(KilledError):
+        vitquant.quantize(model, "evol-q", images.split(3), progress=until(last), **options)
+    before, said = said, []
+    found = vitquant.quantize(model, "evol-q", images.split(3), progress=until(10_000), **options)
+    assert digest(found) == expected
+    assert said[0][1] >= before[-1][1] - 1  # not from the beginning
+
+
+def test_past_the_time_limit_it_ends_with_the_best_so_far_and_goes_on_later(deit, whole, tmp_path) -> None:
+    model, images = deit
+    options = {"settings": QUICK, "work": tmp_path / "work"}
+    found = vitquant.quantize(model, "evol-q", images.split(3), time_limit=0.0, **options)
+    record = next(record for record in found.records if record.method == "evolve-scales")
+    assert record.summary["evaluations"] == 0
+    assert record.summary["of"] == 8
+    vitquant.lower(found)  # whole all the same
+    assert digest(found) != whole[0]
+    assert digest(vitquant.quantize(model, "evol-q", images.split(3), **options)) == whole[0]
+
+
+@pytest.fixture
+def stopped(deit, tmp_path, monkeypatch) -> Callable[[], vitquant.QuantizedModel]:
+    """Continues a search that was killed after two evaluations, with its state in tmp_path."""
+    model, images = deit
+    monkeypatch.setattr(vitquant.work, "_EVERY", 0.0)
+    monkeypatch.setattr(vitquant.work, "_SHARE", 1e9)
+
+    def die(what: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KilledError
+
+    options = {"settings": QUICK, "work": tmp_path / "work"}
+    with pytest.raises(KilledError):
+        vitquant.quantize(model, "evol-q", images.split(3), progress=die, **options)
+    return lambda: vitquant.quantize(model, "evol-q", images.split(3), **options)
+
+
+@pytest.mark.parametrize("key", ["genes/1", "evolution/members", "evolution/generator", "evolution/age"])
+def test_damaged_states_are_refused(stopped, tmp_path, key: str) -> None:
+    file, tensors, about = _part(tmp_path)
+    without = {name: each for name, each in tensors.items() if name != key}
+    for changed in (without, without | {key: torch.zeros(3)}, without | {key: _wrong(tensors[key])}):
+        save_file(changed, file, about)
+        with pytest.raises(CheckpointError, match="is damaged: remove it"):
+            stopped()
+
+
+def test_states_with_other_counts_are_refused(stopped, tmp_path) -> None:
+    file, tensors, about = _part(tmp_path)
+    for name, values in (("evaluations", 99), ("losses", []), ("gains", [0.0]), ("losses", [1.0, "x"])):
+        save_file(tensors, file, {"values": json.dumps(json.loads(about["values"]) | {name: values})})
+        with pytest.raises(CheckpointError, match="is damaged: remove it"):
+            stopped()
+
+
+def _part(folder: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, str]]:
+    """The state of a method that has not ended: its file, its tensors and its values."""
+    (file,) = (folder / "work").glob("*.part.safetensors")
+    content = file.read_bytes()
+    about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    return file, load_file(file), about
+
+
+def _wrong(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape and dtype that no search gives."""
+    return torch.full_like(tensor, -1) if tensor.dtype != torch.uint8 else torch.zeros_like(tensor)
+
+
+def test_bad_input_is_a_line(deit, run, tmp_path) -> None:
+    for number in range(3):
+        Image.new("RGB", (32, 32), (number * 40, 9, 9)).save(tmp_path / f"{number}.png")
+    arguments = ["--model-arg", "img_size=32", "--model-arg", "depth=2", "--weights", "random"]
+    for settings, said in (
+        (["--batch", "1"], "infonce compares every image with the others of its batch"),
+        (["--set", "evolve-scales.blocks=[5]"], "evolve-scales: the model has no block 5; its blocks are 0 to 1"),
+        (["--set", "evolve-scales.mutation=3"], "could make it zero or negative"),
+        (["--set", "evolve-scales.mutations=3"], "mutations"),
+        (["--set", "evolve-scales.passes=x"], "passes"),
+    ):
+        words = ["quantize", "timm:deit_tiny_patch16_224", "--calibration", tmp_path, "--output", tmp_path / "out"]
+        code, out, err = run(*words, *arguments, "--recipe", "evol-q", *settings)
+        assert code == 2
+        assert said in err
+        assert out == ""
+        assert not (tmp_path / "out").exists()
