@@ -21,6 +21,7 @@ from vitquant.files import discard, replacing
 from vitquant.graph.capture import capture
 from vitquant.graph.captured import CapturedModel
 from vitquant.lowering import check_possible, check_promise
+from vitquant.lowering.recomputed_program import RecomputedProgram
 from vitquant.methods.context import Context
 from vitquant.methods.running import check_gradients, run_steps
 from vitquant.methods.table import passes, planned
@@ -130,7 +131,15 @@ def quantize(
             asked["task"] = meaning.name
             kept = held.enter_context(WorkDirectory.opened(work, {"model": _digest(captured), **asked}))
         context = Context(
-            stream, stream.labelled(), meaning.errors(captured.outputs), teacher, seed, progress, memory, deadline
+            stream,
+            stream.labelled(),
+            meaning.errors(captured.outputs),
+            teacher,
+            seed,
+            progress,
+            memory,
+            deadline,
+            integers=RecomputedProgram,
         )
         run_steps(quantized, steps, context, kept)
     if not simulated:

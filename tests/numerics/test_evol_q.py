@@ -20,7 +20,7 @@ import vitquant
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.methods.context import Context
 from vitquant.methods.evolving_block import EvolvingBlock
-from vitquant.methods.held_prefixes import HeldPrefixes, suffix
+from vitquant.methods.recomputed import RecomputedSimulation
 from vitquant.methods.scale_evolution import EvolveScalesSettings, evolve_scales
 from vitquant.methods.weight_correction import CorrectWeightsSettings, correct_weights, correction, moments
 from vitquant.model import QuantizedModel
@@ -264,19 +264,16 @@ def test_the_result_does_not_depend_on_the_memory(name: str) -> None:
 def test_no_more_is_held_than_the_budget_allows() -> None:
     model, images = made("timm deit")
     data, sizes = list(images.split(2)), [2, 2, 2, 1]
-    inputs = {number: suffix(model, number).inputs for number in model.index.blocks}
+    changing: dict[int, tuple[str, ...]] = dict.fromkeys(model.index.blocks, ())
     with torch.inference_mode():
-        one = sum(x.nbytes for x in model.segment("images", inputs[1])(images[:1]))
+        whole = [tuple(model.named_outputs(model(each)).values()) for each in data]
+        one = model.segment("images", "blocks.0.residual2")(images[:1]).nbytes
         for budget in (one * 14, one * 13, one * 7, one * 5, one):
-            prefixes = HeldPrefixes(model, data, sizes, inputs, budget)
-            for number in sorted(inputs, reverse=True):
-                whole = [model.segment("images", inputs[number])(each) for each in data]
-                found = list(prefixes.batches(number))
-                assert all(
-                    torch.equal(a, b) for x, y in zip(found, whole, strict=True) for a, b in zip(x, y, strict=True)
-                )
-                held = sum(x.nbytes for batches in prefixes._held.values() for batch in batches for x in batch)
-                assert held <= budget
+            simulation = RecomputedSimulation(model, data, sizes, changing, budget)
+            for number in sorted(changing, reverse=True):
+                for pair in zip(simulation.outputs(number), whole, strict=True):
+                    assert all(torch.equal(*tensors) for tensors in zip(*pair, strict=True))
+                assert simulation.held.held_bytes <= budget
 
 
 def test_weights_keep_their_moments_while_their_scales_evolve() -> None:

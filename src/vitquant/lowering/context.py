@@ -17,6 +17,7 @@ from vitquant.integer.correct_rounding import CorrectRounding
 from vitquant.lowering.scaled import Joined, Masked, Powers, Scaled, Static, Term, compact, numerators, size_along
 from vitquant.model import QuantizedModel
 from vitquant.program.instructions import TYPES, Instruction, Lookup, Register, smallest_type
+from vitquant.quantizers import Quantizer
 
 Value = Scaled | Static | Joined | Masked | tuple[()]  # (): a split, whose parts are lowered one by one
 SIMULATE = "run it with --engine simulated, or export it as onnx-qdq"
@@ -33,7 +34,7 @@ class Context:
         static: the tensors that do not depend on the images, for a batch of one.
         dynamic: the nodes that depend on the images.
         values: for each node lowered so far its value in terms of integer registers.
-        image: the codes of the images, once a quantizer of them has been lowered.
+        image, image_quantizer: the codes of the images and their quantizer, once that has been lowered.
         registers, constants, instructions: of the program so far.
     """
 
@@ -48,6 +49,7 @@ class Context:
         self.instructions: list[Instruction] = []
         self.values: dict[Node, Value] = {}
         self.image: Term | None = None
+        self.image_quantizer: Quantizer | None = None
         self.site, self._place = "input", "input"
 
     def enter(self, node: Node) -> None:

@@ -81,49 +81,71 @@ def translate(model: QuantizedModel) -> IntegerProgram:
 
 
 def _program(model: QuantizedModel) -> IntegerProgram:
-    context, codes = Context(model), dict[str, str]()
-    first = image = None
-    results: dict[str, Term] = {}
+    context = Context(model)
     for node in model.graph_module.graph.nodes:
-        context.enter(node)
-        if node.op == "placeholder":
-            continue  # lowered at its quantizers
-        if node.op == "output":
-            results = _results(context, node)
-        elif (quantizer := _quantizer(context, node)) is not None:
-            context.values[node] = quantized(context, node, quantizer)
-            codes[str(node.target).removeprefix("quantizers.")] = context.codes(context.values[node], "result").register
-            if first is None and context.image is not None:
-                first, spec = context.image, quantizer.spec
-                image = {
-                    "scale": float(first.scale),
-                    "zero_point": int(first.zero),
-                    "low": spec.qmin,
-                    "high": spec.qmax,
-                }
-        elif node not in context.dynamic:
-            if node in context.static:
-                context.values[node] = static(context, node)
-        elif origin(node).op == "placeholder" or 0 in context.one_image.get(node, ()):
-            continue  # moves of the images are lowered at their quantizer, and empty tensors need no registers
-        elif node in context.one_image or node.meta.get("shapes"):
-            context.values[node] = _lowered(context, node)
-    if first is None:
+        lower_node(context, node)
+    return program_of(context)
+
+
+def lower_node(context: Context, node: Node) -> None:
+    """Lower a node, after those that it reads: its value is in `context.values`, where it has one.
+
+    Raises:
+        LoweringError: it cannot be computed in integers.
+    """
+    context.enter(node)
+    if node.op in ("placeholder", "output"):
+        return  # the images are lowered at their quantizers, results when all nodes are
+    if (quantizer := _quantizer(context, node)) is not None:
+        known = context.image
+        context.values[node] = quantized(context, node, quantizer)
+        context.codes(context.values[node], "result")
+        if known is None and context.image is not None:
+            context.image_quantizer = quantizer
+    elif node not in context.dynamic:
+        if node in context.static:
+            context.values[node] = static(context, node)
+    elif origin(node).op == "placeholder" or 0 in context.one_image.get(node, ()):
+        pass  # moves of the images are lowered at their quantizer, and empty tensors need no registers
+    elif node in context.one_image or node.meta.get("shapes"):
+        context.values[node] = _lowered(context, node)
+
+
+def program_of(context: Context) -> IntegerProgram:
+    """The program of a model all of whose nodes are lowered.
+
+    Raises:
+        LoweringError: the image is not quantized, or an output has no integers.
+    """
+    nodes = list(context.module.graph.nodes)
+    context.enter(nodes[-1])
+    results = _results(context, nodes[-1])
+    if context.image is None or context.image_quantizer is None:
         raise context.refuse("the image is not quantized", "let the recipe quantize it")
+    quantizers = [node for node in nodes if _quantizer(context, node) is not None]
+    spec = context.image_quantizer.spec
     return IntegerProgram(
-        input=first.register,
+        input=context.image.register,
         outputs={name: result.register for name, result in results.items()},
         registers=context.registers,
         constants=context.constants,
         instructions=tuple(context.instructions),
-        codes=codes,
+        codes={
+            str(node.target).removeprefix("quantizers."): context.codes(context.values[node], "result").register
+            for node in quantizers
+        },
         facts={
-            "input": image,
+            "input": {
+                "scale": float(context.image.scale),
+                "zero_point": int(context.image.zero),
+                "low": spec.qmin,
+                "high": spec.qmax,
+            },
             "outputs": {
                 name: {"scale": result.scale.flatten().tolist(), "zero_point": int(result.zero)}
                 for name, result in results.items()
             },
-            **facts(model),
+            **facts(context.model),
         },
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vitquant.graph.captured import CapturedModel
+from vitquant.methods.recomputed import Recompute
 from vitquant.progress import Progress, silent
 from vitquant.work import WorkState
 
@@ -33,6 +34,8 @@ class Context:
         deadline: when to stop, in seconds of `time.monotonic()`; the method then leaves a valid model, and its record
             says how far it came.
         work: where a method that takes long saves its state.
+        integers: computes the outputs of the integer program of a model that changes, for methods that choose by what
+            is deployed.
     """
 
     data: Iterable[torch.Tensor]
@@ -44,6 +47,7 @@ class Context:
     memory: float = 4.0
     deadline: float = math.inf
     work: WorkState = field(default_factory=WorkState)
+    integers: Recompute | None = None
 
     @property
     def out_of_time(self) -> bool:

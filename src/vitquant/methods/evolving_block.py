@@ -63,6 +63,11 @@ class EvolvingBlock:
     parameters: Sequence[str]
     layers: Sequence[EvolvingLayer] = ()
 
+    @property
+    def changing(self) -> tuple[str, ...]:
+        """The names of the values whose quantizers change, and of the stored tensors that do."""
+        return (*self.quantizers, *(name for each in self.layers for name in each.layer.stored))
+
     def genes(self, mutation: float, relative: bool) -> Genes:
         """The current parameters of the quantizers, and how far a mutation may move each.
 

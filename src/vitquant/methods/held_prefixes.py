@@ -1,119 +1,100 @@
-"""The tensors in front of each block, computed once and held as far as a memory budget allows."""
+"""What the model has computed in front of each block, held as far as a memory budget allows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
+from typing import Generic, Protocol, TypeVar
 
-from torch import Tensor
-
-from vitquant.graph.parts import in_parts
-from vitquant.graph.segments import IMAGES, Segment
-from vitquant.graph.walk import descendants, nodes_by_name
-from vitquant.model import QuantizedModel
+Prefix = TypeVar("Prefix")
 
 
-def suffix(model: QuantizedModel, block: int) -> Segment:
-    """The part of a model from a block to its outputs, with its quantizers.
+class Prefixes(Protocol[Prefix]):
+    """Computes what a model has in front of its blocks, batch by batch."""
 
-    Outputs that the part does not compute are among its inputs.
+    def compute(
+        self, blocks: Sequence[int], known: Mapping[int, Sequence[Prefix]], skip: int = 0
+    ) -> Iterator[dict[int, Prefix]]:
+        """For each batch what is in front of some blocks.
 
-    Arguments:
-        block: a number of `model.index.blocks`.
-    """
-    nodes = nodes_by_name(model.graph_module.graph)
-    numbers = [site.block for site in model.sites]
-    sites = model.sites[numbers.index(block) :]
-    outputs = [site for site in model.sites if site.kind == "output"]
-    computed = {nodes[site.node] for site in sites if site.kind != "output"}
-    behind = descendants(computed, model.graph_module.graph) | computed
-    early = [site.name for site in outputs if nodes[site.operands["input"]] not in behind]
-    inputs, _ = model.boundary([site for site in sites if site.name not in early])
-    return model.segment([*inputs, *early], [site.name for site in outputs])
+        Arguments:
+            blocks: their numbers.
+            known: for at most one block, which is before all of them, what is in front of it in every batch.
+            skip: how many batches are left out.
+        """
+        ...
+
+    def nbytes(self, prefix: Prefix) -> int:
+        """The bytes that it takes."""
+        ...
 
 
-class HeldPrefixes:
-    """The inputs of the suffixes of a model, for all images, batch by batch.
+class HeldPrefixes(Generic[Prefix]):
+    """What is in front of each block, for all images, batch by batch.
 
     As many consecutive blocks as fit into the budget are computed by one pass over the images, the last ones first.
     Where not even one fits, the batches that fit are held and the others are computed anew each time.
 
     Arguments:
-        model: its quantizers in front of a block must not change while the block's inputs are used.
-        data: batches of images, (batch, channels, height, width); iterated over for every pass.
+        prefixes: computes them; nothing in front of a block may change while what is in front of it is used.
+        blocks: the numbers of the blocks.
         sizes: the number of images of each batch.
-        inputs: the names of the inputs of each block's suffix, by the number of the block.
         memory: in bytes.
     """
 
     def __init__(
-        self,
-        model: QuantizedModel,
-        data: Iterable[Tensor],
-        sizes: Sequence[int],
-        inputs: Mapping[int, tuple[str, ...]],
-        memory: float,
+        self, prefixes: Prefixes[Prefix], blocks: Collection[int], sizes: Sequence[int], memory: float
     ) -> None:
-        self._model, self._data, self._sizes, self._inputs, self._memory = model, data, sizes, inputs, memory
-        self._bytes: dict[int, int] | None = None  # of the inputs of a block for one image
-        self._held: dict[int, list[tuple[Tensor, ...]]] = {}
+        self._prefixes, self._blocks, self._sizes, self._memory = prefixes, blocks, sizes, memory
+        self._held: dict[int, list[Prefix]] = {}
+        self._bytes: dict[int, float] = {}  # of each block for one image
 
     def renew(self) -> None:
-        """Forget what depends on quantizers that have changed: all but the inputs of the first block."""
-        first = min(self._inputs)
+        """Forget what depends on what has changed: all but what is in front of the first block."""
+        first = min(self._blocks)
         self._held = {block: held for block, held in self._held.items() if block == first and self._complete(held)}
 
-    def batches(self, block: int) -> Iterator[tuple[Tensor, ...]]:
-        """The inputs of a block's suffix, for each batch."""
+    def batches(self, block: int) -> Iterator[Prefix]:
+        """What is in front of a block, for each batch."""
         if block not in self._held:
             self._hold(block)
         held = self._held[block]
         yield from held
         if not self._complete(held):
-            compute = self._model.segment(IMAGES, self._inputs[block])
-            for number, images in enumerate(self._data):
-                if number >= len(held):
-                    yield in_parts(compute, [images], len(images))
+            for found in self._prefixes.compute([block], {}, skip=len(held)):
+                yield found[block]
 
-    def _complete(self, held: Sequence[tuple[Tensor, ...]]) -> bool:
+    @property
+    def held_bytes(self) -> int:
+        """The bytes that are held."""
+        return sum(self._prefixes.nbytes(prefix) for held in self._held.values() for prefix in held)
+
+    def _complete(self, held: Sequence[Prefix]) -> bool:
         return len(held) == len(self._sizes)
 
     def _hold(self, block: int) -> None:
-        """Hold the inputs of a block, and of as many blocks before it as fit."""
-        needed = self._needed()
-        first = min(self._inputs)
-        known = self._held.get(first)
-        before = sorted((each for each in self._inputs if each <= block and each not in self._held), reverse=True)
-        free = self._memory / sum(self._sizes) - (needed[first] if known else 0)
+        """Hold what is in front of a block, and of as many blocks before it as fit."""
+        self._measure()
+        first = min(self._blocks)
+        known = {first: self._held[first]} if first in self._held else {}
+        before = sorted((each for each in self._blocks if each < block and each not in known), reverse=True)
+        free = self._memory / sum(self._sizes) - sum(self._bytes[each] for each in known)
         group = [block]
-        for each in before[1:]:
-            if sum(needed[one] for one in [*group, each]) > free:
+        for each in before:
+            if sum(self._bytes[one] for one in [*group, each]) > free:
                 break
             group.append(each)
         fits = self._sizes
-        if needed[block] > free:
-            most = self._memory / needed[block]  # images
+        if self._bytes[block] > free:
+            most = self._memory / self._bytes[block]  # images
             fits = [size for size, total in zip(self._sizes, accumulate(self._sizes), strict=True) if total <= most]
-            known = None
-        self._held = {first: known} if known else {}
-        names = [name for each in group for name in self._inputs[each]]
-        distinct = list(dict.fromkeys(names))
-        if known:
-            compute = self._model.segment(self._inputs[first], distinct)
-            found = (in_parts(compute, *each) for each in zip(known, self._sizes, strict=True))
-        else:
-            compute = self._model.segment(IMAGES, distinct)
-            found = (in_parts(compute, [images], len(images)) for images in self._data)
-        self._held |= {each: [] for each in group}
-        for _, tensors in zip(fits, found, strict=False):
-            by_name = dict(zip(distinct, tensors, strict=True))
+            known = {}
+        self._held = {**known, **{each: [] for each in group}}
+        for _, found in zip(fits, self._prefixes.compute(group, known), strict=False):
             for each in group:
-                self._held[each].append(tuple(by_name[name] for name in self._inputs[each]))
+                self._held[each].append(found[each])
 
-    def _needed(self) -> dict[int, int]:
-        if self._bytes is None:
-            names = sorted({name for inputs in self._inputs.values() for name in inputs})
-            one = next(iter(self._data))[:1]
-            sizes = dict(zip(names, (x.nbytes for x in self._model.segment(IMAGES, names)(one)), strict=True))
-            self._bytes = {block: sum(sizes[name] for name in names) for block, names in self._inputs.items()}
-        return self._bytes
+    def _measure(self) -> None:
+        if not self._bytes:
+            found = next(self._prefixes.compute(sorted(self._blocks), {}))
+            self._bytes = {block: self._prefixes.nbytes(each) / self._sizes[0] for block, each in found.items()}

@@ -14,10 +14,10 @@ from torch import Tensor
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.graph.kinds import OPERANDS
 from vitquant.graph.parts import in_parts
-from vitquant.graph.segments import IMAGES, Segment
+from vitquant.graph.segments import IMAGES
 from vitquant.methods.context import Context
 from vitquant.methods.evolving_block import PARAMETERS, EvolvingBlock, EvolvingLayer, evolves
-from vitquant.methods.held_prefixes import HeldPrefixes, suffix
+from vitquant.methods.recomputed import Recomputed, RecomputedSimulation
 from vitquant.methods.searched_layer import LAYERS
 from vitquant.methods.weight_correction import correctable_layers, why_not_correctable
 from vitquant.model import QuantizedModel, Record
@@ -26,6 +26,8 @@ from vitquant.quantizers import Quantizer
 from vitquant.schema import Integer, ListOf, Number, Table, nearest
 from vitquant.search.evolution import Evolution, EvolutionSettings, Genes, within
 from vitquant.work import Saved, WorkState
+
+FITNESS = ("simulation", "integers")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class EvolveScalesSettings:
         population, sample, rate: see `EvolutionSettings`.
         mutation: how far a scale may move at once: an amount, or a share of the scale if `relative`.
         relative: see `mutation`.
+        fitness: whether the loss is that of the `simulation` or of the `integers` that are deployed, for recipes that
+            compute in integers.
         keep_moments: whether every child's quantized weights keep the mean and the variance of each output channel.
 
     Raises:
@@ -61,6 +65,7 @@ class EvolveScalesSettings:
     rate: float = 1.0
     mutation: float = 1e-3
     relative: bool = False
+    fitness: str = "simulation"
     keep_moments: bool = False
 
     def __post_init__(self) -> None:
@@ -73,6 +78,8 @@ class EvolveScalesSettings:
                     raise RecipeError(f"evolve-scales: {name} has no {word!r}; {nearest(word, known)}")
         if self.loss not in OUTPUT_LOSSES:
             raise RecipeError(f"evolve-scales: loss = {self.loss!r} is unknown; {nearest(self.loss, OUTPUT_LOSSES)}")
+        if self.fitness not in FITNESS:
+            raise RecipeError(f"evolve-scales: fitness = {self.fitness!r} is unknown; {nearest(self.fitness, FITNESS)}")
         if not all(isinstance(number, int) and not isinstance(number, bool) for number in self.blocks):
             raise RecipeError(f"evolve-scales: blocks = {self.blocks!r}: it is a list of whole numbers")
         for name in ("passes", "cycles", "population", "sample"):
@@ -117,11 +124,12 @@ def evolve_scales(model: QuantizedModel, context: Context, settings: EvolveScale
     with torch.inference_mode():
         references, sizes = _references(context, settings.loss)
     blocks = _blocks(model, context, settings)
-    suffixes = {number: suffix(model, number) for number in blocks}
     held = sum(each.nbytes for batch in references for each in batch)
-    inputs = {number: part.inputs for number, part in suffixes.items()}
-    prefixes = HeldPrefixes(model, context.data, sizes, inputs, context.memory * 1e9 - held)
-    search = _Search(settings, context, blocks, suffixes, prefixes, references, sizes)
+    changing = {number: block.changing for number, block in blocks.items()}
+    recompute = RecomputedSimulation if settings.fitness == "simulation" else context.integers
+    assert recompute is not None
+    recomputed = recompute(model, context.data, sizes, changing, max(context.memory * 1e9 - held, 0.0))
+    search = _Search(settings, context, blocks, recomputed, references, sizes)
     with torch.inference_mode(False), torch.no_grad():
         search.run()
     return search.record()
@@ -133,6 +141,10 @@ def check_evolution(model: QuantizedModel, settings: EvolveScalesSettings) -> No
     Raises:
         RecipeError: there is no such block, or no quantizer has the operands and parameters in question.
     """
+    if settings.fitness == "integers" and all(each.name != "integer-operations" for each in model.recipe.methods):
+        raise RecipeError(
+            f"fitness = integers, and {model.recipe.name} leaves operations in float: lay +fully-integer over it"
+        )
     known = sorted(model.index.blocks)
     for number in settings.blocks:
         if number not in known:
@@ -239,8 +251,7 @@ class _Search:
     Arguments:
         settings, context: of the method.
         blocks: what evolves, by the number of the block, in the order in which they evolve.
-        suffixes: the part of the model behind the inputs of each.
-        prefixes: the inputs of these parts.
+        recomputed: the outputs of the model.
         references: the float outputs of each batch.
         sizes: the number of images of each batch.
         evaluations: how many children have been evaluated.
@@ -251,8 +262,7 @@ class _Search:
     settings: EvolveScalesSettings
     context: Context
     blocks: Mapping[int, EvolvingBlock]
-    suffixes: Mapping[int, Segment]
-    prefixes: HeldPrefixes
+    recomputed: Recomputed
     references: Sequence[Sequence[Tensor]]
     sizes: Sequence[int]
     evaluations: int = 0
@@ -277,7 +287,7 @@ class _Search:
             number, place = numbers[turn % len(numbers)], turn % len(numbers)
             if len(self.losses) < turn // len(numbers) + 2:  # a new pass
                 self.losses.append(self.losses[-1])
-                self.prefixes.renew()
+                self.recomputed.renew()
             evolution = self._evolution(replace(genes[number], start=best[number]), turn)
             if saved is not None:
                 _restore(evolution, saved)
@@ -291,10 +301,10 @@ class _Search:
                 what = f"evolving block {number}: loss {evolution.best[1]:.6g}, {rate:.2g} evaluations/s"
                 self.context.progress(what, self.evaluations, self.of)
                 child = evolution.ask()
-                self.blocks[number].put(child)
+                self._put(number, child)
                 evolution.tell(child, self._loss(number))
                 self.evaluations += 1
-                self.blocks[number].put(evolution.best[0])
+                self._put(number, evolution.best[0])
             best[number], loss = evolution.best
             self.gains[place] += self.losses[-1] - loss
             self.losses[-1] = loss
@@ -324,15 +334,17 @@ class _Search:
         """The mean loss over all images of the model as it is, computed from the inputs of a block."""
         loss, total = OUTPUT_LOSSES[self.settings.loss], 0.0
         with torch.inference_mode():
-            held = zip(self.prefixes.batches(number), self.references, self.sizes, strict=True)
-            for inputs, references, size in held:
-                outputs = in_parts(self.suffixes[number], inputs, size)
+            for outputs, references in zip(self.recomputed.outputs(number), self.references, strict=True):
                 losses = [loss(*pair).sum() for pair in zip(outputs, references, strict=True)]
                 total += torch.stack(losses).mean().item()
         mean = total / sum(self.sizes)
         if not self.losses and not math.isfinite(mean):
             raise CalibrationError(f"the loss is {mean} before the search: the quantized model gives no finite outputs")
         return mean
+
+    def _put(self, number: int, genes: Tensor) -> None:
+        self.blocks[number].put(genes)
+        self.recomputed.changed(number)
 
     def _save(self, work: WorkState, best: Mapping[int, Tensor], evolution: Evolution) -> None:
         tensors = {f"genes/{number}": each for number, each in best.items()}
@@ -348,11 +360,11 @@ class _Search:
         passes = self.evaluations // (self.settings.cycles * len(self.blocks))
         if self.evaluations >= self.of or len(self.losses) != passes + 2 or len(self.gains) != len(self.blocks):
             raise saved.damaged()
-        for number, block in self.blocks.items():
+        for number in self.blocks:
             best[number] = saved.tensor(f"genes/{number}", genes[number].start)
             if not within(genes[number], best[number]):
                 raise saved.damaged()
-            block.put(best[number])
+            self._put(number, best[number])
         return saved
 
 

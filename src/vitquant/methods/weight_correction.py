@@ -14,7 +14,7 @@ from vitquant.errors import CalibrationError
 from vitquant.graph.operators import aten, calls
 from vitquant.graph.segments import IMAGES
 from vitquant.graph.sites import Site
-from vitquant.graph.stored import stored, times_read
+from vitquant.graph.stored import stored, times_read, unquantized
 from vitquant.methods.context import Context
 from vitquant.methods.searched_layer import LAYERS, OF_CONV, node_of, option
 from vitquant.model import QuantizedModel, Record
@@ -49,6 +49,7 @@ class CorrectableLayer:
 
     Arguments:
         name: of the weight's value.
+        stored: the names of its stored tensors that may change.
         quantizer: of the weight.
         weight: as stored, outputs first; nothing else reads it.
         bias: as stored, (outputs,); None if there is none that may change.
@@ -57,6 +58,7 @@ class CorrectableLayer:
     """
 
     name: str
+    stored: tuple[str, ...]
     quantizer: Quantizer
     weight: Tensor
     bias: Tensor | None
@@ -181,12 +183,14 @@ def correctable_layers(
     for site in sites:
         value = model.index.read_by(site)["weight"]
         weight = model.parameter(value)
-        bias = stored(module, option(node_of(model, site), 2, "bias", None))
+        read_bias = option(node_of(model, site), 2, "bias", None)
+        bias = stored(module, read_bias)
         if bias is not None and times_read(module)[id(bias)] > 1:
             bias = None
+        names = (str(value.parameter), *(() if bias is None else (str(unquantized(read_bias).target),)))
         mean = (sums[site.name] / rows[site.name]).clone()  # a clone is no inference tensor
         mean = mean.repeat_interleave(len(weight) // len(mean))
-        layers.append(CorrectableLayer(value.name, quantizers[value.name], weight, bias, mean))
+        layers.append(CorrectableLayer(value.name, names, quantizers[value.name], weight, bias, mean))
     return tuple(layers)
 
 

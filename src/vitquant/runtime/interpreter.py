@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
 from typing import assert_never
@@ -81,16 +81,54 @@ class Interpreter(nn.Module):
             parts = [self._run(part, {}) for part in codes.split(self._images)]
             return given({name: torch.cat([part[name] for part in parts]) for name in self.program.outputs})
 
+    def until(self, codes: Tensor, stop: int) -> list[dict[str, Tensor]]:
+        """The registers that are read by the instructions from an index on, before the first of them.
+
+        Arguments:
+            codes: of the images, as for `forward`.
+            stop: the index.
+
+        Returns:
+            The registers by name, for as many images at a time as stay in the cache.
+        """
+        return [self.between(self._begun(part), 0, stop) for part in codes.split(self._images)]
+
+    def between(self, registers: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+        """The registers before the instruction `stop`, from those before the instruction `start`.
+
+        Arguments:
+            registers: by name, as from `until`, perhaps of a program whose instructions from `start` on differ.
+        """
+        with own_precision(next(iter(registers.values())).device.type):
+            return self._steps(dict(registers), range(start, stop))
+
+    def since(self, registers: Mapping[str, Tensor], start: int) -> dict[str, Tensor]:
+        """The codes of the program's outputs by name, int64 (batch, ...), from the registers before an instruction."""
+        return self._outputs(self.between(registers, start, len(self.program.instructions)))
+
     def _run(self, codes: Tensor, taps: dict[str, Callable[[Tensor], None]]) -> dict[str, Tensor]:
-        registers = {self.program.input: codes.to(_dtype(self.program.registers[self.program.input].type))}
-        for index, instruction in enumerate(self.program.instructions):
+        return self._outputs(self._steps(self._begun(codes), range(len(self.program.instructions)), taps))
+
+    def _begun(self, codes: Tensor) -> dict[str, Tensor]:
+        return {self.program.input: codes.to(_dtype(self.program.registers[self.program.input].type))}
+
+    def _outputs(self, registers: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: registers[register].to(torch.int64) for name, register in self.program.outputs.items()}
+
+    def _steps(
+        self, registers: dict[str, Tensor], steps: range, taps: Mapping[str, Callable[[Tensor], None]] | None = None
+    ) -> dict[str, Tensor]:
+        """Execute some instructions: the registers that later ones read, and those of the outputs."""
+        taps = taps or {}
+        for index in steps:
+            instruction = self.program.instructions[index]
             written = self._execute(instruction, registers)
             registers[instruction.output] = written.to(_dtype(self.program.registers[instruction.output].type))
             if instruction.output in taps:
                 taps[instruction.output](registers[instruction.output].to(torch.int64))
             for name in self._last_use.get(index, ()):
                 registers.pop(name, None)
-        return {name: registers[register].to(torch.int64) for name, register in self.program.outputs.items()}
+        return registers
 
     def _execute(self, instruction: p.Instruction, registers: dict[str, Tensor]) -> Tensor:
         def held(name: str) -> Tensor:
