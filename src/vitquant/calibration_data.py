@@ -91,6 +91,44 @@ class CalibrationData:
         return images
 
 
+class RepeatedBatches:
+    """Batches that have to be the same, in the same order, each time they are iterated over.
+
+    Arguments:
+        data: batches of images, (batch, channels, height, width).
+
+    Attributes:
+        digest: of all images, once they have been iterated over.
+
+    Raises:
+        CalibrationError: while iterating: a batch is another one than before, or their number differs.
+    """
+
+    def __init__(self, data: Iterable[torch.Tensor]) -> None:
+        self._data = data
+        self._seen: list[str] | None = None
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(" ".join(self._seen or ()).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        found: list[str] = []
+        for images in self._data:
+            found.append(_sha256(images).hexdigest())
+            if self._seen is not None and self._seen[len(found) - 1 : len(found)] != found[-1:]:
+                raise self._other()
+            yield images
+        if self._seen is not None and len(found) < len(self._seen):
+            raise self._other()
+        self._seen = found
+
+    def _other(self) -> CalibrationError:
+        return CalibrationError(
+            "the batches are others each time they are iterated over: give shuffle = False and no random augmentation"
+        )
+
+
 class _Labelled:
     def __init__(self, data: CalibrationData) -> None:
         self._data = data

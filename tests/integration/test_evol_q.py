@@ -10,17 +10,20 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import transformers
 from architectures import ZOO, vary
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vitquant
 import vitquant.work
-from vitquant.errors import CheckpointError
+from vitquant.errors import CalibrationError, CheckpointError
 from vitquant.model.saved import digest
+from vitquant.objectives.output_loss import infonce
 
 QUICK = [
     "evolve-scales.passes=2", "evolve-scales.cycles=2", "evolve-scales.population=4", "evolve-scales.mutation=0.05",
+    "evolve-scales.wide_mutation=0.05",
     "evolve-scales.relative=true",
 ]  # fmt: skip
 
@@ -96,6 +99,88 @@ def test_the_same_seed_gives_the_same_model_and_another_another(deit) -> None:
     assert of[0] == of[1] != of[2]
 
 
+def test_models_that_give_what_is_between_blocks_evolve_too() -> None:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8,
+        num_labels=5, output_hidden_states=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(config).eval()
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for recipe in ("evol-q", "repq-vit+evolved-scales"):
+        records = [
+            next(record for record in quantized.records if record.method == "evolve-scales")
+            for quantized in (
+                vitquant.quantize(model, recipe, [images], settings=QUICK, simulated=True, memory=memory)
+                for memory in (4.0, 1e-6)
+            )
+        ]
+        assert records[0] == records[1]
+        assert records[0].summary["loss after"] < records[0].summary["loss before"]
+
+
+class TokensFirst(torch.nn.Module):
+    """Gives (tokens, images, classes)."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.forward_features(images).transpose(0, 1)
+
+
+def test_losses_compare_images_whatever_axis_they_are(deit) -> None:
+    model, images = deit
+    settings = [*QUICK, "evolve-scales.passes=1"]
+    first, last = (
+        vitquant.quantize(each, "minmax+evolved-scales", [images], settings=settings, simulated=True)
+        for each in (TokensFirst(model), torch.nn.Sequential(TokensFirst(model), Transposed()))
+    )
+    losses = [each.records[1].summary["loss before"] for each in (first, last)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+class Transposed(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(0, 1)
+
+
+class Shuffled(list[torch.Tensor]):
+    """Batches in another order each time."""
+
+    turn = 0
+
+    def __iter__(self):
+        self.turn += 1
+        return self._turned()
+
+    def _turned(self):
+        batches = [self[place] for place in range(len(self))]
+        yield from batches[self.turn % 2 :] + batches[: self.turn % 2]
+
+
+class Shrinking(Shuffled):
+    """Fewer batches each time."""
+
+    def _turned(self):
+        yield from [self[place] for place in range(len(self))][: max(1, 4 - self.turn)]
+
+
+@pytest.mark.parametrize("kind", [Shuffled, Shrinking])
+def test_batches_in_another_order_are_refused(deit, kind: type[Shuffled]) -> None:
+    model, images = deit
+    with pytest.raises(CalibrationError, match=r"evolve-scales: the batches are others .* shuffle = False"):
+        vitquant.quantize(model, "minmax+evolved-scales", kind(images.split(2)), settings=QUICK, simulated=True)
+
+
+def test_it_works_where_gradients_cannot_be(deit) -> None:
+    model, images = deit
+    with torch.inference_mode():
+        quantized = vitquant.quantize(model, "evol-q", [images], settings=QUICK)
+    assert digest(quantized) == digest(vitquant.quantize(model, "evol-q", [images], settings=QUICK))
+
+
 # --- nothing is lost ---
 
 
@@ -154,19 +239,40 @@ def test_past_the_time_limit_it_ends_with_the_best_so_far_and_goes_on_later(deit
 
 @pytest.fixture
 def stopped(deit, tmp_path, monkeypatch) -> Callable[[], vitquant.QuantizedModel]:
-    """Continues a search that was killed after two evaluations, with its state in tmp_path."""
+    """Continues a search that was killed after three evaluations, with its state in tmp_path."""
     model, images = deit
     monkeypatch.setattr(vitquant.work, "_EVERY", 0.0)
     monkeypatch.setattr(vitquant.work, "_SHARE", 1e9)
 
     def die(what: str, done: int, total: int) -> None:
-        if done == 2:
+        if done == 3:
             raise KilledError
 
     options = {"settings": QUICK, "work": tmp_path / "work"}
     with pytest.raises(KilledError):
         vitquant.quantize(model, "evol-q", images.split(3), progress=die, **options)
     return lambda: vitquant.quantize(model, "evol-q", images.split(3), **options)
+
+
+def test_at_the_deadline_the_model_is_the_best_so_far_and_the_record_says_so(deit, stopped, tmp_path) -> None:
+    model, images = deit
+    found = vitquant.quantize(
+        model, "evol-q", images.split(3), settings=QUICK, work=tmp_path / "work", time_limit=0.0, simulated=True
+    )
+    record = next(record for record in found.records if record.method == "evolve-scales")
+    assert record.summary["evaluations"] == 3
+    fresh = found.segment("images", "output")
+    with torch.no_grad():
+        losses = [infonce(fresh(batch), model(batch)).sum().item() for batch in images.split(3)]
+    assert record.summary["loss after"] < record.summary["loss before"]
+    assert sum(losses) / 6 == pytest.approx(record.summary["loss after"], rel=0.02)  # but for operations on codes
+
+
+def test_a_state_of_other_images_is_refused(deit, stopped, tmp_path) -> None:
+    model, images = deit
+    others = [images[:3], images[3:] + 1]
+    with pytest.raises(CheckpointError, match="is of other calibration images"):
+        vitquant.quantize(model, "evol-q", others, settings=QUICK, work=tmp_path / "work")
 
 
 @pytest.mark.parametrize("key", ["genes/1", "evolution/members", "evolution/generator", "evolution/age"])

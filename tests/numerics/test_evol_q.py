@@ -155,6 +155,22 @@ def _mean_output(kind: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.nn.functional.conv2d(x, weight, bias, stride=weight.shape[2:]).mean((0, 2, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_codes_stay_as_well(dtype: torch.dtype) -> None:
+    build, size = ZOO["timm deit"]
+    torch.manual_seed(0)
+    model = build().eval()
+    vary(model)
+    images = torch.randn(4, 3, size, size).to(dtype)
+    quantized = vitquant.quantize(model.to(dtype), "minmax", [images], bits="w4a8", settings=ASYMMETRIC)
+    weights = {name: quantizer for name, quantizer in quantized.quantizers.items() if name.endswith(":weight")}
+    before = {name: each.encode(quantized.parameter(quantized.index.value(name))) for name, each in weights.items()}
+    with torch.no_grad():
+        correct_weights(quantized, context_of(quantized, [images]), CorrectWeightsSettings())
+    for name, codes in before.items():
+        assert torch.equal(weights[name].encode(quantized.parameter(quantized.index.value(name))), codes)
+
+
 def test_a_channel_of_equal_weights_is_shifted_only() -> None:
     wanted = moments(torch.randn(2, 8))
     found = correction(torch.ones(2, 8), wanted)
@@ -177,7 +193,9 @@ def test_correction_without_images_is_refused() -> None:
 
 # --- the search ---
 
-QUICK: dict[str, Any] = {"passes": 2, "cycles": 3, "population": 4, "sample": 3, "mutation": 0.05, "relative": True}
+QUICK: dict[str, Any] = {
+    "passes": 2, "cycles": 3, "population": 4, "sample": 3, "mutation": 0.05, "wide_mutation": 0.05, "relative": True,
+}  # fmt: skip
 
 
 def naive(model: QuantizedModel, data: list[Tensor], options: dict[str, Any], seed: int) -> tuple[list[Tensor], float]:
@@ -204,7 +222,9 @@ def naive(model: QuantizedModel, data: list[Tensor], options: dict[str, Any], se
         for number in numbers
     }
     fitness = loss()
-    genes = {number: block.genes(given.mutation, given.relative) for number, block in blocks.items()}
+    genes = {
+        number: block.genes(given.mutation, given.wide_mutation, given.relative) for number, block in blocks.items()
+    }
     for turn in range(given.passes * len(numbers)):
         number = numbers[turn % len(numbers)]
         digits = hashlib.sha256(f"{seed} evolve-scales {turn}".encode()).digest()[:8]
@@ -248,7 +268,7 @@ def test_it_finds_what_the_search_that_computes_everything_finds(name: str, loss
     assert record.summary["evaluations"] == record.summary["of"] == 6 * len(model.index.blocks)
 
 
-@pytest.mark.parametrize("name", ["timm deit", "timm swin", "timm cait", "timm crossvit", "encoder post-norm relu"])
+@pytest.mark.parametrize("name", ["timm deit", "timm cait", "encoder post-norm relu", "timm swin", "timm crossvit"])
 def test_the_result_does_not_depend_on_the_memory(name: str) -> None:
     model, images = made(name, settings=ASYMMETRIC)
     data = list(images.split(4))
@@ -320,6 +340,9 @@ def test_every_parameter_can_evolve_and_nothing_else_changes(parameter: str) -> 
         ({"mutation": 0.0}, "mutation = 0.0: it is positive and finite"),
         ({"mutation": 1.0, "relative": True}, "below 1: more could make a scale zero or negative"),
         ({"mutation": math.nan}, "mutation = nan"),
+        ({"wide_mutation": -1.0}, "wide_mutation = -1.0"),
+        ({"fitness": "simulated"}, "fitness = 'simulated' is unknown"),
+        ({"population": 20_000}, "population = 20000: it is a whole number from 1 to 10,000"),
         ({"rate": 0.0}, "rate = 0.0"),
         ({"passes": 0}, "passes = 0"),
         ({"cycles": 1.5}, "cycles = 1.5"),

@@ -21,7 +21,8 @@ def in_parts(segment: Segment, tensors: Sequence[Tensor], images: int, at_once: 
         images: the number of images in them.
         at_once: how many of these are computed at a time.
 
-    Pitfall: a sum of products may be rounded differently when it is computed for another number of images.
+    Pitfall: a sum of products may be rounded differently when it is computed for another number of images; and a tensor
+        whose axis holds something else before the images, such as tokens, comes in another order than of the whole.
     """
     pieces: list[list[Tensor]] = [[] for _ in range(0, images, at_once)]
     for tensor, axis in zip(tensors, segment.axes, strict=True):

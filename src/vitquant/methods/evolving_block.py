@@ -68,18 +68,20 @@ class EvolvingBlock:
         """The names of the values whose quantizers change, and of the stored tensors that do."""
         return (*self.quantizers, *(name for each in self.layers for name in each.layer.stored))
 
-    def genes(self, mutation: float, relative: bool) -> Genes:
+    def genes(self, mutation: float, wide_mutation: float, relative: bool) -> Genes:
         """The current parameters of the quantizers, and how far a mutation may move each.
 
         Zero points and factors are integers and move by one at most; scales of channels that are zero stay.
 
         Arguments:
-            mutation: how far a scale moves, as an amount, or as a share of it if `relative`.
+            mutation, wide_mutation: how far a scale moves, of a quantizer with at most 4 bits and of one with more; an
+                amount, or a share of the scale if `relative`.
 
         Raises:
             CalibrationError: a mutation could make a scale zero or negative.
         """
-        parts = [self._of(name, mutation, relative) for name in self._tensors()]
+        widths = {name: quantizer.spec.bits for name, quantizer in self.quantizers.items()}
+        parts = [self._of(key, mutation if widths[key[0]] <= 4 else wide_mutation, relative) for key in self._tensors()]
         return Genes(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
     def put(self, genes: Tensor) -> None:
@@ -119,7 +121,7 @@ class EvolvingBlock:
                 smallest = start[unsafe].min().item()
                 raise CalibrationError(
                     f"a scale is {smallest:.3g}, and a mutation by {mutation:g} could make it zero or negative: give a "
-                    "smaller mutation, or a relative one",
+                    f"{'mutation' if quantizer.spec.bits <= 4 else 'wide_mutation'} below it, or relative = true",
                     name,
                 )
         flags = (torch.full_like(start, relative and not whole).bool(), torch.full_like(start, whole).bool())

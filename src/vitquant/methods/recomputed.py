@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitquant.graph.parts import in_parts
 from vitquant.graph.segments import IMAGES, Segment
+from vitquant.graph.taps import by_image
 from vitquant.graph.walk import descendants, nodes_by_name
 from vitquant.methods.held_prefixes import HeldPrefixes
 from vitquant.model import QuantizedModel
@@ -60,13 +61,24 @@ class RecomputedSimulation:
         memory: float,
     ) -> None:
         self._model, self._data, self._sizes = model, data, sizes
+        self._outputs = [site.name for site in model.sites if site.kind == "output"]
         self._suffixes = {block: suffix(model, block) for block in changing}
+        # What is in front of a block: the inputs of its suffix, and the outputs that the suffix does not compute.
+        self._names = {
+            block: (*part.inputs, *(name for name in self._outputs if name not in part.outputs))
+            for block, part in self._suffixes.items()
+        }
+        self._whole = model.segment(IMAGES, self._outputs)
         self.held = HeldPrefixes[tuple[Tensor, ...]](self, changing, sizes, memory)
 
     def outputs(self, block: int) -> Iterator[tuple[Tensor, ...]]:
         """See `Recomputed`."""
-        for inputs, size in zip(self.held.batches(block), self._sizes, strict=True):
-            yield in_parts(self._suffixes[block], inputs, size)
+        part = self._suffixes[block]
+        for tensors, size in zip(self.held.batches(block), self._sizes, strict=True):
+            found = dict(zip(self._names[block], tensors, strict=True))
+            computed = in_parts(part, tensors[: len(part.inputs)], size)
+            found |= dict(zip(part.outputs, computed, strict=True))
+            yield by_images(self._whole, [found[name] for name in self._outputs], size)
 
     def changed(self, block: int) -> None:
         """Do nothing: segments share the quantizers of the model."""
@@ -79,26 +91,37 @@ class RecomputedSimulation:
         self, blocks: Sequence[int], known: Mapping[int, Sequence[tuple[Tensor, ...]]], skip: int = 0
     ) -> Iterator[dict[int, tuple[Tensor, ...]]]:
         """The inputs of the suffixes of some blocks for each batch, see `Prefixes`."""
-        inputs = {block: self._suffixes[block].inputs for block in blocks}
-        names = list(dict.fromkeys(name for each in inputs.values() for name in each))
         (first, held), *_ = [*known.items(), (None, ())]
-        source = IMAGES if first is None else self._suffixes[first].inputs
-        segment = self._model.segment(source, names)
-        batches = ([images] for images in self._data) if first is None else iter(held)
+        before = () if first is None else self._names[first]  # computed already
+        names = dict.fromkeys(name for block in blocks for name in self._names[block] if name not in before)
+        inputs = IMAGES if first is None else self._suffixes[first].inputs
+        segment = self._model.segment(inputs, list(names))
+        batches = ((images,) for images in self._data) if first is None else iter(held)
         for number, tensors in enumerate(batches):
             if number >= skip:
-                found = dict(zip(names, in_parts(segment, tensors, self._sizes[number]), strict=True))
-                yield {block: tuple(found[name] for name in each) for block, each in inputs.items()}
+                found = dict(zip(before, tensors, strict=True)) if first is not None else {}
+                read = tensors[: len(segment.inputs)]
+                found |= dict(zip(names, in_parts(segment, read, self._sizes[number]), strict=True))
+                yield {block: tuple(found[name] for name in self._names[block]) for block in blocks}
 
     def nbytes(self, prefix: tuple[Tensor, ...]) -> int:
         """The bytes of the tensors in front of a block."""
         return sum(each.nbytes for each in prefix)
 
 
-def suffix(model: QuantizedModel, block: int) -> Segment:
-    """The part of a model from a block to its outputs, with its quantizers.
+def by_images(segment: Segment, outputs: Sequence[Tensor], images: int) -> tuple[Tensor, ...]:
+    """The outputs of a segment for a batch, each as (images, ...).
 
-    Outputs that the part does not compute are among its inputs.
+    Arguments:
+        images: the number of images.
+    """
+    axes = [segment.shapes[name].index(-1) for name in segment.outputs]
+    whole = (by_image(each, axis, images) for each, axis in zip(outputs, axes, strict=True))
+    return tuple(each.squeeze(1) if each.ndim > 2 and each.shape[1] == 1 else each for each in whole)
+
+
+def suffix(model: QuantizedModel, block: int) -> Segment:
+    """The part of a model from a block to the outputs that depend on it, with its quantizers.
 
     Arguments:
         block: a number of `model.index.blocks`.
@@ -106,9 +129,8 @@ def suffix(model: QuantizedModel, block: int) -> Segment:
     nodes = nodes_by_name(model.graph_module.graph)
     numbers = [site.block for site in model.sites]
     sites = model.sites[numbers.index(block) :]
-    outputs = [site for site in model.sites if site.kind == "output"]
     computed = {nodes[site.node] for site in sites if site.kind != "output"}
     behind = descendants(computed, model.graph_module.graph) | computed
-    early = [site.name for site in outputs if nodes[site.operands["input"]] not in behind]
-    inputs, _ = model.boundary([site for site in sites if site.name not in early])
-    return model.segment([*inputs, *early], [site.name for site in outputs])
+    outputs = [site for site in model.sites if site.kind == "output" and nodes[site.operands["input"]] in behind]
+    inputs, _ = model.boundary([site for site in sites if site.kind != "output" or site in outputs])
+    return model.segment(inputs, [site.name for site in outputs])

@@ -11,16 +11,18 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from vitquant.errors import CalibrationError, RecipeError
+from vitquant.calibration_data import RepeatedBatches
+from vitquant.errors import CalibrationError, CheckpointError, RecipeError
 from vitquant.graph.kinds import OPERANDS
 from vitquant.graph.parts import in_parts
 from vitquant.graph.segments import IMAGES
 from vitquant.methods.context import Context
 from vitquant.methods.evolving_block import PARAMETERS, EvolvingBlock, EvolvingLayer, evolves
-from vitquant.methods.recomputed import Recomputed, RecomputedSimulation
+from vitquant.methods.recomputed import Recomputed, RecomputedSimulation, by_images
 from vitquant.methods.searched_layer import LAYERS
 from vitquant.methods.weight_correction import correctable_layers, why_not_correctable
 from vitquant.model import QuantizedModel, Record
+from vitquant.model.checkpoint import DIGEST
 from vitquant.objectives.output_loss import OUTPUT_LOSSES
 from vitquant.quantizers import Quantizer
 from vitquant.schema import Integer, ListOf, Number, Table, nearest
@@ -43,7 +45,8 @@ class EvolveScalesSettings:
         passes: how many times to evolve every block.
         cycles: the number of children of a block in a pass.
         population, sample, rate: see `EvolutionSettings`.
-        mutation: how far a scale may move at once: an amount, or a share of the scale if `relative`.
+        mutation: how far a scale of at most 4 bits may move at once: an amount, or a share of it if `relative`.
+        wide_mutation: the same for scales of more than 4 bits.
         relative: see `mutation`.
         fitness: whether the loss is that of the `simulation` or of the `integers` that are deployed, for recipes that
             compute in integers.
@@ -64,6 +67,7 @@ class EvolveScalesSettings:
     sample: int = 10
     rate: float = 1.0
     mutation: float = 1e-3
+    wide_mutation: float = 1e-4
     relative: bool = False
     fitness: str = "simulation"
     keep_moments: bool = False
@@ -83,15 +87,16 @@ class EvolveScalesSettings:
         if not all(isinstance(number, int) and not isinstance(number, bool) for number in self.blocks):
             raise RecipeError(f"evolve-scales: blocks = {self.blocks!r}: it is a list of whole numbers")
         for name in ("passes", "cycles", "population", "sample"):
-            if not isinstance(getattr(self, name), int) or not 1 <= getattr(self, name) <= 1_000_000:
+            if not isinstance(getattr(self, name), int) or not 1 <= getattr(self, name) <= 10_000:
                 raise RecipeError(
-                    f"evolve-scales: {name} = {getattr(self, name)}: it is a whole number from 1 to 1,000,000"
+                    f"evolve-scales: {name} = {getattr(self, name)}: it is a whole number from 1 to 10,000"
                 )
         if not 0 < self.rate <= 1:
             raise RecipeError(f"evolve-scales: rate = {self.rate}: it is above 0 and at most 1")
-        if not 0 < self.mutation < (1 if self.relative else math.inf):
-            most = "below 1: more could make a scale zero or negative" if self.relative else "finite"
-            raise RecipeError(f"evolve-scales: mutation = {self.mutation}: it is positive and {most}")
+        for name in ("mutation", "wide_mutation"):
+            if not 0 < getattr(self, name) < (1 if self.relative else math.inf):
+                most = "below 1: more could make a scale zero or negative" if self.relative else "finite"
+                raise RecipeError(f"evolve-scales: {name} = {getattr(self, name)}: it is positive and {most}")
 
 
 def evolve_scales(model: QuantizedModel, context: Context, settings: EvolveScalesSettings) -> Record:
@@ -121,6 +126,8 @@ def evolve_scales(model: QuantizedModel, context: Context, settings: EvolveScale
     model.require_calibrated()
     check_evolution(model, settings)
     assert context.teacher is not None
+    data = RepeatedBatches(context.data)
+    context = replace(context, data=data)
     with torch.inference_mode():
         references, sizes = _references(context, settings.loss)
     blocks = _blocks(model, context, settings)
@@ -129,8 +136,9 @@ def evolve_scales(model: QuantizedModel, context: Context, settings: EvolveScale
     recompute = RecomputedSimulation if settings.fitness == "simulation" else context.integers
     assert recompute is not None
     recomputed = recompute(model, context.data, sizes, changing, max(context.memory * 1e9 - held, 0.0))
-    search = _Search(settings, context, blocks, recomputed, references, sizes)
-    with torch.inference_mode(False), torch.no_grad():
+    search = _Search(settings, context, blocks, recomputed, references, sizes, data.digest)
+    of_inference = any(each.is_inference() for each in model.parameters())  # these cannot change outside of that mode
+    with torch.inference_mode(of_inference), torch.no_grad():
         search.run()
     return search.record()
 
@@ -196,7 +204,10 @@ def _blocks(model: QuantizedModel, context: Context, settings: EvolveScalesSetti
             and model.index.read_by(site)["weight"].name in evolving
             and not why_not_correctable(model, site)
         ]
-        found = correctable_layers(model, of_weights, context.data)
+        assert context.teacher is not None
+        inputs = [str(site.reader("input")) for site in of_weights]
+        read = context.teacher.segment(IMAGES, inputs) if inputs else None
+        found = correctable_layers(model, of_weights, read, context.data)
         layers = {layer.name: EvolvingLayer.of(layer) for layer in found}
     return {
         number: EvolvingBlock(
@@ -226,7 +237,7 @@ def _references(context: Context, loss: str) -> tuple[list[tuple[Tensor, ...]], 
                 f"batch {len(sizes) + 1} has one image, and infonce compares every image with the others of its batch: "
                 "give batches of at least two, or another number of images"
             )
-        found.append(in_parts(compute, [batch], len(batch)))
+        found.append(by_images(compute, in_parts(compute, [batch], len(batch)), len(batch)))
         sizes.append(len(batch))
     if not sizes:
         raise CalibrationError("no calibration images: give at least one batch")
@@ -237,6 +248,7 @@ def _references(context: Context, loss: str) -> tuple[list[tuple[Tensor, ...]], 
 
 _STATE = Table(
     {
+        "data": DIGEST,
         "evaluations": Integer(0),
         "losses": ListOf(Number(0.0, 1e30), most=2**21),
         "gains": ListOf(Number(-1e30, 1e30), most=2**16),
@@ -254,6 +266,7 @@ class _Search:
         recomputed: the outputs of the model.
         references: the float outputs of each batch.
         sizes: the number of images of each batch.
+        data: the digest of the images.
         evaluations: how many children have been evaluated.
         losses: the loss before, and the loss at the end of each pass; the last is the current one.
         gains: by how much the loss fell at each block.
@@ -265,6 +278,7 @@ class _Search:
     recomputed: Recomputed
     references: Sequence[Sequence[Tensor]]
     sizes: Sequence[int]
+    data: str
     evaluations: int = 0
     losses: list[float] = field(default_factory=list)
     gains: list[float] = field(default_factory=list)
@@ -277,7 +291,10 @@ class _Search:
     def run(self) -> None:
         """Search until all passes are done, or the time is up, and leave the best in the quantizers."""
         settings, work, numbers = self.settings, self.context.work, list(self.blocks)
-        genes = {number: block.genes(settings.mutation, settings.relative) for number, block in self.blocks.items()}
+        genes = {
+            number: block.genes(settings.mutation, settings.wide_mutation, settings.relative)
+            for number, block in self.blocks.items()
+        }
         best = {number: each.start for number, each in genes.items()}
         saved = self._resumed(work, genes, best)
         if saved is None:
@@ -291,11 +308,14 @@ class _Search:
             evolution = self._evolution(replace(genes[number], start=best[number]), turn)
             if saved is not None:
                 _restore(evolution, saved)
+                self._put(number, evolution.best[0])
                 saved = None
             while self.evaluations < (turn + 1) * settings.cycles:
                 if self.context.out_of_time or work.due:
                     self._save(work, best, evolution)
                 if self.context.out_of_time:
+                    self.gains[place] += self.losses[-1] - evolution.best[1]
+                    self.losses[-1] = evolution.best[1]
                     return
                 rate = (self.evaluations - before) / max(time.monotonic() - started, 1e-9)
                 what = f"evolving block {number}: loss {evolution.best[1]:.6g}, {rate:.2g} evaluations/s"
@@ -316,7 +336,8 @@ class _Search:
             "images": sum(self.sizes),
             "loss": self.settings.loss,
             "loss before": self.losses[0],
-            "loss after each pass": self.losses[1:],
+            "loss after each pass": self.losses[1:],  # the last of an unfinished pass is the current one
+            "loss after": self.losses[-1],
             "evaluations": self.evaluations,
             "of": self.of,
         }
@@ -349,13 +370,17 @@ class _Search:
     def _save(self, work: WorkState, best: Mapping[int, Tensor], evolution: Evolution) -> None:
         tensors = {f"genes/{number}": each for number, each in best.items()}
         tensors |= {f"evolution/{name}": each for name, each in evolution.state().items()}
-        work.save(tensors, {"evaluations": self.evaluations, "losses": self.losses, "gains": self.gains})
+        work.save(
+            tensors, {"data": self.data, "evaluations": self.evaluations, "losses": self.losses, "gains": self.gains}
+        )
 
     def _resumed(self, work: WorkState, genes: Mapping[int, Genes], best: dict[int, Tensor]) -> Saved | None:
         """Continue from the state that a killed run saved; None if there is none."""
         saved = work.load(_STATE)
         if saved is None:
             return None
+        if saved.values["data"] != self.data:
+            raise CheckpointError(f"{saved.file} is of other calibration images: give those again, or remove it")
         self.evaluations, self.losses, self.gains = (saved.values[key] for key in ("evaluations", "losses", "gains"))
         passes = self.evaluations // (self.settings.cycles * len(self.blocks))
         if self.evaluations >= self.of or len(self.losses) != passes + 2 or len(self.gains) != len(self.blocks):

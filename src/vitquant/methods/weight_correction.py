@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from vitquant.errors import CalibrationError
 from vitquant.graph.operators import aten, calls
-from vitquant.graph.segments import IMAGES
+from vitquant.graph.segments import IMAGES, Segment
 from vitquant.graph.sites import Site
 from vitquant.graph.stored import stored, times_read, unquantized
 from vitquant.methods.context import Context
@@ -22,7 +22,7 @@ from vitquant.quantizers import Quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
 from vitquant.spec import PerAxis, Uniform
 
-_AT_ONCE = 8  # images whose inputs of all layers are in memory
+_AT_ONCE = 2  # images: the inputs of all layers are in memory together
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ def correct_weights(model: QuantizedModel, context: Context, settings: CorrectWe
     model.require_calibrated()
     sites = [site for site in model.sites if site.kind in LAYERS]
     reasons = {str(site.reader("weight")): reason for site in sites if (reason := why_not_correctable(model, site))}
-    layers = correctable_layers(model, [site for site in sites if not why_not_correctable(model, site)], context.data)
+    chosen = [site for site in sites if not why_not_correctable(model, site)]
+    read = model.segment(IMAGES, [str(site.reader("input")) for site in chosen], quantized=False) if chosen else None
+    layers = correctable_layers(model, chosen, read, context.data)
     decisions: dict[str, dict[str, Any]] = {name: {"as calibrated, because": why} for name, why in reasons.items()}
     with torch.no_grad():
         for layer in layers:
@@ -127,11 +129,17 @@ def correction(quantized: Tensor, wanted: tuple[Tensor, Tensor]) -> Correction:
 
 
 def apply_correction(layer: CorrectableLayer, found: Correction) -> None:
-    """Multiply the scale and the stored weight of a layer, and add the mean effect of the shift to its bias."""
+    """Multiply the scale and the stored weight of a layer, and add the mean effect of the shift to its bias.
+
+    Where rounding would give a weight another code, it becomes the value of the code that it had.
+    """
+    codes = layer.quantizer.encode(layer.weight)
     scale = (layer.quantizer.scale.double() * found.ratio).float().clamp(min=SMALLEST_SCALE)
     layer.quantizer.scale = scale
     ratio = found.ratio.to(layer.weight.dtype).view(-1, *[1] * (layer.weight.ndim - 1))
     layer.weight.mul_(ratio)
+    kept = layer.quantizer.encode(layer.weight) == codes
+    layer.weight.copy_(torch.where(kept, layer.weight, layer.quantizer.decode(codes, layer.weight.dtype)))
     if layer.bias is not None:
         layer.bias.add_((found.shift * layer.input_sum).to(layer.bias.dtype))
 
@@ -155,21 +163,22 @@ def why_not_correctable(model: QuantizedModel, site: Site) -> str:
 
 
 def correctable_layers(
-    model: QuantizedModel, sites: Sequence[Site], data: Iterable[Tensor]
+    model: QuantizedModel, sites: Sequence[Site], read: Segment | None, data: Iterable[Tensor]
 ) -> tuple[CorrectableLayer, ...]:
     """Layers with the mean sums of their inputs in the float model; one float forward pass over the data.
 
     Arguments:
         sites: for which `why_not_correctable` has no reason.
+        read: the segment of the float model from the images to the inputs of these sites; None for no sites.
+        data: batches of images.
 
     Raises:
         CalibrationError: no data.
     """
-    if not sites:
+    if read is None:
         return ()
     sums: dict[str, Tensor] = {}
     rows = dict.fromkeys((site.name for site in sites), 0)
-    read = model.segment(IMAGES, [str(site.reader("input")) for site in sites], quantized=False)
     with torch.inference_mode():
         for images in (part for batch in data for part in batch.split(_AT_ONCE)):
             for site, x in zip(sites, read(images), strict=True):

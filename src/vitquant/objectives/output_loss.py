@@ -41,13 +41,13 @@ def mean_squared_error(quantized: Tensor, reference: Tensor) -> Tensor:
 
 def cosine_distance(quantized: Tensor, reference: Tensor) -> Tensor:
     """One minus the cosine of the angle between the outputs."""
-    return 1 - functional.cosine_similarity(_rows(quantized), _rows(reference), dim=1)
+    return (1 - functional.cosine_similarity(_rows(quantized), _rows(reference), dim=1)).clamp(min=0)
 
 
 def kl_divergence(quantized: Tensor, reference: Tensor) -> Tensor:
     """The Kullback-Leibler divergence KL(softmax(reference) || softmax(quantized)), over all numbers of an image."""
     q, p = (torch.log_softmax(_rows(each), dim=1) for each in (quantized, reference))
-    return (p.exp() * (p - q)).sum(1)
+    return (p.exp() * (p - q)).sum(1).clamp(min=0)  # rounding can make it negative
 
 
 def _rows(outputs: Tensor) -> Tensor:
