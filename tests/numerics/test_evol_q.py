@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -397,10 +397,20 @@ def test_a_mutation_as_large_as_a_scale_is_refused_by_the_name_of_the_weight() -
     evolve_scales(fresh, context_of(fresh, [images]), EvolveScalesSettings(mutation=1e-4, passes=1))
 
 
-def test_weights_with_fixed_parameters_leave_nothing_to_evolve() -> None:
-    plain, images = made("timm deit")
-    with pytest.raises(CalibrationError, match="no quantizer has a zero_point that may change"):
-        evolve_scales(plain, context_of(plain, [images]), EvolveScalesSettings(parameters=["zero_point"]))
+@pytest.mark.parametrize("parameter", ["zero_point", "factor"])
+def test_weights_with_fixed_parameters_leave_nothing_to_evolve(parameter: str) -> None:
+    build, size = ZOO["timm deit"]
+    asked = [f"evolve-scales.parameters=['{parameter}']"]
+    taken: list[int] = []
+
+    def once() -> Iterator[Tensor]:
+        for _ in range(2):
+            taken.append(1)
+            yield torch.zeros(2, 3, size, size)
+
+    with pytest.raises(RecipeError, match=f"no quantizer of weight has a {parameter} that may change"):
+        vitquant.quantize(build().eval(), "minmax+evolved-scales", once(), settings=asked)
+    assert len(taken) == 1  # for its size
 
 
 def test_outputs_that_are_no_numbers_are_refused() -> None:

@@ -14,7 +14,7 @@ from vitquant.methods.weight_correction import CorrectableLayer, apply_correctio
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
 from vitquant.search.evolution import Genes
-from vitquant.spec import Logarithmic, PowerOfTwoFactor, PowerOfTwoScale
+from vitquant.spec import Logarithmic, PowerOfTwoFactor, PowerOfTwoScale, QuantSpec
 
 PARAMETERS = ("scale", "zero_point", "factor")
 
@@ -104,7 +104,7 @@ class EvolvingBlock:
             (name, parameter): getattr(quantizer, parameter)
             for name, quantizer in self.quantizers.items()
             for parameter in self.parameters
-            if evolves(quantizer, parameter)
+            if evolves(quantizer.spec, parameter)
         }
 
     def _of(self, key: tuple[str, str], mutation: float, relative: bool) -> tuple[Tensor, ...]:
@@ -128,14 +128,12 @@ class EvolvingBlock:
         return start, reach, *flags, torch.full_like(start, low), torch.full_like(start, high)
 
 
-def evolves(quantizer: Quantizer, parameter: str) -> bool:
-    """Whether a parameter of a quantizer can be changed by itself."""
-    scheme = quantizer.spec.scheme
-    if parameter == "scale":
-        return not isinstance(scheme, PowerOfTwoScale | Logarithmic)
-    if parameter == "zero_point":
-        return quantizer.zero_point is not None and not quantizer.spec.symmetric
-    return isinstance(scheme, PowerOfTwoFactor)
+def evolves(spec: QuantSpec, parameter: str) -> bool:
+    """Whether a parameter of a quantizer can be changed by itself: one of `PARAMETERS`."""
+    if parameter == "factor":
+        return isinstance(spec.scheme, PowerOfTwoFactor)
+    free = not isinstance(spec.scheme, PowerOfTwoScale | Logarithmic)
+    return free if parameter == "scale" else not (spec.symmetric or isinstance(spec.scheme, Logarithmic))
 
 
 def _limits(quantizer: Quantizer, parameter: str) -> tuple[float, float]:

@@ -24,7 +24,6 @@ from vitquant.methods.weight_correction import correctable_layers, why_not_corre
 from vitquant.model import QuantizedModel, Record
 from vitquant.model.checkpoint import DIGEST
 from vitquant.objectives.output_loss import OUTPUT_LOSSES
-from vitquant.quantizers import Quantizer
 from vitquant.schema import Integer, ListOf, Number, Table, nearest
 from vitquant.search.evolution import Evolution, EvolutionSettings, Genes, within
 from vitquant.work import Saved, WorkState
@@ -98,6 +97,11 @@ class EvolveScalesSettings:
                 most = "below 1: more could make a scale zero or negative" if self.relative else "finite"
                 raise RecipeError(f"evolve-scales: {name} = {getattr(self, name)}: it is positive and {most}")
 
+    @property
+    def reach(self) -> tuple[float, float, bool]:
+        """`mutation`, `wide_mutation` and `relative`."""
+        return self.mutation, self.wide_mutation, self.relative
+
 
 def evolve_scales(model: QuantizedModel, context: Context, settings: EvolveScalesSettings) -> Record:
     """Search scales of one block after another, the last block first, by the loss of the model's outputs.
@@ -126,6 +130,8 @@ def evolve_scales(model: QuantizedModel, context: Context, settings: EvolveScale
     model.require_calibrated()
     check_evolution(model, settings)
     assert context.teacher is not None
+    for names in _names(model, settings).values():  # refuse mutations before long work
+        EvolvingBlock({name: model.quantizers[name] for name in names}, settings.parameters).genes(*settings.reach)
     data = RepeatedBatches(context.data)
     context = replace(context, data=data)
     with torch.inference_mode():
@@ -147,7 +153,8 @@ def check_evolution(model: QuantizedModel, settings: EvolveScalesSettings) -> No
     """Refuse settings that leave nothing of a model to evolve.
 
     Raises:
-        RecipeError: there is no such block, or no quantizer has the operands and parameters in question.
+        RecipeError: there is no such block, or no quantizer has the operands and parameters in question; or the fitness
+            is of integers, and the recipe leaves operations in float.
     """
     if settings.fitness == "integers" and all(each.name != "integer-operations" for each in model.recipe.methods):
         raise RecipeError(
@@ -158,42 +165,51 @@ def check_evolution(model: QuantizedModel, settings: EvolveScalesSettings) -> No
         if number not in known:
             there = f"its blocks are {known[0]} to {known[-1]}" if known else "it has none"
             raise RecipeError(f"the model has no block {number}; {there}")
-    if not any(_names(model, settings).values()):
-        raise RecipeError(
-            f"no quantized operand in a block is one of {', '.join(settings.operands)} at sites that match "
-            f"{', '.join(settings.sites)}"
-        )
+    _names(model, settings)
 
 
 # --- what evolves ---------------------------------------------------------------------------------------
 
 
 def _names(model: QuantizedModel, settings: EvolveScalesSettings) -> dict[int, list[str]]:
-    """The names of the values that evolve, by the number of the first block that reads them."""
-    found: dict[int, list[str]] = {number: [] for number in settings.blocks or sorted(model.index.blocks)}
-    quantized = set(model.quantized_names)
+    """The names of the values that evolve, by the number of the first block that reads them, the last block first.
+
+    A value that something outside of the blocks reads too does not evolve.
+    """
+    found: dict[int, list[str]] = {number: [] for number in settings.blocks or model.index.blocks}
+    fixed = 0
     for value in model.values:
         readers = [reader for reader in value.readers if reader.operand in settings.operands]
         matched = [reader for reader in readers if any(fnmatchcase(reader.site, glob) for glob in settings.sites)]
         numbers = [model.index.site(reader.site).block for reader in value.readers]
+        spec = model.assignments[value.name].spec
         first = min((number for number in numbers if number is not None), default=None)
-        if matched and value.name in quantized and first in found and None not in numbers:
+        if spec is None or not matched or None in numbers or first not in found:
+            continue
+        if any(evolves(spec, parameter) for parameter in settings.parameters):
             found[first].append(value.name)
-    return found
+        else:
+            fixed += 1
+    if any(found.values()):
+        return {number: found[number] for number in sorted(found, reverse=True) if found[number]}
+    if fixed:
+        raise RecipeError(
+            f"no quantizer of {', '.join(settings.operands)} has a {' or '.join(settings.parameters)} that may change: "
+            "powers of two are fixed, and zero points of symmetric specs; only power_of_two_factor has factors"
+        )
+    raise RecipeError(
+        f"no quantized operand in a block is one of {', '.join(settings.operands)} at sites that match "
+        f"{', '.join(settings.sites)}; the sites are such as {', '.join(_some_sites(model))}"
+    )
+
+
+def _some_sites(model: QuantizedModel) -> list[str]:
+    return [site.name for sites in list(model.index.blocks.values())[:1] for site in sites][:4]
 
 
 def _blocks(model: QuantizedModel, context: Context, settings: EvolveScalesSettings) -> dict[int, EvolvingBlock]:
     """The blocks that have something to evolve, the last first."""
-    quantizers = model.quantizers
-    names = {
-        number: [name for name in some if _any_evolves(quantizers[name], settings)]
-        for number, some in _names(model, settings).items()
-    }
-    if not any(names.values()):
-        raise CalibrationError(
-            f"no quantizer has a {' or '.join(settings.parameters)} that may change: powers of two are fixed, and so "
-            "are zero points of symmetric weights"
-        )
+    quantizers, names = model.quantizers, _names(model, settings)
     evolving = {name for some in names.values() for name in some}
     layers: dict[str, EvolvingLayer] = {}
     if settings.keep_moments:
@@ -215,13 +231,8 @@ def _blocks(model: QuantizedModel, context: Context, settings: EvolveScalesSetti
             tuple(settings.parameters),
             tuple(layers[name] for name in some if name in layers),
         )
-        for number, some in sorted(names.items(), reverse=True)
-        if some
+        for number, some in names.items()
     }
-
-
-def _any_evolves(quantizer: Quantizer, settings: EvolveScalesSettings) -> bool:
-    return any(evolves(quantizer, parameter) for parameter in settings.parameters)
 
 
 def _references(context: Context, loss: str) -> tuple[list[tuple[Tensor, ...]], list[int]]:
@@ -291,10 +302,7 @@ class _Search:
     def run(self) -> None:
         """Search until all passes are done, or the time is up, and leave the best in the quantizers."""
         settings, work, numbers = self.settings, self.context.work, list(self.blocks)
-        genes = {
-            number: block.genes(settings.mutation, settings.wide_mutation, settings.relative)
-            for number, block in self.blocks.items()
-        }
+        genes = {number: block.genes(*settings.reach) for number, block in self.blocks.items()}
         best = {number: each.start for number, each in genes.items()}
         saved = self._resumed(work, genes, best)
         if saved is None:
@@ -308,12 +316,12 @@ class _Search:
             evolution = self._evolution(replace(genes[number], start=best[number]), turn)
             if saved is not None:
                 _restore(evolution, saved)
-                self._put(number, evolution.best[0])
                 saved = None
             while self.evaluations < (turn + 1) * settings.cycles:
                 if self.context.out_of_time or work.due:
                     self._save(work, best, evolution)
                 if self.context.out_of_time:
+                    self._put(number, evolution.best[0])
                     self.gains[place] += self.losses[-1] - evolution.best[1]
                     self.losses[-1] = evolution.best[1]
                     return
@@ -324,8 +332,8 @@ class _Search:
                 self._put(number, child)
                 evolution.tell(child, self._loss(number))
                 self.evaluations += 1
-                self._put(number, evolution.best[0])
             best[number], loss = evolution.best
+            self._put(number, best[number])
             self.gains[place] += self.losses[-1] - loss
             self.losses[-1] = loss
         self.context.progress("evolving scales", self.of, self.of)
