@@ -6,7 +6,8 @@ The real DeiT-Tiny by the recipe evol-q (Data: ../shared), one pass over its twe
 naive search evaluates the parent and each child of a block by the whole model. The floor is what has to be computed:
 for every child the part of the model from its block on, and once per pass the inputs of all blocks. Prints, for the
 floor, this search and the naive one, the floating-point operations in whole forward passes of the model, and seconds;
-the seconds of the floor are its forward passes times those of one. Two minutes on two cores.
+the seconds of the floor are its forward passes times those of one. Six minutes on two cores, most of them to
+calibrate and to count.
 """
 
 from __future__ import annotations

@@ -645,15 +645,16 @@ def _mutate_onnx(proto: Any, chance: random.Random, canary: Canary) -> None:
 
 
 def _work(folder: Path, canary: Canary) -> Kind:
-    """States of long work: of finished methods, of a search and a reconstruction that were cut short, and the mark."""
+    """States of long work: of finished methods, of searches and a reconstruction that were cut short, and the mark."""
     from unittest.mock import patch
 
     from vitquant.zoo import architecture
 
     model = architecture(vitquant.ModelSource("timm:vit_tiny_patch16_224", TINY, "random"))
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    recipe = "repq-vit+searched-scales+reconstructed-output"
+    recipe = "repq-vit+searched-scales+evolved-scales+reconstructed-output"
     settings = ["search-scales.candidates=2", "search-scales.rounds=1", "search-scales.pairs=4"]
+    settings += ["evolve-scales.passes=2", "evolve-scales.cycles=2", "evolve-scales.population=3"]
     settings += ["reconstruct-output.passes=2", "reconstruct-output.batch=1"]
     asked: dict[str, Any] = {"settings": settings, "work": folder / "work"}
 
@@ -661,14 +662,14 @@ def _work(folder: Path, canary: Canary) -> Kind:
         """What a run leaves that is killed at the third step of some work."""
 
         def progress(now: str, done: int, total: int) -> None:
-            if now == what and done == 3:
+            if now.startswith(what) and done == 3:
                 raise KeyboardInterrupt
 
         with patch("vitquant.work._EVERY", 0.0), patch("vitquant.work._SHARE", 1e9), suppress(KeyboardInterrupt):
             vitquant.quantize(model, recipe, [images], progress=progress, **asked)
         return {path.name: path.read_bytes() for path in (folder / "work").iterdir()}
 
-    left = [until("searching layers"), until("reconstructing the output")]
+    left = [until("searching layers"), until("evolving"), until("reconstructing the output")]
 
     def write(chance: random.Random) -> None:
         shutil.rmtree(folder / "work", ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -104,8 +105,8 @@ def test_a_program_that_follows_is_the_one_that_is_lowered_anew(change: str) -> 
     kept = {name: each.clone() for name, each in before.constants.items()}
     assert_same(before, translate(model))
     changed = CHANGES[change](model)
-    first = following.reach(changed)
-    assert_same(following.follow(changed), translate(model))
+    first = following.follow(changed)
+    assert_same(following.program, translate(model))
     same = [a == b for a, b in zip(before.instructions, following.program.instructions, strict=True)]
     assert all(same[:first])
     assert all(torch.equal(before.constants[name], each) for name, each in kept.items())  # it stays as it was
@@ -114,6 +115,43 @@ def test_a_program_that_follows_is_the_one_that_is_lowered_anew(change: str) -> 
     elif change == "weights":
         sites = [each.site for each in before.instructions[first:]]
         assert not any(site.startswith("patch_embed") for site in sites)
+
+
+def test_a_model_without_integers_is_refused_and_followed_again_when_it_has_some() -> None:
+    model, _ = in_float("timm deit", "evol-q")
+    model.compute_in_integers(vitquant.lowering.promise.promised(model.recipe))  # type: ignore[arg-type]
+    following = FollowingProgram(model)
+    before = following.program
+    quantizer, names = model.quantizers["blocks.0.mlp.fc1:weight"], ["blocks.0.mlp.fc1:weight"]
+    scale = quantizer.scale
+    for bad in (-scale, scale * 1e-30):
+        quantizer.scale = bad
+        for _ in range(2):
+            with pytest.raises(LoweringError, match=r"fc1"):
+                following.follow(names)
+            assert following.program is before
+    quantizer.scale = scale * 1.1
+    following.follow(names)
+    assert_same(following.program, translate(model))
+
+
+def test_a_child_that_cannot_be_deployed_is_not_chosen(monkeypatch) -> None:
+    model, images = network("timm deit")
+    changed, calls = RecomputedProgram.changed, 0
+
+    def refusing(self: RecomputedProgram, block: int) -> None:
+        nonlocal calls
+        calls += 1
+        changed(self, block)
+        if calls in (1, 2):  # both children of the first block
+            raise LoweringError("a sum could overflow")
+
+    monkeypatch.setattr(RecomputedProgram, "changed", refusing)
+    quantized = vitquant.quantize(model, "evol-q", images.split(4), settings=[*QUICK, "evolve-scales.passes=1"])
+    record = next(record for record in quantized.records if record.method == "evolve-scales")
+    gains = [each["loss lowered by"] for each in record.decisions.values()]
+    assert gains[0] == 0.0
+    assert record.summary["evaluations"] == 4
 
 
 @pytest.mark.parametrize(
@@ -136,7 +174,7 @@ def test_outputs_from_a_block_on_are_those_of_the_whole_program(name: str, memor
             expected = _deployed(whole, data)
             for found, each in zip(recomputed.outputs(number), expected, strict=True):
                 assert torch.equal(*found, each)  # type: ignore[call-arg]
-            assert recomputed.held.held_bytes <= memory
+            assert sum(map(recomputed.nbytes, chain(*recomputed.held._held.values()))) <= memory
         recomputed.renew()
         for found, each in zip(recomputed.outputs(max(changing)), expected, strict=True):
             assert torch.equal(*found, each)  # type: ignore[call-arg]

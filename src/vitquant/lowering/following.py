@@ -17,7 +17,7 @@ from vitquant.lowering.context import Context, Value
 from vitquant.lowering.lower import lower_node, program_of
 from vitquant.lowering.scaled import Joined, Masked, Scaled, Static
 from vitquant.model import QuantizedModel
-from vitquant.program.instructions import Instruction, IntegerProgram
+from vitquant.program.instructions import Instruction
 
 
 class FollowingProgram:
@@ -31,7 +31,7 @@ class FollowingProgram:
         model: calibrated, with its operations on codes.
 
     Attributes:
-        program: of the model as it was when `follow` was called last.
+        program: of the model as it was when it could be lowered last.
 
     Raises:
         LoweringError: see `translate`.
@@ -42,30 +42,27 @@ class FollowingProgram:
     def __init__(self, model: QuantizedModel) -> None:
         self._model = model
         self._lower()
+        self._known = True  # whether the context is that of `program`
 
-    def follow(self, changed: Collection[str]) -> IntegerProgram:
-        """The program after some quantizers or stored tensors have changed.
+    def follow(self, changed: Collection[str]) -> int:
+        """Lower again what depends on some quantizers or stored tensors that have changed.
 
         Arguments:
             changed: the names of the values whose quantizers have changed, and the names of changed stored tensors.
 
+        Returns:
+            The index of the first instruction that depends on them; 0 if the whole model was lowered.
+
         Raises:
-            LoweringError: the changed model has no integers.
+            LoweringError: the changed model has no integers; `program` stays as it was, and the next call lowers the
+                whole model.
         """
-        if self._again(changed) is None:  # the change needs other instructions
+        known, self._known = self._known, False
+        first = self._again(changed) if known else None
+        if first is None:  # the change needs other instructions
             self._lower()
-        return self.program
-
-    def reach(self, changed: Collection[str]) -> int:
-        """The index of the first instruction that depends on some quantizers or stored tensors.
-
-        Arguments:
-            changed: as for `follow`.
-        """
-        found = self._again(changed)
-        if found is None:
-            self._lower()
-        return 0 if found is None else found
+        self._known = True
+        return first or 0
 
     def _lower(self) -> None:
         """Lower the whole model, and note what each node emits."""

@@ -15,6 +15,7 @@ from vitquant.lowering.following import FollowingProgram
 from vitquant.lowering.promise import promised
 from vitquant.methods.held_prefixes import HeldPrefixes
 from vitquant.model import QuantizedModel
+from vitquant.program.checking import check_program
 from vitquant.runtime.interpreter import Interpreter
 from vitquant.runtime.on_images import quantization_of
 
@@ -44,7 +45,7 @@ class RecomputedProgram:
     ) -> None:
         self._data, self._sizes, self._changing = data, sizes, changing
         self._following = FollowingProgram(_in_integers(model))
-        self._starts = {block: self._following.reach(names) for block, names in changing.items()}
+        self._starts = {block: self._following.follow(names) for block, names in changing.items()}
         self._put()
         self.held = HeldPrefixes[_Registers](self, changing, sizes, memory)
 
@@ -56,7 +57,11 @@ class RecomputedProgram:
             yield tuple(end.decode(torch.cat([part[name] for part in found])) for name, end in ends.items())
 
     def changed(self, block: int) -> None:
-        """See `Recomputed`."""
+        """See `Recomputed`.
+
+        Raises:
+            LoweringError: the changed model has no integers, or a sum could overflow: it cannot be deployed.
+        """
         self._following.follow(self._changing[block])
         self._put()
 
@@ -68,27 +73,34 @@ class RecomputedProgram:
         self, blocks: Sequence[int], known: Mapping[int, Sequence[_Registers]], skip: int = 0
     ) -> Iterator[dict[int, _Registers]]:
         """The registers that the instructions from each block on read, for each batch; see `Prefixes`."""
-        images, _ = quantization_of(self._following.program)
-        order = sorted(blocks, key=self._starts.__getitem__)
         (first, held), *_ = [*known.items(), (None, ())]
-        begun: Iterator[_Registers]
-        if first is None:
-            begun = (self._interpreter.until(images.encode(batch), 0) for batch in self._data)
-        else:
-            begun = iter(held)
+        begun = (self._begun(batch) for batch in self._data) if first is None else iter(held)
         for number, parts in enumerate(begun):
             if number >= skip:
-                at, found = 0 if first is None else self._starts[first], {}
-                for block in order:
-                    parts = [self._interpreter.between(part, at, self._starts[block]) for part in parts]
-                    at, found[block] = self._starts[block], parts
-                yield found
+                yield self._in_front(blocks, parts, 0 if first is None else self._starts[first])
+
+    def of_one(self, blocks: Sequence[int]) -> dict[int, _Registers]:
+        """The same for one image."""
+        return self._in_front(blocks, self._begun(next(iter(self._data))[:1]), 0)
 
     def nbytes(self, prefix: _Registers) -> int:
         """The bytes of the registers in front of a block."""
         return sum(each.nbytes for part in prefix for each in part.values())
 
+    def _begun(self, images: Tensor) -> _Registers:
+        encoding, _ = quantization_of(self._following.program)
+        return self._interpreter.begun(encoding.encode(images))
+
+    def _in_front(self, blocks: Sequence[int], parts: _Registers, at: int) -> dict[int, _Registers]:
+        """The registers in front of each block, from those in front of the instruction `at`."""
+        found: dict[int, _Registers] = {}
+        for block in sorted(blocks, key=self._starts.__getitem__):
+            parts = [self._interpreter.between(part, at, self._starts[block]) for part in parts]
+            at, found[block] = self._starts[block], parts
+        return found
+
     def _put(self) -> None:
+        check_program(self._following.program)
         self._interpreter = Interpreter(self._following.program)
 
 

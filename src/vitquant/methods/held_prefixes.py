@@ -24,6 +24,10 @@ class Prefixes(Protocol[Prefix]):
         """
         ...
 
+    def of_one(self, blocks: Sequence[int]) -> dict[int, Prefix]:
+        """What is in front of some blocks for the first image."""
+        ...
+
     def nbytes(self, prefix: Prefix) -> int:
         """The bytes that it takes."""
         ...
@@ -47,7 +51,7 @@ class HeldPrefixes(Generic[Prefix]):
     ) -> None:
         self._prefixes, self._blocks, self._sizes, self._memory = prefixes, blocks, sizes, memory
         self._held: dict[int, list[Prefix]] = {}
-        self._bytes: dict[int, float] = {}  # of each block for one image
+        self._bytes: dict[int, int] = {}  # of each block for one image
 
     def renew(self) -> None:
         """Forget what depends on what has changed: all but what is in front of the first block."""
@@ -63,11 +67,6 @@ class HeldPrefixes(Generic[Prefix]):
         if not self._complete(held):
             for found in self._prefixes.compute([block], {}, skip=len(held)):
                 yield found[block]
-
-    @property
-    def held_bytes(self) -> int:
-        """The bytes that are held."""
-        return sum(self._prefixes.nbytes(prefix) for held in self._held.values() for prefix in held)
 
     def _complete(self, held: Sequence[Prefix]) -> bool:
         return len(held) == len(self._sizes)
@@ -96,5 +95,5 @@ class HeldPrefixes(Generic[Prefix]):
 
     def _measure(self) -> None:
         if not self._bytes:
-            found = next(self._prefixes.compute(sorted(self._blocks), {}))
-            self._bytes = {block: self._prefixes.nbytes(each) / self._sizes[0] for block, each in found.items()}
+            found = self._prefixes.of_one(sorted(self._blocks))
+            self._bytes = {block: self._prefixes.nbytes(each) for block, each in found.items()}

@@ -27,7 +27,11 @@ class Recomputed(Protocol):
         ...
 
     def changed(self, block: int) -> None:
-        """Take note that quantizers or stored tensors of a block have changed."""
+        """Take note that quantizers or stored tensors of a block have changed.
+
+        Raises:
+            LoweringError: the model cannot be deployed as it is now.
+        """
         ...
 
     def renew(self) -> None:
@@ -93,9 +97,9 @@ class RecomputedSimulation:
         """The inputs of the suffixes of some blocks for each batch, see `Prefixes`."""
         (first, held), *_ = [*known.items(), (None, ())]
         before = () if first is None else self._names[first]  # computed already
-        names = dict.fromkeys(name for block in blocks for name in self._names[block] if name not in before)
+        names = [name for name in self._in_front(blocks) if name not in before]
         inputs = IMAGES if first is None else self._suffixes[first].inputs
-        segment = self._model.segment(inputs, list(names))
+        segment = self._model.segment(inputs, names)
         batches = ((images,) for images in self._data) if first is None else iter(held)
         for number, tensors in enumerate(batches):
             if number >= skip:
@@ -104,9 +108,20 @@ class RecomputedSimulation:
                 found |= dict(zip(names, in_parts(segment, read, self._sizes[number]), strict=True))
                 yield {block: tuple(found[name] for name in self._names[block]) for block in blocks}
 
+    def of_one(self, blocks: Sequence[int]) -> dict[int, tuple[Tensor, ...]]:
+        """The same for one image."""
+        names = self._in_front(blocks)
+        tensors = self._model.segment(IMAGES, names)(next(iter(self._data))[:1])
+        found = dict(zip(names, tensors, strict=True))
+        return {block: tuple(found[name] for name in self._names[block]) for block in blocks}
+
     def nbytes(self, prefix: tuple[Tensor, ...]) -> int:
         """The bytes of the tensors in front of a block."""
         return sum(each.nbytes for each in prefix)
+
+    def _in_front(self, blocks: Sequence[int]) -> list[str]:
+        """The names of the tensors in front of some blocks."""
+        return list(dict.fromkeys(name for block in blocks for name in self._names[block]))
 
 
 def by_images(segment: Segment, outputs: Sequence[Tensor], images: int) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vitquant.calibration_data import RepeatedBatches
-from vitquant.errors import CalibrationError, CheckpointError, RecipeError
+from vitquant.errors import CalibrationError, CheckpointError, LoweringError, RecipeError
 from vitquant.graph.kinds import OPERANDS
 from vitquant.graph.parts import in_parts
 from vitquant.graph.segments import IMAGES
@@ -329,8 +329,7 @@ class _Search:
                 what = f"evolving block {number}: loss {evolution.best[1]:.6g}, {rate:.2g} evaluations/s"
                 self.context.progress(what, self.evaluations, self.of)
                 child = evolution.ask()
-                self._put(number, child)
-                evolution.tell(child, self._loss(number))
+                evolution.tell(child, self._fitness(number, child))
                 self.evaluations += 1
             best[number], loss = evolution.best
             self._put(number, best[number])
@@ -370,6 +369,14 @@ class _Search:
         if not self.losses and not math.isfinite(mean):
             raise CalibrationError(f"the loss is {mean} before the search: the quantized model gives no finite outputs")
         return mean
+
+    def _fitness(self, number: int, child: Tensor) -> float:
+        """The loss of a child; infinite if it cannot be deployed."""
+        try:
+            self._put(number, child)
+        except LoweringError:
+            return math.inf
+        return self._loss(number)
 
     def _put(self, number: int, genes: Tensor) -> None:
         self.blocks[number].put(genes)

@@ -81,23 +81,19 @@ class Interpreter(nn.Module):
             parts = [self._run(part, {}) for part in codes.split(self._images)]
             return given({name: torch.cat([part[name] for part in parts]) for name in self.program.outputs})
 
-    def until(self, codes: Tensor, stop: int) -> list[dict[str, Tensor]]:
-        """The registers that are read by the instructions from an index on, before the first of them.
+    def begun(self, codes: Tensor) -> list[dict[str, Tensor]]:
+        """The registers before the first instruction, by name, for as many images at a time as stay in the cache.
 
         Arguments:
             codes: of the images, as for `forward`.
-            stop: the index.
-
-        Returns:
-            The registers by name, for as many images at a time as stay in the cache.
         """
-        return [self.between(self._begun(part), 0, stop) for part in codes.split(self._images)]
+        return [self._begun(part) for part in codes.split(self._images)]
 
     def between(self, registers: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
         """The registers before the instruction `stop`, from those before the instruction `start`.
 
         Arguments:
-            registers: by name, as from `until`, perhaps of a program whose instructions from `start` on differ.
+            registers: by name, as from `begun`, perhaps of a program whose instructions from `start` on differ.
         """
         with own_precision(next(iter(registers.values())).device.type):
             return self._steps(dict(registers), range(start, stop))
