@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import vitquant.work
 from vitquant.errors import CalibrationError, CheckpointError
 from vitquant.model.saved import digest
 from vitquant.objectives.output_loss import infonce
+from vitquant.recipe import Method
 
 QUICK = [
     "evolve-scales.passes=2", "evolve-scales.cycles=2", "evolve-scales.population=4", "evolve-scales.mutation=0.05",
@@ -79,6 +81,20 @@ def test_it_works_on_top_of_other_recipes_and_models(name: str, recipe: str) -> 
     assert record.summary["loss after each pass"][-1] <= record.summary["loss before"]
     assert record.summary["evaluations"] == record.summary["of"]
     assert len(record.decisions) == len(quantized.index.blocks)
+
+
+def test_mixed_precision_evolves_too(deit) -> None:
+    model, images = deit
+    table = vitquant.sensitivity(model, "vt-ptq", [images], bits="w6a6", candidates=[4, 6, 8])
+    recipe, _ = table.allocate(mean_bits=5.5)
+    settings = {"passes": 1, "relative": True, "mutation": 0.05, "wide_mutation": 0.05}
+    kept = (*(method for method in recipe.methods if method.name != "search-scales"), Method("evolve-scales", settings))
+    quantized = vitquant.quantize(model, replace(recipe, methods=kept), [images], bits=table.bits, simulated=True)
+    widths = {
+        q.spec.bits for name, q in quantized.quantizers.items() if name.startswith("blocks.") and ":weight" in name
+    }
+    assert len(widths) > 1
+    assert quantized.records[-1].summary["loss after"] < quantized.records[-1].summary["loss before"]
 
 
 def test_features_evolve_by_the_same_losses(deit) -> None:
@@ -293,7 +309,8 @@ def test_a_state_of_other_images_is_refused(deit, stopped, tmp_path) -> None:
 def test_damaged_states_are_refused(stopped, tmp_path, key: str) -> None:
     file, tensors, about = _part(tmp_path)
     without = {name: each for name, each in tensors.items() if name != key}
-    for changed in (without, without | {key: torch.zeros(3)}, without | {key: _wrong(tensors[key])}):
+    wrong = [torch.zeros(3), *_wrong(tensors[key])]
+    for changed in (without, *(without | {key: each} for each in wrong)):
         save_file(changed, file, about)
         with pytest.raises(CheckpointError, match="is damaged: remove it"):
             stopped()
@@ -315,9 +332,11 @@ def _part(folder: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, str]]:
     return file, load_file(file), about
 
 
-def _wrong(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape and dtype that no search gives."""
-    return torch.full_like(tensor, -1) if tensor.dtype != torch.uint8 else torch.zeros_like(tensor)
+def _wrong(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors of the same shape and dtype that no search gives."""
+    if tensor.dtype == torch.int64:  # ages
+        return [torch.full_like(tensor, -1), torch.full_like(tensor, 7), torch.arange(-1, len(tensor) - 1)]
+    return [torch.zeros_like(tensor) if tensor.dtype == torch.uint8 else torch.full_like(tensor, -1)]
 
 
 def test_bad_input_is_a_line(deit, run, tmp_path) -> None:

@@ -130,9 +130,24 @@ def test_a_model_without_integers_is_refused_and_followed_again_when_it_has_some
             with pytest.raises(LoweringError, match=r"fc1"):
                 following.follow(names)
             assert following.program is before
+    quantizer.scale = scale
+    following.follow([])  # the whole model is lowered, whatever is said to have changed
+    assert_same(following.program, translate(model))
     quantizer.scale = scale * 1.1
     following.follow(names)
     assert_same(following.program, translate(model))
+
+
+def test_every_program_is_proved_not_to_overflow(monkeypatch) -> None:
+    model, images = in_float("timm deit", "evol-q")
+    recomputed = RecomputedProgram(model, [images], [7], {1: ["blocks.1.attn.qkv:weight"]}, 1e9)
+
+    def refuse(program: IntegerProgram) -> None:
+        raise LoweringError("a sum could overflow")
+
+    monkeypatch.setattr("vitquant.lowering.recomputed_program.check_program", refuse)
+    with pytest.raises(LoweringError, match="a sum could overflow"):
+        recomputed.changed(1)
 
 
 def test_a_child_that_cannot_be_deployed_is_not_chosen(monkeypatch) -> None:

@@ -101,6 +101,23 @@ def test_a_restored_evolution_continues_as_if_it_had_not_stopped(steps: int, see
     assert torch.equal(whole.best[0], continued.best[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("age", torch.full((5,), 3)),
+        ("age", torch.arange(-1, 4)),
+        ("members", torch.full((5, 6), -5.0, dtype=torch.float64)),
+        ("generator", torch.zeros_like(torch.Generator().get_state())),
+    ],
+)
+def test_a_state_that_no_evolution_has_is_refused_and_changes_nothing(name: str, wrong: Tensor) -> None:
+    evolution = evolution_of(genes_of(start()))
+    before = evolution.state()
+    with pytest.raises(ValueError, match="no evolution of these genes|the state of the generator"):
+        evolution.restore(before | {name: wrong})
+    assert all(torch.equal(each, evolution.state()[key]) for key, each in before.items())
+
+
 def test_a_state_is_not_changed_by_later_steps() -> None:
     evolution = evolution_of(genes_of(start()), 9.0)
     saved = evolution.state()

@@ -332,6 +332,17 @@ def test_every_parameter_can_evolve_and_nothing_else_changes(parameter: str) -> 
     assert model.quantizers.keys() == before.keys()
 
 
+def test_a_mutation_is_by_the_bits_of_the_scale() -> None:
+    model, _ = made("timm deit", bits="w4a8")
+    names = ("blocks.0.attn.qkv:weight", "blocks.0.attn.proj:input")
+    block = EvolvingBlock({name: model.quantizers[name] for name in names}, ("scale",))
+    genes = block.genes(1e-4, 1e-5, False)
+    channels = model.quantizers[names[0]].scale.numel()
+    assert genes.reach.tolist() == [1e-4] * channels + [1e-5]
+    assert not bool(genes.relative.any())
+    assert bool(block.genes(1e-4, 1e-5, True).relative.all())
+
+
 # --- bad input ---
 
 
