@@ -113,7 +113,7 @@ def test_a_restored_evolution_continues_as_if_it_had_not_stopped(steps: int, see
 def test_a_state_that_no_evolution_has_is_refused_and_changes_nothing(name: str, wrong: Tensor) -> None:
     evolution = evolution_of(genes_of(start()))
     before = evolution.state()
-    with pytest.raises(ValueError, match="no evolution of these genes|the state of the generator"):
+    with pytest.raises(ValueError, match=r"no evolution of these genes|the state of the generator"):
         evolution.restore(before | {name: wrong})
     assert all(torch.equal(each, evolution.state()[key]) for key, each in before.items())
 
