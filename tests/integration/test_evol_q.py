@@ -305,7 +305,7 @@ def test_a_state_of_other_images_is_refused(deit, stopped, tmp_path) -> None:
         vitquant.quantize(model, "evol-q", others, settings=QUICK, work=tmp_path / "work")
 
 
-@pytest.mark.parametrize("key", ["genes/1", "evolution/members", "evolution/generator", "evolution/age"])
+@pytest.mark.parametrize("key", ["genes/1", "search/members", "search/generator", "search/age"])
 def test_damaged_states_are_refused(stopped, tmp_path, key: str) -> None:
     file, tensors, about = _part(tmp_path)
     without = {name: each for name, each in tensors.items() if name != key}

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitquant.search.evolution import Evolution, EvolutionSettings, Genes, within
+from vitquant.search.evolution import Evolution, EvolutionSettings
+from vitquant.search.genes import Genes, within
 
 law = settings(max_examples=60, deadline=None)
 FITNESS = st.floats(allow_nan=True, allow_infinity=True)
@@ -22,7 +23,8 @@ FITNESS = st.floats(allow_nan=True, allow_infinity=True)
 def genes_of(start: Tensor, reach: float = 0.5, relative: bool = False, whole: bool = False) -> Genes:
     n = len(start)
     flags = torch.full((n,), relative), torch.full((n,), whole)
-    return Genes(start, torch.full_like(start, reach), *flags, torch.full_like(start, -4), torch.full_like(start, 4))
+    limits = torch.full_like(start, -4), torch.full_like(start, 4)
+    return Genes(start, torch.full_like(start, reach), *flags, *limits, torch.arange(n))
 
 
 def evolution_of(genes: Genes, fitness: float = 0.0, seed: int = 0, **sizes: float) -> Evolution:

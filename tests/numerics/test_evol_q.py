@@ -27,7 +27,10 @@ from vitquant.methods.weight_correction import CorrectWeightsSettings, correct_w
 from vitquant.model import QuantizedModel
 from vitquant.objectives.output_loss import OUTPUT_LOSSES, infonce
 from vitquant.recipe import Recipe, load_recipe
+from vitquant.search.coordinate_descent import CoordinateDescent
 from vitquant.search.evolution import Evolution, EvolutionSettings
+from vitquant.search.genes import Genes, Search
+from vitquant.search.random_search import RandomSearch
 
 IMAGES = 7
 
@@ -230,8 +233,7 @@ def naive(model: QuantizedModel, data: list[Tensor], options: dict[str, Any], se
         number = numbers[turn % len(numbers)]
         digits = hashlib.sha256(f"{seed} evolve-scales {turn}".encode()).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(digits, "little") >> 1)
-        sizes = EvolutionSettings(given.population, given.sample, given.rate)
-        evolution = Evolution(genes[number], fitness, sizes, generator)
+        evolution = searches(given, genes[number], fitness, generator)
         for _ in range(given.cycles):
             child = evolution.ask()
             blocks[number].put(child)
@@ -242,18 +244,33 @@ def naive(model: QuantizedModel, data: list[Tensor], options: dict[str, Any], se
     return [quantizer.scale for quantizer in model.quantizers.values()], fitness
 
 
+def searches(given: EvolveScalesSettings, genes: Genes, fitness: float, generator: torch.Generator) -> Search:
+    match given.search:
+        case "random":
+            return RandomSearch(genes, fitness, generator)
+        case "coordinates":
+            return CoordinateDescent(genes, fitness, generator)
+    return Evolution(genes, fitness, EvolutionSettings(given.population, given.sample, given.rate), generator)
+
+
 def _output(model: QuantizedModel, output: Any) -> Tensor:
     return next(iter(model.named_outputs(output).values()))
 
 
 @pytest.mark.parametrize(
-    ("name", "loss"),
-    [*(("timm deit", loss) for loss in OUTPUT_LOSSES), ("timm swin", "infonce"), ("transformers vit", "kl")],
+    ("name", "loss", "search"),
+    [
+        *(("timm deit", loss, "evolution") for loss in OUTPUT_LOSSES),
+        ("timm swin", "infonce", "evolution"),
+        ("transformers vit", "kl", "evolution"),
+        ("timm deit", "mse", "random"),
+        ("timm deit", "mse", "coordinates"),
+    ],
 )
-def test_it_finds_what_the_search_that_computes_everything_finds(name: str, loss: str) -> None:
+def test_it_finds_what_the_search_that_computes_everything_finds(name: str, loss: str, search: str) -> None:
     model, images = made(name, settings=ASYMMETRIC)
     data = list(images.split(4))
-    options = {**QUICK, "loss": loss}
+    options = {**QUICK, "loss": loss, "search": search}
     other = copy.deepcopy(model)
     with torch.inference_mode(False), torch.no_grad():
         expected, last = naive(other, data, options, 3)

@@ -13,7 +13,7 @@ from vitquant.errors import CalibrationError
 from vitquant.methods.weight_correction import CorrectableLayer, apply_correction, correction, moments
 from vitquant.quantizers import Quantizer
 from vitquant.quantizers.parameters import SMALLEST_SCALE
-from vitquant.search.evolution import Genes
+from vitquant.search.genes import Genes
 from vitquant.spec import Logarithmic, PowerOfTwoFactor, PowerOfTwoScale, QuantSpec
 
 PARAMETERS = ("scale", "zero_point", "factor")
@@ -71,7 +71,8 @@ class EvolvingBlock:
     def genes(self, mutation: float, wide_mutation: float, relative: bool) -> Genes:
         """The current parameters of the quantizers, and how far a mutation may move each.
 
-        Zero points and factors are integers and move by one at most; scales of channels that are zero stay.
+        Zero points and factors are integers and move by one at most; scales of channels that are zero stay. The scales
+        of one quantizer are one coordinate.
 
         Arguments:
             mutation, wide_mutation: how far a scale moves, of a quantizer with at most 4 bits and of one with more; an
@@ -82,7 +83,10 @@ class EvolvingBlock:
         """
         widths = {name: quantizer.spec.bits for name, quantizer in self.quantizers.items()}
         parts = [self._of(key, mutation if widths[key[0]] <= 4 else wide_mutation, relative) for key in self._tensors()]
-        return Genes(*(torch.cat(each) for each in zip(*parts, strict=True)))
+        sizes = torch.tensor([len(each[0]) for each in parts])
+        coordinate = torch.arange(len(parts)).repeat_interleave(sizes)
+        start, reach, shares, whole, low, high = (torch.cat(each) for each in zip(*parts, strict=True))
+        return Genes(start, reach, shares, whole, low, high, coordinate)
 
     def put(self, genes: Tensor) -> None:
         """Set the parameters of the quantizers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -25,10 +25,20 @@ from vitquant.model import QuantizedModel, Record
 from vitquant.model.checkpoint import DIGEST
 from vitquant.objectives.output_loss import OUTPUT_LOSSES
 from vitquant.schema import Integer, ListOf, Number, Table, nearest
-from vitquant.search.evolution import Evolution, EvolutionSettings, Genes, within
+from vitquant.search.coordinate_descent import CoordinateDescent
+from vitquant.search.evolution import Evolution, EvolutionSettings
+from vitquant.search.genes import Genes, Search, within
+from vitquant.search.random_search import RandomSearch
 from vitquant.work import Saved, WorkState
 
 FITNESS = ("simulation", "integers")
+
+# From genes, the fitness of the start, the settings and a random generator.
+SEARCHES: dict[str, Callable[[Genes, float, EvolutionSettings, torch.Generator], Search]] = {
+    "evolution": Evolution,
+    "random": lambda genes, fitness, settings, generator: RandomSearch(genes, fitness, generator, settings.rate),
+    "coordinates": lambda genes, fitness, _, generator: CoordinateDescent(genes, fitness, generator),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class EvolveScalesSettings:
         parameters: of the operands' quantizers: `scale`, `zero_point`, `factor` (of power-of-two factors).
         blocks: the numbers of the blocks that evolve; all when empty.
         loss: one of `OUTPUT_LOSSES`.
+        search: one of `SEARCHES`, which get the same number of evaluations.
         passes: how many times to evolve every block.
         cycles: the number of children of a block in a pass.
         population, sample, rate: see `EvolutionSettings`.
@@ -60,6 +71,7 @@ class EvolveScalesSettings:
     parameters: tuple[str, ...] | list[str] = ("scale",)
     blocks: tuple[int, ...] | list[int] = ()
     loss: str = "infonce"
+    search: str = "evolution"
     passes: int = 10
     cycles: int = 3
     population: int = 15
@@ -79,10 +91,10 @@ class EvolveScalesSettings:
             for word in words if known else ():
                 if word not in known:
                     raise RecipeError(f"evolve-scales: {name} has no {word!r}; {nearest(word, known)}")
-        if self.loss not in OUTPUT_LOSSES:
-            raise RecipeError(f"evolve-scales: loss = {self.loss!r} is unknown; {nearest(self.loss, OUTPUT_LOSSES)}")
-        if self.fitness not in FITNESS:
-            raise RecipeError(f"evolve-scales: fitness = {self.fitness!r} is unknown; {nearest(self.fitness, FITNESS)}")
+        for name, known in (("loss", OUTPUT_LOSSES), ("search", SEARCHES), ("fitness", FITNESS)):
+            word = getattr(self, name)
+            if word not in known:
+                raise RecipeError(f"evolve-scales: {name} = {word!r} is unknown; {nearest(word, known)}")
         if not all(isinstance(number, int) and not isinstance(number, bool) for number in self.blocks):
             raise RecipeError(f"evolve-scales: blocks = {self.blocks!r}: it is a list of whole numbers")
         for name in ("passes", "cycles", "population", "sample"):
@@ -313,7 +325,7 @@ class _Search:
             if len(self.losses) < turn // len(numbers) + 2:  # a new pass
                 self.losses.append(self.losses[-1])
                 self.recomputed.renew()
-            evolution = self._evolution(replace(genes[number], start=best[number]), turn)
+            evolution = self._search(replace(genes[number], start=best[number]), turn)
             if saved is not None:
                 _restore(evolution, saved)
                 saved = None
@@ -354,9 +366,10 @@ class _Search:
         }
         return Record("evolve-scales", summary, decisions)
 
-    def _evolution(self, genes: Genes, turn: int) -> Evolution:
+    def _search(self, genes: Genes, turn: int) -> Search:
         settings = EvolutionSettings(self.settings.population, self.settings.sample, self.settings.rate)
-        return Evolution(genes, self.losses[-1], settings, self.context.generator(f"evolve-scales {turn}"))
+        generator = self.context.generator(f"evolve-scales {turn}")
+        return SEARCHES[self.settings.search](genes, self.losses[-1], settings, generator)
 
     def _loss(self, number: int) -> float:
         """The mean loss over all images of the model as it is, computed from the inputs of a block."""
@@ -382,9 +395,9 @@ class _Search:
         self.blocks[number].put(genes)
         self.recomputed.changed(number)
 
-    def _save(self, work: WorkState, best: Mapping[int, Tensor], evolution: Evolution) -> None:
+    def _save(self, work: WorkState, best: Mapping[int, Tensor], search: Search) -> None:
         tensors = {f"genes/{number}": each for number, each in best.items()}
-        tensors |= {f"evolution/{name}": each for name, each in evolution.state().items()}
+        tensors |= {f"search/{name}": each for name, each in search.state().items()}
         work.save(
             tensors, {"data": self.data, "evaluations": self.evaluations, "losses": self.losses, "gains": self.gains}
         )
@@ -408,10 +421,10 @@ class _Search:
         return saved
 
 
-def _restore(evolution: Evolution, saved: Saved) -> None:
-    """Continue an evolution from a saved state, which may come from any file."""
-    state = {name: saved.tensor(f"evolution/{name}", like) for name, like in evolution.state().items()}
+def _restore(search: Search, saved: Saved) -> None:
+    """Continue a search from a saved state, which may come from any file."""
+    state = {name: saved.tensor(f"search/{name}", like) for name, like in search.state().items()}
     try:
-        evolution.restore(state)
+        search.restore(state)
     except ValueError as refused:
         raise saved.damaged() from refused
