@@ -85,7 +85,7 @@ class Request:
     preprocessing: Path | None
     model_arguments: list[str] | None
     seed: int
-    workers: int
+    image_workers: int
     skip_bad_images: bool
 
 
@@ -135,7 +135,7 @@ def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
     notes: list[str] = []
     network = create(source, notes.append).to(where)
     steps = preprocessing_of(network, source, request.preprocessing)
-    data = chosen.batches(steps, request.workers, request.skip_bad_images)
+    data = chosen.batches(steps, request.image_workers, request.skip_bad_images)
     return Prepared(network, source, steps, data, len(chosen.items), chosen.batch, (*notes, *chosen.notes))
 
 

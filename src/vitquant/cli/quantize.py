@@ -66,12 +66,13 @@ def quantize(
     memory_budget: MemoryBudget = None,
     time_limit: TimeLimit = None,
     work: calibrating.Work = None,
+    workers: options.Workers = "0",
     task: TaskName = None,
     simulated: Simulated = False,
     force: Force = False,
     seed: calibrating.Seed = 0,
     device: options.DeviceOption = options.Device.AUTO,
-    workers: options.Workers = 0,
+    image_workers: options.ImageWorkers = 0,
     skip_bad_images: options.SkipBadImages = False,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -88,12 +89,16 @@ def quantize(
             from vitquant.recipe import requested
             from vitquant.report.tables import ends_text, facts
             from vitquant.tasks.task import task_named
+            from vitquant.workers.opening import asked_workers
 
             chosen, widths = requested(recipe, bits, settings or ())
             if task is not None:
                 task_named(task)  # refuse an unknown task before the model is built
             if memory_budget is not None and not any(step.definition.needs.memory for step in planned(chosen)):
                 terminal.note(f"{chosen.name} holds a batch at a time: --memory-budget changes nothing")
+            share = asked_workers(workers)
+            if share != 0 and not any(step.definition.needs.workers for step in planned(chosen)):
+                terminal.note(f"{chosen.name} has no search that other processes can share: --workers changes nothing")
             request = calibrating.Request(
                 model,
                 calibration,
@@ -104,7 +109,7 @@ def quantize(
                 preprocessing,
                 model_arguments,
                 seed,
-                workers,
+                image_workers,
                 skip_bad_images,
             )
         with terminal.replacing(output, force, SAVED_MODEL) as new:  # refused before long work if it cannot be written
@@ -127,6 +132,7 @@ def quantize(
                     memory=4.0 if memory_budget is None else memory_budget,
                     time_limit=math.inf if time_limit is None else time_limit,
                     work=work,
+                    workers=share,
                 )
                 origin = {"directory": str(calibration.absolute()), "seed": seed, "batch": prepared.batch}
                 quantized.provenance["calibration"] |= origin

@@ -42,7 +42,7 @@ def sensitivity(
     work: calibrating.Work = None,
     seed: calibrating.Seed = 0,
     device: options.DeviceOption = options.Device.AUTO,
-    workers: options.Workers = 0,
+    image_workers: options.ImageWorkers = 0,
     skip_bad_images: options.SkipBadImages = False,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -64,8 +64,8 @@ def sensitivity(
                 check_matplotlib()
             chosen, base = requested(recipe, bits, settings or ())
             request = calibrating.Request(
-                model, calibration, weights, weights_key, images, batch, preprocessing, model_arguments, seed, workers,
-                skip_bad_images,
+                model, calibration, weights, weights_key, images, batch, preprocessing, model_arguments, seed,
+                image_workers, skip_bad_images,
             )  # fmt: skip
         with nullcontext() if output is None else terminal.replacing(output, force, SENSITIVITY) as new:
             with terminal.progress("loading"):
