@@ -86,6 +86,7 @@ def quantize(
             from vitquant import workflows
             from vitquant.methods.table import planned
             from vitquant.model.checkpoint import SAVED_MODEL, TENSORS
+            from vitquant.prepared import Request, prepare
             from vitquant.recipe import requested
             from vitquant.report.tables import ends_text, facts
             from vitquant.tasks.task import task_named
@@ -99,7 +100,7 @@ def quantize(
             share = asked_workers(workers)
             if share != 0 and not any(step.definition.needs.workers for step in planned(chosen)):
                 terminal.note(f"{chosen.name} has no search that other processes can share: --workers changes nothing")
-            request = calibrating.Request(
+            request = Request(
                 model,
                 calibration,
                 weights,
@@ -114,7 +115,7 @@ def quantize(
             )
         with terminal.replacing(output, force, SAVED_MODEL) as new:  # refused before long work if it cannot be written
             with terminal.progress("loading"):
-                prepared = calibrating.prepare(request, chosen, options.choose_device(device, threads))
+                prepared = prepare(request, chosen, options.choose_device(device, threads))
                 network, source, data = prepared.network, prepared.source, prepared.data
             with terminal.progress("capturing, first batch", len(data.items)) as update:
                 watched = calibrating.Watched(data, update)
