@@ -17,6 +17,7 @@ from vitquant.cli.evaluate import evaluate
 from vitquant.cli.export import export
 from vitquant.cli.inspect import inspect
 from vitquant.cli.interrupts import INTERRUPTED
+from vitquant.cli.landscape import landscape
 from vitquant.cli.parity import parity
 from vitquant.cli.quantize import quantize
 from vitquant.cli.recipes import recipes
@@ -32,7 +33,9 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 app = typer.Typer(
     name="vitquant", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
-for command in (quantize, evaluate, inspect, export, parity, sensitivity, allocate, resize, recipes, demo, vectors):
+for command in (
+    quantize, evaluate, inspect, export, parity, sensitivity, allocate, landscape, resize, recipes, demo, vectors,
+):  # fmt: skip
     app.command()(command)
 
 

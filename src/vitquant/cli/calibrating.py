@@ -67,6 +67,12 @@ Work = Annotated[
         metavar="DIR", help="Directory for saved state; the same command continues there after an interruption."
     ),
 ]
+MemoryBudget = Annotated[
+    float | None,
+    typer.Option(
+        min=0, metavar="GB", callback=options.finite, help="Memory for searches beside the model; 4 when not given."
+    ),
+]
 Seed = Annotated[
     int, typer.Option(min=0, max=options.LARGEST_SEED, help="Seed of random weights and of the choice of images.")
 ]
@@ -87,6 +93,7 @@ class Request:
     seed: int
     workers: int
     skip_bad_images: bool
+    held_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ class Prepared:
         chosen: the number of chosen images, including those that cannot be read.
         batch: the number of images in a batch.
         notes: remarks for the user about the images and the weights.
+        held_out: other images, where some are asked for.
     """
 
     network: nn.Module
@@ -110,6 +118,7 @@ class Prepared:
     chosen: int
     batch: int
     notes: tuple[str, ...]
+    held_out: ImageBatches | None = None
 
 
 def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
@@ -130,20 +139,24 @@ def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
     arguments = parse_model_arguments(request.model_arguments or ())
     named = ModelSource(request.model, arguments, weights, request.seed, weights_key=request.weights_key)
     check_name(named)
-    chosen = CalibrationImages.chosen(request.calibration, recipe, request.images, request.batch, request.seed)
+    chosen = CalibrationImages.chosen(
+        request.calibration, recipe, request.images, request.batch, request.seed, request.held_out
+    )
     source = pinned(named)
     notes: list[str] = []
     network = create(source, notes.append).to(where)
     steps = preprocessing_of(network, source, request.preprocessing)
     data = chosen.batches(steps, request.workers, request.skip_bad_images)
-    return Prepared(network, source, steps, data, len(chosen.items), chosen.batch, (*notes, *chosen.notes))
+    held_out = chosen.held_out_batches(steps, request.workers, request.skip_bad_images) if request.held_out else None
+    return Prepared(network, source, steps, data, len(chosen.items), chosen.batch, (*notes, *chosen.notes), held_out)
 
 
 def say_what_was_used(terminal: Terminal, prepared: Prepared, request: Request, recipe: Recipe) -> None:
     """Print notes about weights and images: also if there are fewer than the recipe asks for, or some were skipped."""
     for note in prepared.notes:
         terminal.note(note)
-    usual, skipped = recipe.calibration.images, prepared.data.skipped
+    others = [] if prepared.held_out is None else prepared.held_out.skipped
+    usual, skipped = recipe.calibration.images, [*prepared.data.skipped, *others]
     if request.images is None and prepared.chosen < usual:
         there = f"all {prepared.chosen} images of {request.calibration}"
         terminal.note(f"{there} were used; {recipe.name} asks for {usual}")

@@ -14,16 +14,16 @@ from torch import Tensor
 from vitquant.calibration_data import RepeatedBatches
 from vitquant.errors import CalibrationError, CheckpointError, LoweringError, RecipeError
 from vitquant.graph.kinds import OPERANDS
-from vitquant.graph.parts import in_parts
 from vitquant.graph.segments import IMAGES
 from vitquant.methods.context import Context
 from vitquant.methods.evolving_block import PARAMETERS, EvolvingBlock, EvolvingLayer, evolves
-from vitquant.methods.recomputed import Recomputed, RecomputedSimulation, by_images
+from vitquant.methods.float_outputs import FloatOutputs
+from vitquant.methods.recomputed import Recomputed, RecomputedSimulation
 from vitquant.methods.searched_layer import LAYERS
 from vitquant.methods.weight_correction import correctable_layers, why_not_correctable
 from vitquant.model import QuantizedModel, Record
 from vitquant.model.checkpoint import DIGEST
-from vitquant.objectives.output_loss import OUTPUT_LOSSES
+from vitquant.objectives.output_loss import OUTPUT_LOSSES, batch_loss
 from vitquant.schema import Integer, ListOf, Number, Table, nearest
 from vitquant.search.coordinate_descent import CoordinateDescent
 from vitquant.search.evolution import Evolution, EvolutionSettings
@@ -142,13 +142,13 @@ def evolve_scales(model: QuantizedModel, context: Context, settings: EvolveScale
     model.require_calibrated()
     check_evolution(model, settings)
     assert context.teacher is not None
-    for names in _names(model, settings).values():  # refuse mutations before long work
+    for names in evolving_names(model, settings).values():  # refuse mutations before long work
         EvolvingBlock({name: model.quantizers[name] for name in names}, settings.parameters).genes(*settings.reach)
     data = RepeatedBatches(context.data)
     context = replace(context, data=data)
     with torch.inference_mode():
         references, sizes = _references(context, settings.loss)
-    blocks = _blocks(model, context, settings)
+    blocks = evolving_blocks(model, context, settings)
     held = sum(each.nbytes for batch in references for each in batch)
     changing = {number: block.changing for number, block in blocks.items()}
     recompute = RecomputedSimulation if settings.fitness == "simulation" else context.integers
@@ -177,13 +177,13 @@ def check_evolution(model: QuantizedModel, settings: EvolveScalesSettings) -> No
         if number not in known:
             there = f"its blocks are {known[0]} to {known[-1]}" if known else "it has none"
             raise RecipeError(f"the model has no block {number}; {there}")
-    _names(model, settings)
+    evolving_names(model, settings)
 
 
 # --- what evolves ---------------------------------------------------------------------------------------
 
 
-def _names(model: QuantizedModel, settings: EvolveScalesSettings) -> dict[int, list[str]]:
+def evolving_names(model: QuantizedModel, settings: EvolveScalesSettings) -> dict[int, list[str]]:
     """The names of the values that evolve, by the number of the first block that reads them, the last block first.
 
     A value that something outside of the blocks reads too does not evolve.
@@ -219,9 +219,11 @@ def _some_sites(model: QuantizedModel) -> list[str]:
     return [site.name for sites in list(model.index.blocks.values())[:1] for site in sites][:4]
 
 
-def _blocks(model: QuantizedModel, context: Context, settings: EvolveScalesSettings) -> dict[int, EvolvingBlock]:
+def evolving_blocks(
+    model: QuantizedModel, context: Context, settings: EvolveScalesSettings
+) -> dict[int, EvolvingBlock]:
     """The blocks that have something to evolve, the last first."""
-    quantizers, names = model.quantizers, _names(model, settings)
+    quantizers, names = model.quantizers, evolving_names(model, settings)
     evolving = {name for some in names.values() for name in some}
     layers: dict[str, EvolvingLayer] = {}
     if settings.keep_moments:
@@ -249,18 +251,12 @@ def _blocks(model: QuantizedModel, context: Context, settings: EvolveScalesSetti
 
 def _references(context: Context, loss: str) -> tuple[list[tuple[Tensor, ...]], list[int]]:
     """The float model's outputs for each batch, and the number of images of each."""
-    teacher = context.teacher
-    assert teacher is not None
-    compute = teacher.segment(IMAGES, [site.name for site in teacher.sites if site.kind == "output"])
+    assert context.teacher is not None
+    outputs_of = FloatOutputs(context.teacher, loss)
     found: list[tuple[Tensor, ...]] = []
     sizes: list[int] = []
     for batch in context.data:
-        if loss == "infonce" and len(batch) < 2:
-            raise CalibrationError(
-                f"batch {len(sizes) + 1} has one image, and infonce compares every image with the others of its batch: "
-                "give batches of at least two, or another number of images"
-            )
-        found.append(by_images(compute, in_parts(compute, [batch], len(batch)), len(batch)))
+        found.append(outputs_of(batch, f"batch {len(sizes) + 1}"))
         sizes.append(len(batch))
     if not sizes:
         raise CalibrationError("no calibration images: give at least one batch")
@@ -376,8 +372,7 @@ class _Search:
         loss, total = OUTPUT_LOSSES[self.settings.loss], 0.0
         with torch.inference_mode():
             for outputs, references in zip(self.recomputed.outputs(number), self.references, strict=True):
-                losses = [loss(*pair).sum() for pair in zip(outputs, references, strict=True)]
-                total += torch.stack(losses).mean().item()
+                total += batch_loss(loss, outputs, references)
         mean = total / sum(self.sizes)
         if not self.losses and not math.isfinite(mean):
             raise CalibrationError(f"the loss is {mean} before the search: the quantized model gives no finite outputs")
