@@ -1,4 +1,4 @@
-"""Figures of a model's sensitivities, of the Pareto front and of loss landscapes; they need the extra `vitquant[figures]`."""
+"""Figures of sensitivities, of the Pareto front and of loss landscapes; they need the extra `vitquant[figures]`."""
 
 from __future__ import annotations
 
