@@ -99,9 +99,10 @@ def landscape_figure(landscape: Landscape) -> bytes:
     for axes, line in zip(grid[0], landscape.lines, strict=True):
         axes.set_title(line.name)
     for axes, line in zip(grid[-1], landscape.lines, strict=True):
-        axes.set_xlabel("t: 0 as quantized, 1 as found" if line.name == SEARCHED else "t: scales times 1 + t u")
+        axes.set_xlabel("t: 0 as quantized, 1 as found" if line.name == SEARCHED else "t: each scale times 1 + t u")
     grid[0][0].legend(fontsize="small")
-    figure.suptitle(f"{landscape.scales} scales of block {landscape.block}")
+    quantized = f"{landscape.about.get('recipe', '')} {landscape.about.get('bits', '')}".strip()
+    figure.suptitle(f"{quantized}: {landscape.scales} scales of block {landscape.block}")
     return _png(figure)
 
 
