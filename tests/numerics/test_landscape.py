@@ -25,7 +25,7 @@ from vitquant.loss_landscape.lines import Line, random_line, searched_line
 from vitquant.loss_landscape.preparing import Prepared, evolution_settings, prepare
 from vitquant.lowering.promise import promised
 from vitquant.lowering.recomputed_program import RecomputedProgram
-from vitquant.methods.scale_evolution import evolving_blocks, evolve_scales
+from vitquant.methods.scale_evolution import evolve_scales, evolving_blocks
 from vitquant.model import QuantizedModel
 from vitquant.model.saved import digest
 from vitquant.model.state import state_of
