@@ -56,6 +56,10 @@ class ExportError(VitquantError):
     """A file cannot be written, a format cannot represent the model, or a runtime refuses it."""
 
 
+class WorkerError(VitquantError):
+    """Processes that share a computation cannot be started or reached, or are lost again and again."""
+
+
 class DataError(VitquantError):
     """A data set cannot be read as asked."""
 

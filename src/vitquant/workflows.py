@@ -35,6 +35,7 @@ from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.tasks.task import Model, Result, Task, task_named, task_of
 from vitquant.unwrapping import unwrapped
 from vitquant.work import WorkDirectory
+from vitquant.workers.opening import asked_workers, opened
 from vitquant.zoo import ModelSource
 
 
@@ -67,6 +68,7 @@ def quantize(
     memory: float = 4.0,
     time_limit: float = math.inf,
     work: str | Path | None = None,
+    workers: int | str = 0,
 ) -> QuantizedModel:
     """Quantize a model by a recipe; the model itself is not changed.
 
@@ -91,18 +93,22 @@ def quantize(
             they came.
         work: a directory in which long work saves its state: after an interruption the same call continues there. It
             can be removed afterwards.
+        workers: the number of processes that share the work of methods that allow it, or "ray": a Ray cluster. The
+            result is the same where they compute with as many threads and on the same kind of processor.
 
     Raises:
         LoweringError: the recipe promises integers (its method `integer-operations` computes every kind so), the bits,
             the model or its calibration do not allow it, and `simulated` is false; the message names the site and what
             to do. It is raised before calibration if it does not depend on the images.
         CheckpointError: the work directory belongs to another run.
+        WorkerError: there are no such workers, or they are lost again and again.
         ModelError: the task is classification, and the model gives no logits.
         VitquantError: see `capture`, `requested` and the recipe's methods.
     """
     deadline = time.monotonic() + time_limit
     if not 0 < memory < math.inf:
         raise RecipeError(f"memory = {memory}: it is positive, in gigabytes")
+    asked_workers(workers)
     if not time_limit >= 0:
         raise RecipeError(f"time_limit = {time_limit}: it is seconds, 0 or more")
     said = None if preprocessing is None else Preprocessing.from_dict(preprocessing).to_dict()
@@ -130,6 +136,7 @@ def quantize(
             asked = {"recipe": recipe.to_dict(), "bits": str(widths), "seed": seed, "images": stream.first}
             asked["task"] = meaning.name
             kept = held.enter_context(WorkDirectory.opened(work, {"model": _digest(captured), **asked}))
+        shares = any(step.definition.needs.workers for step in steps)
         context = Context(
             stream,
             stream.labelled(),
@@ -140,6 +147,7 @@ def quantize(
             memory,
             deadline,
             integers=RecomputedProgram,
+            workers=held.enter_context(opened(workers if shares else 0)),
         )
         run_steps(quantized, steps, context, kept)
     if not simulated:

@@ -837,7 +837,7 @@ def test_what_cannot_be_an_output_is_refused_by_every_command_before_its_work(
     run, workshop, sensitivities, tmp_path, monkeypatch, kind
 ):
     for work in (
-        "cli.calibrating.prepare",
+        "prepared.prepare",
         "loading.load",
         "demo.model",
         "conformance.vectors.write_into",

@@ -22,7 +22,7 @@ from vitquant.graph.captured import CapturedModel
 from vitquant.loss_landscape.jaggedness import jaggedness
 from vitquant.loss_landscape.landscape import surveyed
 from vitquant.loss_landscape.lines import Line, random_line, searched_line
-from vitquant.loss_landscape.preparing import Prepared, evolution_settings, prepare
+from vitquant.loss_landscape.subject import Subject, evolution_settings, subject_of
 from vitquant.lowering.promise import promised
 from vitquant.lowering.recomputed_program import RecomputedProgram
 from vitquant.methods.scale_evolution import evolve_scales, evolving_blocks
@@ -49,12 +49,12 @@ def network(name: str) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
     return model, list(images[:7].split(4)), list(images[7:].split(3))
 
 
-def prepared_of(name: str, recipe: str, bits: str, block: int, given: Sequence[str] = (), **others: Any) -> Prepared:
+def subject_for(name: str, recipe: str, bits: str, block: int, given: Sequence[str] = (), **others: Any) -> Subject:
     model, data, held_out = network(name)
     whole, widths = requested(recipe, bits, given)
     integers = promised(whole) is not None
     evolution = replace(evolution_settings(whole), **others)
-    return prepare(model, whole, widths, data, held_out, evolution, block, integers, 3, silent, 4.0)
+    return subject_of(model, whole, widths, data, held_out, evolution, block, integers, 3, silent, 4.0)
 
 
 def deployed(model: QuantizedModel) -> Any:
@@ -99,14 +99,14 @@ def test_every_point_is_that_of_a_whole_model_with_these_scales(case: str) -> No
     assert found.forms == (("simulation",) if recipe == "minmax" else ("simulation", "integers"))
 
     # The same lines, from the definitions.
-    prepared = prepared_of(name, recipe, bits, number, given, loss=loss)
-    model, context = prepared.model, prepared.context
-    ((_, block),) = evolving_blocks(model, context, prepared.settings).items()
+    subject = subject_for(name, recipe, bits, number, given, loss=loss)
+    model, context = subject.model, subject.context
+    ((_, block),) = evolving_blocks(model, context, subject.settings).items()
     start = torch.cat([each.scale.double().flatten() for each in block.quantizers.values()])
     assert found.scales == len(start)
     u = torch.rand(len(start), dtype=torch.float64, generator=context.generator("landscape 1")) * 2 - 1
     lines = [(u * start, [-0.05, 0.0, 0.05])]
-    searched = copy.deepcopy(prepared)
+    searched = copy.deepcopy(subject)
     by = replace(searched.context, integers=RecomputedProgram)
     evolve_scales(searched.model, by, replace(searched.settings, passes=1, cycles=4))
     if not block.layers:  # else scales are corrected after they are put
@@ -155,8 +155,8 @@ def test_nothing_is_changed_whether_it_ends_or_is_interrupted(recipe: str) -> No
     before = {name: each.clone() for name, each in model.state_dict().items()}
     vitquant.landscape(model, recipe, data, held_out, bits="w4a8", **QUICK)
     assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
-    prepared = prepared_of("timm deit", recipe, "w4a8", 1, RELATIVE if recipe == "evol-q" else ())
-    whole, state = digest(prepared.model), {name: each.clone() for name, each in state_of(prepared.model).items()}
+    subject = subject_for("timm deit", recipe, "w4a8", 1, RELATIVE if recipe == "evol-q" else ())
+    whole, state = digest(subject.model), {name: each.clone() for name, each in state_of(subject.model).items()}
 
     def die(what: str, done: int, total: int) -> None:
         if done == 7:
@@ -164,12 +164,12 @@ def test_nothing_is_changed_whether_it_ends_or_is_interrupted(recipe: str) -> No
 
     arguments = (0.05, 3, 1, 4, recipe == "evol-q")
     with torch.no_grad():
-        surveyed(prepared, *arguments)
-        assert digest(prepared.model) == whole
+        surveyed(subject, *arguments)
+        assert digest(subject.model) == whole
         with pytest.raises(KeyboardInterrupt):
-            surveyed(replace(prepared, context=replace(prepared.context, progress=die)), *arguments)
-    assert digest(prepared.model) == whole
-    assert all(torch.equal(state[name], each) for name, each in state_of(prepared.model).items())
+            surveyed(replace(subject, context=replace(subject.context, progress=die)), *arguments)
+    assert digest(subject.model) == whole
+    assert all(torch.equal(state[name], each) for name, each in state_of(subject.model).items())
 
 
 def test_the_seed_decides_and_memory_does_not() -> None:

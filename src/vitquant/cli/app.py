@@ -23,6 +23,7 @@ from vitquant.cli.quantize import quantize
 from vitquant.cli.recipes import recipes
 from vitquant.cli.resize import resize
 from vitquant.cli.sensitivity import sensitivity
+from vitquant.cli.sweep import sweep
 from vitquant.cli.vectors import vectors
 from vitquant.errors import VitquantError
 
@@ -34,8 +35,20 @@ app = typer.Typer(
     name="vitquant", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
 for command in (
-    quantize, evaluate, inspect, export, parity, sensitivity, allocate, landscape, resize, recipes, demo, vectors,
-):  # fmt: skip
+    quantize,
+    evaluate,
+    inspect,
+    export,
+    parity,
+    sensitivity,
+    allocate,
+    landscape,
+    sweep,
+    resize,
+    recipes,
+    demo,
+    vectors,
+):
     app.command()(command)
 
 

@@ -1,9 +1,8 @@
-"""Shared by the commands that quantize: options, the float model, its preprocessing, and calibration images."""
+"""Shared by the commands that quantize: options of the model and its images, notes about them, and progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,13 +13,11 @@ from vitquant.cli.completing import recipe_names
 from vitquant.cli.terminal import Terminal
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from vitquant.prepared import Prepared, Request
     from vitquant.recipe import Recipe
     from vitquant.tasks.images import ImageBatches
-    from vitquant.tasks.preprocessing import Preprocessing
-    from vitquant.zoo import ModelSource
 
 Name = Annotated[
     str, typer.Argument(help="timm:NAME, transformers:NAME, torchvision:NAME or python:package.module:factory.")
@@ -76,79 +73,6 @@ MemoryBudget = Annotated[
 Seed = Annotated[
     int, typer.Option(min=0, max=options.LARGEST_SEED, help="Seed of random weights and of the choice of images.")
 ]
-
-
-@dataclass(frozen=True)
-class Request:
-    """The options of a command that concern the model and its images."""
-
-    model: str
-    calibration: Path
-    weights: str
-    weights_key: str | None
-    images: int | None
-    batch: int | None
-    preprocessing: Path | None
-    model_arguments: list[str] | None
-    seed: int
-    workers: int
-    skip_bad_images: bool
-    held_out: int = 0
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A float model and its calibration images.
-
-    Arguments:
-        network: the model, on its device.
-        source: the source of the model.
-        steps: the preprocessing of its images.
-        data: the images, in batches.
-        chosen: the number of chosen images, including those that cannot be read.
-        batch: the number of images in a batch.
-        notes: remarks for the user about the images and the weights.
-        held_out: other images, where some are asked for.
-    """
-
-    network: nn.Module
-    source: ModelSource
-    steps: Preprocessing
-    data: ImageBatches
-    chosen: int
-    batch: int
-    notes: tuple[str, ...]
-    held_out: ImageBatches | None = None
-
-
-def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
-    """Build the model and choose the images, with all checks before any long work.
-
-    Raises:
-        VitquantError: the model, weights, images or preprocessing are not available.
-    """
-    import torch
-
-    from vitquant.image_folders import CalibrationImages
-    from vitquant.zoo import ModelSource, check_name, create, parse_model_arguments, pinned, preprocessing_of
-
-    torch.manual_seed(request.seed)
-    weights = request.weights
-    if weights not in ("pretrained", "random"):
-        weights = str(Path(weights).absolute())  # it is saved, and `evaluate` may run in another directory
-    arguments = parse_model_arguments(request.model_arguments or ())
-    named = ModelSource(request.model, arguments, weights, request.seed, weights_key=request.weights_key)
-    check_name(named)
-    chosen = CalibrationImages.chosen(
-        request.calibration, recipe, request.images, request.batch, request.seed, request.held_out
-    )
-    source = pinned(named)
-    notes: list[str] = []
-    network = create(source, notes.append).to(where)
-    steps = preprocessing_of(network, source, request.preprocessing)
-    data = chosen.batches(steps, request.workers, request.skip_bad_images)
-    held_out = chosen.held_out_batches(steps, request.workers, request.skip_bad_images) if request.held_out else None
-    return Prepared(network, source, steps, data, len(chosen.items), chosen.batch, (*notes, *chosen.notes), held_out)
 
 
 def say_what_was_used(terminal: Terminal, prepared: Prepared, request: Request, recipe: Recipe) -> None:

@@ -89,7 +89,7 @@ def evaluate(
     model_arguments: options.RepeatedArguments = None,
     preprocessing: options.PreprocessingFile = None,
     device: options.DeviceOption = options.Device.AUTO,
-    workers: options.Workers = 0,
+    image_workers: options.ImageWorkers = 0,
     skip_bad_images: options.SkipBadImages = False,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -121,7 +121,7 @@ def evaluate(
             reference = float_model(out, weights, repeated, terminal)
             items = evaluation_images(data, quantized, meaning, reference, classes)
             steps = preprocessing_for(quantized, preprocessing)
-            found = batches(items, steps, batch or _BATCH, workers, skip_bad_images)
+            found = batches(items, steps, batch or _BATCH, image_workers, skip_bad_images)
             if reference is not None:
                 reference = reference.to(where)
             name, computed = _engine(engine, quantized, reference, out, threads, where, terminal)

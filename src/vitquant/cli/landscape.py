@@ -58,7 +58,7 @@ def landscape(
     force: Annotated[bool, typer.Option("--force", help="Replace those that are there.")] = False,
     seed: calibrating.Seed = 0,
     device: options.DeviceOption = options.Device.AUTO,
-    workers: options.Workers = 0,
+    image_workers: options.ImageWorkers = 0,
     skip_bad_images: options.SkipBadImages = False,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -71,6 +71,7 @@ def landscape(
         with terminal.progress("loading"):
             import vitquant
             from vitquant.loss_landscape.landscape import check_numbers
+            from vitquant.prepared import Request, prepare
             from vitquant.recipe import requested
             from vitquant.report.figures import check_matplotlib, landscape_figure
             from vitquant.report.tables import facts, landscape_facts, landscape_table
@@ -80,13 +81,13 @@ def landscape(
             if output is not None:
                 check_matplotlib()
             chosen, base = requested(recipe, bits, settings or ())
-            request = calibrating.Request(
-                model, calibration, weights, weights_key, images, batch, preprocessing, model_arguments, seed, workers,
-                skip_bad_images, held_out,
+            request = Request(
+                model, calibration, weights, weights_key, images, batch, preprocessing, model_arguments, seed,
+                image_workers, skip_bad_images, held_out,
             )  # fmt: skip
         with nullcontext() if output is None else terminal.replacing(output, force, LANDSCAPE) as new:
             with terminal.progress("loading"):
-                prepared = calibrating.prepare(request, chosen, options.choose_device(device, threads))
+                prepared = prepare(request, chosen, options.choose_device(device, threads))
             assert prepared.held_out is not None
             with terminal.progress("capturing, first batch", len(prepared.data.items)) as update:
                 watched = calibrating.Watched(prepared.data, update)

@@ -51,7 +51,15 @@ RepeatedArguments = Annotated[
 ]
 Batch = Annotated[int | None, typer.Option(min=1, max=LARGEST_BATCH, help="Images in a batch.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto: CUDA when there is one.")]
-Workers = Annotated[int, typer.Option(min=0, max=256, help="Processes that decode images; 0: this one.")]
+ImageWorkers = Annotated[
+    int, typer.Option("--image-workers", min=0, max=256, help="Processes that decode images; 0: this one.")
+]
+Workers = Annotated[
+    str,
+    typer.Option(
+        metavar="N|ray", help="Processes that share a search, or ray: those of a Ray cluster; 0: this one alone."
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Threads that compute; torch's choice when not given.")
 ]

@@ -60,12 +60,13 @@ def quantize(
     memory_budget: calibrating.MemoryBudget = None,
     time_limit: TimeLimit = None,
     work: calibrating.Work = None,
+    workers: options.Workers = "0",
     task: TaskName = None,
     simulated: Simulated = False,
     force: Force = False,
     seed: calibrating.Seed = 0,
     device: options.DeviceOption = options.Device.AUTO,
-    workers: options.Workers = 0,
+    image_workers: options.ImageWorkers = 0,
     skip_bad_images: options.SkipBadImages = False,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -79,16 +80,21 @@ def quantize(
             from vitquant import workflows
             from vitquant.methods.table import planned
             from vitquant.model.checkpoint import SAVED_MODEL, TENSORS
+            from vitquant.prepared import Request, prepare
             from vitquant.recipe import requested
             from vitquant.report.tables import ends_text, facts
             from vitquant.tasks.task import task_named
+            from vitquant.workers.opening import asked_workers
 
             chosen, widths = requested(recipe, bits, settings or ())
             if task is not None:
                 task_named(task)  # refuse an unknown task before the model is built
             if memory_budget is not None and not any(step.definition.needs.memory for step in planned(chosen)):
                 terminal.note(f"{chosen.name} holds a batch at a time: --memory-budget changes nothing")
-            request = calibrating.Request(
+            share = asked_workers(workers)
+            if share != 0 and not any(step.definition.needs.workers for step in planned(chosen)):
+                terminal.note(f"{chosen.name} has no search that other processes can share: --workers changes nothing")
+            request = Request(
                 model,
                 calibration,
                 weights,
@@ -98,12 +104,12 @@ def quantize(
                 preprocessing,
                 model_arguments,
                 seed,
-                workers,
+                image_workers,
                 skip_bad_images,
             )
         with terminal.replacing(output, force, SAVED_MODEL) as new:  # refused before long work if it cannot be written
             with terminal.progress("loading"):
-                prepared = calibrating.prepare(request, chosen, options.choose_device(device, threads))
+                prepared = prepare(request, chosen, options.choose_device(device, threads))
                 network, source, data = prepared.network, prepared.source, prepared.data
             with terminal.progress("capturing, first batch", len(data.items)) as update:
                 watched = calibrating.Watched(data, update)
@@ -121,6 +127,7 @@ def quantize(
                     memory=4.0 if memory_budget is None else memory_budget,
                     time_limit=math.inf if time_limit is None else time_limit,
                     work=work,
+                    workers=share,
                 )
                 origin = {"directory": str(calibration.absolute()), "seed": seed, "batch": prepared.batch}
                 quantized.provenance["calibration"] |= origin

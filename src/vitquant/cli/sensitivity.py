@@ -42,7 +42,7 @@ def sensitivity(
     work: calibrating.Work = None,
     seed: calibrating.Seed = 0,
     device: options.DeviceOption = options.Device.AUTO,
-    workers: options.Workers = 0,
+    image_workers: options.ImageWorkers = 0,
     skip_bad_images: options.SkipBadImages = False,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -55,6 +55,7 @@ def sensitivity(
         with terminal.progress("loading"):
             import vitquant
             from vitquant.allocation.sensitivity import check_candidates
+            from vitquant.prepared import Request, prepare
             from vitquant.recipe import requested
             from vitquant.report.figures import check_matplotlib, sensitivity_figure
             from vitquant.report.tables import facts, sensitivity_table
@@ -63,13 +64,13 @@ def sensitivity(
             if output is not None:
                 check_matplotlib()
             chosen, base = requested(recipe, bits, settings or ())
-            request = calibrating.Request(
-                model, calibration, weights, weights_key, images, batch, preprocessing, model_arguments, seed, workers,
-                skip_bad_images,
+            request = Request(
+                model, calibration, weights, weights_key, images, batch, preprocessing, model_arguments, seed,
+                image_workers, skip_bad_images,
             )  # fmt: skip
         with nullcontext() if output is None else terminal.replacing(output, force, SENSITIVITY) as new:
             with terminal.progress("loading"):
-                prepared = calibrating.prepare(request, chosen, options.choose_device(device, threads))
+                prepared = prepare(request, chosen, options.choose_device(device, threads))
             with terminal.progress("capturing, first batch", len(prepared.data.items)) as update:
                 watched = calibrating.Watched(prepared.data, update)
                 table = vitquant.sensitivity(

@@ -14,7 +14,7 @@ from vitquant.calibration_data import Batch, RepeatedBatches
 from vitquant.errors import RecipeError
 from vitquant.loss_landscape.evaluation import Evaluation
 from vitquant.loss_landscape.lines import random_line, searched_line
-from vitquant.loss_landscape.preparing import Prepared, evolution_settings, prepare
+from vitquant.loss_landscape.subject import Subject, evolution_settings, subject_of
 from vitquant.loss_landscape.survey import Survey
 from vitquant.loss_landscape.table import INTEGERS, SEARCHED, SIMULATION, Landscape
 from vitquant.lowering.promise import promised
@@ -91,12 +91,12 @@ def landscape(
         why = f"{whole.name} leaves operations in float; +fully-integer, laid over it, puts them into integers"
     if simulated:
         evolution = replace(evolution, fitness=SIMULATION)
-    prepared = prepare(model, whole, widths, data, held_out, evolution, block, not why, seed, progress, memory)
-    images = prepared.images
-    of_inference = any(each.is_inference() for each in prepared.model.parameters())  # as in `evolve_scales`
+    subject = subject_of(model, whole, widths, data, held_out, evolution, block, not why, seed, progress, memory)
+    images = subject.images
+    of_inference = any(each.is_inference() for each in subject.model.parameters())  # as in `evolve_scales`
     with torch.inference_mode(of_inference), torch.no_grad():
         return replace(
-            surveyed(prepared, reach, points, directions, cycles, not why),
+            surveyed(subject, reach, points, directions, cycles, not why),
             simulated=why,
             about={
                 "recipe": whole.name,
@@ -109,25 +109,25 @@ def landscape(
         )
 
 
-def surveyed(prepared: Prepared, reach: float, points: int, directions: int, cycles: int, integers: bool) -> Landscape:
+def surveyed(subject: Subject, reach: float, points: int, directions: int, cycles: int, integers: bool) -> Landscape:
     """The landscape of one block of a quantized model, which is left as it was.
 
     Arguments:
-        prepared: the model, and what it is compared with.
+        subject: the model, and what it is compared with.
         reach, points, directions, cycles: see `landscape`.
         integers: whether to measure the integer program, too.
 
     Raises:
         CalibrationError, LoweringError: see `landscape`.
     """
-    settings, context = prepared.settings, prepared.context
-    ((number, block),) = evolving_blocks(prepared.model, context, settings).items()
+    settings, context = subject.settings, subject.context
+    ((number, block),) = evolving_blocks(subject.model, context, settings).items()
     genes = block.genes(*settings.reach)
     drawn = [context.generator(f"landscape {place}") for place in range(1, directions + 1)]
     lines = [random_line(f"random {place}", genes, reach, points, each) for place, each in enumerate(drawn, 1)]
     unsearched = searched_line(SEARCHED, genes, genes.start, points)
     asked = [*lines, *([unsearched] if cycles else [])]
-    forms = _forms(prepared, number, block, integers)
+    forms = _forms(subject, number, block, integers)
     survey = Survey(genes, forms, context, cycles + len(forms) * sum(len(each.positions) for each in asked))
     found = None
     try:
@@ -140,22 +140,22 @@ def surveyed(prepared: Prepared, reach: float, points: int, directions: int, cyc
     return Landscape(number, tuple(block.quantizers), len(genes.start), settings.loss, measured, found)
 
 
-def _forms(prepared: Prepared, number: int, block: EvolvingBlock, integers: bool) -> dict[str, Evaluation]:
+def _forms(subject: Subject, number: int, block: EvolvingBlock, integers: bool) -> dict[str, Evaluation]:
     """The forms of the model, each with its share of the memory."""
     recomputes: dict[str, Recompute] = {SIMULATION: RecomputedSimulation}
     if integers:
         recomputes[INTEGERS] = RecomputedProgram
-    references, data = prepared.references, RepeatedBatches(prepared.images)
+    references, data = subject.references, RepeatedBatches(subject.images)
     held = sum(each.nbytes for batch in references.outputs for each in batch)
-    memory = max(prepared.context.memory * 1e9 - held, 0.0) / len(recomputes)
+    memory = max(subject.context.memory * 1e9 - held, 0.0) / len(recomputes)
     changing = {number: block.changing}
     return {
         name: Evaluation(
             block,
             number,
-            recompute(prepared.model, data, references.sizes, changing, memory),
+            recompute(subject.model, data, references.sizes, changing, memory),
             references,
-            prepared.settings.loss,
+            subject.settings.loss,
         )
         for name, recompute in recomputes.items()
     }

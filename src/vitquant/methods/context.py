@@ -14,6 +14,7 @@ from vitquant.graph.captured import CapturedModel
 from vitquant.methods.recomputed import Recompute
 from vitquant.progress import Progress, silent
 from vitquant.work import WorkState
+from vitquant.workers.worker import Workers
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Context:
         work: where a method that takes long saves its state.
         integers: computes the outputs of the integer program of a model that changes, for methods that choose by what
             is deployed.
+        workers: other processes that share the work of methods that need them; None for this one alone.
     """
 
     data: Iterable[torch.Tensor]
@@ -48,6 +50,7 @@ class Context:
     deadline: float = math.inf
     work: WorkState = field(default_factory=WorkState)
     integers: Recompute | None = None
+    workers: Workers | None = None
 
     @property
     def out_of_time(self) -> bool:

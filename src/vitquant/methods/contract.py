@@ -34,6 +34,7 @@ class Needs:
         labels: whether it needs the class of every calibration image.
         teacher: whether it needs the float model beside the quantized one.
         memory: whether it uses memory up to the budget, so that the budget has an effect.
+        workers: whether other processes can share its work.
     """
 
     passes: int = 0
@@ -41,6 +42,7 @@ class Needs:
     labels: bool = False
     teacher: bool = False
     memory: bool = False
+    workers: bool = False
 
 
 def never_idle(model: QuantizedModel) -> bool:

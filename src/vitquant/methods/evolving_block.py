@@ -68,6 +68,11 @@ class EvolvingBlock:
         """The names of the values whose quantizers change, and of the stored tensors that do."""
         return (*self.quantizers, *(name for each in self.layers for name in each.layer.stored))
 
+    @property
+    def current(self) -> Tensor:
+        """The parameters of the quantizers, as `put` takes them: float64 (n,)."""
+        return torch.cat([each.detach().cpu().double().flatten() for each in self._tensors().values()])
+
     def genes(self, mutation: float, wide_mutation: float, relative: bool) -> Genes:
         """The current parameters of the quantizers, and how far a mutation may move each.
 

@@ -12,25 +12,28 @@ import torch
 from torch import Tensor
 
 from vitquant.calibration_data import RepeatedBatches
-from vitquant.errors import CalibrationError, CheckpointError, LoweringError, RecipeError
+from vitquant.errors import CalibrationError, CheckpointError, RecipeError
 from vitquant.graph.kinds import OPERANDS
 from vitquant.graph.segments import IMAGES
 from vitquant.methods.context import Context
 from vitquant.methods.evolving_block import PARAMETERS, EvolvingBlock, EvolvingLayer, evolves
+from vitquant.methods.evolving_shard import Shard, ShardFactory, Trial, shards
 from vitquant.methods.float_outputs import FloatOutputs
-from vitquant.methods.recomputed import Recomputed, RecomputedSimulation
+from vitquant.methods.recomputed import RecomputedSimulation
 from vitquant.methods.searched_layer import LAYERS
 from vitquant.methods.weight_correction import correctable_layers, why_not_correctable
 from vitquant.model import QuantizedModel, Record
 from vitquant.model.checkpoint import DIGEST
-from vitquant.objectives.output_loss import OUTPUT_LOSSES, batch_loss
+from vitquant.objectives.output_loss import OUTPUT_LOSSES
 from vitquant.schema import Integer, ListOf, Number, Table, nearest
 from vitquant.search.coordinate_descent import CoordinateDescent
 from vitquant.search.evolution import Evolution, EvolutionSettings
 from vitquant.search.genes import Genes, Search, within
 from vitquant.search.random_search import RandomSearch
 from vitquant.work import Saved, WorkState
+from vitquant.workers.worker import Kept
 
+Evaluate = Callable[[Trial], list[float]]  # the sum of the loss over the images of each batch
 FITNESS = ("simulation", "integers")
 
 # From genes, the fitness of the start, the settings and a random generator.
@@ -146,15 +149,9 @@ def evolve_scales(model: QuantizedModel, context: Context, settings: EvolveScale
         EvolvingBlock({name: model.quantizers[name] for name in names}, settings.parameters).genes(*settings.reach)
     data = RepeatedBatches(context.data)
     context = replace(context, data=data)
-    with torch.inference_mode():
-        references, sizes = _references(context, settings.loss)
     blocks = evolving_blocks(model, context, settings)
-    held = sum(each.nbytes for batch in references for each in batch)
-    changing = {number: block.changing for number, block in blocks.items()}
-    recompute = RecomputedSimulation if settings.fitness == "simulation" else context.integers
-    assert recompute is not None
-    recomputed = recompute(model, context.data, sizes, changing, max(context.memory * 1e9 - held, 0.0))
-    search = _Search(settings, context, blocks, recomputed, references, sizes, data.digest)
+    evaluate, sizes = _evaluation(model, context, settings, blocks)
+    search = _Search(settings, context, blocks, evaluate, sizes, data.digest)
     of_inference = any(each.is_inference() for each in model.parameters())  # these cannot change outside of that mode
     with torch.inference_mode(of_inference), torch.no_grad():
         search.run()
@@ -249,18 +246,32 @@ def evolving_blocks(
     }
 
 
-def _references(context: Context, loss: str) -> tuple[list[tuple[Tensor, ...]], list[int]]:
-    """The float model's outputs for each batch, and the number of images of each."""
-    assert context.teacher is not None
-    outputs_of = FloatOutputs(context.teacher, loss)
-    found: list[tuple[Tensor, ...]] = []
+def _evaluation(
+    model: QuantizedModel, context: Context, settings: EvolveScalesSettings, blocks: Mapping[int, EvolvingBlock]
+) -> tuple[Evaluate, list[int]]:
+    """What evaluates a trial on all batches, and the number of images of each batch."""
+    teacher, workers = context.teacher, context.workers
+    recompute = RecomputedSimulation if settings.fitness == "simulation" else context.integers
+    assert teacher is not None
+    assert recompute is not None
+    outputs_of = FloatOutputs(teacher, settings.loss)
+    references: list[tuple[Tensor, ...]] = []
     sizes: list[int] = []
+    kept: list[Kept] = []
     for batch in context.data:
-        found.append(outputs_of(batch, f"batch {len(sizes) + 1}"))
+        references.append(outputs_of(batch, f"batch {len(sizes) + 1}"))
         sizes.append(len(batch))
+        if workers is not None:
+            kept.append(workers.keep(batch))
     if not sizes:
         raise CalibrationError("no calibration images: give at least one batch")
-    return found, sizes
+    memory = max(context.memory * 1e9 - sum(each.nbytes for batch in references for each in batch), 0.0)
+    if workers is not None:
+        factory = ShardFactory(model, blocks, kept, sizes, references, settings.loss, recompute, memory)
+        return shards(workers, factory), sizes
+    changing = {number: block.changing for number, block in blocks.items()}
+    recomputed = recompute(model, context.data, sizes, changing, memory)
+    return Shard(blocks, recomputed, references, settings.loss), sizes
 
 
 # --- the search -----------------------------------------------------------------------------------------
@@ -282,8 +293,7 @@ class _Search:
     Arguments:
         settings, context: of the method.
         blocks: what evolves, by the number of the block, in the order in which they evolve.
-        recomputed: the outputs of the model.
-        references: the float outputs of each batch.
+        evaluate: gives the sum of the loss over each batch.
         sizes: the number of images of each batch.
         data: the digest of the images.
         evaluations: how many children have been evaluated.
@@ -294,8 +304,7 @@ class _Search:
     settings: EvolveScalesSettings
     context: Context
     blocks: Mapping[int, EvolvingBlock]
-    recomputed: Recomputed
-    references: Sequence[Sequence[Tensor]]
+    evaluate: Evaluate
     sizes: Sequence[int]
     data: str
     evaluations: int = 0
@@ -314,13 +323,12 @@ class _Search:
         best = {number: each.start for number, each in genes.items()}
         saved = self._resumed(work, genes, best)
         if saved is None:
-            self.losses, self.gains = [self._loss(numbers[0])], [0.0] * len(numbers)
+            self.losses, self.gains = [self._loss(0, numbers[0], best)], [0.0] * len(numbers)
         started, before = time.monotonic(), self.evaluations
         for turn in range(self.evaluations // settings.cycles, settings.passes * len(numbers)):
             number, place = numbers[turn % len(numbers)], turn % len(numbers)
             if len(self.losses) < turn // len(numbers) + 2:  # a new pass
                 self.losses.append(self.losses[-1])
-                self.recomputed.renew()
             evolution = self._search(replace(genes[number], start=best[number]), turn)
             if saved is not None:
                 _restore(evolution, saved)
@@ -329,20 +337,22 @@ class _Search:
                 if self.context.out_of_time or work.due:
                     self._save(work, best, evolution)
                 if self.context.out_of_time:
-                    self._put(number, evolution.best[0])
+                    best[number] = evolution.best[0]
                     self.gains[place] += self.losses[-1] - evolution.best[1]
                     self.losses[-1] = evolution.best[1]
+                    self._put(best)
                     return
                 rate = (self.evaluations - before) / max(time.monotonic() - started, 1e-9)
                 what = f"evolving block {number}: loss {evolution.best[1]:.6g}, {rate:.2g} evaluations/s"
                 self.context.progress(what, self.evaluations, self.of)
                 child = evolution.ask()
-                evolution.tell(child, self._fitness(number, child))
+                fitness = self._loss(turn // len(numbers), number, {**best, number: child})
+                evolution.tell(child, fitness)
                 self.evaluations += 1
             best[number], loss = evolution.best
-            self._put(number, best[number])
             self.gains[place] += self.losses[-1] - loss
             self.losses[-1] = loss
+        self._put(best)
         self.context.progress("evolving scales", self.of, self.of)
 
     def record(self) -> Record:
@@ -367,28 +377,17 @@ class _Search:
         generator = self.context.generator(f"evolve-scales {turn}")
         return SEARCHES[self.settings.search](genes, self.losses[-1], settings, generator)
 
-    def _loss(self, number: int) -> float:
-        """The mean loss over all images of the model as it is, computed from the inputs of a block."""
-        loss, total = OUTPUT_LOSSES[self.settings.loss], 0.0
-        with torch.inference_mode():
-            for outputs, references in zip(self.recomputed.outputs(number), self.references, strict=True):
-                total += batch_loss(loss, outputs, references)
-        mean = total / sum(self.sizes)
+    def _loss(self, passed: int, number: int, genes: Mapping[int, Tensor]) -> float:
+        """The mean loss over all images with some genes; infinite if they cannot be deployed."""
+        losses = torch.tensor(self.evaluate(Trial(passed, number, genes)), dtype=torch.float64)
+        mean = losses.sum().item() / sum(self.sizes)
         if not self.losses and not math.isfinite(mean):
             raise CalibrationError(f"the loss is {mean} before the search: the quantized model gives no finite outputs")
         return mean
 
-    def _fitness(self, number: int, child: Tensor) -> float:
-        """The loss of a child; infinite if it cannot be deployed."""
-        try:
-            self._put(number, child)
-        except LoweringError:
-            return math.inf
-        return self._loss(number)
-
-    def _put(self, number: int, genes: Tensor) -> None:
-        self.blocks[number].put(genes)
-        self.recomputed.changed(number)
+    def _put(self, best: Mapping[int, Tensor]) -> None:
+        for number, genes in best.items():
+            self.blocks[number].put(genes)
 
     def _save(self, work: WorkState, best: Mapping[int, Tensor], search: Search) -> None:
         tensors = {f"genes/{number}": each for number, each in best.items()}
@@ -412,7 +411,6 @@ class _Search:
             best[number] = saved.tensor(f"genes/{number}", genes[number].start)
             if not within(genes[number], best[number]):
                 raise saved.damaged()
-            self._put(number, best[number])
         return saved
 
 

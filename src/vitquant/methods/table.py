@@ -46,7 +46,7 @@ METHODS: dict[str, Definition[Any]] = {
         evolve_scales,
         EvolveScalesSettings,
         Phase.SEARCH,
-        Needs(passes=2, teacher=True, memory=True),
+        Needs(passes=2, teacher=True, memory=True, workers=True),
         _CALIBRATED,
         check_evolution,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, assert_never
 
@@ -16,6 +17,7 @@ from vitquant.model import QuantizedModel
 from vitquant.printable import one_line
 from vitquant.recipe import Choice, Recipe
 from vitquant.report.operations import CONSTANT, DATA, FLOAT, FUSED, INTEGER, Operand, Operation
+from vitquant.sweep import Row
 from vitquant.tasks.classification import ClassificationResult
 from vitquant.tasks.features import FeaturesResult
 from vitquant.tasks.task import Result
@@ -239,6 +241,31 @@ def landscape_facts(landscape: Landscape) -> dict[str, str]:
     if undeployed:
         rows["left out"] = f"{undeployed} points that cannot be deployed, or whose loss is not finite"
     return rows
+
+
+def sweep_table(rows: Sequence[Row]) -> Table:
+    """One line for each variant: the mean of each measure over the seeds, and below it the smallest and the largest."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
+    table.add_column("recipe, bits, settings", style="bold", overflow="fold")
+    names = list(dict.fromkeys(name for row in rows for name in row.figures))
+    for name in ("seeds", *names):
+        table.add_column(name, justify="right")
+    for row in rows:
+        seeds = max((len(values) for values in row.figures.values()), default=0)
+        table.add_row(str(row.variant), str(seeds), *(_mean(row.figures.get(name, ())) for name in names))
+        if seeds > 1:
+            table.add_row("", "", *(Text(_ends(row.figures.get(name, ())), style="dim") for name in names))
+        for failure in row.failures:
+            table.add_row(Text(one_line(failure), style="red"))
+    return table
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.6g}" if values else ""
+
+
+def _ends(values: Sequence[float]) -> str:
+    return f"{min(values):.6g} .. {max(values):.6g}" if values else ""
 
 
 def allocation_table(bits: Mapping[str, int]) -> Table:

@@ -43,7 +43,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Subject:
     """A quantized model whose operations are in float, and what its outputs are compared with.
 
     Arguments:
@@ -71,7 +71,7 @@ def evolution_settings(recipe: Recipe) -> EvolveScalesSettings:
     return next(step.settings for step in planned(evolving) if step.name == METHOD)
 
 
-def prepare(
+def subject_of(
     model: nn.Module,
     recipe: Recipe,
     bits: Bits,
@@ -83,7 +83,7 @@ def prepare(
     seed: int,
     progress: Progress,
     memory: float,
-) -> Prepared:
+) -> Subject:
     """Quantize a model, with all checks before any long work.
 
     Arguments:
@@ -129,7 +129,7 @@ def prepare(
         memory,
     )
     run_steps(quantized, steps, context, None)
-    return Prepared(quantized, settings, context, images, references)
+    return Subject(quantized, settings, context, images, references)
 
 
 def _evolves(recipe: Recipe) -> bool:

@@ -1,0 +1,104 @@
+"""`vitquant sweep`: one model by several recipes, bits, settings and seeds, and one table."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitquant.cli import calibrating, options
+from vitquant.cli.evaluate import Classes
+from vitquant.cli.quantize import Simulated, TaskName
+from vitquant.cli.terminal import Terminal
+
+File = Annotated[
+    Path, typer.Argument(metavar="SWEEP.toml", help="What to run: seeds, and grids of recipes, bits and settings.")
+]
+Data = Annotated[
+    list[Path], typer.Option(metavar="DIR", help="Directory of images to evaluate on; repeat for several.")
+]
+Output = Annotated[
+    Path,
+    typer.Option(metavar="DIR", help="Keeps the result of every run; the same command goes on where it was stopped."),
+]
+Workers = Annotated[
+    str,
+    typer.Option(
+        metavar="N|ray", help="Processes that run side by side, or ray: those of a Ray cluster; 0: one run at a time."
+    ),
+]
+
+
+def sweep(
+    model: calibrating.Name,
+    file: File,
+    calibration: calibrating.CalibrationFolder,
+    data: Data,
+    output: Output,
+    weights: calibrating.Weights = "pretrained",
+    weights_key: calibrating.WeightsKey = None,
+    classes: Classes = None,
+    images: calibrating.Images = None,
+    batch: calibrating.Batch = None,
+    preprocessing: options.PreprocessingFile = None,
+    model_arguments: calibrating.ModelArguments = None,
+    memory_budget: calibrating.MemoryBudget = None,
+    task: TaskName = None,
+    simulated: Simulated = False,
+    workers: Workers = "0",
+    skip_bad_images: options.SkipBadImages = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Quantize and evaluate MODEL by every recipe, bits, settings and seed of SWEEP.toml, and print one table."""
+    started = time.perf_counter()
+    with Terminal(json, quiet) as terminal:
+        with terminal.progress("loading"):
+            from vitquant.errors import DataError
+            from vitquant.prepared import Request
+            from vitquant.report.tables import facts, sweep_table
+            from vitquant.sweep import Setup, Sweep, run_sweep
+            from vitquant.tasks.task import task_named
+            from vitquant.workers.opening import asked_workers, opened
+
+            planned, share = Sweep.read(file), asked_workers(workers)
+            if task is not None:
+                task_named(task)
+            options.choose_device(options.Device.CPU, threads)
+            names = [each.name or str(each) for each in data]
+            if len(set(names)) < len(names):
+                raise DataError(f"--data: {', '.join(names)}: two directories have the same name; rename one")
+            request = Request(
+                model, calibration.absolute(), weights, weights_key, images, batch, preprocessing, model_arguments,
+                seed=0, image_workers=0, skip_bad_images=skip_bad_images,
+            )  # fmt: skip
+            setup = Setup(
+                request,
+                dict(zip(names, (each.absolute() for each in data), strict=True)),
+                classes,
+                task,
+                4.0 if memory_budget is None else memory_budget,
+                simulated,
+            )
+        with terminal.progress("runs") as update, opened(share) as side_by_side:
+
+            def show(what: str, done: int, total: int) -> None:
+                update(description=what, completed=done, total=total, unit="")
+
+            rows = run_sweep(planned, setup, output, side_by_side, show)
+        summary = {
+            "model": model,
+            "runs": f"{len(planned.variants)} variants, seeds {', '.join(map(str, planned.seeds))}",
+            "kept in": f"{output}, after {time.perf_counter() - started:.1f} s",
+        }
+        values = {
+            "model": model,
+            "seeds": list(planned.seeds),
+            "output": str(output.absolute()),
+            "rows": [row.to_dict() for row in rows],
+        }
+        terminal.result(values, sweep_table(rows), facts(summary))

@@ -1,0 +1,1 @@
+"""Processes, here or on a Ray cluster, that compute parts of long work."""

@@ -1,0 +1,151 @@
+"""Workers as actors of a Ray cluster, which starts those of a lost node on another."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitquant.errors import WorkerError, first_line
+from vitquant.version import __version__
+from vitquant.workers.worker import Answering, Kept, Outcome, Worker, lost
+
+_LOSSES = 3  # of one worker at one request, beyond those that Ray mends by itself
+
+
+class RayWorkers:
+    """Actors of the Ray cluster that this process is connected to, as many as it has processors; use `opened`."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self.count = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self._started: list[_RayWorker] = []
+
+    @classmethod
+    @contextmanager
+    def opened(cls, address: str | None = None) -> Generator[RayWorkers]:
+        """Workers on the cluster that this process is connected to already, or else on the one of an address.
+
+        Arguments:
+            address: as `ray.init` takes it; when None, the environment variable RAY_ADDRESS, or else a cluster that
+                runs on this machine, or else a new one of this machine alone.
+
+        Raises:
+            WorkerError: Ray is not installed, the cluster cannot be reached, or has another version of Ray, Python,
+                torch or vitquant.
+        """
+        try:
+            import ray
+        except ImportError as error:
+            raise WorkerError("workers on Ray need it: pip install 'vitquant[ray]'") from error
+        connected = ray.is_initialized()
+        if not connected:
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+                raise WorkerError(f"the Ray cluster cannot be used: {first_line(error)}") from error
+        workers = cls(ray)
+        try:
+            workers.check_versions()
+            yield workers
+        finally:
+            for each in workers._started:
+                each.stop()
+            if not connected:
+                ray.shutdown()
+
+    def check_versions(self) -> None:
+        """Refuse nodes with another torch or vitquant than here: they could compute other bits.
+
+        Raises:
+            WorkerError: there is one, or vitquant is missing there.
+        """
+        ray, here = self._ray, _versions()
+        pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        for node in [each["NodeID"] for each in ray.nodes() if each["Alive"]]:
+            where = f"node {node[:8]} of the Ray cluster"
+            asked = ray.remote(_versions).options(scheduling_strategy=pinned(node, soft=False), num_cpus=0)
+            try:
+                there = ray.get(asked.remote())
+            except ray.exceptions.RayError as error:
+                raise WorkerError(f"vitquant cannot run on {where}: {first_line(error)}") from error
+            if there != here:
+                found, wanted = (", ".join(f"{name} {of}" for name, of in each.items()) for each in (there, here))
+                raise WorkerError(f"{where} has {found}, and here is {wanted}: install the same there")
+
+    def keep(self, tensor: Tensor) -> Kept:
+        """See `Workers`: in the cluster's store, which may spill it to disk."""
+        return partial(_kept, self._ray.put(tensor))
+
+    def start(self, make: Callable[[], Answering]) -> Worker:
+        """See `Workers`."""
+        self._started.append(_RayWorker(self._ray, make))
+        return self._started[-1]
+
+    def first(self, asked: Sequence[Worker]) -> Worker:
+        """See `Workers`."""
+        by_reference = {each.asked: each for each in asked if isinstance(each, _RayWorker)}
+        ready, _ = self._ray.wait(list(by_reference), num_returns=1)
+        return by_reference[ready[0]]
+
+
+class _RayWorker:
+    """One actor, on another node than its neighbours where there are several."""
+
+    def __init__(self, ray: Any, make: Callable[[], Answering]) -> None:
+        self._ray, self._make = ray, ray.put(make)
+        self._request: Any = None
+        self.asked: Any = None
+        self._start()
+
+    def ask(self, request: Any) -> None:
+        """See `Worker`."""
+        self._request = request
+        self.asked = self._actor.answer.remote(request)
+
+    def answer(self) -> Any:
+        """See `Worker`."""
+        for _ in range(_LOSSES):
+            try:
+                outcome: Outcome = self._ray.get(self.asked)
+            except self._ray.exceptions.RayActorError:
+                self._start()
+                self.ask(self._request)
+            else:
+                return outcome.unpacked()
+        raise lost(_LOSSES)
+
+    def stop(self) -> None:
+        """See `Worker`."""
+        self._ray.kill(self._actor)
+
+    def _start(self) -> None:
+        actor = self._ray.remote(_Actor).options(max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")
+        self._actor = actor.remote(self._make)
+
+
+class _Actor:
+    """Answers requests on a node."""
+
+    def __init__(self, make: Callable[[], Answering]) -> None:
+        torch.set_num_threads(1)
+        self._made = Outcome.of(make)
+
+    def answer(self, request: Any) -> Outcome:
+        made = self._made
+        return made if made.answer is None else Outcome.of(partial(made.answer, request))
+
+
+def _versions() -> dict[str, str]:
+    return {"vitquant": __version__, "torch": torch.__version__}
+
+
+def _kept(reference: Any) -> Tensor:
+    import ray
+
+    return ray.get(reference)

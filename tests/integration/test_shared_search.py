@@ -1,0 +1,118 @@
+"""The search of scales in several processes, and on a Ray cluster: the same model, whatever is lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from architectures import ZOO, vary
+
+import vitquant
+from vitquant.errors import CalibrationError, WorkerError
+from vitquant.model.saved import digest
+
+SETTINGS = {
+    "evolve-scales.passes": 2, "evolve-scales.cycles": 2, "evolve-scales.population": 4,
+    "evolve-scales.mutation": 0.05, "evolve-scales.relative": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def deit() -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    build, size = ZOO["timm deit"]
+    torch.manual_seed(0)
+    model = build().eval()
+    vary(model)
+    images = torch.randn(11, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return model, list(images.split(3))  # the last batch has two images
+
+
+def searched(deit: Any, workers: int | str, **options: Any) -> vitquant.QuantizedModel:
+    model, batches = deit
+    settings = SETTINGS | options.pop("settings", {})
+    return vitquant.quantize(model, "evol-q", batches, settings=settings, workers=workers, **options)
+
+
+@pytest.fixture(scope="module")
+def serial(deit) -> dict[str, vitquant.QuantizedModel]:
+    """What one process finds, by the fitness."""
+    return {
+        fitness: searched(deit, 0, settings={"evolve-scales.fitness": fitness})
+        for fitness in ("simulation", "integers")
+    }
+
+
+@pytest.mark.parametrize(
+    ("workers", "fitness", "memory"),
+    [(2, "simulation", 4.0), (3, "integers", 4.0), (9, "simulation", 1e-6), (1, "simulation", 4.0)],
+)
+def test_it_finds_what_one_process_finds(deit, serial, workers: int, fitness: str, memory: float) -> None:
+    found = searched(deit, workers, memory=memory, settings={"evolve-scales.fitness": fitness})
+    assert digest(found) == digest(serial[fitness])
+    assert found.records == serial[fitness].records
+    assert not multiprocessing.active_children()
+
+
+def test_what_a_lost_worker_had_is_computed_again(deit, serial) -> None:
+    killed: list[int] = []
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what.startswith("evolving block") and done in (1, 5):
+            (process, *_) = multiprocessing.active_children()
+            process.kill()
+            killed.append(done)
+
+    found = searched(deit, 2, progress=kill)
+    assert killed == [1, 5]
+    assert digest(found) == digest(serial["simulation"])
+
+
+def test_an_error_is_a_line_and_no_process_stays(deit) -> None:
+    model, batches = deit
+    with pytest.raises(CalibrationError, match="batch 5 has one image"):
+        searched((model, [*batches, batches[0][:1]]), 2)
+    assert not multiprocessing.active_children()
+
+
+def test_a_recipe_without_such_a_search_starts_no_process(deit) -> None:
+    model, batches = deit
+    vitquant.quantize(model, "minmax", batches, workers=2, progress=lambda *_: _none_runs())
+    with pytest.raises(WorkerError, match="it is a number of processes"):
+        vitquant.quantize(model, "minmax", batches, workers="rai")
+
+
+def _none_runs() -> None:
+    assert not multiprocessing.active_children()
+
+
+# --- a Ray cluster ---
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A cluster of two nodes on this machine, to which this process is connected."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.second = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_on_a_cluster_a_node_is_killed_in_mid_search(deit, serial, cluster) -> None:
+    killed: list[int] = []
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what.startswith("evolving block") and done == 3:
+            cluster.remove_node(cluster.second, allow_graceful=False)
+            killed.append(done)
+
+    assert digest(searched(deit, "ray")) == digest(serial["simulation"])
+    assert digest(searched(deit, "ray", progress=kill)) == digest(serial["simulation"])
+    assert killed == [3]

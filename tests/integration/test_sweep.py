@@ -1,0 +1,209 @@
+"""`vitquant sweep`: every combination, one table, nothing twice, and side by side the same."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from vitquant.errors import CalibrationError, CheckpointError, RecipeError
+from vitquant.prepared import Request
+from vitquant.sweep import Row, Setup, Sweep, Variant, run_sweep
+from vitquant.workers.jobs import Results, run_jobs
+from vitquant.workers.processes import Processes
+
+ARGUMENTS = ["depth=1", "embed_dim=48", "num_heads=3", "img_size=64", "num_classes=10"]
+MODEL = ["timm:vit_tiny_patch16_224", *(f"--model-arg={each}" for each in ARGUMENTS)]
+GRIDS = """
+format = 1
+seeds = [0, 1]
+
+[[grid]]
+recipes = ["minmax"]
+bits = ["w8a8"]
+
+[[grid]]
+recipes = ["minmax"]
+bits = ["w8a8"]
+settings = [[], ["weights.observer=omse"]]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Images of ten classes, a few of them to evaluate on."""
+    folder = tmp_path_factory.mktemp("sweep")
+    generator = torch.Generator().manual_seed(0)
+    for index in range(30):
+        kind = "calibration" if index < 20 else "evaluation"
+        path = folder / kind / f"class_{index % 10}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(path)
+    return folder
+
+
+def words(folder: Path, file: Path, output: Path, *others: Any) -> list[str]:
+    given = ["--weights", "random", "--calibration", folder / "calibration", "--data", folder / "evaluation"]
+    return [
+        str(each) for each in ("sweep", MODEL[0], file, *MODEL[1:], *given, "--images", 12, "--output", output, *others)
+    ]
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "sweep.toml"
+    file.write_text(text)
+    return file
+
+
+def setup(folder: Path) -> Setup:
+    request = Request(
+        MODEL[0], folder / "calibration", "random", None, 12, None, None, ARGUMENTS, 0, 0, False
+    )  # fmt: skip
+    return Setup(request, {"evaluation": folder / "evaluation"})
+
+
+def test_every_combination_is_a_variant_once(tmp_path: Path) -> None:
+    sweep = Sweep.read(written(tmp_path, GRIDS))
+    assert sweep.seeds == (0, 1)
+    assert [str(each) for each in sweep.variants] == ["minmax w8a8", "minmax w8a8 weights.observer=omse"]
+    assert Sweep.read(written(tmp_path, 'format = 1\n[[grid]]\nrecipes = ["fq-vit"]')) == Sweep(
+        (Variant("fq-vit", None, ()),), (0,)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'format' is missing"),
+        ("format = 2\n[[grid]]\nrecipes = ['minmax']", "format = 2 should be an integer from 1 to 1"),
+        ("format = 1", "'grid' is missing"),
+        ("format = 1\n[[grid]]\nrecipes = []", "recipes"),
+        ("format = 1\n[[grid]]\nrecipe = ['minmax']", "unknown key 'recipe'; did you mean 'recipes'"),
+        ("format = 1\n[[grid]]\nrecipes = ['minmaks']", "minmaks: .*did you mean 'minmax'"),
+        ("format = 1\n[[grid]]\nrecipes = ['minmax']\nbits = ['w99']", "minmax w99: "),
+        (
+            "format = 1\n[[grid]]\nrecipes = ['minmax']\nsettings = [['weihgts.bits=4']]",
+            "weihgts.*did you mean 'weights'",
+        ),
+        ("format = 1\nseeds = [-1]\n[[grid]]\nrecipes = ['minmax']", r"seeds\[0\] = -1"),
+        ("format = 1\n[[grid", "sweep.toml"),
+    ],
+)
+def test_a_file_that_describes_no_sweep_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Sweep.read(written(tmp_path, text))
+    with pytest.raises(RecipeError, match=r"nothing\.toml"):
+        Sweep.read(tmp_path / "nothing.toml")
+
+
+def test_the_table_has_every_variant_and_what_is_there_is_not_run_again(
+    run: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "runs"
+    code, out, _ = run(*words(folder, written(tmp_path, GRIDS), output, "--json"))
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert [(row["recipe"], row["bits"]) for row in rows] == [("minmax", "w8a8")] * 2
+    assert [row["settings"] for row in rows] == [[], ["weights.observer=omse"]]
+    for row in rows:
+        assert row["failures"] == []
+        agreement = row["figures"]["agreement"]
+        assert len(agreement["values"]) == 2
+        assert agreement["smallest"] <= agreement["mean"] <= agreement["largest"]
+        assert {"top-1", "float top-1", "seconds"} <= row["figures"].keys()
+    files = sorted(output.glob("*.json"))
+    assert len([each for each in files if each.name != "run.json"]) == 4
+    times = [each.stat().st_mtime_ns for each in files]
+    again = run(*words(folder, tmp_path / "sweep.toml", output, "--json"))
+    assert json.loads(again[1]) == json.loads(out)
+    assert [each.stat().st_mtime_ns for each in files] == times
+    more = GRIDS.replace("seeds = [0, 1]", "seeds = [0, 7]")
+    code, out, _ = run(*words(folder, written(tmp_path, more), output))
+    assert code == 0
+    assert "minmax w8a8 weights.observer=omse" in " ".join(out.split())
+    assert len(list(output.glob("*.json"))) == 7
+    assert not list(output.glob("*.work"))
+
+
+def test_side_by_side_the_models_are_the_same(folder: Path, tmp_path: Path) -> None:
+    sweep = Sweep((Variant("minmax", "w8a8", ()), Variant("minmax", "w4a8", ())), (0, 3))
+    alone = run_sweep(sweep, setup(folder), tmp_path / "alone")
+    with Processes.opened(2) as workers:
+        beside = run_sweep(sweep, setup(folder), tmp_path / "beside", workers)
+
+    def models(folder: Path) -> dict[str, str]:
+        return {each.name: json.loads(each.read_text())["model"] for each in folder.glob("minmax*.json")}
+
+    assert models(tmp_path / "alone") == models(tmp_path / "beside")
+    assert len(set(models(tmp_path / "alone").values())) == 4
+    for one, two in zip(alone, beside, strict=True):
+        assert {**one.figures, "seconds": ()} == {**two.figures, "seconds": ()}
+
+
+def test_a_run_that_is_refused_does_not_end_the_others(folder: Path, tmp_path: Path) -> None:
+    sweep = Sweep((Variant("evol-q", "w4a8", ("evolve-scales.blocks=[7]",)), Variant("minmax", "w8a8", ())), (0,))
+    refused, done = run_sweep(sweep, setup(folder), tmp_path / "runs")
+    assert refused.figures == {}
+    assert refused.failures == ("evolve-scales: the model has no block 7; its blocks are 0 to 0",)
+    assert done.failures == ()
+    assert done.figures["agreement"]
+
+
+def test_another_setup_in_the_same_directory_is_refused(folder: Path, tmp_path: Path) -> None:
+    sweep = Sweep((Variant("minmax", "w8a8", ()),), (0,))
+    run_sweep(sweep, setup(folder), tmp_path / "runs")
+    other = Setup(setup(folder).request, {"evaluation": folder / "calibration"})
+    with pytest.raises(CheckpointError, match="work directory of another run, with another sweep"):
+        run_sweep(sweep, other, tmp_path / "runs")
+
+
+def test_a_damaged_result_is_named(folder: Path, tmp_path: Path) -> None:
+    sweep = Sweep((Variant("minmax", "w8a8", ()),), (0,))
+    run_sweep(sweep, setup(folder), tmp_path / "runs")
+    (file,) = (tmp_path / "runs").glob("minmax*.json")
+    for text in ("{", "[1]", ""):
+        file.write_text(text)
+        with pytest.raises(RecipeError, match=rf"{file.name}.*remove it, and the run is repeated"):
+            run_sweep(sweep, setup(folder), tmp_path / "runs")
+
+
+# --- jobs ---
+
+
+def squared(job: int) -> dict[str, Any]:
+    if job < 0:
+        raise CalibrationError(f"{job} is negative")
+    return {"square": job * job}
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_jobs_give_results_in_order_and_keep_what_is_no_error(tmp_path: Path, side_by_side: bool) -> None:
+    jobs = {str(each): each for each in (3, -1, 2, 5)}
+    results = Results(tmp_path, RecipeError)
+    results.keep("2", {"square": "kept"})
+    told: list[tuple[int, int]] = []
+    if side_by_side:
+        with Processes.opened(2) as workers:
+            found = run_jobs(squared, jobs, results, workers, lambda _, *counts: told.append(counts))
+        assert not multiprocessing.active_children()
+    else:
+        found = run_jobs(squared, jobs, results, None, lambda _, *counts: told.append(counts))
+    assert list(found) == ["3", "-1", "2", "5"]
+    assert (found["3"], found["2"], found["5"]) == ({"square": 9}, {"square": "kept"}, {"square": 25})
+    assert str(found["-1"]) == "-1 is negative"
+    assert results.read("-1") is None
+    assert results.read("5") == {"square": 25}
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_row_tells_the_spread() -> None:
+    row = Row(Variant("minmax", None, ()), {"top-1": [1.0, 3.0]}, ("no",)).to_dict()
+    assert row["figures"]["top-1"] == {"mean": 2.0, "smallest": 1.0, "largest": 3.0, "values": [1.0, 3.0]}
+    assert row["failures"] == ["no"]
