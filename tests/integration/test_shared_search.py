@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from architectures import ZOO, vary
 import vitquant
 from vitquant.errors import CalibrationError, WorkerError
 from vitquant.model.saved import digest
+from vitquant.workers.opening import opened
 
 SETTINGS = {
     "evolve-scales.passes": 2, "evolve-scales.cycles": 2, "evolve-scales.population": 4,
@@ -105,7 +107,7 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
-def test_on_a_cluster_a_node_is_killed_in_mid_search(deit, serial, cluster) -> None:
+def test_on_a_cluster_a_node_is_killed_in_mid_search(deit, serial, cluster, monkeypatch) -> None:
     killed: list[int] = []
 
     def kill(what: str, done: int, total: int) -> None:
@@ -114,5 +116,32 @@ def test_on_a_cluster_a_node_is_killed_in_mid_search(deit, serial, cluster) -> N
             killed.append(done)
 
     assert digest(searched(deit, "ray")) == digest(serial["simulation"])
+    monkeypatch.setattr("vitquant.workers.on_ray.__version__", "0.0")
+    with pytest.raises(
+        WorkerError, match=r"node \w+ of the Ray cluster has .*, and here is vitquant 0\.0, torch .*: install"
+    ):
+        searched(deit, "ray")
+    monkeypatch.undo()
     assert digest(searched(deit, "ray", progress=kill)) == digest(serial["simulation"])
     assert killed == [3]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", r"the Ray cluster at 127\.0\.0\.1:1 cannot be reached: Connection refused"),
+        ("127.0.0.1:99999999", r"the Ray cluster at .* cannot be reached"),
+        ("nowhere", r"the Ray cluster cannot be used: Invalid address format: nowhere"),
+    ],
+)
+def test_a_cluster_that_cannot_be_reached_is_refused_at_once(monkeypatch, address: str, message: str) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(WorkerError, match=message), opened("ray"):
+        pass
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(WorkerError, match=r"pip install 'vitquant\[ray\]'"), opened("ray"):
+        pass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +17,7 @@ from vitquant.errors import WorkerError, first_line
 from vitquant.version import __version__
 from vitquant.workers.worker import Answering, Kept, Outcome, Worker, lost
 
+_PATIENCE = 5.0  # seconds for a cluster to be there; Ray itself tries for minutes
 _LOSSES = 3  # of one worker at one request, beyond those that Ray mends by itself
 
 
@@ -45,6 +48,7 @@ class RayWorkers:
             raise WorkerError("workers on Ray need it: pip install 'vitquant[ray]'") from error
         connected = ray.is_initialized()
         if not connected:
+            _check_reachable(os.environ.get("RAY_ADDRESS") if address is None else address)
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -139,6 +143,24 @@ class _Actor:
     def answer(self, request: Any) -> Outcome:
         made = self._made
         return made if made.answer is None else Outcome.of(partial(made.answer, request))
+
+
+def _check_reachable(address: str | None) -> None:
+    """Refuse the address of a cluster where nothing answers; other words than an address are left to Ray.
+
+    Raises:
+        WorkerError: nothing answers.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), _PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WorkerError(
+            f"the Ray cluster at {address} cannot be reached: {reason}; start it, or unset RAY_ADDRESS"
+        ) from error
 
 
 def _versions() -> dict[str, str]:

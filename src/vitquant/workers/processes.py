@@ -19,7 +19,6 @@ from torch import Tensor
 from vitquant.workers.worker import Answering, Kept, Outcome, Worker, lost
 
 _LOSSES = 3  # of one worker at one request
-_PATIENCE = 5.0  # seconds that a process has to end by itself
 
 
 class Processes:
@@ -105,9 +104,8 @@ class _Process:
         raise lost(_LOSSES)
 
     def stop(self) -> None:
-        """See `Worker`: it ends when nothing can be asked any more."""
+        """See `Worker`: it has nothing to end in order."""
         self.connection.close()
-        self._process.join(_PATIENCE)
         self._process.kill()
         self._process.join()
         self._process.close()
