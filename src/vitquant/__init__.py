@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vitquant.graph.captured import CapturedModel
     from vitquant.image_size import at_image_size
     from vitquant.loading import float_model, load
+    from vitquant.loss_landscape.landscape import landscape
+    from vitquant.loss_landscape.table import Landscape
     from vitquant.lowering import lower
     from vitquant.model import QuantizedModel
     from vitquant.program.instructions import IntegerProgram
@@ -33,13 +35,14 @@ if TYPE_CHECKING:
     from vitquant.zoo import ModelSource
 
 __all__ = [
-    "BrokenPromiseError", "CapturedModel", "IntegerProgram", "ModelSource", "QuantizedModel", "SensitivityTable",
-    "VitquantError", "at_image_size", "compare", "evaluate", "export", "float_model", "inputs_of", "load", "lower",
-    "put_back", "quantize", "sensitivity",
+    "BrokenPromiseError", "CapturedModel", "IntegerProgram", "Landscape", "ModelSource", "QuantizedModel",
+    "SensitivityTable", "VitquantError", "at_image_size", "compare", "evaluate", "export", "float_model", "inputs_of",
+    "landscape", "load", "lower", "put_back", "quantize", "sensitivity",
 ]  # fmt: skip
 
 _HOMES = {
     "IntegerProgram": "vitquant.program.instructions",
+    "Landscape": "vitquant.loss_landscape.table",
     "ModelSource": "vitquant.zoo",
     "QuantizedModel": "vitquant.model",
     "SensitivityTable": "vitquant.allocation.table",
@@ -53,6 +56,7 @@ _HOMES = {
     "evaluate": "vitquant.workflows",
     "export": "vitquant.workflows",
     "inputs_of": "vitquant.submodules",
+    "landscape": "vitquant.loss_landscape.landscape",
     "lower": "vitquant.lowering",
     "put_back": "vitquant.submodules",
     "quantize": "vitquant.workflows",

@@ -41,6 +41,7 @@ class CalibrationImages:
         batch: how many in one.
         at_least: how many there must be of them that can be read.
         notes: how they were found, one line each.
+        held_out: other images of the directory, by which nothing is to be chosen.
     """
 
     directory: Path
@@ -48,6 +49,7 @@ class CalibrationImages:
     batch: int
     at_least: int
     notes: tuple[str, ...]
+    held_out: tuple[Item, ...] = ()
 
     @classmethod
     def chosen(
@@ -57,6 +59,7 @@ class CalibrationImages:
         images: int | None = None,
         batch: int | None = None,
         seed: int = 0,
+        held_out: int = 0,
     ) -> CalibrationImages:
         """Choose images of a directory at random; labels are not read.
 
@@ -66,19 +69,22 @@ class CalibrationImages:
             images: how many.
             batch: how many in one batch; the recipe's number, or all images where those are fewer, when None.
             seed: of the choice.
+            held_out: how many others to hold out; the images to calibrate on are the same whatever it is.
 
         Raises:
             DataError: there are no images, fewer than are asked for, or fewer than in a batch that is asked for.
         """
         listing = load_unlabelled(directory)
-        if images is not None and images > len(listing):
-            raise DataError(
-                f"{directory}: {images} images asked for, {len(listing)} there; give --images {len(listing)} or less"
-            )
-        items = subset(listing, images or min(recipe.calibration.images, len(listing)), seed)
-        size = batch or min(recipe.calibration.batch, len(items))
-        found = cls(Path(directory), tuple(items), size, batch or 1, listing.notes)
-        found._refuse_less_than_a_batch(len(items))
+        free = len(listing) - held_out
+        others = f" and {held_out} to hold out" if held_out else ""
+        if free < (images or 1):
+            asked = f"{directory}: {images or 1} images{others} asked for, {len(listing)} there"
+            raise DataError(f"{asked}; give --images {free} or less" if free > 0 else f"{asked}; hold out fewer")
+        count = images or min(recipe.calibration.images, free)
+        items = subset(listing, count + held_out, seed)
+        size = batch or min(recipe.calibration.batch, count)
+        found = cls(Path(directory), tuple(items[:count]), size, batch or 1, listing.notes, tuple(items[count:]))
+        found._refuse_less_than_a_batch(count)
         return found
 
     def batches(self, preprocessing: Preprocessing, workers: int = 0, skip_bad_images: bool = False) -> ImageBatches:
@@ -90,6 +96,16 @@ class CalibrationImages:
         found = batches(self.items, preprocessing, self.batch, workers, skip_bad_images)
         self._refuse_less_than_a_batch(len(found.items))
         return found
+
+    def held_out_batches(
+        self, preprocessing: Preprocessing, workers: int = 0, skip_bad_images: bool = False
+    ) -> ImageBatches:
+        """The images that are held out, in batches of the same size, see `tasks.images.batches`.
+
+        Raises:
+            DataError: none of them can be read.
+        """
+        return batches(self.held_out, preprocessing, self.batch, workers, skip_bad_images)
 
     def _refuse_less_than_a_batch(self, count: int) -> None:
         if count < self.at_least:

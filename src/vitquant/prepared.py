@@ -29,6 +29,7 @@ class Request:
         seed: of random weights and of the choice of images.
         image_workers: how many processes decode images.
         skip_bad_images: whether to leave out those that cannot be read.
+        held_out: how many other images of the directory to hold out.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Request:
     seed: int
     image_workers: int
     skip_bad_images: bool
+    held_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Prepared:
         chosen: the number of chosen images, including those that cannot be read.
         batch: the number of images in a batch.
         notes: remarks for the user about the images and the weights.
+        held_out: the images that are held out, in batches; None where none are.
     """
 
     network: nn.Module
@@ -65,6 +68,7 @@ class Prepared:
     chosen: int
     batch: int
     notes: tuple[str, ...]
+    held_out: ImageBatches | None = None
 
 
 def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
@@ -80,10 +84,14 @@ def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
     arguments = parse_model_arguments(request.model_arguments or ())
     named = ModelSource(request.model, arguments, weights, request.seed, weights_key=request.weights_key)
     check_name(named)
-    chosen = CalibrationImages.chosen(request.calibration, recipe, request.images, request.batch, request.seed)
+    chosen = CalibrationImages.chosen(
+        request.calibration, recipe, request.images, request.batch, request.seed, request.held_out
+    )
     source = pinned(named)
     notes: list[str] = []
     network = create(source, notes.append).to(where)
     steps = preprocessing_of(network, source, request.preprocessing)
     data = chosen.batches(steps, request.image_workers, request.skip_bad_images)
-    return Prepared(network, source, steps, data, len(chosen.items), chosen.batch, (*notes, *chosen.notes))
+    reading = (request.image_workers, request.skip_bad_images)
+    held_out = chosen.held_out_batches(steps, *reading) if request.held_out else None
+    return Prepared(network, source, steps, data, len(chosen.items), chosen.batch, (*notes, *chosen.notes), held_out)

@@ -264,6 +264,54 @@ def test_sensitivity_shows_every_module_and_site_as_a_table_and_as_json(run, wor
     assert {each["name"] for each in values["sites"]} >= {"patch_embed", "blocks.0.mlp.fc1", "head"}
 
 
+def landscape_words(workshop, *words):
+    data = ["--weights", workshop / "weights.safetensors", "--calibration", workshop / "images", "--images", 4]
+    sizes = ["--held-out", 3, "--points", 3, "--directions", 1, "--cycles", 2]
+    return ["landscape", *MODEL, *map(str, (*data, *sizes, *words))]
+
+
+def test_a_landscape_is_a_figure_and_its_numbers(run, refused, workshop, tmp_path):
+    out = tmp_path / "landscape"
+    code, shown, err = run(*landscape_words(workshop, "--output", out))
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in out.iterdir()) == ["landscape.json", "landscape.png"]
+    with Image.open(out / "landscape.png") as figure:
+        assert min(figure.size) > 500
+    assert "searched simulation" in shown
+    assert "192 of block 0: blocks.0.attn.qkv:weight, blocks.0.attn.proj:weight" in shown
+    assert "4 of " in shown
+    numbers = json.loads((out / "landscape.json").read_text())
+    assert [line["name"] for line in numbers["lines"]] == ["random 1", "searched"]
+    assert [list(line["curves"]) for line in numbers["lines"]] == [["simulation", "integers"]] * 2
+    assert (numbers["calibration"]["images"], numbers["held_out"]["images"]) == (4, 3)
+    code, shown, err = run(*landscape_words(workshop, "--output", out, "--force", "--json"))
+    assert (code, err) == (0, "")
+    assert json.loads(shown).items() >= numbers.items()
+    code, shown, err = run(*landscape_words(workshop, "--recipe", "minmax"))
+    assert code == 0
+    assert "not measured: minmax leaves operations in float" in " ".join(shown.split())
+    assert "--force" in refused(*landscape_words(workshop, "--output", out))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--block", 1], "the model has no block 1; its blocks are 0 to 0"),
+        (["--reach", 1], "reach = 1.0"),
+        (["--reach", "nan"], "--reach"),
+        (["--points", 2], "points = 2"),
+        (["--loss", "l2"], "loss = 'l2' is unknown"),
+        (["--held-out", 17], "4 images and 17 to hold out asked for, 20 there; give --images 3 or less"),
+        (["--held-out", 20], "20 there; hold out fewer"),
+        (["--held-out", 1], "held-out batch 1 has one image, and infonce"),
+        (["--memory-budget", 0], "memory = 0.0"),
+        (["--set", "evolve-scales.sites=['head']"], "sites that match head"),
+    ],
+)
+def test_landscapes_that_cannot_be_measured_are_refused(refused, workshop, tmp_path, words, message):
+    assert message in refused(*landscape_words(workshop, "--output", tmp_path / "out", *words))
+
+
 def test_bits_are_allocated_and_the_recipe_quantizes(run, workshop, sensitivities, tmp_path):
     recipe, figure = tmp_path / "mixed.toml", tmp_path / "front.png"
     words = ("allocate", sensitivities, "--mean-bits", 5.5, "--output", recipe, "--figure", figure)
@@ -770,6 +818,7 @@ def commands_that_write(workshop, sensitivities, path):
     yield ["export", workshop / "out", "--format", "onnx-qdq", "--output", path, "--force"]
     yield ["export", workshop / "out", "--format", "openvino", "--output", path, "--force"]
     yield sensitivity_words(workshop, "--output", path, "--force")
+    yield landscape_words(workshop, "--output", path, "--force")
     yield ["demo", "--output", path, "--force"]
     yield ["vectors", path, "--force"]
     if path.suffix:
@@ -788,7 +837,7 @@ def test_what_cannot_be_an_output_is_refused_by_every_command_before_its_work(
     run, workshop, sensitivities, tmp_path, monkeypatch, kind
 ):
     for work in (
-        "cli.calibrating.prepare",
+        "prepared.prepare",
         "loading.load",
         "demo.model",
         "conformance.vectors.write_into",

@@ -285,6 +285,7 @@ main(["recipes"])
         ["allocate", "", "--output", "x.toml"],
         ["allocate", "x", "--output", "x.toml", "--figure", ""],
         ["sensitivity", "timm:deit_tiny_patch16_224", "--calibration", "x", "--output", ""],
+        ["landscape", "timm:deit_tiny_patch16_224", "--calibration", "x", "--output", ""],
         ["demo", "--output="],
         [""],
     ],

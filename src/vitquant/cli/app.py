@@ -17,6 +17,7 @@ from vitquant.cli.evaluate import evaluate
 from vitquant.cli.export import export
 from vitquant.cli.inspect import inspect
 from vitquant.cli.interrupts import INTERRUPTED
+from vitquant.cli.landscape import landscape
 from vitquant.cli.parity import parity
 from vitquant.cli.quantize import quantize
 from vitquant.cli.recipes import recipes
@@ -41,6 +42,7 @@ for command in (
     parity,
     sensitivity,
     allocate,
+    landscape,
     sweep,
     resize,
     recipes,

@@ -64,6 +64,12 @@ Work = Annotated[
         metavar="DIR", help="Directory for saved state; the same command continues there after an interruption."
     ),
 ]
+MemoryBudget = Annotated[
+    float | None,
+    typer.Option(
+        min=0, metavar="GB", callback=options.finite, help="Memory for searches beside the model; 4 when not given."
+    ),
+]
 Seed = Annotated[
     int, typer.Option(min=0, max=options.LARGEST_SEED, help="Seed of random weights and of the choice of images.")
 ]
@@ -73,7 +79,8 @@ def say_what_was_used(terminal: Terminal, prepared: Prepared, request: Request, 
     """Print notes about weights and images: also if there are fewer than the recipe asks for, or some were skipped."""
     for note in prepared.notes:
         terminal.note(note)
-    usual, skipped = recipe.calibration.images, prepared.data.skipped
+    others = [] if prepared.held_out is None else prepared.held_out.skipped
+    usual, skipped = recipe.calibration.images, [*prepared.data.skipped, *others]
     if request.images is None and prepared.chosen < usual:
         there = f"all {prepared.chosen} images of {request.calibration}"
         terminal.note(f"{there} were used; {recipe.name} asks for {usual}")

@@ -33,12 +33,6 @@ TaskName = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace a saved model that is there.")]
-MemoryBudget = Annotated[
-    float | None,
-    typer.Option(
-        min=0, metavar="GB", callback=options.finite, help="Memory for searches beside the model; 4 when not given."
-    ),
-]
 TimeLimit = Annotated[
     float | None,
     typer.Option(
@@ -63,7 +57,7 @@ def quantize(
     batch: calibrating.Batch = None,
     preprocessing: options.PreprocessingFile = None,
     model_arguments: calibrating.ModelArguments = None,
-    memory_budget: MemoryBudget = None,
+    memory_budget: calibrating.MemoryBudget = None,
     time_limit: TimeLimit = None,
     work: calibrating.Work = None,
     workers: options.Workers = "0",

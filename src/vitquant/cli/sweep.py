@@ -10,7 +10,7 @@ import typer
 
 from vitquant.cli import calibrating, options
 from vitquant.cli.evaluate import Classes
-from vitquant.cli.quantize import MemoryBudget, Simulated, TaskName
+from vitquant.cli.quantize import Simulated, TaskName
 from vitquant.cli.terminal import Terminal
 
 File = Annotated[
@@ -44,7 +44,7 @@ def sweep(
     batch: calibrating.Batch = None,
     preprocessing: options.PreprocessingFile = None,
     model_arguments: calibrating.ModelArguments = None,
-    memory_budget: MemoryBudget = None,
+    memory_budget: calibrating.MemoryBudget = None,
     task: TaskName = None,
     simulated: Simulated = False,
     workers: Workers = "0",

@@ -14,7 +14,7 @@ from vitquant.errors import LoweringError
 from vitquant.methods.evolving_block import EvolvingBlock
 from vitquant.methods.recomputed import Recompute, Recomputed
 from vitquant.model import QuantizedModel
-from vitquant.objectives.output_loss import OUTPUT_LOSSES
+from vitquant.objectives.output_loss import OUTPUT_LOSSES, batch_loss
 from vitquant.workers.worker import Kept, Worker, Workers
 
 
@@ -67,8 +67,7 @@ class Shard:
         loss = OUTPUT_LOSSES[self._loss]
         with torch.inference_mode():
             batches = zip(self._recomputed.outputs(trial.block), self._references, strict=True)
-            losses = [[loss(*pair).sum() for pair in zip(*batch, strict=True)] for batch in batches]
-            return [torch.stack(of_batch).mean().item() for of_batch in losses]
+            return [batch_loss(loss, outputs, references) for outputs, references in batches]
 
     def _put(self, genes: Mapping[int, Tensor]) -> None:
         for number, each in genes.items():

@@ -14,12 +14,12 @@ from torch import Tensor
 from vitquant.calibration_data import RepeatedBatches
 from vitquant.errors import CalibrationError, CheckpointError, RecipeError
 from vitquant.graph.kinds import OPERANDS
-from vitquant.graph.parts import in_parts
 from vitquant.graph.segments import IMAGES
 from vitquant.methods.context import Context
 from vitquant.methods.evolving_block import PARAMETERS, EvolvingBlock, EvolvingLayer, evolves
 from vitquant.methods.evolving_shard import Shard, ShardFactory, Trial, shards
-from vitquant.methods.recomputed import RecomputedSimulation, by_images
+from vitquant.methods.float_outputs import FloatOutputs
+from vitquant.methods.recomputed import RecomputedSimulation
 from vitquant.methods.searched_layer import LAYERS
 from vitquant.methods.weight_correction import correctable_layers, why_not_correctable
 from vitquant.model import QuantizedModel, Record
@@ -145,11 +145,11 @@ def evolve_scales(model: QuantizedModel, context: Context, settings: EvolveScale
     model.require_calibrated()
     check_evolution(model, settings)
     assert context.teacher is not None
-    for names in _names(model, settings).values():  # refuse mutations before long work
+    for names in evolving_names(model, settings).values():  # refuse mutations before long work
         EvolvingBlock({name: model.quantizers[name] for name in names}, settings.parameters).genes(*settings.reach)
     data = RepeatedBatches(context.data)
     context = replace(context, data=data)
-    blocks = _blocks(model, context, settings)
+    blocks = evolving_blocks(model, context, settings)
     evaluate, sizes = _evaluation(model, context, settings, blocks)
     search = _Search(settings, context, blocks, evaluate, sizes, data.digest)
     of_inference = any(each.is_inference() for each in model.parameters())  # these cannot change outside of that mode
@@ -174,13 +174,13 @@ def check_evolution(model: QuantizedModel, settings: EvolveScalesSettings) -> No
         if number not in known:
             there = f"its blocks are {known[0]} to {known[-1]}" if known else "it has none"
             raise RecipeError(f"the model has no block {number}; {there}")
-    _names(model, settings)
+    evolving_names(model, settings)
 
 
 # --- what evolves ---------------------------------------------------------------------------------------
 
 
-def _names(model: QuantizedModel, settings: EvolveScalesSettings) -> dict[int, list[str]]:
+def evolving_names(model: QuantizedModel, settings: EvolveScalesSettings) -> dict[int, list[str]]:
     """The names of the values that evolve, by the number of the first block that reads them, the last block first.
 
     A value that something outside of the blocks reads too does not evolve.
@@ -216,9 +216,11 @@ def _some_sites(model: QuantizedModel) -> list[str]:
     return [site.name for sites in list(model.index.blocks.values())[:1] for site in sites][:4]
 
 
-def _blocks(model: QuantizedModel, context: Context, settings: EvolveScalesSettings) -> dict[int, EvolvingBlock]:
+def evolving_blocks(
+    model: QuantizedModel, context: Context, settings: EvolveScalesSettings
+) -> dict[int, EvolvingBlock]:
     """The blocks that have something to evolve, the last first."""
-    quantizers, names = model.quantizers, _names(model, settings)
+    quantizers, names = model.quantizers, evolving_names(model, settings)
     evolving = {name for some in names.values() for name in some}
     layers: dict[str, EvolvingLayer] = {}
     if settings.keep_moments:
@@ -252,18 +254,12 @@ def _evaluation(
     recompute = RecomputedSimulation if settings.fitness == "simulation" else context.integers
     assert teacher is not None
     assert recompute is not None
-    compute = teacher.segment(IMAGES, [site.name for site in teacher.sites if site.kind == "output"])
+    outputs_of = FloatOutputs(teacher, settings.loss)
     references: list[tuple[Tensor, ...]] = []
     sizes: list[int] = []
     kept: list[Kept] = []
     for batch in context.data:
-        if settings.loss == "infonce" and len(batch) < 2:
-            raise CalibrationError(
-                f"batch {len(sizes) + 1} has one image, and infonce compares every image with the others of its batch: "
-                "give batches of at least two, or another number of images"
-            )
-        with torch.inference_mode():
-            references.append(by_images(compute, in_parts(compute, [batch], len(batch)), len(batch)))
+        references.append(outputs_of(batch, f"batch {len(sizes) + 1}"))
         sizes.append(len(batch))
         if workers is not None:
             kept.append(workers.keep(batch))

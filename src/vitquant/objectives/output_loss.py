@@ -1,11 +1,11 @@
 """Losses between outputs of a quantized model and those of the float model, one number for each image.
 
-All arguments are (images, ...) of any floating dtype, of one batch; results are float64 (images,).
+Unless said otherwise arguments are (images, ...) of any floating dtype, of one batch; results are float64 (images,).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,3 +60,13 @@ OUTPUT_LOSSES: dict[str, OutputLoss] = {
     "cosine": cosine_distance,
     "kl": kl_divergence,
 }
+
+
+def batch_loss(loss: OutputLoss, outputs: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+    """The sum of a loss over the images of a batch, its mean over the outputs of a model.
+
+    Arguments:
+        loss: one of `OUTPUT_LOSSES`.
+        outputs, references: of the quantized and the float model, one (images, ...) for each output.
+    """
+    return torch.stack([loss(*pair).sum() for pair in zip(outputs, references, strict=True)]).mean().item()

@@ -36,7 +36,19 @@ def load_recipe(text: str) -> Recipe:
     """
     base, *overlays = [text] if os.path.isfile(text) else text.split("+")
     recipe = Recipe.from_toml(_read(base), base)
-    return reduce(lambda below, part: Overlay.from_toml(_read(part), part).over(below), overlays, recipe)
+    return reduce(overlaid, overlays, recipe)
+
+
+def overlaid(recipe: Recipe, overlay: str) -> Recipe:
+    """A recipe with one overlay laid over it.
+
+    Arguments:
+        overlay: its name or path, as in `load_recipe`.
+
+    Raises:
+        RecipeError: it is not found, not valid, or does not fit the recipe.
+    """
+    return Overlay.from_toml(_read(overlay), overlay).over(recipe)
 
 
 def _names() -> list[str]:

@@ -1,8 +1,9 @@
-"""Figures of a model's sensitivities and of the Pareto front; they need the extra `vitquant[figures]`."""
+"""Figures of sensitivities, of the Pareto front and of loss landscapes; they need the extra `vitquant[figures]`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from vitquant.allocation.front import Allocation, Costs
 from vitquant.allocation.measure import Sensitivity
 from vitquant.errors import ExportError
+from vitquant.loss_landscape.table import SEARCHED, Curve, Landscape
 
 
 def sensitivity_figure(modules: Sequence[Sensitivity], sites: Sequence[Sensitivity]) -> bytes:
@@ -69,6 +71,38 @@ def front_figure(
     axes.set(xlabel=costs.unit, ylabel=sensitivity, yscale=_scale([each.sensitivity for each in front]))
     axes.grid(alpha=0.3)
     axes.legend()
+    return _png(figure)
+
+
+def landscape_figure(landscape: Landscape) -> bytes:
+    """A PNG: for each line a column, with the loss, the loss on held-out images and the agreement on these.
+
+    Raises:
+        ExportError: matplotlib is not installed.
+    """
+    rows: list[tuple[str, Callable[[Curve], Sequence[float | None] | None]]] = [
+        (f"loss ({landscape.loss}), calibration images", lambda curve: curve.loss),
+        (f"loss ({landscape.loss}), held-out images", lambda curve: curve.held_out_loss),
+        ("agreement, held-out images, %", lambda curve: curve.agreement),
+    ]
+    drawn = [row for row in rows if all(row[1](curve) for line in landscape.lines for curve in line.curves.values())]
+    figure = _figure(1 + 4 * len(landscape.lines), 1 + 2.6 * len(drawn))
+    grid = figure.subplots(len(drawn), len(landscape.lines), sharex="col", sharey="row", squeeze=False)
+    for above, (label, of) in zip(grid, drawn, strict=True):
+        above[0].set_ylabel(label)
+        for axes, line in zip(above, landscape.lines, strict=True):
+            for place, (form, curve) in enumerate(line.curves.items()):
+                heights = [math.nan if each is None else each for each in of(curve) or ()]
+                axes.plot(line.positions, heights, ".-", color=f"C{place}", label=form, zorder=3 - place)
+            axes.axvline(0, color="grey", linewidth=0.8)
+            axes.grid(alpha=0.3)
+    for axes, line in zip(grid[0], landscape.lines, strict=True):
+        axes.set_title(line.name)
+    for axes, line in zip(grid[-1], landscape.lines, strict=True):
+        axes.set_xlabel("t: 0 as quantized, 1 as found" if line.name == SEARCHED else "t: each scale times 1 + t u")
+    grid[0][0].legend(fontsize="small")
+    quantized = f"{landscape.about.get('recipe', '')} {landscape.about.get('bits', '')}".strip()
+    figure.suptitle(f"{quantized}: {landscape.scales} scales of block {landscape.block}")
     return _png(figure)
 
 

@@ -11,6 +11,8 @@ from rich.text import Text
 
 from vitquant.allocation.measure import Sensitivity
 from vitquant.graph.outputs import ONLY
+from vitquant.loss_landscape.jaggedness import jaggedness
+from vitquant.loss_landscape.table import Landscape
 from vitquant.model import QuantizedModel
 from vitquant.printable import one_line
 from vitquant.recipe import Choice, Recipe
@@ -186,6 +188,59 @@ def sensitivity_table(measured: Sequence[Sensitivity]) -> Table:
             *(f"{number:.3g}" for number in numbers),
         )
     return table
+
+
+def landscape_table(landscape: Landscape) -> Table:
+    """A line for each form of the model along each line: where its loss is lowest, and how jagged it is."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
+    table.add_column("line", no_wrap=True, style="bold")
+    table.add_column("computed in")
+    headers = ("loss at 0", "lowest", "at t", "local minima", "variation / spread", "held-out loss, at 0 and lowest")
+    for header in (*headers, "agreement, %"):
+        table.add_column(header, justify="right")
+    for line in landscape.lines:
+        for form, curve in line.curves.items():
+            found = jaggedness(line.positions, curve.loss)
+            if found is None:
+                continue
+            start, lowest = line.at(form, 0.0), line.at(form, found.at)
+            held_out, agreement = ([start[place], lowest[place]] for place in (1, 2))
+            table.add_row(
+                line.name,
+                form,
+                _number(start[0], ".6g"),
+                f"{found.lowest:.6g}",
+                f"{found.at:.3g}",
+                str(found.minima),
+                f"{found.variation:.1f}",
+                " ".join(_number(each, ".6g") for each in held_out),
+                " ".join(_number(each, ".1f") for each in agreement),
+            )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def landscape_facts(landscape: Landscape) -> dict[str, str]:
+    """What was moved, what a search found, and how the integers differ from the simulation, in words."""
+    rows = {"scales": f"{landscape.scales} of block {landscape.block}: {', '.join(landscape.operands)}"}
+    found = landscape.found
+    if found is not None:
+        change = "nothing better" if found.after == found.before else f"{found.after:.6g}"
+        rows["search"] = (
+            f"{found.search}, {found.evaluations} evaluations in {found.by}: loss {found.before:.6g}, then {change}"
+        )
+    differences = [each.difference for each in landscape.lines if each.difference is not None]
+    if differences:
+        rows["integers"] = f"the loss differs from the simulation's by {max(differences):.3g} at most"
+    if landscape.simulated:
+        rows["integers"] = f"not measured: {landscape.simulated}"
+    undeployed = sum(each is None for line in landscape.lines for curve in line.curves.values() for each in curve.loss)
+    if undeployed:
+        rows["left out"] = f"{undeployed} points that cannot be deployed, or whose loss is not finite"
+    return rows
 
 
 def sweep_table(rows: Sequence[Row]) -> Table:
