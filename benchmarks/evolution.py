@@ -42,6 +42,7 @@ from vitquant.demo import model as embedded_model
 from vitquant.engines import default_engine
 from vitquant.errors import CheckpointError, VitquantError
 from vitquant.objectives.output_loss import OUTPUT_LOSSES
+from vitquant.schema import Plain, TableOf
 from vitquant.tasks.classification import compare, logits_of
 from vitquant.tasks.images import batches, load_listing, subset
 from vitquant.workers.jobs import Results, run_jobs
@@ -107,7 +108,7 @@ def main() -> None:
             job = Job(name, seed, given.images, given.cifar, None)
             work = None if given.results is None else given.results / f"{job.key}.work"
             jobs[name, seed] = replace(job, work=work)
-    results = Results(given.results, CheckpointError)
+    results = Results(given.results, TableOf(Plain()), CheckpointError)
     with opened(given.workers) as workers, console.status("") as status:
         found = run_jobs(
             _measure,

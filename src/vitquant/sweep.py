@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import statistics
 import time
@@ -16,17 +18,20 @@ from typing import Any
 import torch
 
 from vitquant.engines import default_engine
-from vitquant.errors import RecipeError, VitquantError
-from vitquant.image_folders import evaluation_images
+from vitquant.errors import CheckpointError, DataError, RecipeError, VitquantError
+from vitquant.files import sha256 as sha256_of
+from vitquant.image_folders import CalibrationImages, evaluation_images
+from vitquant.model import Record
 from vitquant.model.saved import digest, finite
 from vitquant.parsing import parse_toml, read_file
 from vitquant.prepared import Request, prepare
 from vitquant.progress import Progress, silent
-from vitquant.recipe import requested
-from vitquant.schema import Integer, ListOf, Table, Text, check
+from vitquant.recipe import Bits, Recipe, requested
+from vitquant.schema import Integer, ListOf, Number, Plain, Table, TableOf, Text, check
 from vitquant.tasks.classification import ClassificationResult
 from vitquant.tasks.features import FeaturesResult
-from vitquant.tasks.images import batches
+from vitquant.tasks.images import batches, load_unlabelled
+from vitquant.version import __version__
 from vitquant.work import WorkDirectory
 from vitquant.workers.jobs import Results, run_jobs
 from vitquant.workers.worker import Workers
@@ -35,6 +40,7 @@ from vitquant.workflows import quantize, task_for
 _LONGEST = 2**20  # bytes of a sweep's file
 _BATCH = 32  # images to evaluate at a time
 _WORDS = ListOf(Text(), least=1, most=1000)
+_MOST = 10_000  # runs
 _SCHEMA = Table(
     {
         "format": Integer(1, 1),
@@ -46,6 +52,17 @@ _SCHEMA = Table(
     },
     {"seeds": ListOf(Integer(0, 2**62), least=1, most=1000)},
 )
+
+_RESULT = Table(
+    {"figures": TableOf(Number(), Text(200, least=1))},
+    {
+        key: Plain()
+        for key in (
+            "recipe", "bits", "settings", "seed", "recipe_bits", "model", "calibration", "seconds", "engine", "threads",
+            "records", "evaluation",
+        )
+    },
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,13 +99,19 @@ class Sweep:
                 and `settings` (lists of TARGET.KEY=VALUE), of which every combination is a variant.
 
         Raises:
-            RecipeError: the file cannot be read, a key does not fit, or there is no such recipe, bits or setting.
+            RecipeError: the file cannot be read, a key does not fit, there is no such recipe, bits or setting, or there
+                are more than 10,000 runs.
         """
         try:
             table = parse_toml(read_file(Path(file), _LONGEST, RecipeError), RecipeError)
             check(table, _SCHEMA, RecipeError)
         except RecipeError as error:
             raise RecipeError(f"{file}: {error}") from None
+        seeds = tuple(dict.fromkeys(table.get("seeds", [0])))
+        lists = ((grid["recipes"], grid.get("bits", [None]), grid.get("settings", [[]])) for grid in table["grid"])
+        grids = list(lists)
+        if len(seeds) * sum(math.prod(map(len, grid)) for grid in grids) > _MOST:
+            raise RecipeError(f"{file}: more than {_MOST:,} runs; leave out some")
         variants = dict.fromkeys(
             Variant(recipe, bits, tuple(settings))
             for grid in table["grid"]
@@ -99,7 +122,7 @@ class Sweep:
                 requested(each.recipe, each.bits, each.settings)
             except RecipeError as error:
                 raise RecipeError(f"{file}: {each}: {error}") from None
-        return cls(tuple(variants), tuple(dict.fromkeys(table.get("seeds", [0]))))
+        return cls(tuple(variants), seeds)
 
 
 @dataclass(frozen=True)
@@ -123,20 +146,67 @@ class Setup:
     simulated: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """What another sweep in the same directory must have in common, as plain JSON values."""
-        values = {**asdict(self), "evaluation": dict(self.evaluation)}
-        del values["memory"], values["request"]["image_workers"], values["request"]["seed"]
-        return json.loads(json.dumps(values, default=str))
+        """What another sweep in the same directory must have in common, as plain JSON values.
+
+        Raises:
+            VitquantError: a file or directory cannot be read.
+        """
+        request = self.request
+        weights = request.weights if request.weights in ("pretrained", "random") else _content(Path(request.weights))
+        return {
+            "model": [request.model, request.model_arguments],
+            "weights": [weights, request.weights_key],
+            "calibration images": [_listed(request.calibration), request.images, request.batch],
+            "evaluation images": {name: _listed(folder) for name, folder in self.evaluation.items()},
+            "preprocessing": None if request.preprocessing is None else _content(request.preprocessing),
+            "classes": None if self.classes is None else _content(self.classes),
+            "bad images": request.skip_bad_images,
+            "task": self.task,
+            "simulated": self.simulated,
+            "versions": {"vitquant": __version__, "torch": torch.__version__},
+        }
+
+
+def _content(file: Path) -> str:
+    """The sha256 of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return sha256_of(file)
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror or error}") from error
+
+
+def _listed(folder: Path) -> str:
+    """A digest of the names, sizes and times of the images in a directory.
+
+    Raises:
+        DataError: there are none.
+    """
+    images = [each.path for each in load_unlabelled(folder)]
+    facts = [(str(each.relative_to(folder)), each.stat().st_size, each.stat().st_mtime_ns) for each in images]
+    return sha256(json.dumps(sorted(facts)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One run. `work`: where its state is kept until it ends."""
+    """One run: what it has in common with others, recipe and bits as they were read, and where its state is kept."""
 
     setup: Setup
     variant: Variant
+    recipe: Recipe
+    bits: Bits
     seed: int
     work: Path
+
+    @property
+    def key(self) -> str:
+        """The name of its result: what is computed, whatever the file of its recipe was called."""
+        text = json.dumps([self.recipe.to_dict(), str(self.bits), self.seed], sort_keys=True)
+        name = re.sub(r"[^A-Za-z0-9+_-]", "_", self.recipe.name)[:60]
+        return f"{name}-{sha256(text.encode()).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)
@@ -145,26 +215,27 @@ class Row:
 
     Arguments:
         variant: the recipe, bits and settings.
-        figures: for each measure the value of each seed that has one.
+        figures: for each measure its value by seed.
         failures: the errors of the other seeds, one line each.
     """
 
     variant: Variant
-    figures: Mapping[str, Sequence[float]]
-    failures: tuple[str, ...]
+    figures: Mapping[str, Mapping[int, float]]
+    failures: Mapping[int, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: mean, smallest and largest of each measure too."""
         spread = {
             name: {
-                "mean": statistics.mean(values),
-                "smallest": min(values),
-                "largest": max(values),
-                "values": list(values),
+                "mean": statistics.mean(values.values()),
+                "smallest": min(values.values()),
+                "largest": max(values.values()),
+                "values": {str(seed): value for seed, value in values.items()},
             }
             for name, values in self.figures.items()
         }
-        return {**asdict(self.variant), "figures": spread, "failures": list(self.failures)}
+        failures = {str(seed): failure for seed, failure in self.failures.items()}
+        return {**asdict(self.variant), "figures": spread, "failures": failures}
 
 
 def run_sweep(
@@ -188,39 +259,51 @@ def run_sweep(
         A row for each variant, in order.
 
     Raises:
-        CheckpointError: the directory is in use, of another setup, or holds something else.
+        CheckpointError: the directory is in use, of another setup, or holds something else; or a result is damaged.
+        VitquantError: the model, its weights or images are not what they should be.
     """
-    directory = Path(directory)
+    directory = Path(directory).absolute()
+    _check(sweep, setup)
     share = setup if workers is None else replace(setup, memory=setup.memory / workers.count)
-    with WorkDirectory.opened(directory, {"sweep": setup.identity()}):
-        jobs: dict[str, _Job] = {}
-        keys: dict[tuple[Variant, int], str] = {}
+    with WorkDirectory.opened(directory, setup.identity()):
+        jobs: dict[tuple[Variant, int], _Job] = {}
         for variant, seed in product(sweep.variants, sweep.seeds):
-            key = _key(variant, seed)
-            keys[variant, seed] = key
-            jobs[key] = _Job(share, variant, seed, directory / f"{key}.work")
-        found = run_jobs(_run, jobs, Results(directory, RecipeError), workers, progress)
-    return [_row(variant, [found[keys[variant, seed]] for seed in sweep.seeds]) for variant in sweep.variants]
+            recipe, bits = requested(variant.recipe, variant.bits, variant.settings)
+            job = _Job(share, variant, recipe, bits, seed, directory)
+            jobs[variant, seed] = replace(job, work=directory / f"{job.key}.work")
+        results = Results(directory, _RESULT, CheckpointError)
+        found = run_jobs(_run, {job.key: job for job in jobs.values()}, results, workers, progress)
+    return [_row(variant, {seed: found[jobs[variant, seed].key] for seed in sweep.seeds}) for variant in sweep.variants]
 
 
-def _key(variant: Variant, seed: int) -> str:
-    """The name of a run: what is computed, whatever its recipe is called."""
-    recipe, bits = requested(variant.recipe, variant.bits, variant.settings)
-    text = json.dumps([recipe.to_dict(), str(bits), seed], sort_keys=True)
-    return f"{recipe.name[:60]}-{sha256(text.encode()).hexdigest()[:16]}"
+def _check(sweep: Sweep, setup: Setup) -> None:
+    """Refuse a model, images and files that no run could use, before the first of them.
+
+    Raises:
+        VitquantError: one of them is not what it should be.
+    """
+    for folder in setup.evaluation.values():
+        load_unlabelled(folder)
+    if setup.classes is not None:
+        _content(setup.classes)
+    first, *others = sweep.variants
+    recipe, _ = requested(first.recipe, first.bits, first.settings)
+    prepare(replace(setup.request, seed=sweep.seeds[0]), recipe, torch.device("cpu"))
+    for each in others:
+        recipe, _ = requested(each.recipe, each.bits, each.settings)
+        CalibrationImages.chosen(setup.request.calibration, recipe, setup.request.images, setup.request.batch)
 
 
 def _run(job: _Job) -> dict[str, Any]:
     """Quantize and evaluate a model: plain JSON values."""
-    setup, variant = job.setup, job.variant
-    recipe, bits = requested(variant.recipe, variant.bits, variant.settings)
-    prepared = prepare(replace(setup.request, seed=job.seed), recipe, torch.device("cpu"))
+    setup = job.setup
+    prepared = prepare(replace(setup.request, seed=job.seed), job.recipe, torch.device("cpu"))
     started = time.perf_counter()
     model = quantize(
         prepared.network,
-        recipe,
+        job.recipe,
         prepared.data,
-        bits=str(bits),
+        bits=str(job.bits),
         simulated=setup.simulated,
         source=prepared.source,
         preprocessing=prepared.steps.to_dict(),
@@ -239,13 +322,14 @@ def _run(job: _Job) -> dict[str, Any]:
         results[name] = task.evaluate(computed, prepared.network, found, silent, engine)
     shutil.rmtree(job.work, ignore_errors=True)
     return {
-        **asdict(variant),
+        **asdict(job.variant),
         "seed": job.seed,
-        "recipe_bits": str(bits),
+        "recipe_bits": str(job.bits),
         "model": digest(model),
         "calibration": model.provenance["calibration"],
         "seconds": seconds,
         "engine": engine,
+        "threads": torch.get_num_threads(),
         "records": [{"method": each.method, "summary": finite(dict(each.summary))} for each in model.records],
         "evaluation": {name: finite(asdict(each)) for name, each in results.items()},
         "figures": _figures(results) | _losses(model.records) | {"seconds": seconds},
@@ -264,17 +348,16 @@ def _figures(results: Mapping[str, ClassificationResult | FeaturesResult]) -> di
         for output in result.outputs:
             found[f"cosine, {output.name}{of}"] = output.cosine
             found[f"same neighbour, {output.name}{of}"] = output.neighbours
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
-def _losses(records: Sequence[Any]) -> dict[str, float]:
+def _losses(records: Sequence[Record]) -> dict[str, float]:
     """The losses before and after searches, for those that tell them."""
     return {key: each.summary[key] for each in records for key in ("loss before", "loss after") if key in each.summary}
 
 
-def _row(variant: Variant, results: Sequence[dict[str, Any] | VitquantError]) -> Row:
-    done = [each["figures"] for each in results if not isinstance(each, VitquantError)]
-    names = dict.fromkeys(name for each in done for name in each)
-    figures = {name: [each[name] for each in done if name in each] for name in names}
-    failures = dict.fromkeys(str(each) for each in results if isinstance(each, VitquantError))
-    return Row(variant, figures, tuple(failures))
+def _row(variant: Variant, results: Mapping[int, dict[str, Any] | VitquantError]) -> Row:
+    done = {seed: each["figures"] for seed, each in results.items() if not isinstance(each, VitquantError)}
+    names = dict.fromkeys(name for each in done.values() for name in each)
+    figures = {name: {seed: each[name] for seed, each in done.items() if name in each} for name in names}
+    return Row(variant, figures, {seed: str(each) for seed, each in results.items() if isinstance(each, VitquantError)})

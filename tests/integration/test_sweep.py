@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,8 @@ from PIL import Image
 
 from vitquant.errors import CalibrationError, CheckpointError, RecipeError
 from vitquant.prepared import Request
+from vitquant.recipe import load_recipe
+from vitquant.schema import Plain, TableOf
 from vitquant.sweep import Row, Setup, Sweep, Variant, run_sweep
 from vitquant.workers.jobs import Results, run_jobs
 from vitquant.workers.processes import Processes
@@ -94,6 +101,9 @@ def test_every_combination_is_a_variant_once(tmp_path: Path) -> None:
         ),
         ("format = 1\nseeds = [-1]\n[[grid]]\nrecipes = ['minmax']", r"seeds\[0\] = -1"),
         ("format = 1\n[[grid", "sweep.toml"),
+        ("format = 1\nseeds = 3\n[[grid]]\nrecipes = ['minmax']", "seeds = 3 should be a list"),
+        ("format = 1\n[[grid]]\nrecipes = ['minmax']\nbits = 'w8a8'", "bits = 'w8a8' should be a list"),
+        (f"format = 1\nseeds = {list(range(900))}\n[[grid]]\nrecipes = {['minmax'] * 12}", "more than 10,000 runs"),
     ],
 )
 def test_a_file_that_describes_no_sweep_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -113,9 +123,9 @@ def test_the_table_has_every_variant_and_what_is_there_is_not_run_again(
     assert [(row["recipe"], row["bits"]) for row in rows] == [("minmax", "w8a8")] * 2
     assert [row["settings"] for row in rows] == [[], ["weights.observer=omse"]]
     for row in rows:
-        assert row["failures"] == []
+        assert row["failures"] == {}
         agreement = row["figures"]["agreement"]
-        assert len(agreement["values"]) == 2
+        assert agreement["values"].keys() == {"0", "1"}
         assert agreement["smallest"] <= agreement["mean"] <= agreement["largest"]
         assert {"top-1", "float top-1", "seconds"} <= row["figures"].keys()
     files = sorted(output.glob("*.json"))
@@ -127,7 +137,7 @@ def test_the_table_has_every_variant_and_what_is_there_is_not_run_again(
     more = GRIDS.replace("seeds = [0, 1]", "seeds = [0, 7]")
     code, out, _ = run(*words(folder, written(tmp_path, more), output))
     assert code == 0
-    assert "minmax w8a8 weights.observer=omse" in " ".join(out.split())
+    assert "weights.observer=omse" in out
     assert len(list(output.glob("*.json"))) == 7
     assert not list(output.glob("*.work"))
 
@@ -144,34 +154,140 @@ def test_side_by_side_the_models_are_the_same(folder: Path, tmp_path: Path) -> N
     assert models(tmp_path / "alone") == models(tmp_path / "beside")
     assert len(set(models(tmp_path / "alone").values())) == 4
     for one, two in zip(alone, beside, strict=True):
-        assert {**one.figures, "seconds": ()} == {**two.figures, "seconds": ()}
+        assert {**one.figures, "seconds": {}} == {**two.figures, "seconds": {}}
 
 
-def test_a_run_that_is_refused_does_not_end_the_others(folder: Path, tmp_path: Path) -> None:
-    sweep = Sweep((Variant("evol-q", "w4a8", ("evolve-scales.blocks=[7]",)), Variant("minmax", "w8a8", ())), (0,))
-    refused, done = run_sweep(sweep, setup(folder), tmp_path / "runs")
-    assert refused.figures == {}
-    assert refused.failures == ("evolve-scales: the model has no block 7; its blocks are 0 to 0",)
-    assert done.failures == ()
-    assert done.figures["agreement"]
+def test_a_run_that_is_refused_does_not_end_the_others_and_the_exit_code_says_it(
+    run: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
+) -> None:
+    grids = """
+        format = 1
+        [[grid]]
+        recipes = ["evol-q"]
+        settings = [["evolve-scales.blocks=[7]"]]
+        [[grid]]
+        recipes = ["minmax"]
+    """
+    code, out, err = run(*words(folder, written(tmp_path, grids), tmp_path / "runs", "--json"))
+    assert code == 1
+    refused, done = json.loads(out)["rows"]
+    message = "evolve-scales: the model has no block 7; its blocks are 0 to 0"
+    assert (refused["figures"], refused["failures"]) == ({}, {"0": message})
+    assert err.strip().endswith(f"evol-q evolve-scales.blocks=[7], seed 0: {message}")
+    assert done["failures"] == {}
+    assert done["figures"]["agreement"]["values"].keys() == {"0"}
+    code, out, _ = run(*words(folder, tmp_path / "sweep.toml", tmp_path / "runs"))
+    assert code == 1
+    assert f"seed 0: {message}" in " ".join(out.split())
 
 
-def test_another_setup_in_the_same_directory_is_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--calibration": "nothing"}, "nothing"),
+        ({"--data": "nothing"}, "nothing"),
+        ({"--classes": "nothing"}, "nothing: No such file"),
+        ({"--weights": "nothing.safetensors"}, "nothing.safetensors"),
+        ({"--preprocessing": "nothing.toml"}, "nothing.toml"),
+        ({"--images": 999}, "999 images asked for"),
+        ({"--workers": "1.5"}, "workers = 1.5: it is a number of processes"),
+        ({"--task": "wrong"}, "wrong"),
+        ({"MODEL": "timm:vit_tinny_patch16_224"}, "vit_tinny"),
+    ],
+)
+def test_what_no_run_could_use_is_refused_before_the_first(
+    run: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    given = words(folder, written(tmp_path, GRIDS), tmp_path / "runs")
+    for key, value in changed.items():
+        if key == "MODEL":
+            given[1] = value
+        elif key in given:
+            given[given.index(key) + 1] = str(value)
+        else:
+            given += [key, str(value)]
+    code, out, err = run(*given)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_results_of_other_inputs_are_not_taken_for_these(folder: Path, tmp_path: Path) -> None:
     sweep = Sweep((Variant("minmax", "w8a8", ()),), (0,))
-    run_sweep(sweep, setup(folder), tmp_path / "runs")
-    other = Setup(setup(folder).request, {"evaluation": folder / "calibration"})
-    with pytest.raises(CheckpointError, match="work directory of another run, with another sweep"):
+    shutil.copytree(folder / "evaluation", tmp_path / "images")
+    steps = tmp_path / "steps.toml"
+    steps.write_text("crop_pct = 1.0")
+    given = Setup(replace(setup(folder).request, preprocessing=steps), {"evaluation": tmp_path / "images"})
+    run_sweep(sweep, given, tmp_path / "runs")
+    other = Setup(given.request, {"evaluation": folder / "calibration"})
+    with pytest.raises(CheckpointError, match="another run, with another evaluation images"):
         run_sweep(sweep, other, tmp_path / "runs")
+    steps.write_text("crop_pct = 0.9")
+    with pytest.raises(CheckpointError, match="another run, with another preprocessing"):
+        run_sweep(sweep, given, tmp_path / "runs")
+    steps.write_text("crop_pct = 1.0")
+    image = next((tmp_path / "images").rglob("*.png"))
+    image.write_bytes(next((folder / "calibration").rglob("*.png")).read_bytes())
+    with pytest.raises(CheckpointError, match="another run, with another evaluation images"):
+        run_sweep(sweep, given, tmp_path / "runs")
 
 
-def test_a_damaged_result_is_named(folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_or_forged_result_is_named(folder: Path, tmp_path: Path) -> None:
     sweep = Sweep((Variant("minmax", "w8a8", ()),), (0,))
     run_sweep(sweep, setup(folder), tmp_path / "runs")
     (file,) = (tmp_path / "runs").glob("minmax*.json")
-    for text in ("{", "[1]", ""):
+    forged = [
+        '{"figures": {"top-1": "abc"}}',
+        '{"figures": {"a\\u001b[31m": 1}}',
+        '{"figures": [1]}',
+        '{"figures": {"a": NaN}}',
+    ]
+    for text in ("{", "[1]", "", "{}", '{"figures": {}, "more": 1}', *forged):
         file.write_text(text)
-        with pytest.raises(RecipeError, match=rf"{file.name}.*remove it, and the run is repeated"):
+        with pytest.raises(CheckpointError, match=rf"{file.name}.*remove it, and the run is repeated"):
             run_sweep(sweep, setup(folder), tmp_path / "runs")
+
+
+def test_the_name_of_a_recipe_is_no_path_and_an_edited_recipe_is_another_run(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    text = load_recipe("minmax").to_toml()
+    recipe.write_text(text.replace('name = "minmax"', 'name = "../escaped"', 1))
+    sweep = Sweep((Variant(str(recipe), "w8a8", ()),), (0,))
+    run_sweep(sweep, setup(folder), tmp_path / "in" / "runs")
+    first = {each.name for each in (tmp_path / "in" / "runs").glob("*escaped-*.json")}
+    assert len(first) == 1
+    assert not list(tmp_path.glob("*escaped*"))
+    assert not list((tmp_path / "in").glob("*escaped*"))
+    recipe.write_text(text.replace('name = "minmax"', 'name = "../escaped"', 1).replace('"minmax"', '"omse"'))
+    run_sweep(sweep, setup(folder), tmp_path / "in" / "runs")
+    assert len(set((tmp_path / "in" / "runs").glob("*escaped-*.json"))) == 2
+
+
+def test_a_sweep_that_was_killed_in_mid_search_goes_on_there(folder: Path, tmp_path: Path) -> None:
+    settings = ["evolve-scales.passes=150", "evolve-scales.relative=true", "evolve-scales.wide_mutation=0.01"]
+    grids = f"format = 1\n[[grid]]\nrecipes = ['evol-q']\nbits = ['w8a8']\nsettings = [{settings}]"
+    command = [
+        sys.executable,
+        "-c",
+        "from vitquant.cli import main; main()",
+        *words(folder, written(tmp_path, grids), tmp_path / "runs", "--quiet"),
+    ]
+    part = "*.work/3-correct-weights.safetensors"
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "runs").glob(part)) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.2)
+        process.kill()
+    assert list((tmp_path / "runs").glob(part))
+    assert subprocess.run([*command, "--json"], capture_output=True, timeout=500).returncode == 0
+    whole = run_sweep(Sweep.read(tmp_path / "sweep.toml"), setup(folder), tmp_path / "whole")
+    models = [
+        json.loads(next((tmp_path / name).glob("evol-q*.json")).read_text())["model"] for name in ("runs", "whole")
+    ]
+    assert models[0] == models[1]
+    assert whole[0].failures == {}
 
 
 # --- jobs ---
@@ -186,7 +302,7 @@ def squared(job: int) -> dict[str, Any]:
 @pytest.mark.parametrize("side_by_side", [False, True])
 def test_jobs_give_results_in_order_and_keep_what_is_no_error(tmp_path: Path, side_by_side: bool) -> None:
     jobs = {str(each): each for each in (3, -1, 2, 5)}
-    results = Results(tmp_path, RecipeError)
+    results = Results(tmp_path, TableOf(Plain()), RecipeError)
     results.keep("2", {"square": "kept"})
     told: list[tuple[int, int]] = []
     if side_by_side:
@@ -204,6 +320,6 @@ def test_jobs_give_results_in_order_and_keep_what_is_no_error(tmp_path: Path, si
 
 
 def test_a_row_tells_the_spread() -> None:
-    row = Row(Variant("minmax", None, ()), {"top-1": [1.0, 3.0]}, ("no",)).to_dict()
-    assert row["figures"]["top-1"] == {"mean": 2.0, "smallest": 1.0, "largest": 3.0, "values": [1.0, 3.0]}
-    assert row["failures"] == ["no"]
+    row = Row(Variant("minmax", None, ()), {"top-1": {0: 1.0, 2: 3.0}}, {1: "no"}).to_dict()
+    assert row["figures"]["top-1"] == {"mean": 2.0, "smallest": 1.0, "largest": 3.0, "values": {"0": 1.0, "2": 3.0}}
+    assert row["failures"] == {"1": "no"}

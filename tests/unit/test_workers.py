@@ -5,12 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,22 +33,29 @@ def refusing() -> Any:
 def breaking(request: Any) -> Any:
     if request == "refuse":
         raise CalibrationError("it is not there", "blocks.0")
+    if request == "unpicklable":
+        return lambda: None
+    if request == "exit":
+        raise SystemExit(3)
+    if request == "missing":
+        return Path("/nowhere/at/all").read_text()
     return {"told": request}["asked"]
 
 
 @dataclass(frozen=True)
 class Dying:
-    """Ends its process at the first request, or at each."""
+    """Ends its process at the first requests."""
 
     file: Path
-    always: bool = False
+    times: int = 1
 
     def __call__(self) -> Any:
         return self.answer
 
     def answer(self, request: Any) -> Any:
-        if self.always or not self.file.exists():
-            self.file.touch()
+        died = len(self.file.read_text()) if self.file.exists() else 0
+        if died < self.times:
+            self.file.write_text("x" * (died + 1))
             os.kill(os.getpid(), signal.SIGKILL)
         return request + 1
 
@@ -66,10 +76,11 @@ def test_workers_answer_at_the_same_time_and_end_with_the_context() -> None:
 
 
 def test_a_tensor_is_kept_where_workers_read_it_and_removed_at_the_end() -> None:
-    tensor = torch.randn(3, 4).to(torch.bfloat16)
+    tensor = torch.randn(3000, 4).to(torch.bfloat16)[:3]
     with Processes.opened(1) as workers:
         kept = workers.keep(tensor)
         assert torch.equal(kept(), tensor)
+        assert kept().untyped_storage().nbytes() == 24  # not all of what the tensor is a view of
         worker = workers.start(partial(partial, _sum, kept))
         worker.ask(10)
         assert worker.answer() == float(tensor.sum()) + 10
@@ -89,8 +100,18 @@ def test_errors_of_a_worker_are_raised_here_and_it_goes_on() -> None:
         with pytest.raises(CalibrationError, match=r"blocks\.0: it is not there"):
             worker.answer()
         worker.ask("other")
-        with pytest.raises(RuntimeError, match=r"(?s)in a worker:.*KeyError: 'asked'"):
+        with pytest.raises(RuntimeError, match=r"(?s)^KeyError: 'asked', in a worker:.*Traceback"):
             worker.answer()
+        worker.ask("unpicklable")
+        with pytest.raises(RuntimeError, match=r"pickle.*, in a worker:"):
+            worker.answer()
+        worker.ask("exit")
+        with pytest.raises(RuntimeError, match="SystemExit: 3, in a worker:"):
+            worker.answer()
+        worker.ask("missing")
+        with pytest.raises(FileNotFoundError) as missing:
+            worker.answer()
+        assert missing.value.filename == "/nowhere/at/all"
         unmade = workers.start(refusing)
         for _ in range(2):
             unmade.ask(0)
@@ -113,10 +134,14 @@ def test_a_lost_worker_is_started_anew_and_asked_again(tmp_path: Path) -> None:
 
 def test_a_worker_that_is_lost_again_and_again_is_an_error(tmp_path: Path) -> None:
     with Processes.opened(1) as workers:
-        worker = workers.start(Dying(tmp_path / "died", always=True))
+        worker = workers.start(Dying(tmp_path / "died", times=3))
         worker.ask(1)
-        with pytest.raises(WorkerError, match="lost 3 times at the same request"):
+        with pytest.raises(WorkerError, match=r"lost 3 times at the same request \(signal 9\)"):
             worker.answer()
+        for request in (10, 20):  # the answers are those of these requests
+            worker.ask(request)
+            assert workers.first([worker]) is worker
+            assert worker.answer() == request + 1
 
 
 def test_workers_share_the_threads_of_this_process() -> None:
@@ -149,16 +174,81 @@ def test_ctrl_c_is_left_to_the_process_that_asks() -> None:
         assert multiprocessing.active_children() == [process]
 
 
-@pytest.mark.parametrize("asked", ["rai", "", "-1", -1, 257, "1.5", True, "9" * 40, "٣"])
+@pytest.mark.parametrize("asked", ["rai", "", "-1", -1, 257, "1.5", 1.5, 2.0, None, True, "9" * 40, "0000000005", "٣"])
 def test_what_is_no_number_of_workers_is_refused(asked: Any) -> None:
     with pytest.raises(WorkerError, match=r"workers = .*: it is a number of processes, 0 to 256, or ray"):
         opened(asked)
 
 
 def test_what_is_asked_for() -> None:
-    assert [asked_workers(each) for each in (0, "0", 3, "3", "ray")] == [0, 0, 3, 3, "ray"]
+    assert [asked_workers(each) for each in (0, "0", 3, "3", np.int64(3), "ray")] == [0, 0, 3, 3, 3, "ray"]  # type: ignore[arg-type]
     with opened("0") as none:
         assert none is None
     with opened(2) as two:
         assert isinstance(two, Processes)
         assert two.count == 2
+
+
+SCRIPT = """
+import sys
+from vitquant.errors import WorkerError
+from vitquant.workers.processes import Processes
+
+def make():
+    return int
+
+try:
+    with Processes.opened(1) as workers:
+        worker = workers.start(make)
+        worker.ask("3")
+        print(worker.answer())
+except WorkerError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_a_script_that_new_processes_cannot_import_is_told_so(tmp_path: Path, piped: bool) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    words = [sys.executable, *(["-"] if piped else [str(script)])]
+    done = subprocess.run(words, input=SCRIPT if piped else "", capture_output=True, text=True, timeout=120)
+    assert "a new process ended before it could work (exit code 1)" in done.stdout
+    assert '`if __name__ == "__main__":` around the call' in done.stdout
+
+
+KILLED = """
+import sys, time
+from vitquant.workers.processes import Processes
+
+def make():
+    return wait
+
+def wait(seconds):
+    print("waiting", flush=True)
+    time.sleep(seconds)
+
+if __name__ == "__main__":
+    with Processes.opened(1) as workers:
+        worker = workers.start(make)
+        worker.ask(600)
+        print(workers._folder, *(each._process.pid for each in workers._started), flush=True)
+        worker.answer()
+"""
+
+
+def test_workers_of_a_killed_process_end_at_once_and_leave_nothing(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(KILLED)
+    words = [sys.executable, str(script)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        folder, pid = process.stdout.readline().split()
+        assert "waiting" in process.stderr.readline()  # what a worker prints is not on stdout
+        process.kill()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and (Path(f"/proc/{pid}").exists() or Path(folder).exists()):
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
+    assert not Path(folder).exists()

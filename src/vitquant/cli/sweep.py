@@ -54,7 +54,10 @@ def sweep(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Quantize and evaluate MODEL by every recipe, bits, settings and seed of SWEEP.toml, and print one table."""
+    """Quantize and evaluate MODEL by every recipe, bits, settings and seed of SWEEP.toml, and print one table.
+
+    The exit code is 1 if a recipe refused the model in some runs.
+    """
     started = time.perf_counter()
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
@@ -72,14 +75,16 @@ def sweep(
             names = [each.name or str(each) for each in data]
             if len(set(names)) < len(names):
                 raise DataError(f"--data: {', '.join(names)}: two directories have the same name; rename one")
+            given = weights if weights in ("pretrained", "random") else str(Path(weights).absolute())
+            steps = _absolute(preprocessing)
             request = Request(
-                model, calibration.absolute(), weights, weights_key, images, batch, preprocessing, model_arguments,
+                model, calibration.absolute(), given, weights_key, images, batch, steps, model_arguments,
                 seed=0, image_workers=0, skip_bad_images=skip_bad_images,
             )  # fmt: skip
             setup = Setup(
                 request,
                 dict(zip(names, (each.absolute() for each in data), strict=True)),
-                classes,
+                _absolute(classes),
                 task,
                 4.0 if memory_budget is None else memory_budget,
                 simulated,
@@ -102,3 +107,13 @@ def sweep(
             "rows": [row.to_dict() for row in rows],
         }
         terminal.result(values, sweep_table(rows), facts(summary))
+        for row in rows:
+            for seed, failure in row.failures.items():
+                terminal.failure(f"{row.variant}, seed {seed}: {failure}")
+    if any(row.failures for row in rows):
+        raise typer.Exit(1)
+
+
+def _absolute(path: Path | None) -> Path | None:
+    """The path, which workers read in other working directories."""
+    return None if path is None else path.absolute()

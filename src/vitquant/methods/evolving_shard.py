@@ -71,10 +71,11 @@ class Shard:
 
     def _put(self, genes: Mapping[int, Tensor]) -> None:
         for number, each in genes.items():
-            if not torch.equal(each, self._genes[number]):
-                self._genes[number] = each
+            known = self._genes.pop(number, None)  # unknown if it cannot be deployed
+            if known is None or not torch.equal(each, known):
                 self._blocks[number].put(each)
                 self._recomputed.changed(number)
+            self._genes[number] = each
 
 
 class Shards:

@@ -249,14 +249,15 @@ def sweep_table(rows: Sequence[Row]) -> Table:
     table.add_column("recipe, bits, settings", style="bold", overflow="fold")
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
     for name in ("seeds", *names):
-        table.add_column(name, justify="right")
+        table.add_column(one_line(name), justify="right")
     for row in rows:
         seeds = max((len(values) for values in row.figures.values()), default=0)
-        table.add_row(str(row.variant), str(seeds), *(_mean(row.figures.get(name, ())) for name in names))
+        values = [list(row.figures.get(name, {}).values()) for name in names]
+        table.add_row(Text(one_line(str(row.variant))), str(seeds), *map(_mean, values))
         if seeds > 1:
-            table.add_row("", "", *(Text(_ends(row.figures.get(name, ())), style="dim") for name in names))
-        for failure in row.failures:
-            table.add_row(Text(one_line(failure), style="red"))
+            table.add_row("", "", *(Text(_ends(each), style="dim") for each in values))
+        for seed, failure in row.failures.items():
+            table.add_row(Text(one_line(f"seed {seed}: {failure}"), style="red"))
     return table
 
 

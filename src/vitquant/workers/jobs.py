@@ -13,6 +13,7 @@ from vitquant.errors import VitquantError
 from vitquant.files import write_file
 from vitquant.parsing import parse_json, read_file
 from vitquant.progress import Progress, silent
+from vitquant.schema import Schema, check
 from vitquant.workers.worker import Worker, Workers
 
 _LONGEST = 2**24  # bytes of a result
@@ -26,10 +27,12 @@ class Results:
 
     Arguments:
         folder: holds the files; None keeps nothing.
+        schema: of a result.
         error: raised for a file that cannot be read.
     """
 
     folder: Path | None
+    schema: Schema
     error: type[VitquantError]
 
     def read(self, key: str) -> dict[str, Any] | None:
@@ -42,17 +45,14 @@ class Results:
             return None
         file = self._file(key)
         try:
-            found = parse_json(read_file(file, _LONGEST, self.error), self.error)
+            return check(parse_json(read_file(file, _LONGEST, self.error), self.error), self.schema, self.error)
         except self.error as error:
             raise self.error(f"{file}: {error}; remove it, and the run is repeated") from None
-        if not isinstance(found, dict):
-            raise self.error(f"{file} is no result of a run: remove it, and the run is repeated")
-        return found
 
     def keep(self, key: str, result: Mapping[str, Any]) -> None:
         """Keep a result, written atomically."""
         if self.folder is not None:
-            write_file(self._file(key), json.dumps(result, indent=1).encode(), force=True)
+            write_file(self._file(key), json.dumps(result, indent=1, allow_nan=False).encode(), force=True)
 
     def _file(self, key: str) -> Path:
         assert self.folder is not None

@@ -1,10 +1,12 @@
-"""Workers as actors of a Ray cluster, which starts those of a lost node on another."""
+"""Workers as actors of a Ray cluster; those of a lost node are started on another."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +20,7 @@ from vitquant.version import __version__
 from vitquant.workers.worker import Answering, Kept, Outcome, Worker, lost
 
 _PATIENCE = 5.0  # seconds for a cluster to be there; Ray itself tries for minutes
-_LOSSES = 3  # of one worker at one request, beyond those that Ray mends by itself
+_LOSSES = 3  # of one worker at one request
 
 
 class RayWorkers:
@@ -49,8 +51,11 @@ class RayWorkers:
         connected = ray.is_initialized()
         if not connected:
             _check_reachable(os.environ.get("RAY_ADDRESS") if address is None else address)
+            ended = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, ended)  # Ray sets its own
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 raise WorkerError(f"the Ray cluster cannot be used: {first_line(error)}") from error
         workers = cls(ray)
@@ -84,7 +89,7 @@ class RayWorkers:
 
     def keep(self, tensor: Tensor) -> Kept:
         """See `Workers`: in the cluster's store, which may spill it to disk."""
-        return partial(_kept, self._ray.put(tensor))
+        return partial(_kept, self._ray.put(tensor.clone()))  # a view would travel with all that it is a view of
 
     def start(self, make: Callable[[], Answering]) -> Worker:
         """See `Workers`."""
@@ -114,22 +119,25 @@ class _RayWorker:
 
     def answer(self) -> Any:
         """See `Worker`."""
-        for _ in range(_LOSSES):
+        for left in reversed(range(_LOSSES)):
             try:
                 outcome: Outcome = self._ray.get(self.asked)
-            except self._ray.exceptions.RayActorError:
+            except self._ray.exceptions.RayError as error:
+                self.stop()
                 self._start()
+                if not left:
+                    raise lost(_LOSSES, first_line(error)) from error
                 self.ask(self._request)
             else:
                 return outcome.unpacked()
-        raise lost(_LOSSES)
+        raise AssertionError("the last loss raises")
 
     def stop(self) -> None:
         """See `Worker`."""
         self._ray.kill(self._actor)
 
     def _start(self) -> None:
-        actor = self._ray.remote(_Actor).options(max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")
+        actor = self._ray.remote(_Actor).options(scheduling_strategy="SPREAD")
         self._actor = actor.remote(self._make)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
+from operator import index
+from typing import SupportsIndex
 
 from vitquant.errors import WorkerError
 from vitquant.workers.on_ray import RayWorkers
@@ -24,11 +27,13 @@ def asked_workers(asked: int | str) -> int | str:
     """
     if asked == RAY:
         return RAY
-    if isinstance(asked, str) and asked.isascii() and asked.isdigit():
-        asked = int(asked[:9])
-    if isinstance(asked, str | bool) or not 0 <= asked <= MOST:
+    if isinstance(asked, str):
+        count = int(asked) if re.fullmatch("[0-9]{1,9}", asked) else -1
+    else:
+        count = index(asked) if isinstance(asked, SupportsIndex) else -1  # as NumPy's integers are
+    if isinstance(asked, bool) or not 0 <= count <= MOST:
         raise WorkerError(f"workers = {asked}: it is a number of processes, 0 to {MOST}, or {RAY}")
-    return asked
+    return count
 
 
 def opened(asked: int | str) -> AbstractContextManager[Workers | None]:
@@ -45,5 +50,5 @@ def opened(asked: int | str) -> AbstractContextManager[Workers | None]:
             return nullcontext()
         case int(count):
             return Processes.opened(count)
-        case _:
+        case str():
             return RayWorkers.opened()

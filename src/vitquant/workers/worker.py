@@ -69,12 +69,12 @@ class Outcome:
 
     Arguments:
         answer: what was computed.
-        refusal: an error that a user can correct.
+        refusal: an error that a user can correct, or of the operating system.
         failure: the traceback of any other.
     """
 
     answer: Any = None
-    refusal: VitquantError | None = None
+    refusal: VitquantError | OSError | None = None
     failure: str = ""
 
     @classmethod
@@ -82,28 +82,33 @@ class Outcome:
         """The outcome of a computation."""
         try:
             return cls(compute())
-        except VitquantError as refusal:
+        except (VitquantError, OSError) as refusal:
             return cls(refusal=refusal)
-        except Exception:
+        except (Exception, SystemExit):
             return cls(failure=traceback.format_exc())
 
     def unpacked(self) -> Any:
         """The answer, or the error.
 
         Raises:
-            VitquantError: what was raised in the worker.
-            RuntimeError: something else was raised there; the message has its traceback.
+            VitquantError, OSError: what was raised in the worker.
+            RuntimeError: something else was raised there; the message ends with its traceback.
         """
         if self.refusal is not None:
             raise self.refusal
         if self.failure:
-            raise RuntimeError(f"in a worker:\n{self.failure}")
+            raise RuntimeError(f"{self.failure.strip().splitlines()[-1]}, in a worker:\n{self.failure}")
         return self.answer
 
 
-def lost(times: int) -> WorkerError:
-    """The error for a worker that was lost again and again."""
+def lost(times: int, how: str = "") -> WorkerError:
+    """The error for a worker that was lost again and again.
+
+    Arguments:
+        times: how often, at one request.
+        how: it ended the last time.
+    """
     return WorkerError(
-        f"a worker was lost {times} times at the same request, as the system does when memory runs out: give fewer "
+        f"a worker was lost {times} times at the same request{how and f' ({how})'}; where memory ran out, give fewer "
         "workers or a smaller memory budget"
     )
