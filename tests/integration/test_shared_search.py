@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,12 @@ import torch
 from architectures import ZOO, vary
 
 import vitquant
-from vitquant.errors import CalibrationError, WorkerError
+from vitquant.errors import CalibrationError, LoweringError, WorkerError
+from vitquant.methods.evolving_block import EvolvingBlock
+from vitquant.methods.evolving_shard import Shard, Trial
 from vitquant.model.saved import digest
+from vitquant.quantizers import UniformQuantizer
+from vitquant.spec import QParams, QuantSpec
 from vitquant.workers.opening import opened
 
 SETTINGS = {
@@ -88,6 +93,34 @@ def test_a_recipe_without_such_a_search_starts_no_process(deit) -> None:
 
 def _none_runs() -> None:
     assert not multiprocessing.active_children()
+
+
+class Undeployable:
+    """Outputs that are those of a block's scale; a scale above one cannot be deployed."""
+
+    def __init__(self, quantizer: UniformQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def outputs(self, block: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        yield (self.quantizer.scale.view(1, 1).repeat(2, 1),)
+
+    def changed(self, block: int) -> None:
+        if self.quantizer.scale > 1:
+            raise LoweringError("a sum could overflow")
+
+    def renew(self) -> None:
+        pass
+
+
+def test_the_losses_of_a_trial_do_not_depend_on_those_before_it() -> None:
+    quantizer = UniformQuantizer(QuantSpec(8), QParams(torch.tensor(0.5), torch.tensor(0)))
+    shard = Shard(
+        {0: EvolvingBlock({"x": quantizer}, ("scale",))}, Undeployable(quantizer), [[torch.zeros(2, 1)]], "mse"
+    )
+    trials = [Trial(0, 0, {0: torch.tensor([scale], dtype=torch.float64)}) for scale in (0.5, 0.75, 2.0)]
+    expected = [[0.5], [1.125], [math.inf]]
+    for place in (0, 2, 2, 1, 2, 0, 0, 1, 1):
+        assert shard(trials[place]) == expected[place]
 
 
 # --- a Ray cluster ---
