@@ -144,6 +144,19 @@ def test_a_worker_that_is_lost_again_and_again_is_an_error(tmp_path: Path) -> No
             assert worker.answer() == request + 1
 
 
+def test_a_worker_that_is_lost_while_others_are_waited_for_is_the_first(tmp_path: Path) -> None:
+    with Processes.opened(2) as workers:
+        slow, dying = workers.start(partial(partial, _after)), workers.start(Dying(tmp_path / "died"))
+        slow.ask(60.0)
+        dying.ask(1)
+        assert workers.first([slow, dying]) is dying
+        assert dying.answer() == 2
+
+
+def _after(seconds: float) -> None:
+    time.sleep(seconds)
+
+
 def test_workers_share_the_threads_of_this_process() -> None:
     before = torch.get_num_threads()
     try:

@@ -29,6 +29,8 @@ from vitquant.workers.worker import Answering, Kept, Outcome, Worker, lost
 _LOSSES = 3  # of one worker at one request
 _PATIENCE = 1.0  # seconds that a process has to end by itself
 
+_NOTHING = (0, Outcome())  # the number of no request
+
 
 class Processes:
     """Processes that share the threads of this one; use `opened`.
@@ -79,7 +81,7 @@ class Processes:
         by_connection = {each.connection: each for each in asked if isinstance(each, _Process)}
         while True:
             for connection in wait(by_connection):
-                if by_connection[connection].has_answer():  # type: ignore[index]
+                if by_connection[connection].receive():  # type: ignore[index]
                     return by_connection[connection]  # type: ignore[index]
 
     def _file(self) -> Path:
@@ -115,8 +117,9 @@ class _Process:
             WorkerError: see `Worker`; or no process can start here.
         """
         losses = 0
-        while not self.has_answer():
-            if self._arrived is not None:
+        while not self._answered:
+            self.receive()
+            if self._last is not None:
                 continue
             how = self._end()
             if not self._begun and not how.startswith("signal"):
@@ -129,22 +132,24 @@ class _Process:
             if losses == _LOSSES:
                 raise lost(losses, how)
             self._send()
-        assert self._arrived is not None
-        outcome = self._arrived[1]
-        self._arrived = None
+        assert self._last is not None
+        _, outcome = self._last
+        self._last = _NOTHING
         return outcome.unpacked()
 
-    def has_answer(self) -> bool:
-        """Wait for one message; whether it was the answer to the last request. `_arrived` is None if there was none."""
-        if self._arrived is not None and self._arrived[0] == self._number:
-            return True
+    def receive(self) -> bool:
+        """Wait for one message; whether that was the answer, or the process is gone."""
         try:
-            self._arrived = pickle.loads(self.connection.recv_bytes())
+            self._last = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
-            self._arrived = None
-            return False
+            self._last = None
+            return True
         self._begun = True
-        return self._arrived is not None and self._arrived[0] == self._number
+        return self._answered
+
+    @property
+    def _answered(self) -> bool:
+        return self._last is not None and self._last[0] == self._number
 
     def stop(self) -> None:
         """See `Worker`: it ends by itself when nothing more can be asked, unless it computes."""
@@ -166,7 +171,8 @@ class _Process:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
         self.connection, theirs = context.Pipe()
-        self._begun, self._arrived = False, None
+        self._begun = False
+        self._last: tuple[int, Outcome] | None = _NOTHING  # message, None if the process is gone
         process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
         process.start()
         self._process: SpawnProcess | None = process
@@ -178,8 +184,6 @@ class _Process:
         except OSError:  # lost: `answer` sees it too
             return
 
-    _arrived: tuple[int, Outcome] | None
-
 
 def _serve(connection: Connection, file: Path, threads: int) -> None:
     """Say that it has begun, and answer requests until there are no more."""
@@ -189,7 +193,7 @@ def _serve(connection: Connection, file: Path, threads: int) -> None:
     warnings.simplefilter("ignore")  # that process has shown them
     torch.set_num_threads(threads)
     with suppress(OSError):
-        connection.send_bytes(pickle.dumps((0, Outcome())))
+        connection.send_bytes(pickle.dumps(_NOTHING))
         made = Outcome.of(lambda: pickle.loads(file.read_bytes())())
         while True:
             try:
