@@ -21,6 +21,7 @@ together take three.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -109,14 +110,18 @@ def main() -> None:
             work = None if given.results is None else given.results / f"{job.key}.work"
             jobs[name, seed] = replace(job, work=work)
     results = Results(given.results, TableOf(Plain()), CheckpointError)
+    by_key = {job.key: job for job in jobs.values()}
+
+    def forget(key: str) -> None:
+        if (work := by_key[key].work) is not None:
+            shutil.rmtree(work, ignore_errors=True)
+
     with opened(given.workers) as workers, console.status("") as status:
-        found = run_jobs(
-            _measure,
-            {job.key: job for job in jobs.values()},
-            results,
-            workers,
-            lambda what, done, total: status.update(f"{what}: {done} of {total}"),
-        )
+
+        def show(what: str, done: int, total: int) -> None:
+            status.update(f"{what}: {done} of {total}")
+
+        found = run_jobs(_measure, by_key, results, workers, show, forget)
     for job in jobs.values():
         if isinstance(refused := found[job.key], VitquantError):
             raise refused

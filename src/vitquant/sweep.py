@@ -108,14 +108,11 @@ class Sweep:
         except RecipeError as error:
             raise RecipeError(f"{file}: {error}") from None
         seeds = tuple(dict.fromkeys(table.get("seeds", [0])))
-        lists = ((grid["recipes"], grid.get("bits", [None]), grid.get("settings", [[]])) for grid in table["grid"])
-        grids = list(lists)
+        grids = [(grid["recipes"], grid.get("bits", [None]), grid.get("settings", [[]])) for grid in table["grid"]]
         if len(seeds) * sum(math.prod(map(len, grid)) for grid in grids) > _MOST:
             raise RecipeError(f"{file}: more than {_MOST:,} runs; leave out some")
         variants = dict.fromkeys(
-            Variant(recipe, bits, tuple(settings))
-            for grid in table["grid"]
-            for recipe, bits, settings in product(grid["recipes"], grid.get("bits", [None]), grid.get("settings", [[]]))
+            Variant(recipe, bits, tuple(settings)) for grid in grids for recipe, bits, settings in product(*grid)
         )
         for each in variants:  # refused before any of them runs
             try:
@@ -271,8 +268,13 @@ def run_sweep(
             recipe, bits = requested(variant.recipe, variant.bits, variant.settings)
             job = _Job(share, variant, recipe, bits, seed, directory)
             jobs[variant, seed] = replace(job, work=directory / f"{job.key}.work")
+        by_key = {job.key: job for job in jobs.values()}
         results = Results(directory, _RESULT, CheckpointError)
-        found = run_jobs(_run, {job.key: job for job in jobs.values()}, results, workers, progress)
+
+        def forget(key: str) -> None:
+            shutil.rmtree(by_key[key].work, ignore_errors=True)
+
+        found = run_jobs(_run, by_key, results, workers, progress, forget)
     return [_row(variant, {seed: found[jobs[variant, seed].key] for seed in sweep.seeds}) for variant in sweep.variants]
 
 
@@ -320,7 +322,6 @@ def _run(job: _Job) -> dict[str, Any]:
         items = evaluation_images(folder, model, task, prepared.network, setup.classes)
         found = batches(items, prepared.steps, _BATCH, 0, setup.request.skip_bad_images)
         results[name] = task.evaluate(computed, prepared.network, found, silent, engine)
-    shutil.rmtree(job.work, ignore_errors=True)
     return {
         **asdict(job.variant),
         "seed": job.seed,

@@ -319,6 +319,18 @@ def test_jobs_give_results_in_order_and_keep_what_is_no_error(tmp_path: Path, si
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+def test_what_a_job_needed_is_removed_once_its_result_is_kept_and_not_before(tmp_path: Path) -> None:
+    results, seen = Results(tmp_path, TableOf(Plain()), RecipeError), list[str]()
+
+    def forget(key: str) -> None:
+        assert results.read(key) is not None
+        seen.append(key)
+
+    results.keep("2", {"square": 4})  # by a run that was killed right after
+    run_jobs(squared, {str(each): each for each in (3, -1, 2)}, results, kept=forget)
+    assert seen == ["2", "3"]
+
+
 def test_a_row_tells_the_spread() -> None:
     row = Row(Variant("minmax", None, ()), {"top-1": {0: 1.0, 2: 3.0}}, {1: "no"}).to_dict()
     assert row["figures"]["top-1"] == {"mean": 2.0, "smallest": 1.0, "largest": 3.0, "values": {"0": 1.0, "2": 3.0}}

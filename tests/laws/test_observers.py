@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.observers import OBSERVERS, build_observer
+from vitquant.observers.best_percentile import BestPercentile
 from vitquant.observers.histogram import Histogram
 from vitquant.observers.mse import Omse, shrink_factors
 from vitquant.observers.observer import extremes
@@ -274,19 +275,32 @@ def test_best_percentile_is_the_best_of_the_published_quantiles(
 ) -> None:
     spec = QuantSpec(bits, granularity=granularity, scheme=scheme)
     observer, data = build_observer("best-percentile", spec), batches(seed, spread=1.0)
+    assert isinstance(observer, BestPercentile)
     for x in data:
         observer.update(x)
     x = rows(torch.cat(data), granularity).double()
     by_row = replace(spec, granularity=PerAxis(0))
 
-    def error(low: Tensor, high: Tensor) -> Tensor:
+    def error(x: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Tensor:
         quantizer = build_quantizer(by_row, params_from_range(low.view(-1), high.view(-1), by_row))
-        return (quantizer(x) - x).square().sum(1)
+        return ((quantizer(x) - x).square() * counts).sum(1)
 
-    quantiles = [(torch.quantile(x, 1 - q, 1), torch.quantile(x, q, 1)) for q in (0.999, 0.9999, 0.99999)]
-    best = torch.stack([error(low, high) for low, high in quantiles]).amin(0)
-    # The histogram's values are its bins' centres, and which way a few dozen values are rounded changes with the scale.
-    assert bool((error(*observer.observed_range()) <= best * 1.2 + 1e-6).all())
+    # The candidates are the quantiles, but for the histogram, whose values are its bins' centres.
+    tried, bins = list(zip(*observer.candidates(), strict=True)), torch.exp2(observer.histogram.exponent.double())
+    for (low, high), q in zip(tried, (0.999, 0.9999, 0.99999), strict=True):
+        for found, exact in ((low, torch.quantile(x, 1 - q, 1)), (high, torch.quantile(x, q, 1))):
+            assert bool(((found - exact).abs() <= bins * (0.5 + 1e-6)).all())
+    # The one that is chosen has the least error on these values.
+    centers, counts = observer.histogram.centers().double(), observer.histogram.counts
+    chosen = observer.observed_range()
+    least = torch.stack([error(centers, counts, *each) for each in tried]).amin(0)
+    assert bool((error(centers, counts, *chosen) <= least * (1 + 1e-5) + 1e-12).all())
+    if isinstance(scheme, Log2):
+        return
+    # The distance to the nearest level changes by half a bin where a value does: the errors of the values themselves.
+    slack, ones = bins * x.shape[1] ** 0.5, torch.ones_like(x)
+    least = torch.stack([error(x, ones, *each) for each in tried]).amin(0).sqrt()
+    assert bool((error(x, ones, *chosen).sqrt() <= least + slack * (1 + 1e-6)).all())
 
 
 def test_best_percentile_cuts_an_outlier_that_costs_more_than_it_is_worth() -> None:
