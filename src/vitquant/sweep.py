@@ -30,7 +30,7 @@ from vitquant.recipe import Bits, Recipe, requested
 from vitquant.schema import Integer, ListOf, Number, Plain, Table, TableOf, Text, check
 from vitquant.tasks.classification import ClassificationResult
 from vitquant.tasks.features import FeaturesResult
-from vitquant.tasks.images import batches, load_unlabelled
+from vitquant.tasks.images import batches, fingerprint, load_unlabelled
 from vitquant.version import __version__
 from vitquant.work import WorkDirectory
 from vitquant.workers.jobs import Results, run_jobs
@@ -153,11 +153,11 @@ class Setup:
         return {
             "model": [request.model, request.model_arguments],
             "weights": [weights, request.weights_key],
-            "calibration images": [_listed(request.calibration), request.images, request.batch],
-            "evaluation images": {name: _listed(folder) for name, folder in self.evaluation.items()},
+            "calibration set": [_images(request.calibration), request.images, request.batch],
+            "evaluation set": {name: _images(folder) for name, folder in self.evaluation.items()},
             "preprocessing": None if request.preprocessing is None else _content(request.preprocessing),
             "classes": None if self.classes is None else _content(self.classes),
-            "bad images": request.skip_bad_images,
+            "skip_bad_images": request.skip_bad_images,
             "task": self.task,
             "simulated": self.simulated,
             "versions": {"vitquant": __version__, "torch": torch.__version__},
@@ -176,15 +176,14 @@ def _content(file: Path) -> str:
         raise DataError(f"{file}: {error.strerror or error}") from error
 
 
-def _listed(folder: Path) -> str:
-    """A digest of the names, sizes and times of the images in a directory.
+def _images(folder: Path) -> list[Any]:
+    """What tells the images of a directory, and their labels, from others.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or one cannot be read.
     """
-    images = [each.path for each in load_unlabelled(folder)]
-    facts = [(str(each.relative_to(folder)), each.stat().st_size, each.stat().st_mtime_ns) for each in images]
-    return sha256(json.dumps(sorted(facts)).encode()).hexdigest()
+    items = load_unlabelled(folder)
+    return [fingerprint(items), sha256(json.dumps([each.label for each in items]).encode()).hexdigest()]
 
 
 @dataclass(frozen=True)

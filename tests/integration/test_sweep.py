@@ -222,7 +222,7 @@ def test_the_results_of_other_inputs_are_not_taken_for_these(folder: Path, tmp_p
     given = Setup(replace(setup(folder).request, preprocessing=steps), {"evaluation": tmp_path / "images"})
     run_sweep(sweep, given, tmp_path / "runs")
     other = Setup(given.request, {"evaluation": folder / "calibration"})
-    with pytest.raises(CheckpointError, match="another run, with another evaluation images"):
+    with pytest.raises(CheckpointError, match="another run, with another evaluation set"):
         run_sweep(sweep, other, tmp_path / "runs")
     steps.write_text("crop_pct = 0.9")
     with pytest.raises(CheckpointError, match="another run, with another preprocessing"):
@@ -230,8 +230,24 @@ def test_the_results_of_other_inputs_are_not_taken_for_these(folder: Path, tmp_p
     steps.write_text("crop_pct = 1.0")
     image = next((tmp_path / "images").rglob("*.png"))
     image.write_bytes(next((folder / "calibration").rglob("*.png")).read_bytes())
-    with pytest.raises(CheckpointError, match="another run, with another evaluation images"):
+    with pytest.raises(CheckpointError, match="another run, with another evaluation set"):
         run_sweep(sweep, given, tmp_path / "runs")
+
+
+def test_other_labels_of_the_same_images_are_another_sweep_and_another_place_is_not(
+    folder: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (folder / "evaluation").rglob("*.png"):
+        shutil.copy(path, images)
+    (images / "labels.csv").write_text("file,class_index\n20.png,0\n21.png,1\n")
+    given = Setup(setup(folder).request, {"evaluation": images})
+    before = given.identity()
+    moved = shutil.copytree(images, tmp_path / "moved")
+    assert replace(given, evaluation={"evaluation": moved}).identity() == before
+    (images / "labels.csv").write_text("file,class_index\n20.png,0\n21.png,2\n")
+    assert {key for key, value in given.identity().items() if value != before[key]} == {"evaluation set"}
 
 
 def test_a_damaged_or_forged_result_is_named(folder: Path, tmp_path: Path) -> None:

@@ -329,27 +329,27 @@ class _Search:
             number, place = numbers[turn % len(numbers)], turn % len(numbers)
             if len(self.losses) < turn // len(numbers) + 2:  # a new pass
                 self.losses.append(self.losses[-1])
-            evolution = self._search(replace(genes[number], start=best[number]), turn)
+            search = self._search(replace(genes[number], start=best[number]), turn)
             if saved is not None:
-                _restore(evolution, saved)
+                _restore(search, saved)
                 saved = None
             while self.evaluations < (turn + 1) * settings.cycles:
                 if self.context.out_of_time or work.due:
-                    self._save(work, best, evolution)
+                    self._save(work, best, search)
                 if self.context.out_of_time:
-                    best[number] = evolution.best[0]
-                    self.gains[place] += self.losses[-1] - evolution.best[1]
-                    self.losses[-1] = evolution.best[1]
+                    best[number] = search.best[0]
+                    self.gains[place] += self.losses[-1] - search.best[1]
+                    self.losses[-1] = search.best[1]
                     self._put(best)
                     return
                 rate = (self.evaluations - before) / max(time.monotonic() - started, 1e-9)
-                what = f"evolving block {number}: loss {evolution.best[1]:.6g}, {rate:.2g} evaluations/s"
+                what = f"evolving block {number}: loss {search.best[1]:.6g}, {rate:.2g} evaluations/s"
                 self.context.progress(what, self.evaluations, self.of)
-                child = evolution.ask()
+                child = search.ask()
                 fitness = self._loss(turn // len(numbers), number, {**best, number: child})
-                evolution.tell(child, fitness)
+                search.tell(child, fitness)
                 self.evaluations += 1
-            best[number], loss = evolution.best
+            best[number], loss = search.best
             self.gains[place] += self.losses[-1] - loss
             self.losses[-1] = loss
         self._put(best)
