@@ -25,37 +25,42 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from embedded import logits, normalized
-from real_deit import EVALUATION, PREPROCESSING, SHARED, EvaluationSet, cosine, float_deit, requested_variant, row, run
-from real_deit import spread as spread_of
-from rich.console import Console
+from embedded import logits, normalized, test_images
+from real_deit import (
+    PREPROCESSING,
+    SCORES,
+    SHARED,
+    evaluation_sets,
+    float_deit,
+    requested_variant,
+    row,
+    run,
+    score_cells,
+    scores,
+    spread,
+)
+from runs import Found, add_options, key_of, runs_of
 
 import vitquant
 from vitquant.calibration_data import images_of
 from vitquant.demo import model as embedded_model
 from vitquant.engines import default_engine
-from vitquant.errors import CheckpointError, VitquantError
 from vitquant.objectives.output_loss import OUTPUT_LOSSES
-from vitquant.schema import Plain, TableOf
-from vitquant.tasks.classification import compare, logits_of
+from vitquant.tasks.classification import logits_of
 from vitquant.tasks.images import batches, load_listing, subset
-from vitquant.workers.jobs import Results, run_jobs
-from vitquant.workers.opening import opened
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
-from cifar10 import test_set, train_set
+from cifar10 import train_set
 
 METHOD = "evolve-scales"
 HELD_OUT = 200
 BATCH = 100
-console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,12 @@ class Data:
     Arguments:
         model: in float.
         drawn: for a seed and a number of images: calibration batches, and batches of other images.
-        evaluations: by name the logits of a model, the float model's, and the labels.
+        evaluations: by name what gives the scores of a model.
     """
 
     model: torch.nn.Module
     drawn: Callable[[int, int], tuple[Any, Any]]
-    evaluations: Mapping[str, Callable[[torch.nn.Module], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
+    evaluations: Mapping[str, Callable[[torch.nn.Module], Found]]
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,7 @@ class Job:
     seed: int
     images: int
     cifar: Path | None
-    work: Path | None
-
-    @property
-    def key(self) -> str:
-        """A name for its result."""
-        text = f"{self.variant} {self.seed} {self.images} {'deit' if self.cifar is None else 'embedded'}"
-        return f"{self.seed}-{sha256(text.encode()).hexdigest()[:16]}"
+    work: Path | None = field(repr=False, default=None)  # nothing that is measured depends on it
 
 
 def main() -> None:
@@ -97,46 +96,32 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256, help="calibration images")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cifar", type=Path, help="the unpacked npm package: measure the embedded model")
-    parser.add_argument("--results", type=Path, help="a directory that keeps every run")
-    parser.add_argument("--workers", default="0", help="runs side by side, or ray")
+    add_options(parser)
     given = parser.parse_args()
-    if given.results is not None:
-        given.results.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys(name for variant in given.variants for name in (_base(variant), variant))
-    jobs: dict[tuple[str, int], Job] = {}
-    for seed in range(given.seeds):
-        for name in names:
-            job = Job(name, seed, given.images, given.cifar, None)
-            work = None if given.results is None else given.results / f"{job.key}.work"
-            jobs[name, seed] = replace(job, work=work)
-    results = Results(given.results, TableOf(Plain()), CheckpointError)
-    by_key = {job.key: job for job in jobs.values()}
+    jobs = {name: [_job(name, seed, given) for seed in range(given.seeds)] for name in names}
 
-    def forget(key: str) -> None:
-        if (work := by_key[key].work) is not None:
-            shutil.rmtree(work, ignore_errors=True)
+    def forget(job: Job) -> None:
+        if job.work is not None:
+            shutil.rmtree(job.work, ignore_errors=True)
 
-    with opened(given.workers) as workers, console.status("") as status:
-
-        def show(what: str, done: int, total: int) -> None:
-            status.update(f"{what}: {done} of {total}")
-
-        found = run_jobs(_measure, by_key, results, workers, show, forget)
-    for job in jobs.values():
-        if isinstance(refused := found[job.key], VitquantError):
-            raise refused
-    table = {name: [found[jobs[name, seed].key] for seed in range(given.seeds)] for name in names}
-    sets = [each.removesuffix(" top-1") for each in table[given.variants[0]][0] if each.endswith(" top-1")]
+    found = runs_of(_measure, [job for draw in zip(*jobs.values(), strict=True) for job in draw], given, forget)
+    table = {name: [found[job] for job in seeds] for name, seeds in jobs.items()}
+    sets = list(found[jobs[given.variants[0]][0]]["scores"])
     columns = ["variant", "loss before", "loss after", "loss, other images"]
-    columns += [f"{measure}, {name}" for name in sets for measure in ("top-1", "agreement", "cosine")]
+    columns += [f"{measure}, {name}" for name in sets for measure in SCORES]
     print(row([*columns, "search, s"]))
     print("|---" * (len(columns) + 1) + "|")
     for name, rows in table.items():
         cells = [name, _cell(rows, "before", 4), _cell(rows, "after", 4), _cell(rows, "held out", 4)]
         for each in sets:
-            cells += [_cell(rows, f"{each} top-1", 2), _cell(rows, f"{each} agreement", 2)]
-            cells += [_cell(rows, f"{each} cosine", 4)]
+            cells += score_cells([draw["scores"][each] for draw in rows], 2)
         print(row([*cells, _cell(rows, "seconds", 0)]))
+
+
+def _job(variant: str, seed: int, given: argparse.Namespace) -> Job:
+    job = Job(variant, seed, given.images, given.cifar)
+    return job if given.results is None else replace(job, work=given.results / f"{key_of(job)}.work")
 
 
 def _base(variant: str) -> str:
@@ -144,7 +129,7 @@ def _base(variant: str) -> str:
     return " ".join(word for word in variant.split() if not word.startswith(f"{METHOD}.")) + f" without {METHOD}"
 
 
-def _measure(job: Job) -> dict[str, Any]:
+def _measure(job: Job) -> Found:
     data = _photographs() if job.cifar is None else _cifar(job.cifar)
     calibration, others = data.drawn(job.seed, job.images)
     recipe, bits = requested_variant(job.variant.removesuffix(f" without {METHOD}"))
@@ -154,7 +139,7 @@ def _measure(job: Job) -> dict[str, Any]:
     quantized = vitquant.quantize(
         data.model, recipe, calibration, bits=str(bits), seed=job.seed, simulated=True, work=job.work
     )
-    result: dict[str, Any] = {"variant": job.variant, "seconds": time.perf_counter() - started}
+    result: Found = {"variant": job.variant, "seconds": time.perf_counter() - started}
     for record in quantized.records:
         if record.method == METHOD:
             result["record"] = dict(record.summary)
@@ -163,12 +148,7 @@ def _measure(job: Job) -> dict[str, Any]:
     with torch.inference_mode():
         pairs = [(logits_of(engine(images)), logits_of(data.model(images))) for images in map(images_of, others)]
     result["held out"] = torch.cat([OUTPUT_LOSSES["infonce"](*pair) for pair in pairs]).mean().item()
-    for name, evaluate in data.evaluations.items():
-        found, reference, labels = evaluate(engine)
-        scores = compare(found, reference, labels)
-        result[f"{name} top-1"], result[f"{name} agreement"] = scores.top1, scores.agreement
-        result[f"{name} float top-1"] = compare(reference, None, labels).top1
-        result[f"{name} cosine"] = cosine(found, reference)
+    result["scores"] = {name: evaluate(engine) for name, evaluate in data.evaluations.items()}
     return result
 
 
@@ -176,27 +156,21 @@ def _measure(job: Job) -> dict[str, Any]:
 def _photographs() -> Data:
     model = float_deit()
     listing = load_listing(SHARED / "images" / "photos_calibration")
-    sets = {name: EvaluationSet.of(model, name) for name in EVALUATION}
 
     def drawn(seed: int, images: int) -> tuple[Any, Any]:
         order = subset(listing, len(listing), seed)
         return batches(order[:images], PREPROCESSING, BATCH), batches(order[-HELD_OUT:], PREPROCESSING, BATCH)
 
+    sets = evaluation_sets().items()
     return Data(
-        model,
-        drawn,
-        {
-            name: lambda network, each=each: (run(network, each.images), each.reference, each.labels)
-            for name, each in sets.items()
-        },
+        model, drawn, {name: lambda network, each=each: each.scores(run(network, each.images)) for name, each in sets}
     )
 
 
 @cache
 def _cifar(folder: Path) -> Data:
-    model, (train, _), (test, labels) = embedded_model(), train_set(folder), test_set(folder)
-    images = normalized(test)
-    reference = logits(model, images)
+    train, _ = train_set(folder)
+    images, reference, labels = test_images(folder)
 
     def drawn(seed: int, count: int) -> tuple[Any, Any]:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
@@ -204,13 +178,17 @@ def _cifar(folder: Path) -> Data:
         calibration, others = (list(normalized(train[part]).split(BATCH)) for part in parts)
         return calibration, others
 
-    return Data(model, drawn, {"CIFAR-10": lambda network: (logits(network, images), reference, labels)})
+    return Data(
+        embedded_model(), drawn, {"CIFAR-10": lambda network: scores(logits(network, images), reference, labels)}
+    )
 
 
-def _cell(rows: Sequence[dict[str, Any]], key: str, digits: int) -> str:
+def _cell(rows: Sequence[Found], key: str, digits: int) -> str:
     values = [each[key] for each in rows if key in each]
-    return spread_of(values, digits) if values else ""
+    return spread(values, digits) if values else ""
 
 
 if __name__ == "__main__":
+    from evolution import main  # see runs.py
+
     main()

@@ -12,10 +12,11 @@ minutes a variant on two cores.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
 import torch
-from real_deit import PREPROCESSING, SHARED, cosine, float_deit, interval, row, run
-from rich.console import Console
+from real_deit import PREPROCESSING, SHARED, float_deit, interval, row, run, scores
+from runs import Found, add_options, runs_of
 
 import vitquant
 from vitquant.model.simulation import ExactSimulation
@@ -32,7 +33,14 @@ VARIANTS = [
     "fq-vit w4a4s4",
 ]
 _FED = 32  # images for which codes are compared site by site
-console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a recipe and, if not its own, bits; the number of images to evaluate on."""
+
+    variant: str
+    images: int
 
 
 def main() -> None:
@@ -40,12 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--variants", nargs="*", default=VARIANTS)
-    arguments = parser.parse_args()
-    model = float_deit()
-    photographs = subset(load_listing(SHARED / "images" / "photos_eval"), arguments.images, 0)
-    evaluation = batches(photographs, PREPROCESSING, 50)
-    labels = torch.cat([label for _, label in evaluation])
-    reference = run(model, evaluation)
+    add_options(parser)
+    given = parser.parse_args()
+    found = runs_of(_measure, [Job(variant, given.images) for variant in dict.fromkeys(given.variants)], given)
     columns = (
         "recipe", "top-1: integers", "float64 simulation", "float32 simulation",
         "integers - float32 simulation, 95 %", "integers - float, 95 %",
@@ -54,43 +59,63 @@ def main() -> None:
     )  # fmt: skip
     print(row(columns))
     print("|---" * len(columns) + "|")
-    print(row(("float", f"{compare(reference, None, labels).top1:.1f}", *[""] * (len(columns) - 2))), flush=True)
-    for variant in arguments.variants:
-        recipe, *bits = variant.split()
-        with console.status(variant):
-            listing = subset(load_listing(SHARED / "images" / "photos_calibration"), 1000, 0)
-            data = batches(listing, PREPROCESSING, 100)
-            quantized = vitquant.quantize(model, recipe, data, bits=bits[0] if bits else None)
-            program = vitquant.lower(quantized)
-            integers = run(interpreted(program), evaluation)
-            single, double = run(quantized, evaluation), run(ExactSimulation(quantized), evaluation).float()
-            fed = [images for images, _ in batches(photographs[:_FED], PREPROCESSING, 8)]
-            flips = [each for each in flipped_codes(quantized, program, fed) if each.made_by == RESCALING]
-        figures = {name: compare(logits, reference, labels) for name, logits in
-                   (("integers", integers), ("double", double), ("single", single))}  # fmt: skip
-        correct = [logits.argmax(1) == labels for logits in (integers, single)]
-        worst = max(flips, key=lambda each: each.share)
-        share = sum(each.flipped for each in flips) / sum(each.codes for each in flips)
+    floats = {each["integers"]["float top-1"] for each in found.values()}
+    print(row(("float", *(f"{top1:.1f}" for top1 in floats), *[""] * (len(columns) - 2))))
+    for job, each in found.items():
         print(
             row(
                 (
-                    variant,
-                    *(f"{figures[name].top1:.1f}" for name in ("integers", "double", "single")),
-                    interval(paired_interval(*correct)),
-                    interval(figures["integers"].top1_difference_interval),
-                    f"{compare(integers, double, labels).agreement:.1f}",
-                    f"{compare(integers, single, labels).agreement:.1f}",
-                    f"{compare(double, single, labels).agreement:.1f}",
-                    f"{figures['integers'].agreement:.1f}",
-                    f"{100 * torch.isclose(integers, double, rtol=1e-5).all(1).double().mean().item():.1f}",
-                    f"{cosine(integers, reference):.4f}",
-                    f"{share:.1e}",
-                    f"{worst.share:.1e} {worst.value}",
+                    job.variant,
+                    *(f"{each[name]['top-1']:.1f}" for name in ("integers", "float64", "float32")),
+                    interval(each["integers - float32"]),
+                    interval(each["integers"]["interval"]),
+                    f"{each['integers, float64']:.1f}",
+                    f"{each['integers, float32']:.1f}",
+                    f"{each['float64, float32']:.1f}",
+                    f"{each['integers']['agreement']:.1f}",
+                    f"{each['same logits']:.1f}",
+                    f"{each['integers']['cosine']:.4f}",
+                    f"{each['flipped']:.1e}",
+                    f"{each['worst']:.1e} {each['worst site']}",
                 )
-            ),
-            flush=True,
+            )
         )
 
 
+def _measure(job: Job) -> Found:
+    model = float_deit()
+    photographs = subset(load_listing(SHARED / "images" / "photos_eval"), job.images, 0)
+    evaluation = batches(photographs, PREPROCESSING, 50)
+    labels, reference = torch.cat([label for _, label in evaluation]), run(model, evaluation)
+    recipe, *bits = job.variant.split()
+    data = batches(subset(load_listing(SHARED / "images" / "photos_calibration"), 1000, 0), PREPROCESSING, 100)
+    quantized = vitquant.quantize(model, recipe, data, bits=bits[0] if bits else None)
+    program = vitquant.lower(quantized)
+    integers = run(interpreted(program), evaluation)
+    single, double = run(quantized, evaluation), run(ExactSimulation(quantized), evaluation).float()
+    fed = [images for images, _ in batches(photographs[:_FED], PREPROCESSING, 8)]
+    flips = [each for each in flipped_codes(quantized, program, fed) if each.made_by == RESCALING]
+    worst = max(flips, key=lambda each: each.share)
+    pairs = {
+        "integers, float64": (integers, double),
+        "integers, float32": (integers, single),
+        "float64, float32": (double, single),
+    }
+    return {
+        **{
+            name: scores(logits, reference, labels)
+            for name, logits in (("integers", integers), ("float64", double), ("float32", single))
+        },
+        **{name: compare(*pair, labels).agreement for name, pair in pairs.items()},
+        "integers - float32": list(paired_interval(*[each.argmax(1) == labels for each in (integers, single)])),
+        "same logits": 100 * torch.isclose(integers, double, rtol=1e-5).all(1).double().mean().item(),
+        "flipped": sum(each.flipped for each in flips) / sum(each.codes for each in flips),
+        "worst": worst.share,
+        "worst site": worst.value,
+    }
+
+
 if __name__ == "__main__":
+    from integers import main  # see runs.py
+
     main()

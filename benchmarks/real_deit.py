@@ -9,7 +9,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +37,7 @@ EVALUATION = {"photos_eval": PREPROCESSING, "imagenette_eval": replace(PREPROCES
 SCORES = ("top-1", "agreement", "cosine", "top-1 - float, 95 %")  # on each of them
 
 
+@cache
 def float_deit() -> torch.nn.Module:
     """DeiT-Tiny with its trained weights."""
     return create(ModelSource("timm:deit_tiny_patch16_224", weights=str(WEIGHTS)))
@@ -87,7 +90,7 @@ def spread(values: list[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}..{max(values):.{digits}f})"
 
 
-def interval(limits: tuple[float, float], digits: int = 1) -> str:
+def interval(limits: Sequence[float], digits: int = 1) -> str:
     """An interval in percentage points."""
     return f"{limits[0]:+.{digits}f} to {limits[1]:+.{digits}f}"
 
@@ -109,12 +112,34 @@ class EvaluationSet:
     def top1(self) -> float:
         return compare(self.reference, None, self.labels).top1
 
-    def cells(self, logits: list[torch.Tensor]) -> list[str]:
-        """`SCORES` of what several draws gave."""
-        results = [compare(each, self.reference, self.labels) for each in logits]
-        return [
-            spread([result.top1 for result in results], 1),
-            spread([result.agreement for result in results], 1),
-            spread([cosine(each, self.reference) for each in logits], 4),
-            interval(results[0].top1_difference_interval),
-        ]
+    def scores(self, logits: torch.Tensor) -> dict[str, Any]:
+        """What `score_cells` takes, of one draw."""
+        return scores(logits, self.reference, self.labels)
+
+
+@cache
+def evaluation_sets() -> dict[str, EvaluationSet]:
+    """The sets of `EVALUATION`."""
+    return {name: EvaluationSet.of(float_deit(), name) for name in EVALUATION}
+
+
+def scores(logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """`SCORES` of one draw and top-1 of the float model, as plain values."""
+    found = compare(logits, reference, labels)
+    return {
+        "top-1": found.top1,
+        "agreement": found.agreement,
+        "cosine": cosine(logits, reference),
+        "interval": list(found.top1_difference_interval),
+        "float top-1": found.float_top1,
+    }
+
+
+def score_cells(draws: Sequence[dict[str, Any]], digits: int = 1) -> list[str]:
+    """`SCORES` over several draws, the interval of the first."""
+    return [
+        spread([each["top-1"] for each in draws], digits),
+        spread([each["agreement"] for each in draws], digits),
+        spread([each["cosine"] for each in draws], 4),
+        interval(draws[0]["interval"], digits),
+    ]

@@ -1,6 +1,6 @@
 """Recipes on the real DeiT-Tiny, beside the official code's rows.
 
-    python benchmarks/recipes.py VARIANT... [--seeds 3] [--simulated]
+    python benchmarks/recipes.py VARIANT... [--seeds 3] [--simulated] [--results DIR] [--workers N|ray]
 
 A variant is a recipe, then bits, then settings as `vitquant quantize --set` takes them: "repq-vit w4a4",
 "fq-vit choose-factors.batches=last"; or all that one table of docs/ has: `observers`, `default`, `fq-vit`, `repq-vit`,
@@ -17,30 +17,30 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 from real_deit import (
     EVALUATION,
     SCORES,
     SHARED,
-    EvaluationSet,
     asked,
     cosine,
+    evaluation_sets,
     float_deit,
     interval,
     official_logits,
     quantized,
     row,
     run,
+    score_cells,
     spread,
 )
-from rich.console import Console
+from runs import Found, add_options, runs_of
 
 from vitquant.engines import default_engine
 from vitquant.model.saved import stored_bytes
 from vitquant.tasks.classification import compare
-from vitquant.tasks.images import Item, load_listing, subset
+from vitquant.tasks.images import load_listing, subset
 
 PAGES = {
     "fq-vit": [
@@ -100,7 +100,16 @@ OFFICIAL = {
     "vt-ptq w8a8": "baseptq_w8a8",
     "vt-ptq w6a6": "baseptq_w6a6",
 }
-console = Console(stderr=True)
+OFFICIAL_SET = "photos_eval"  # on which the official logits are
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a variant, the draw of its calibration photographs, whether what lowers is simulated, too."""
+
+    variant: str
+    seed: int
+    simulated: bool
 
 
 def main() -> None:
@@ -109,9 +118,11 @@ def main() -> None:
     parser.add_argument("variants", nargs="+")
     parser.add_argument("--seeds", type=int, default=1, help="draws of the calibration photographs")
     parser.add_argument("--simulated", action="store_true", help="evaluate the float32 simulation of what lowers, too")
-    arguments = parser.parse_args()
-    model = float_deit()
-    sets = [EvaluationSet.of(model, name) for name in EVALUATION]
+    add_options(parser)
+    given = parser.parse_args()
+    variants = dict.fromkeys(each for asked in given.variants for each in PAGES.get(asked, [asked]))
+    draws = {each: [Job(each, seed, given.simulated) for seed in range(given.seeds)] for each in variants}
+    found = runs_of(_measure, [job for jobs in draws.values() for job in jobs], given)
     columns = (
         "recipe", "runs in", *[f"{measure}, {name}" for name in EVALUATION for measure in SCORES], "seconds", "MB",
         "official top-1", "agreement", "cosine", "top-1 - official, 95 %", "agreement with official",
@@ -119,45 +130,52 @@ def main() -> None:
     )  # fmt: skip
     print(row(columns))
     print("|---" * len(columns) + "|")
-    floats = [cell for each in sets for cell in (f"{each.top1:.1f}", "", "", "")]
+    floats = [cell for each in evaluation_sets().values() for cell in (f"{each.top1:.1f}", "", "", "")]
     print(row(("float", "float32", *floats, *[""] * (len(columns) - len(floats) - 2))))
-    for variant in [each for given in arguments.variants for each in PAGES.get(given, [given])]:
-        outputs: list[list[torch.Tensor]] = [[] for _ in sets]
-        seconds, megabytes, runs_in = [], 0.0, ""
-        for seed in range(arguments.seeds):
-            with console.status(f"{variant}, draw {seed}"):
-                started = time.perf_counter()
-                model_of_variant = quantized(model, variant, _calibration(variant, seed))
-                seconds.append(time.perf_counter() - started)
-                megabytes = sum(stored_bytes(model_of_variant).values()) / 1e6
-                name, engine, _ = default_engine(model_of_variant)
-                runs_in, engine = ("simulated", model_of_variant) if arguments.simulated else (name, engine)
-                for logits, evaluation in zip(outputs, sets, strict=True):
-                    logits.append(run(engine, evaluation.images))
-        cells = [variant, runs_in]
-        for logits, evaluation in zip(outputs, sets, strict=True):
-            cells += evaluation.cells(logits)
-        cells += [spread(seconds, 0), f"{megabytes:.2f}"]
+    for variant, jobs in draws.items():
+        results = [found[job] for job in jobs]
+        cells = [variant, results[0]["runs in"]]
+        for name in EVALUATION:
+            cells += score_cells([each[name] for each in results])
+        cells += [spread([each["seconds"] for each in results], 0), f"{results[-1]['megabytes']:.2f}"]
         if variant in OFFICIAL:
-            cells += _beside_official(outputs[0], sets[0], official_logits(OFFICIAL[variant]))
-        print(row([*cells, *[""] * (len(columns) - len(cells))]), flush=True)
+            cells += _beside_official(OFFICIAL[variant], [each["official"] for each in results])
+        print(row([*cells, *[""] * (len(columns) - len(cells))]))
 
 
-def _beside_official(outputs: list[torch.Tensor], evaluation: EvaluationSet, official: torch.Tensor) -> list[str]:
-    theirs = compare(official, evaluation.reference, evaluation.labels)
+def _measure(job: Job) -> Found:
+    listing = load_listing(SHARED / "images" / "photos_calibration")
+    started = time.perf_counter()
+    model = quantized(float_deit(), job.variant, subset(listing, asked(job.variant).images, job.seed))
+    found: Found = {"seconds": time.perf_counter() - started, "megabytes": sum(stored_bytes(model).values()) / 1e6}
+    found["runs in"], engine, _ = ("simulated", model, "") if job.simulated else default_engine(model)
+    for name, evaluation in evaluation_sets().items():
+        logits = run(engine, evaluation.images)
+        found[name] = evaluation.scores(logits)
+        if name == OFFICIAL_SET and job.variant in OFFICIAL:
+            official = official_logits(OFFICIAL[job.variant])
+            beside = compare(logits, official, evaluation.labels)
+            found["official"] = {
+                "interval": list(beside.top1_difference_interval),
+                "agreement": beside.agreement,
+                "cosine": cosine(logits, official),
+            }
+    return found
+
+
+def _beside_official(name: str, draws: list[Found]) -> list[str]:
+    theirs = evaluation_sets()[OFFICIAL_SET].scores(official_logits(name))
     return [
-        f"{theirs.top1:.1f}",
-        f"{theirs.agreement:.1f}",
-        f"{cosine(official, evaluation.reference):.4f}",
-        interval(compare(outputs[0], official, evaluation.labels).top1_difference_interval),
-        spread([compare(logits, official, evaluation.labels).agreement for logits in outputs], 1),
-        spread([cosine(logits, official) for logits in outputs], 4),
+        f"{theirs['top-1']:.1f}",
+        f"{theirs['agreement']:.1f}",
+        f"{theirs['cosine']:.4f}",
+        interval(draws[0]["interval"]),
+        spread([each["agreement"] for each in draws], 1),
+        spread([each["cosine"] for each in draws], 4),
     ]
 
 
-def _calibration(variant: str, seed: int) -> Sequence[Item]:
-    return subset(load_listing(SHARED / "images" / "photos_calibration"), asked(variant).images, seed)
-
-
 if __name__ == "__main__":
+    from recipes import main  # see runs.py
+
     main()

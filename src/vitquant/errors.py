@@ -70,5 +70,14 @@ class ModelError(VitquantError):
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, at most 300 characters; the error's type if the message is empty."""
+    return _line(error, 0)
+
+
+def last_line(error: BaseException) -> str:
+    """The last line likewise, where the lines before it say how the error came about."""
+    return _line(error, -1)
+
+
+def _line(error: BaseException, index: int) -> str:
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return lines[index][:300] if lines else type(error).__name__

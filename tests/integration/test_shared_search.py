@@ -159,6 +159,22 @@ def test_on_a_cluster_a_node_is_killed_in_mid_search(deit, serial, cluster, monk
     assert killed == [3]
 
 
+class Unreadable:
+    """Something that no worker can read."""
+
+    def __reduce__(self) -> Any:
+        return len, (7,)
+
+
+def test_what_workers_of_a_cluster_cannot_read_is_named(cluster) -> None:
+    with opened("ray") as workers:
+        assert workers is not None
+        worker = workers.start(Unreadable())  # type: ignore[arg-type]
+        worker.ask(1)
+        with pytest.raises(WorkerError, match=r"lost 3 times at the same request \(.*object of type 'int' has no len"):
+            worker.answer()
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [

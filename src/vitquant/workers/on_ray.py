@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitquant.errors import WorkerError, first_line
+from vitquant.errors import WorkerError, first_line, last_line
 from vitquant.version import __version__
 from vitquant.workers.worker import Answering, Kept, Outcome, Worker, lost
 
@@ -82,7 +82,7 @@ class RayWorkers:
             try:
                 there = ray.get(asked.remote())
             except ray.exceptions.RayError as error:
-                raise WorkerError(f"vitquant cannot run on {where}: {first_line(error)}") from error
+                raise WorkerError(f"vitquant cannot run on {where}: {last_line(error)}") from error
             if there != here:
                 found, wanted = (", ".join(f"{name} {of}" for name, of in each.items()) for each in (there, here))
                 raise WorkerError(f"{where} has {found}, and here is {wanted}: install the same there")
@@ -126,7 +126,7 @@ class _RayWorker:
                 self.stop()
                 self._start()
                 if not left:
-                    raise lost(_LOSSES, first_line(error)) from error
+                    raise lost(_LOSSES, last_line(error)) from error
                 self.ask(self._request)
             else:
                 return outcome.unpacked()
