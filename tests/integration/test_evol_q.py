@@ -44,10 +44,12 @@ def deit() -> tuple[torch.nn.Module, torch.Tensor]:
     return network("timm deit")
 
 
-@pytest.mark.parametrize("bits", ["w3a8", "w4a8", "w8a8"])
-def test_the_recipe_runs_in_integers_with_every_weight_on_its_grid(deit, bits: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "bits"), [("evol-q", "w3a8"), ("evol-q", "w4a8"), ("evol-q", "w8a8"), ("evol-q-tuned", "w3a8")]
+)
+def test_the_recipe_runs_in_integers_with_every_weight_on_its_grid(deit, recipe: str, bits: str) -> None:
     model, images = deit
-    quantized = vitquant.quantize(model, "evol-q", [images], bits=bits, settings=QUICK)
+    quantized = vitquant.quantize(model, recipe, [images], bits=bits, settings=QUICK)
     assert [record.method for record in quantized.records] == [
         "calibrate", "choose-factors", "correct-weights", "evolve-scales", "integer-operations",
     ]  # fmt: skip
@@ -66,7 +68,7 @@ def test_the_recipe_runs_in_integers_with_every_weight_on_its_grid(deit, bits: s
     assert program.instructions
 
 
-ON_TOP = ("evol-q", *(f"{base}+evolved-scales" for base in ("repq-vit", "vt-ptq", "minmax", "fq-vit")))
+ON_TOP = ("evol-q", "evol-q-tuned", *(f"{base}+evolved-scales" for base in ("repq-vit", "vt-ptq", "minmax", "fq-vit")))
 
 
 @pytest.mark.parametrize(
