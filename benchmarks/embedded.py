@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from real_deit import SCORES, row, score_cells, scores
@@ -24,6 +26,7 @@ from torch import Tensor
 
 import vitquant
 from vitquant.demo import PREPROCESSING, model
+from vitquant.tasks.classification import logits_of
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
 from cifar10 import test_set, train_set
@@ -96,10 +99,10 @@ def normalized(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def logits(network: torch.nn.Module, images: Tensor) -> Tensor:
+def logits(network: Callable[[Tensor], Any], images: Tensor) -> Tensor:
     """The logits of all images, few at a time, so that what is computed stays in the processor's cache."""
     with torch.inference_mode():
-        return torch.cat([network(part) for part in images.split(10)])
+        return torch.cat([logits_of(network(part)) for part in images.split(10)])
 
 
 if __name__ == "__main__":

@@ -5,18 +5,17 @@
     python benchmarks/evolution.py VARIANT... --cifar package
 
 A variant is a recipe with the method `evolve-scales`, then bits, then settings as `vitquant quantize --set` takes them:
-"evol-q w4a8 evolve-scales.passes=3". Each seed draws the calibration images, and other ones, for which the loss
-and the agreement are measured too, and it is the seed of the search. The recipe without the method is the base. With
+"evol-q w4a8 evolve-scales.passes=3". Each seed draws the calibration images, and other ones, for which the loss and
+the agreement are measured too, and it is the seed of the search. The recipe without the method is the base. With
 `--held-out` nothing else is measured: settings are chosen by that, and not by evaluation data.
 
 DeiT-Tiny is evaluated as the integer program where it lowers, on 500 photographs of `photos_eval` and 1,000 of
-`imagenette_eval`; the embedded model with `--cifar` in simulation, which gives the same numbers, on all 10,000 test
-images of CIFAR-10. Prints a table: mean (smallest..largest) over the seeds, the base and the search beside the float
+`imagenette_eval`; the embedded model with `--cifar` in float32 simulation, on all 10,000 test images of CIFAR-10. Prints a table: mean (smallest..largest) over the seeds, the base and the search beside the float
 model.
 
 With `--results` every run is kept as it ends, and an interrupted search continues. A reduced search on DeiT-Tiny (256
 images, 3 passes) takes 20 minutes on one thread of an Intel Xeon and an evaluation eight; on the embedded model both
-together take three.
+together take six.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ from vitquant.calibration_data import images_of
 from vitquant.demo import model as embedded_model
 from vitquant.engines import default_engine
 from vitquant.objectives.output_loss import OUTPUT_LOSSES
-from vitquant.tasks.classification import compare, logits_of
+from vitquant.tasks.classification import compare
 from vitquant.tasks.images import batches, load_listing, subset
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
@@ -120,16 +119,18 @@ def main() -> None:
 
     found = runs_of(_measure, [job for draw in zip(*jobs.values(), strict=True) for job in draw], given, forget)
     table = {name: [found[job] for job in seeds] for name, seeds in jobs.items()}
-    sets = list(found[jobs[given.variants[0]][0]]["scores"])
+    first = found[jobs[given.variants[0]][0]]
     columns = ["variant", "loss before", "loss after"]
     columns += [f"{measure}, other images" for measure in OTHERS]
-    columns += [f"{measure}, {name}" for name in sets for measure in SCORES]
+    columns += [f"{measure}, {name}" for name in first["scores"] for measure in SCORES]
     print(row([*columns, "search, s"]))
     print("|---" * (len(columns) + 1) + "|")
+    floats = [cell for each in first["scores"].values() for cell in (f"{each['float top-1']:.2f}", "", "", "")]
+    print(row(["float", *[""] * (2 + len(OTHERS)), *floats, ""]))
     for name, rows in table.items():
         cells = [name, _cell(rows, "before", 4), _cell(rows, "after", 4)]
         cells += [_cell([draw["others"] for draw in rows], measure, digits) for measure, digits in OTHERS.items()]
-        for each in sets:
+        for each in first["scores"]:
             cells += score_cells([draw["scores"][each] for draw in rows], 2)
         print(row([*cells, _cell(rows, "seconds", 0)]))
 
@@ -160,7 +161,7 @@ def _measure(job: Job) -> Found:
             result["record"] = dict(record.summary)
             result["before"], result["after"] = record.summary["loss before"], record.summary["loss after"]
     _, engine, _ = default_engine(quantized) if job.cifar is None else ("", quantized, "")
-    outputs = [(_logits(engine, images), _logits(data.model, images)) for images in map(images_of, others)]
+    outputs = [(logits(engine, images), logits(data.model, images)) for images in map(images_of, others)]
     found, reference = (torch.cat(each) for each in zip(*outputs, strict=True))
     result["others"] = {
         "loss": torch.cat([OUTPUT_LOSSES["infonce"](*pair) for pair in outputs]).mean().item(),
@@ -170,12 +171,6 @@ def _measure(job: Job) -> Found:
     evaluations = {} if job.held_out else data.evaluations
     result["scores"] = {name: evaluate(engine) for name, evaluate in evaluations.items()}
     return result
-
-
-def _logits(network: Any, images: torch.Tensor) -> torch.Tensor:
-    """The logits of a batch, few images at a time, so that what is computed stays in the processor's cache."""
-    with torch.inference_mode():
-        return torch.cat([logits_of(network(part)) for part in images.split(10)])
 
 
 @cache

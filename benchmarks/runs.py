@@ -41,7 +41,7 @@ def runs_of(
     given: argparse.Namespace,
     kept: Callable[[Job], None] = lambda job: None,
 ) -> Mapping[Job, Found]:
-    """What was measured, by job.
+    """What was measured, by job; each result is shown on stderr as it is there.
 
     Arguments:
         measure: a function of a module, since processes are given its name; it returns plain JSON values.
@@ -56,15 +56,21 @@ def runs_of(
         given.results.mkdir(parents=True, exist_ok=True)
     by_key = {key_of(job): job for job in jobs}
     results = Results(given.results, TableOf(Plain()), CheckpointError)
-    with opened(given.workers) as workers, Console(stderr=True).status("") as status:
+    console = Console(stderr=True)
+    with opened(given.workers) as workers, console.status("") as status:
 
         def show(what: str, done: int, total: int) -> None:
             status.update(f"{what}: {done} of {total}")
 
-        found = run_jobs(measure, by_key, results, workers, show, lambda key: kept(by_key[key]))
+        def ended(key: str, result: Found) -> None:
+            console.print(f"{by_key[key]}: {result}", markup=False)
+            kept(by_key[key])
+
+        found = run_jobs(measure, by_key, results, workers, show, ended)
     measured: dict[Job, Found] = {}
     for key, result in found.items():
         if isinstance(result, VitquantError):
+            result.add_note(f"in {by_key[key]}")
             raise result
         measured[by_key[key]] = result
     return measured

@@ -261,6 +261,7 @@ def run_sweep(
     directory = Path(directory).absolute()
     _check(sweep, setup)
     share = setup if workers is None else replace(setup, memory=setup.memory / workers.count)
+    progress("reading the images", 0, len(sweep.variants) * len(sweep.seeds))
     with WorkDirectory.opened(directory, setup.identity()):
         jobs: dict[tuple[Variant, int], _Job] = {}
         for variant, seed in product(sweep.variants, sweep.seeds):
@@ -270,7 +271,7 @@ def run_sweep(
         by_key = {job.key: job for job in jobs.values()}
         results = Results(directory, _RESULT, CheckpointError)
 
-        def forget(key: str) -> None:
+        def forget(key: str, result: dict[str, Any]) -> None:
             shutil.rmtree(by_key[key].work, ignore_errors=True)
 
         found = run_jobs(_run, by_key, results, workers, progress, forget)

@@ -22,7 +22,7 @@ import vitquant.work
 from vitquant.errors import CalibrationError, CheckpointError
 from vitquant.model.saved import digest
 from vitquant.objectives.output_loss import infonce
-from vitquant.recipe import Method
+from vitquant.recipe import Method, load_recipe
 
 QUICK = [
     "evolve-scales.passes=2", "evolve-scales.cycles=2", "evolve-scales.population=4", "evolve-scales.mutation=0.05",
@@ -66,6 +66,14 @@ def test_the_recipe_runs_in_integers_with_every_weight_on_its_grid(deit, recipe:
     report = vitquant.compare(quantized, [images], float_model=model)
     assert not report.broken
     assert program.instructions
+
+
+def test_the_tuned_recipe_quantizes_the_same_operands_by_the_same_specs() -> None:
+    published, tuned = load_recipe("evol-q"), load_recipe("evol-q-tuned")
+    differing = [(a, b) for a, b in zip(published.rules, tuned.rules, strict=True) if a != b]
+    assert [(a, b) for a, b in differing if replace(a, observer=b.observer) != b] == []
+    assert [(b.name, b.observer) for _, b in differing] == [("weights", "omse")]
+    assert [each.name for each in published.methods] == [each.name for each in tuned.methods]
 
 
 ON_TOP = ("evol-q", "evol-q-tuned", *(f"{base}+evolved-scales" for base in ("repq-vit", "vt-ptq", "minmax", "fq-vit")))

@@ -338,8 +338,8 @@ def test_jobs_give_results_in_order_and_keep_what_is_no_error(tmp_path: Path, si
 def test_what_a_job_needed_is_removed_once_its_result_is_kept_and_not_before(tmp_path: Path) -> None:
     results, seen = Results(tmp_path, TableOf(Plain()), RecipeError), list[str]()
 
-    def forget(key: str) -> None:
-        assert results.read(key) is not None
+    def forget(key: str, result: dict[str, Any]) -> None:
+        assert results.read(key) == result
         seen.append(key)
 
     results.keep("2", {"square": 4})  # by a run that was killed right after

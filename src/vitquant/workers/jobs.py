@@ -65,7 +65,7 @@ def run_jobs(
     results: Results,
     workers: Workers | None = None,
     progress: Progress = silent,
-    kept: Callable[[str], None] = lambda key: None,
+    kept: Callable[[str, dict[str, Any]], None] = lambda key, result: None,
 ) -> dict[str, dict[str, Any] | VitquantError]:
     """The results of jobs by their keys, in the order of the jobs; a job that refuses its input has its error instead.
 
@@ -76,13 +76,14 @@ def run_jobs(
             kept.
         workers: compute as many jobs side by side as they are; None computes one after another here.
         progress: called with the number of jobs that are done, and of all.
-        kept: called with the key of each job whose result is kept, so that what it needed until then can be removed.
+        kept: called with the key and the result of each job whose result is kept, so that what it needed until then can
+            be removed.
     """
     found: dict[str, dict[str, Any] | VitquantError] = {}
     for key in jobs:
         if (known := results.read(key)) is not None:
             found[key] = known
-            kept(key)
+            kept(key, known)
     left = {key: job for key, job in jobs.items() if key not in found}
     outcomes = _here(compute, left) if workers is None else _side_by_side(compute, left, workers)
     progress("runs", len(found), len(jobs))
@@ -90,7 +91,7 @@ def run_jobs(
         found[key] = outcome
         if not isinstance(outcome, VitquantError):
             results.keep(key, outcome)
-            kept(key)
+            kept(key, outcome)
         progress("runs", len(found), len(jobs))
     return {key: found[key] for key in jobs}
 
