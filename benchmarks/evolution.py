@@ -10,8 +10,8 @@ the agreement are measured too, and it is the seed of the search. The recipe wit
 `--held-out` nothing else is measured: settings are chosen by that, and not by evaluation data.
 
 DeiT-Tiny is evaluated as the integer program where it lowers, on 500 photographs of `photos_eval` and 1,000 of
-`imagenette_eval`; the embedded model with `--cifar` in float32 simulation, on all 10,000 test images of CIFAR-10. Prints a table: mean (smallest..largest) over the seeds, the base and the search beside the float
-model.
+`imagenette_eval`; the embedded model with `--cifar` in float32 simulation, on all 10,000 test images of CIFAR-10.
+Prints a table: mean (smallest..largest) over the seeds, the base and the search beside the float model.
 
 With `--results` every run is kept as it ends, and an interrupted search continues. A reduced search on DeiT-Tiny (256
 images, 3 passes) takes 20 minutes on one thread of an Intel Xeon and an evaluation eight; on the embedded model both
