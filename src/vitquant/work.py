@@ -170,6 +170,11 @@ class WorkState:
             self._next = ended + max(_EVERY, (ended - started) / _SHARE)
 
 
+def has_begun(path: Path) -> bool:
+    """Whether a run has begun in a work directory."""
+    return (path / _RUN).is_file()
+
+
 def _check(path: Path, run: dict[str, Any]) -> None:
     """Refuse the directory of another run, and record the identity of this run in a new one."""
     file = path / _RUN

@@ -765,6 +765,28 @@ def test_an_interrupt_after_the_result_is_in_place_does_not_say_that_nothing_was
     assert run(*words) == (130, "", "interrupted; nothing was written\n")
 
 
+@pytest.mark.parametrize(
+    ("command", "interrupted"),
+    [("quantize", "vitquant.model.QuantizedModel.save"), ("sensitivity", "vitquant.allocation.sensitivity._site_parts")],
+)
+def test_an_interrupt_names_the_directory_in_which_the_command_continues(
+    run, workshop, tmp_path, monkeypatch, command, interrupted
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    work = tmp_path / "work"
+    words = [command, *quantize_words(workshop / "images", tmp_path / "out", "--images", 10, "--work", work)[1:]]
+    with monkeypatch.context() as patched:
+        patched.setattr("vitquant.prepared.prepare", interrupt)
+        assert run(*words) == (130, "", "interrupted; nothing was written\n")
+    monkeypatch.setattr(interrupted, interrupt)
+    kept = f"interrupted; {work} keeps what was done, and the same command continues there\n"
+    assert run(*words) == (130, "", kept)
+    monkeypatch.undo()
+    assert run(*words, "--quiet") == (0, "", "")
+
+
 def test_at_no_moment_is_a_result_neither_old_nor_new(run, workshop, sensitivities, tmp_path, monkeypatch):
     """The files as a kill before any line of what writes them would leave them."""
     monkeypatch.setattr("os.fsync", lambda _: None)

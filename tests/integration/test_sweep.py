@@ -306,6 +306,18 @@ def test_a_sweep_that_was_killed_in_mid_search_goes_on_there(folder: Path, tmp_p
     assert whole[0].failures == {}
 
 
+def test_an_interrupt_names_the_directory_in_which_the_sweep_continues(
+    folder: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vitquant.sweep.default_engine", interrupt)
+    output = tmp_path / "runs"
+    kept = f"interrupted; {output} keeps what was done, and the same command continues there\n"
+    assert run(*words(folder, written(tmp_path, GRIDS), output)) == (130, "", kept)
+
+
 # --- jobs ---
 
 

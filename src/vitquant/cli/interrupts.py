@@ -12,7 +12,7 @@ INTERRUPTED = 130  # the exit code
 
 
 class InterruptedAfterWritingError(Exception):
-    """A command was interrupted after an output had been written; the message names it."""
+    """A command was interrupted after an output or a saved state had been written; the message names it."""
 
 
 class Interrupts:

@@ -107,6 +107,7 @@ def quantize(
                 image_workers,
                 skip_bad_images,
             )
+        terminal.continuing(work)
         with terminal.replacing(output, force, SAVED_MODEL) as new:  # refused before long work if it cannot be written
             with terminal.progress("loading"):
                 prepared = prepare(request, chosen, options.choose_device(device, threads))

@@ -68,6 +68,7 @@ def sensitivity(
                 model, calibration, weights, weights_key, images, batch, preprocessing, model_arguments, seed,
                 image_workers, skip_bad_images,
             )  # fmt: skip
+        terminal.continuing(work)
         with nullcontext() if output is None else terminal.replacing(output, force, SENSITIVITY) as new:
             with terminal.progress("loading"):
                 prepared = prepare(request, chosen, options.choose_device(device, threads))

@@ -89,6 +89,7 @@ def sweep(
                 4.0 if memory_budget is None else memory_budget,
                 simulated,
             )
+        terminal.continuing(output)
         with terminal.progress("runs") as update, opened(share) as side_by_side:
 
             def show(what: str, done: int, total: int) -> None:

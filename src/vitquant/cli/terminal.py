@@ -36,6 +36,7 @@ class Terminal:
         self._stdout = sys.stdout
         self._stderr = Console(file=sys.stderr)
         self._outputs: dict[Path, tuple[int, int] | None] = {}
+        self._work: Path | None = None
 
     def __enter__(self) -> Terminal:
         self._redirection = redirect_stdout(sys.stderr)  # a library or a user's factory may print
@@ -47,6 +48,12 @@ class Terminal:
         written = [str(path) for path, before in self._outputs.items() if identity(path) not in (before, None)]
         if written and isinstance(error, KeyboardInterrupt):
             raise InterruptedAfterWritingError(f"interrupted; {', '.join(written)} was written") from error
+        if self._work is not None and isinstance(error, KeyboardInterrupt):
+            from vitquant.work import has_begun  # imports torch, as every command with such a directory has done
+
+            if has_begun(self._work):
+                kept = f"interrupted; {self._work} keeps what was done, and the same command continues there"
+                raise InterruptedAfterWritingError(kept) from error
 
     @contextmanager
     def replacing(self, path: Path, force: bool, directory: Directory | None = None) -> Generator[Path]:
@@ -54,6 +61,10 @@ class Terminal:
         with replacing(path, force, directory) as new:
             self._outputs[path] = identity(path)
             yield new
+
+    def continuing(self, work: Path | None) -> None:
+        """Record the work directory, if there is one, so that an interrupt names it."""
+        self._work = work
 
     def result(self, values: Mapping[str, Any], *tables: RenderableType) -> None:
         """Print the result: its values as JSON, or the tables; a string is printed as one line of any width."""
