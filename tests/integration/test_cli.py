@@ -767,7 +767,10 @@ def test_an_interrupt_after_the_result_is_in_place_does_not_say_that_nothing_was
 
 @pytest.mark.parametrize(
     ("command", "interrupted"),
-    [("quantize", "vitquant.model.QuantizedModel.save"), ("sensitivity", "vitquant.allocation.sensitivity._site_parts")],
+    [
+        ("quantize", "vitquant.model.QuantizedModel.save"),
+        ("sensitivity", "vitquant.allocation.sensitivity._site_parts"),
+    ],
 )
 def test_an_interrupt_names_the_directory_in_which_the_command_continues(
     run, workshop, tmp_path, monkeypatch, command, interrupted
