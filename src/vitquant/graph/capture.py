@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from vitquant.errors import CaptureError, ModelError, first_line
 from vitquant.graph.canonical import canonicalize
+from vitquant.graph.functional import functional
 from vitquant.graph.fused import blamed_operator, fused_attention, named_attention
 from vitquant.graph.made_masks import fold_made_masks
 from vitquant.graph.operators import FILLS, arguments, aten, calls, packet
@@ -140,7 +141,7 @@ def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
                 reason = f"the model's forward fixes the batch size: {first_line(strict_error)}"
                 no_tensor = re.search(r"opaque object|\(Generator\)", str(strict_error))
                 raise CaptureError(_NO_TENSOR if no_tensor else reason) from strict_error
-        return program.run_decompositions({})  # functional form; nothing is decomposed
+        return functional(program)
 
 
 @contextmanager
