@@ -6,10 +6,12 @@ import pytest
 import torch
 from architectures import ZOO
 from torch import nn
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from vitquant.graph.capture import capture
+from vitquant.graph.operators import aten
 
 PLAIN = ["timm deit", "timm swin", "transformers vit", "torchvision vit", "encoder post-norm relu"]
 
@@ -58,10 +60,14 @@ class Overwriting(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         doubled = images * 2
         doubled[:, 0].mul_(3)
-        return self.head(doubled.flatten(1))
+        return self.head(doubled.reshape(images.shape[0], -1))
 
 
-def test_what_is_overwritten_is_read_as_it_is_then() -> None:
+def test_no_operator_overwrites_anything() -> None:
     torch.manual_seed(0)
     model, images = Overwriting().eval(), torch.randn(4, 3, 2, 2)
-    assert torch.equal(capture(model, images)(images), model(images))
+    found = capture(model, images)
+    called = [node.target for node in found.graph.nodes if isinstance(node.target, OpOverload)]
+    assert aten.mul.Tensor in called
+    assert not any(each._schema.is_mutable for each in called)
+    assert torch.equal(found(images), model(images))
