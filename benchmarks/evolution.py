@@ -11,7 +11,8 @@ the agreement are measured too, and it is the seed of the search. The recipe wit
 
 DeiT-Tiny is evaluated as the integer program where it lowers, on 500 photographs of `photos_eval` and 1,000 of
 `imagenette_eval`; the embedded model with `--cifar` in float32 simulation, on all 10,000 test images of CIFAR-10.
-Prints a table: mean (smallest..largest) over the seeds, the base and the search beside the float model.
+Prints a table: mean (smallest..largest) over the seeds, the base and the search beside the float model. Draws differ by
+more than searches do, so that it has also the change from the base with the same draw.
 
 With `--results` every run is kept as it ends, and an interrupted search continues. A reduced search on DeiT-Tiny (256
 images, 3 passes) takes 20 minutes on one thread of an Intel Xeon and an evaluation eight; on the embedded model both
@@ -121,15 +122,20 @@ def main() -> None:
     table = {name: [found[job] for job in seeds] for name, seeds in jobs.items()}
     first = found[jobs[given.variants[0]][0]]
     columns = ["variant", "loss before", "loss after"]
-    columns += [f"{measure}, other images" for measure in OTHERS]
+    columns += [f"{what}, other images" for measure in OTHERS for what in (measure, f"change of {measure}")]
     columns += [f"{measure}, {name}" for name in first["scores"] for measure in SCORES]
     print(row([*columns, "search, s"]))
     print("|---" * (len(columns) + 1) + "|")
     floats = [cell for each in first["scores"].values() for cell in (f"{each['float top-1']:.2f}", "", "", "")]
-    print(row(["float", *[""] * (2 + len(OTHERS)), *floats, ""]))
+    print(row(["float", *[""] * (2 + 2 * len(OTHERS)), *floats, ""]))
     for name, rows in table.items():
         cells = [name, _cell(rows, "before", 4), _cell(rows, "after", 4)]
-        cells += [_cell([draw["others"] for draw in rows], measure, digits) for measure, digits in OTHERS.items()]
+        base = table.get(_base(name), rows)
+        for measure, digits in OTHERS.items():
+            cells.append(spread([draw["others"][measure] for draw in rows], digits))
+            pairs = zip(rows, base, strict=True)
+            changes = [draw["others"][measure] - before["others"][measure] for draw, before in pairs]
+            cells.append("" if base is rows else spread(changes, digits))
         for each in first["scores"]:
             cells += score_cells([draw["scores"][each] for draw in rows], 2)
         print(row([*cells, _cell(rows, "seconds", 0)]))
