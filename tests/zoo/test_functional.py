@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from vitquant.graph.capture import capture
-from vitquant.graph.operators import aten
+from vitquant.graph.operators import aten, calls
 
 PLAIN = ["timm deit", "timm swin", "transformers vit", "torchvision vit", "encoder post-norm relu"]
 
@@ -71,3 +71,19 @@ def test_no_operator_overwrites_anything() -> None:
     assert aten.mul.Tensor in called
     assert not any(each._schema.is_mutable for each in called)
     assert torch.equal(found(images), model(images))
+
+
+class Dropping(nn.Module):
+    """A dropout of nothing that is always in training mode, as `F.dropout(x, 0.0)` is by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(nn.functional.dropout(images.reshape(images.shape[0], -1), 0.0))
+
+
+def test_a_dropout_of_nothing_leaves_nothing() -> None:
+    found = capture(Dropping(), torch.randn(4, 3, 2, 2))
+    assert not [node for node in found.graph.nodes if calls(node, {aten.dropout})]

@@ -60,11 +60,16 @@ def _sizes_of_reshapes(program: ExportedProgram) -> dict[Node, list[Any]] | None
         elif packet(node) in _STAYS_IF_CONTIGUOUS:
             if not arguments(node)[0].meta["val"].is_contiguous():
                 return None
-        elif packet(node) not in _STAYS:
+        elif packet(node) not in _STAYS or _drops(node):
             return None
         elif packet(node) is aten.sym_size and arguments(node)[1] == 0:
             batch = batch or node
     return sizes
+
+
+def _drops(node: Node) -> bool:
+    """Whether the node is a dropout in training mode, of which tracing again leaves nothing where its share is 0."""
+    return packet(node) is aten.dropout and arguments(node)[2] is not False
 
 
 def _unread(graph: Graph) -> set[Node]:
