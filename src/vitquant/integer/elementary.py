@@ -18,6 +18,7 @@ Real = Callable[[Decimal], Decimal]
 _CONTEXT = Context(prec=40, rounding=ROUND_HALF_EVEN, Emin=-999_999, Emax=999_999, traps=[])
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534")
 _LOG_2 = _CONTEXT.ln(Decimal(2))
+_RELATIVE = Decimal("1e-40")  # terms of a series below this share of it change none of its digits
 _SMALL = Decimal("1e-10")  # below it four terms of a series are exact to 40 digits
 
 
@@ -76,13 +77,14 @@ def erf(x: Decimal) -> Decimal:
     """2 / sqrt(pi) times the integral of exp(-t**2) from 0 to x, by a series of terms of one sign."""
     if abs(x) > 10:  # the difference from 1 is below 1e-44
         return Decimal(1).copy_sign(x)
-    term = total = x
-    number = 1
-    while abs(term) > abs(total) * Decimal("1e-40"):
+    size = abs(x)
+    term = total = size
+    growth, number = 2 * x * x, 1
+    while term > total * _RELATIVE:
         number += 2
-        term = term * 2 * x * x / number
+        term = term * growth / number
         total += term
-    return 2 * (-x * x).exp() * total / _PI.sqrt()
+    return (total * 2 * (-x * x).exp() / _PI.sqrt()).copy_sign(x)
 
 
 def sigmoid(x: Decimal) -> Decimal:
@@ -122,7 +124,7 @@ def mish(x: Decimal) -> Decimal:
 
 
 def gelu(x: Decimal) -> Decimal:
-    """x times the distribution function of the normal distribution."""
+    """x times the distribution function of the normal distribution; below -9, where it is above -1e-18, inexact."""
     return x * (1 + erf(x / Decimal(2).sqrt())) / 2
 
 
