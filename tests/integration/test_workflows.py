@@ -7,22 +7,24 @@ from pathlib import Path
 
 import onnx
 import pytest
+import timm
 import torch
 
 import vitquant
 from vitquant import workflows
-from vitquant.demo import embedded
 from vitquant.engines import forms_of
 from vitquant.errors import CalibrationError, ExportError, RecipeError
 from vitquant.parity import ParityReport
 from vitquant.recipe import load_recipe, override
 
-TRAIN = [images[:8] for images, _ in embedded.batches("train", 8)[:2]]
+TRAIN = list(torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)).split(8))
 
 
 @pytest.fixture(scope="module")
 def quantized() -> vitquant.QuantizedModel:
-    return vitquant.quantize(embedded.model(), "fq-vit", TRAIN)
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 4, "depth": 1, "embed_dim": 16, "num_heads": 2, "num_classes": 10}
+    return vitquant.quantize(timm.create_model("vit_tiny_patch16_224", **sizes), "fq-vit", TRAIN)
 
 
 def test_an_export_is_there_once_it_was_compared(quantized, tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_what_cannot_be_is_refused_before_the_work(quantized, tmp_path: Path) ->
 
 
 def test_engines_are_chosen_by_name(quantized, tmp_path: Path) -> None:
-    test = [(images, labels) for images, labels in embedded.batches("test", 25)[:2]]
+    test = [(images, torch.arange(8)) for images in TRAIN]
     integer, simulated = (vitquant.evaluate(quantized, test, engine_name=each) for each in ("integer", "simulated"))
     assert (integer.engine, simulated.engine) == ("integer", "simulated")
     assert vitquant.evaluate(quantized, test).engine == "integer"
