@@ -26,7 +26,7 @@ from vitquant.methods.context import Context
 from vitquant.methods.running import check_gradients, run_steps
 from vitquant.methods.table import passes, planned
 from vitquant.model import QuantizedModel
-from vitquant.model.checkpoint import digest_of
+from vitquant.model.saved import float_digest
 from vitquant.parity import Form, ParityReport, examine
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Recipe, requested
@@ -135,7 +135,7 @@ def quantize(
         if work is not None:
             asked = {"recipe": recipe.to_dict(), "bits": str(widths), "seed": seed, "images": stream.first}
             asked["task"] = meaning.name
-            kept = held.enter_context(WorkDirectory.opened(work, {"model": _digest(captured), **asked}))
+            kept = held.enter_context(WorkDirectory.opened(work, {"model": float_digest(captured), **asked}))
         shares = any(step.definition.needs.workers for step in steps)
         context = Context(
             stream,
@@ -300,8 +300,3 @@ def write_compared(
     if report.broken:
         discard(new)
     return report
-
-
-def _digest(captured: CapturedModel) -> str:
-    """The identity of a captured float model: a digest of its tensors and graph."""
-    return digest_of(captured.graph_module.state_dict(), {"graph": captured.index.fingerprint})

@@ -770,6 +770,7 @@ def test_an_interrupt_after_the_result_is_in_place_does_not_say_that_nothing_was
     [
         ("quantize", "vitquant.model.QuantizedModel.save"),
         ("sensitivity", "vitquant.allocation.sensitivity._site_parts"),
+        ("landscape", "vitquant.loss_landscape.survey.Survey.measure"),
     ],
 )
 def test_an_interrupt_names_the_directory_in_which_the_command_continues(
@@ -779,7 +780,10 @@ def test_an_interrupt_names_the_directory_in_which_the_command_continues(
         raise KeyboardInterrupt
 
     work = tmp_path / "work"
-    words = [command, *quantize_words(workshop / "images", tmp_path / "out", "--images", 10, "--work", work)[1:]]
+    if command == "landscape":
+        words = landscape_words(workshop, "--output", tmp_path / "out", "--work", work)
+    else:
+        words = [command, *quantize_words(workshop / "images", tmp_path / "out", "--images", 10, "--work", work)[1:]]
     with monkeypatch.context() as patched:
         patched.setattr("vitquant.prepared.prepare", interrupt)
         assert run(*words) == (130, "", "interrupted; nothing was written\n")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +19,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import vitquant
-from vitquant.errors import CalibrationError, LoweringError, RecipeError
+from vitquant.errors import CalibrationError, CheckpointError, LoweringError, RecipeError
 from vitquant.graph.capture import capture
 from vitquant.graph.captured import CapturedModel
+from vitquant.loss_landscape.evaluation import Evaluation
+from vitquant.loss_landscape.evaluations import Evaluations
 from vitquant.loss_landscape.jaggedness import jaggedness
 from vitquant.loss_landscape.landscape import surveyed
 from vitquant.loss_landscape.lines import Line, random_line, searched_line
-from vitquant.loss_landscape.subject import Subject, evolution_settings, subject_of
+from vitquant.loss_landscape.subject import Subject, evolution_settings, quantized, subject_of
 from vitquant.lowering.promise import promised
 from vitquant.lowering.recomputed_program import RecomputedProgram
 from vitquant.methods.scale_evolution import evolve_scales, evolving_blocks
@@ -34,6 +39,7 @@ from vitquant.progress import silent
 from vitquant.recipe import load_recipe, requested
 from vitquant.recipe.rule import Rule
 from vitquant.search.genes import Genes
+from vitquant.work import WorkDirectory, WorkState
 
 QUICK: dict[str, Any] = {"points": 3, "directions": 1, "cycles": 4}
 RELATIVE = ["evolve-scales.mutation=0.05", "evolve-scales.wide_mutation=0.05", "evolve-scales.relative=true"]
@@ -54,7 +60,8 @@ def subject_for(name: str, recipe: str, bits: str, block: int, given: Sequence[s
     whole, widths = requested(recipe, bits, given)
     integers = promised(whole) is not None
     evolution = replace(evolution_settings(whole), **others)
-    return subject_of(model, whole, widths, data, held_out, evolution, block, integers, 3, silent, 4.0)
+    subject = subject_of(model, whole, widths, data, held_out, evolution, block, integers, 3, silent, 4.0)
+    return quantized(subject, None)
 
 
 def deployed(model: QuantizedModel) -> Any:
@@ -184,6 +191,102 @@ def test_the_seed_decides_and_memory_does_not() -> None:
     assert numbers(memory=1e-9) == whole
     once, other = (numbers(seed=seed, simulated=True, cycles=0) for seed in (0, 1))
     assert json.loads(once)["lines"] != json.loads(other)["lines"]
+
+
+@pytest.mark.parametrize(("fitness", "last"), [("simulation", 4), ("simulation", 13), ("integers", 4)])
+def test_a_landscape_that_was_killed_goes_on_and_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fitness: str, last: int
+) -> None:
+    model, data, held_out = network("timm deit")
+    monkeypatch.setattr(vitquant.work, "_EVERY", -1.0)
+    monkeypatch.setattr(vitquant.work, "_SHARE", 1e9)  # every evaluation is kept
+    settings_ = [*RELATIVE, f"evolve-scales.fitness={fitness}"]
+    measured: list[str] = []
+
+    def counted(*_: object) -> None:
+        measured.append("")
+        if len(measured) == stop:
+            shutil.copytree(work, killed)  # as a kill at this moment would leave it
+            raise KeyboardInterrupt
+
+    for name in ("loss", "measure"):
+        real = getattr(Evaluation, name)
+        monkeypatch.setattr(Evaluation, name, lambda form, genes, real=real: (counted(), real(form, genes))[1])
+
+    def numbers(**others: Any) -> str:
+        return vitquant.landscape(model, "evol-q", data, held_out, settings=settings_, **{**QUICK, **others}).to_json()
+
+    stop, work, killed = 0, tmp_path, tmp_path
+    whole = numbers()
+    every = len(measured)
+    assert every == 1 + 4 + 2 * (3 + 5)
+    measured.clear()
+    stop, work, killed = last, tmp_path / "interrupted", tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        numbers(work=work)
+    stop = 0
+    for directory in (work, killed):
+        measured.clear()
+        assert numbers(work=directory) == whole
+        assert len(measured) == every - (last - 1)
+    measured.clear()
+    assert numbers(work=work) == whole
+    assert not measured
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"held_out": 1}, "held_out"),
+        ({"loss": "mse"}, "evolution"),
+        ({"data": 1}, "calibration"),
+        ({"points": 4}, "lines"),
+        ({"reach": 0.06}, "reach"),
+        ({"seed": 1}, "seed"),
+        ({"block": 0}, "evolution"),
+        ({"simulated": False}, "forms"),
+        ({"bits": "w3a8"}, "bits"),
+        ({"recipe": "evol-q-tuned"}, "recipe"),
+    ],
+)
+def test_the_work_of_another_landscape_is_refused(
+    half_done: tuple[Path, dict[str, Any]], changed: dict[str, Any], key: str
+) -> None:
+    work, arguments = half_done
+    for name in ("data", "held_out"):
+        if name in changed:
+            first, second, *rest = arguments[name]
+            changed = {name: [first, second + 1, *rest]}  # behind the same first batch
+    with pytest.raises(CheckpointError, match=f"of another run, with another {key}"):
+        vitquant.landscape(network("timm deit")[0], **{**arguments, **changed}, work=work)
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A work directory, and the arguments of its landscape."""
+    model, data, held_out = network("timm deit")
+    work = tmp_path_factory.mktemp("work")
+    arguments: dict[str, Any] = {"recipe": "evol-q", "data": data, "held_out": held_out, "simulated": True}
+    arguments |= {"points": 3, "directions": 1, "cycles": 0}
+    vitquant.landscape(model, **arguments, work=work)
+    assert (work / "landscape.safetensors").is_file()  # also of a run that takes less time than that between two saves
+    return work, arguments
+
+
+def test_numbers_are_kept_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    work = WorkState(WorkDirectory(tmp_path), "landscape")
+    evaluations = Evaluations(work)
+    assert evaluations.next(1, lambda: [math.inf]) == [None]
+    assert evaluations.next(3, lambda: [0.1, math.nan, None]) == [0.1, None, None]
+    evaluations.keep()
+    again = Evaluations(work)
+    known: Any = None  # is not called
+    assert (again.next(1, known), again.next(3, known)) == ([None], [0.1, None, None])
+    assert again.next(1, lambda: [2.0]) == [2.0]
+    for damaged in ({}, {"numbers": 3}, {"numbers": [["x"]]}, {"numbers": [[1e200]]}, {"numbers": [[1, 2]]}):
+        work.save({}, damaged)
+        with pytest.raises(CheckpointError, match="is damaged: remove it"):
+            Evaluations(work).next(1, known)
 
 
 def test_progress_counts_every_evaluation() -> None:

@@ -56,6 +56,7 @@ def landscape(
     model_arguments: calibrating.ModelArguments = None,
     memory_budget: calibrating.MemoryBudget = None,
     force: Annotated[bool, typer.Option("--force", help="Replace those that are there.")] = False,
+    work: calibrating.Work = None,
     seed: calibrating.Seed = 0,
     device: options.DeviceOption = options.Device.AUTO,
     image_workers: options.ImageWorkers = 0,
@@ -85,6 +86,7 @@ def landscape(
                 model, calibration, weights, weights_key, images, batch, preprocessing, model_arguments, seed,
                 image_workers, skip_bad_images, held_out,
             )  # fmt: skip
+        terminal.continuing(work)
         with nullcontext() if output is None else terminal.replacing(output, force, LANDSCAPE) as new:
             with terminal.progress("loading"):
                 prepared = prepare(request, chosen, options.choose_device(device, threads))
@@ -107,6 +109,7 @@ def landscape(
                     seed=seed,
                     progress=watched.step,
                     memory=memory,
+                    work=work,
                 )
                 about = {"model": prepared.source.name, "directory": str(calibration.absolute())}
                 found = replace(found, about=about | found.about)

@@ -37,15 +37,6 @@ class References:
     same: Same | None
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The mean loss on calibration images and on images held out, and the per cent of these with the same answer."""
-
-    loss: float
-    held_out: float
-    agreement: float | None
-
-
 class Evaluation:
     """One form of a model, while the scales of one block change.
 
@@ -75,24 +66,27 @@ class Evaluation:
         sizes = self._references.sizes[: self._references.calibration]
         return sum(loss for loss, _ in self._batches(len(sizes))) / sum(sizes)
 
-    def measure(self, genes: Tensor) -> Measured | None:
+    def measure(self, genes: Tensor) -> tuple[float, float, float | None] | tuple[None, None, None]:
         """Everything about a point; None if it cannot be deployed or a loss is not finite.
 
         Arguments:
             genes: float64 (n,), of the block.
+
+        Returns:
+            The mean loss on calibration images and on images held out, and the per cent of these with the same answer.
         """
         try:
             self.put(genes)
         except LoweringError:
-            return None
+            return None, None, None
         calibration, sizes = self._references.calibration, self._references.sizes
         losses, answers = zip(*self._batches(len(sizes)), strict=True)
         seen, unseen = sum(sizes[:calibration]), sum(sizes[calibration:])
         loss, held_out = sum(losses[:calibration]) / seen, sum(losses[calibration:]) / unseen
         if not (math.isfinite(loss) and math.isfinite(held_out)):
-            return None
+            return None, None, None
         same = None if self._references.same is None else 100 * sum(answers[calibration:]) / unseen
-        return Measured(loss, held_out, same)
+        return loss, held_out, same
 
     def put(self, genes: Tensor) -> None:
         """Set the scales of the block.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,8 +15,9 @@ from vitquant.autocast import in_own_precision
 from vitquant.calibration_data import Batch, RepeatedBatches
 from vitquant.errors import RecipeError
 from vitquant.loss_landscape.evaluation import Evaluation
+from vitquant.loss_landscape.evaluations import Evaluations
 from vitquant.loss_landscape.lines import random_line, searched_line
-from vitquant.loss_landscape.subject import Subject, evolution_settings, subject_of
+from vitquant.loss_landscape.subject import Subject, evolution_settings, quantized, subject_of
 from vitquant.loss_landscape.survey import Survey
 from vitquant.loss_landscape.table import INTEGERS, SEARCHED, SIMULATION, Landscape
 from vitquant.lowering.promise import promised
@@ -22,11 +25,13 @@ from vitquant.lowering.recomputed_program import RecomputedProgram
 from vitquant.methods.evolving_block import EvolvingBlock
 from vitquant.methods.recomputed import Recompute, RecomputedSimulation
 from vitquant.methods.scale_evolution import evolving_blocks
+from vitquant.model.saved import float_digest
 from vitquant.objectives.output_loss import OUTPUT_LOSSES
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Recipe, requested
 from vitquant.recipe.override import Settings
 from vitquant.schema import nearest
+from vitquant.work import WorkDirectory
 
 _MOST = 10_000  # points, lines and children
 
@@ -50,6 +55,7 @@ def landscape(
     seed: int = 0,
     progress: Progress = silent,
     memory: float = 4.0,
+    work: str | Path | None = None,
 ) -> Landscape:
     """Quantize a model, and measure its loss along lines through the scales of one block; the model is not changed.
 
@@ -71,12 +77,15 @@ def landscape(
         simulated: measure the simulation alone even if the recipe promises integers, and search by it.
         memory: gigabytes for the tensors in front of the block, and for the recipe's methods; the result does not
             depend on it.
+        work: a directory in which what is done is saved: after an interruption the same call continues there. It can
+            be removed afterwards.
 
     Raises:
         RecipeError: a number is out of range, the loss is unknown, or there is no such block or nothing in it to move.
         CalibrationError: no images; a batch of one image, for `infonce`; the batches are others each time, or can be
             read once only; or the quantized model gives no finite loss.
         LoweringError: the recipe promises integers, and the model cannot be lowered.
+        CheckpointError: the work directory belongs to another run, or what it holds is damaged.
         VitquantError: see `quantize`.
 
     Source: Evol-Q, Frumkin et al. 2023, the figure of the loss landscape. docs/landscape.md.
@@ -93,20 +102,29 @@ def landscape(
         evolution = replace(evolution, fitness=SIMULATION)
     subject = subject_of(model, whole, widths, data, held_out, evolution, block, not why, seed, progress, memory)
     images = subject.images
+    about = {
+        "recipe": whole.name,
+        "bits": str(widths),
+        "reach": reach,
+        "seed": seed,
+        "calibration": {"images": images.calibration.images, "sha256": images.calibration.digest},
+        "held_out": {"images": images.held_out.images, "sha256": images.held_out.digest},
+    }
+    run = {
+        **about,
+        "model": float_digest(subject.model),
+        "recipe": subject.model.recipe.to_dict(),
+        "evolution": asdict(subject.settings),
+        "lines": {"points": points, "directions": directions, "cycles": cycles},
+        "forms": "simulation" if why else "simulation and integers",
+    }
     of_inference = any(each.is_inference() for each in subject.model.parameters())  # as in `evolve_scales`
-    with torch.inference_mode(of_inference), torch.no_grad():
-        return replace(
-            surveyed(subject, reach, points, directions, cycles, not why),
-            simulated=why,
-            about={
-                "recipe": whole.name,
-                "bits": str(widths),
-                "reach": reach,
-                "seed": seed,
-                "calibration": {"images": images.calibration.images, "sha256": images.calibration.digest},
-                "held_out": {"images": images.held_out.images, "sha256": images.held_out.digest},
-            },
-        )
+    with ExitStack() as held:
+        kept = None if work is None else held.enter_context(WorkDirectory.opened(work, run))
+        subject = quantized(subject, kept)
+        held.enter_context(torch.inference_mode(of_inference))
+        held.enter_context(torch.no_grad())
+        return replace(surveyed(subject, reach, points, directions, cycles, not why), simulated=why, about=about)
 
 
 def surveyed(subject: Subject, reach: float, points: int, directions: int, cycles: int, integers: bool) -> Landscape:
@@ -118,7 +136,7 @@ def surveyed(subject: Subject, reach: float, points: int, directions: int, cycle
         integers: whether to measure the integer program, too.
 
     Raises:
-        CalibrationError, LoweringError: see `landscape`.
+        CalibrationError, LoweringError, CheckpointError: see `landscape`.
     """
     settings, context = subject.settings, subject.context
     ((number, block),) = evolving_blocks(subject.model, context, settings).items()
@@ -128,7 +146,8 @@ def surveyed(subject: Subject, reach: float, points: int, directions: int, cycle
     unsearched = searched_line(SEARCHED, genes, genes.start, points)
     asked = [*lines, *([unsearched] if cycles else [])]
     forms = _forms(subject, number, block, integers)
-    survey = Survey(genes, forms, context, cycles + len(forms) * sum(len(each.positions) for each in asked))
+    total = cycles + len(forms) * sum(len(each.positions) for each in asked)
+    survey = Survey(genes, forms, Evaluations(context.work), context, total)
     found = None
     try:
         if cycles:

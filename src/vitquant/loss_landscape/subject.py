@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -19,13 +19,14 @@ from vitquant.methods.contract import Phase
 from vitquant.methods.float_outputs import FloatOutputs
 from vitquant.methods.running import check_gradients, run_steps
 from vitquant.methods.scale_evolution import EvolveScalesSettings, check_evolution, evolving_names
-from vitquant.methods.table import passes, planned
+from vitquant.methods.table import Step, passes, planned
 from vitquant.model import QuantizedModel
 from vitquant.progress import Progress
 from vitquant.recipe import Bits, Recipe
 from vitquant.recipe.library import overlaid
 from vitquant.tasks.task import task_of
 from vitquant.unwrapping import unwrapped
+from vitquant.work import WorkDirectory, WorkState
 
 METHOD, OVERLAY = "evolve-scales", "evolved-scales"
 
@@ -44,10 +45,11 @@ class Images:
 
 @dataclass(frozen=True)
 class Subject:
-    """A quantized model whose operations are in float, and what its outputs are compared with.
+    """A model that is quantized, its operations in float, and what its outputs are compared with.
 
     Arguments:
-        model: by the recipe without `evolve-scales`; what it has to do in integers is not done yet.
+        model: by the recipe without `evolve-scales`; it has no quantizers before `quantized`.
+        steps: that quantize it; what it has to do in integers is not among them.
         settings: of the evolution of one block of it.
         context: of methods, with the calibration images and the float model.
         images: of the calibration, and held out.
@@ -55,6 +57,7 @@ class Subject:
     """
 
     model: QuantizedModel
+    steps: Sequence[Step]
     settings: EvolveScalesSettings
     context: Context
     images: Images
@@ -84,7 +87,7 @@ def subject_of(
     progress: Progress,
     memory: float,
 ) -> Subject:
-    """Quantize a model, with all checks before any long work.
+    """Prepare a model to be quantized, with all checks, and the float model's outputs.
 
     Arguments:
         model, recipe, data, held_out, block, seed, progress, memory: see `landscape`.
@@ -128,8 +131,21 @@ def subject_of(
         progress,
         memory,
     )
-    run_steps(quantized, steps, context, None)
-    return Subject(quantized, settings, context, images, references)
+    return Subject(quantized, steps, settings, context, images, references)
+
+
+def quantized(subject: Subject, work: WorkDirectory | None) -> Subject:
+    """Quantize the model, which is changed in place.
+
+    Arguments:
+        subject: from `subject_of`.
+        work: where its state is saved, and what is measured; None saves nothing.
+
+    Raises:
+        VitquantError: see `quantize`.
+    """
+    run_steps(subject.model, subject.steps, subject.context, work)
+    return replace(subject, context=replace(subject.context, work=WorkState(work, "landscape")))
 
 
 def _evolves(recipe: Recipe) -> bool:

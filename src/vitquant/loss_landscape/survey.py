@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from vitquant.errors import CalibrationError
-from vitquant.loss_landscape.evaluation import Evaluation, Measured
+from vitquant.loss_landscape.evaluation import Evaluation
+from vitquant.loss_landscape.evaluations import Evaluations
 from vitquant.loss_landscape.lines import Line
 from vitquant.loss_landscape.table import Curve, Found, MeasuredLine
 from vitquant.methods.context import Context
@@ -19,11 +22,12 @@ from vitquant.search.genes import Genes
 
 @dataclass
 class Survey:
-    """Evaluations of a block in every form of its model, counted.
+    """Evaluations of a block in every form of its model, counted and kept.
 
     Arguments:
         genes: of the block.
         forms: by their names.
+        evaluations: what the forms give, and what an interrupted run kept of it.
         context: has the seed, and is told the progress.
         total: the number of evaluations of all that will be asked for.
         done: the number of those so far.
@@ -31,6 +35,7 @@ class Survey:
 
     genes: Genes
     forms: Mapping[str, Evaluation]
+    evaluations: Evaluations
     context: Context
     total: int
     done: int = 0
@@ -43,13 +48,13 @@ class Survey:
             cycles: the number of children.
         """
         form, what = self.forms[settings.fitness], f"searching by the {settings.fitness}"
-        before = form.loss(self.genes.start)
+        before = self._loss(form, self.genes.start)
         size = EvolutionSettings(settings.population, settings.sample, settings.rate)
         search = SEARCHES[settings.search](self.genes, before, size, self.context.generator("evolve-scales 0"))
         for _ in range(cycles):
             self._tell(f"{what}: loss {search.best[1]:.6g}")
             child = search.ask()
-            search.tell(child, form.loss(child))
+            search.tell(child, self._loss(form, child))
         found, after = search.best
         return found, Found(settings.search, settings.fitness, cycles, before, after)
 
@@ -66,23 +71,24 @@ class Survey:
         )
 
     def leave(self) -> None:
-        """Leave the block as it was."""
+        """Leave the block as it was, and keep what was measured."""
         for form in self.forms.values():
             form.put(self.genes.start)
+        self.evaluations.keep()
 
     def _curve(self, name: str, form: Evaluation, line: Line) -> Curve:
-        found: list[Measured | None] = []
+        found: list[Sequence[float | None]] = []
         for position, point in zip(line.positions, line.points, strict=True):
             self._tell(f"{name}, {line.name}")
-            found.append(form.measure(point))
-            if position == 0 and found[-1] is None:
+            found.append(self.evaluations.next(3, partial(form.measure, point)))
+            if position == 0 and found[-1][0] is None:
                 raise CalibrationError(f"the {name} of the quantized model gives no finite loss")
-        answers = tuple(None if each is None else each.agreement for each in found)
-        return Curve(
-            tuple(None if each is None else each.loss for each in found),
-            tuple(None if each is None else each.held_out for each in found),
-            None if all(each is None for each in answers) else answers,
-        )
+        losses, held_out, answers = zip(*found, strict=True)
+        return Curve(losses, held_out, None if all(each is None for each in answers) else answers)
+
+    def _loss(self, form: Evaluation, genes: Tensor) -> float:
+        (loss,) = self.evaluations.next(1, lambda: [form.loss(genes)])
+        return math.inf if loss is None else loss
 
     def _tell(self, what: str) -> None:
         self.context.progress(what, self.done, self.total)

@@ -121,6 +121,11 @@ def digest(model: QuantizedModel) -> str:
     return digest_of(_packed(model)[0], described)
 
 
+def float_digest(model: CapturedModel) -> str:
+    """A digest of a captured float model's tensors and graph."""
+    return digest_of(model.graph_module.state_dict(), {"graph": model.index.fingerprint})
+
+
 def facts(model: QuantizedModel) -> dict[str, Any]:
     """The facts about a model that every export holds: recipe, bits, digest and preprocessing, as plain values."""
     preprocessing = model.provenance.get("preprocessing")
