@@ -115,8 +115,8 @@ def landscape(
         "model": float_digest(subject.model),
         "recipe": subject.model.recipe.to_dict(),
         "evolution": asdict(subject.settings),
-        "lines": {"points": points, "directions": directions, "cycles": cycles},
-        "forms": "simulation" if why else "simulation and integers",
+        "survey": {"points": points, "directions": directions, "cycles": cycles},
+        "form": "simulation" if why else "simulation and integers",
     }
     of_inference = any(each.is_inference() for each in subject.model.parameters())  # as in `evolve_scales`
     with ExitStack() as held:
