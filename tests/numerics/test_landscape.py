@@ -23,8 +23,8 @@ from vitquant.errors import CalibrationError, CheckpointError, LoweringError, Re
 from vitquant.graph.capture import capture
 from vitquant.graph.captured import CapturedModel
 from vitquant.loss_landscape.evaluation import Evaluation
-from vitquant.loss_landscape.evaluations import Evaluations
 from vitquant.loss_landscape.jaggedness import jaggedness
+from vitquant.loss_landscape.kept_numbers import KeptNumbers
 from vitquant.loss_landscape.landscape import surveyed
 from vitquant.loss_landscape.lines import Line, random_line, searched_line
 from vitquant.loss_landscape.subject import Subject, evolution_settings, quantized, subject_of
@@ -250,9 +250,9 @@ def test_a_landscape_that_was_killed_goes_on_and_ends_the_same(
     ],
 )
 def test_the_work_of_another_landscape_is_refused(
-    half_done: tuple[Path, dict[str, Any]], changed: dict[str, Any], key: str
+    one_done: tuple[Path, dict[str, Any]], changed: dict[str, Any], key: str
 ) -> None:
-    work, arguments = half_done
+    work, arguments = one_done
     for name in ("data", "held_out"):
         if name in changed:
             first, second, *rest = arguments[name]
@@ -262,7 +262,7 @@ def test_the_work_of_another_landscape_is_refused(
 
 
 @pytest.fixture(scope="module")
-def half_done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def one_done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A work directory, and the arguments of its landscape."""
     model, data, held_out = network("timm deit")
     work = tmp_path_factory.mktemp("work")
@@ -275,18 +275,27 @@ def half_done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 def test_numbers_are_kept_and_damaged_ones_are_refused(tmp_path: Path) -> None:
     work = WorkState(WorkDirectory(tmp_path), "landscape")
-    evaluations = Evaluations(work)
-    assert evaluations.next(1, lambda: [math.inf]) == [None]
-    assert evaluations.next(3, lambda: [0.1, math.nan, None]) == [0.1, None, None]
-    evaluations.keep()
-    again = Evaluations(work)
+    kept = KeptNumbers(work)
+    assert kept.next(1, lambda: [math.inf]) == [None]
+    assert kept.next(3, lambda: [0.1, math.nan, None]) == [0.1, None, None]
+    kept.keep()
+    again = KeptNumbers(work)
     known: Any = None  # is not called
     assert (again.next(1, known), again.next(3, known)) == ([None], [0.1, None, None])
     assert again.next(1, lambda: [2.0]) == [2.0]
     for damaged in ({}, {"numbers": 3}, {"numbers": [["x"]]}, {"numbers": [[1e200]]}, {"numbers": [[1, 2]]}):
         work.save({}, damaged)
         with pytest.raises(CheckpointError, match="is damaged: remove it"):
-            Evaluations(work).next(1, known)
+            KeptNumbers(work).next(1, known)
+
+
+def test_a_model_without_a_finite_loss_is_refused_before_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, held_out = network("timm deit")
+    asked: list[Tensor] = []
+    monkeypatch.setattr(Evaluation, "loss", lambda _, genes: (asked.append(genes), math.nan)[1])
+    with pytest.raises(CalibrationError, match="the simulation of the quantized model gives no finite loss"):
+        vitquant.landscape(model, "evol-q", data, held_out, settings=RELATIVE, **QUICK)
+    assert len(asked) == 1
 
 
 def test_progress_counts_every_evaluation() -> None:

@@ -15,7 +15,7 @@ from vitquant.autocast import in_own_precision
 from vitquant.calibration_data import Batch, RepeatedBatches
 from vitquant.errors import RecipeError
 from vitquant.loss_landscape.evaluation import Evaluation
-from vitquant.loss_landscape.evaluations import Evaluations
+from vitquant.loss_landscape.kept_numbers import KeptNumbers
 from vitquant.loss_landscape.lines import random_line, searched_line
 from vitquant.loss_landscape.subject import Subject, evolution_settings, quantized, subject_of
 from vitquant.loss_landscape.survey import Survey
@@ -147,7 +147,7 @@ def surveyed(subject: Subject, reach: float, points: int, directions: int, cycle
     asked = [*lines, *([unsearched] if cycles else [])]
     forms = _forms(subject, number, block, integers)
     total = cycles + len(forms) * sum(len(each.positions) for each in asked)
-    survey = Survey(genes, forms, Evaluations(context.work), context, total)
+    survey = Survey(genes, forms, KeptNumbers(context.work), context, total)
     found = None
     try:
         if cycles:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitquant.errors import CalibrationError
 from vitquant.loss_landscape.evaluation import Evaluation
-from vitquant.loss_landscape.evaluations import Evaluations
+from vitquant.loss_landscape.kept_numbers import KeptNumbers
 from vitquant.loss_landscape.lines import Line
 from vitquant.loss_landscape.table import Curve, Found, MeasuredLine
 from vitquant.methods.context import Context
@@ -27,7 +27,7 @@ class Survey:
     Arguments:
         genes: of the block.
         forms: by their names.
-        evaluations: what the forms give, and what an interrupted run kept of it.
+        kept: what the forms give, and what an interrupted run kept of it.
         context: has the seed, and is told the progress.
         total: the number of evaluations of all that will be asked for.
         done: the number of those so far.
@@ -35,7 +35,7 @@ class Survey:
 
     genes: Genes
     forms: Mapping[str, Evaluation]
-    evaluations: Evaluations
+    kept: KeptNumbers
     context: Context
     total: int
     done: int = 0
@@ -46,9 +46,14 @@ class Survey:
         Arguments:
             settings: of the search; its fitness is the form of the model.
             cycles: the number of children.
+
+        Raises:
+            CalibrationError: the loss of the model as it was quantized is not finite.
         """
         form, what = self.forms[settings.fitness], f"searching by the {settings.fitness}"
         before = self._loss(form, self.genes.start)
+        if before == math.inf:
+            raise _not_finite(settings.fitness)
         size = EvolutionSettings(settings.population, settings.sample, settings.rate)
         search = SEARCHES[settings.search](self.genes, before, size, self.context.generator("evolve-scales 0"))
         for _ in range(cycles):
@@ -74,22 +79,26 @@ class Survey:
         """Leave the block as it was, and keep what was measured."""
         for form in self.forms.values():
             form.put(self.genes.start)
-        self.evaluations.keep()
+        self.kept.keep()
 
     def _curve(self, name: str, form: Evaluation, line: Line) -> Curve:
         found: list[Sequence[float | None]] = []
         for position, point in zip(line.positions, line.points, strict=True):
             self._tell(f"{name}, {line.name}")
-            found.append(self.evaluations.next(3, partial(form.measure, point)))
+            found.append(self.kept.next(3, partial(form.measure, point)))
             if position == 0 and found[-1][0] is None:
-                raise CalibrationError(f"the {name} of the quantized model gives no finite loss")
+                raise _not_finite(name)
         losses, held_out, answers = zip(*found, strict=True)
         return Curve(losses, held_out, None if all(each is None for each in answers) else answers)
 
     def _loss(self, form: Evaluation, genes: Tensor) -> float:
-        (loss,) = self.evaluations.next(1, lambda: [form.loss(genes)])
+        (loss,) = self.kept.next(1, lambda: [form.loss(genes)])
         return math.inf if loss is None else loss
 
     def _tell(self, what: str) -> None:
         self.context.progress(what, self.done, self.total)
         self.done += 1
+
+
+def _not_finite(form: str) -> CalibrationError:
+    return CalibrationError(f"the {form} of the quantized model gives no finite loss")

@@ -12,7 +12,7 @@ _MOST = 1e100
 _KEPT = Table({"numbers": ListOf(ListOf(maybe(Number(-_MOST, _MOST))))})
 
 
-class Evaluations:
+class KeptNumbers:
     """What evaluations gave, one after another: first those that an interrupted run kept, then new ones.
 
     A run with the same inputs asks for the same evaluations in the same order, the children of its search included,
