@@ -7,7 +7,8 @@
 A variant is a recipe with the method `evolve-scales`, then bits, then settings as `vitquant quantize --set` takes them:
 "evol-q w4a8 evolve-scales.passes=3". Each seed draws the calibration images, and other ones, for which the loss and
 the agreement are measured too, and it is the seed of the search. The recipe without the method is the base. With
-`--held-out` nothing else is measured: settings are chosen by that, and not by evaluation data.
+`--held-out` nothing else is measured: settings are chosen by that, and not by evaluation data. Where all photographs
+calibrate, as `--images 1000` says, there are no others, and their columns stay empty.
 
 DeiT-Tiny is evaluated as the integer program where it lowers, on 500 photographs of `photos_eval` and 1,000 of
 `imagenette_eval`; the embedded model with `--cifar` in float32 simulation, on all 10,000 test images of CIFAR-10.
@@ -132,10 +133,11 @@ def main() -> None:
         cells = [name, _cell(rows, "before", 4), _cell(rows, "after", 4)]
         base = table.get(_base(name), rows)
         for measure, digits in OTHERS.items():
-            cells.append(spread([draw["others"][measure] for draw in rows], digits))
-            pairs = zip(rows, base, strict=True)
-            changes = [draw["others"][measure] - before["others"][measure] for draw, before in pairs]
-            cells.append("" if base is rows else spread(changes, digits))
+            values = [draw["others"].get(measure) for draw in rows]
+            pairs = zip(values, [draw["others"].get(measure) for draw in base], strict=True)
+            changes = [value - before for value, before in pairs if value is not None and before is not None]
+            cells.append(_spread(values, digits))
+            cells.append("" if base is rows else _spread(changes, digits))
         for each in first["scores"]:
             cells += score_cells([draw["scores"][each] for draw in rows], 2)
         print(row([*cells, _cell(rows, "seconds", 0)]))
@@ -168,12 +170,14 @@ def _measure(job: Job) -> Found:
             result["before"], result["after"] = record.summary["loss before"], record.summary["loss after"]
     _, engine, _ = default_engine(quantized) if job.cifar is None else ("", quantized, "")
     outputs = [(logits(engine, images), logits(data.model, images)) for images in map(images_of, others)]
-    found, reference = (torch.cat(each) for each in zip(*outputs, strict=True))
-    result["others"] = {
-        "loss": torch.cat([OUTPUT_LOSSES["infonce"](*pair) for pair in outputs]).mean().item(),
-        "agreement": compare(found, reference, reference.argmax(1)).agreement,
-        "cosine": cosine(found, reference),
-    }
+    result["others"] = {}
+    if outputs:
+        found, reference = (torch.cat(each) for each in zip(*outputs, strict=True))
+        result["others"] = {
+            "loss": torch.cat([OUTPUT_LOSSES["infonce"](*pair) for pair in outputs]).mean().item(),
+            "agreement": compare(found, reference, reference.argmax(1)).agreement,
+            "cosine": cosine(found, reference),
+        }
     evaluations = {} if job.held_out else data.evaluations
     result["scores"] = {name: evaluate(engine) for name, evaluate in evaluations.items()}
     return result
@@ -186,7 +190,8 @@ def _photographs() -> Data:
 
     def drawn(seed: int, images: int) -> tuple[Any, Any]:
         order = subset(listing, len(listing), seed)
-        return batches(order[:images], PREPROCESSING, BATCH), batches(order[-HELD_OUT:], PREPROCESSING, BATCH)
+        others = order[images:][-HELD_OUT:]
+        return batches(order[:images], PREPROCESSING, BATCH), batches(others, PREPROCESSING, BATCH) if others else ()
 
     def of(name: str) -> Callable[[torch.nn.Module], Found]:
         return lambda network: evaluation_sets()[name].scores(run(network, evaluation_sets()[name].images))
@@ -200,7 +205,7 @@ def _cifar(folder: Path) -> Data:
 
     def drawn(seed: int, count: int) -> tuple[Any, Any]:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-        parts = order[:count], order[-10 * HELD_OUT :]
+        parts = order[:count], order[count:][-10 * HELD_OUT :]
         calibration, others = (list(normalized(train[part]).split(BATCH)) for part in parts)
         return calibration, others
 
@@ -212,8 +217,12 @@ def _cifar(folder: Path) -> Data:
 
 
 def _cell(rows: Sequence[Found], key: str, digits: int) -> str:
-    values = [each[key] for each in rows if key in each]
-    return spread(values, digits) if values else ""
+    return _spread([each.get(key) for each in rows], digits)
+
+
+def _spread(values: Sequence[float | None], digits: int) -> str:
+    there = [value for value in values if value is not None]
+    return spread(there, digits) if there else ""
 
 
 if __name__ == "__main__":
