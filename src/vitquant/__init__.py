@@ -10,6 +10,7 @@ In Python::
     logits = vitquant.lower(model).run(images)
     inputs = vitquant.inputs_of(detector, "backbone", batches)
     detector = vitquant.put_back(detector, "backbone", vitquant.quantize(detector.backbone, "default", inputs))
+    images = vitquant.synthesize(float_model, 32)
     recipe, bits = vitquant.sensitivity(float_model, "vt-ptq", calibration_batches).allocate(mean_bits=6)
 """
 
@@ -31,13 +32,14 @@ if TYPE_CHECKING:
     from vitquant.model import QuantizedModel
     from vitquant.program.instructions import IntegerProgram
     from vitquant.submodules import inputs_of, put_back
+    from vitquant.synthetic_images import SyntheticImages, synthesize
     from vitquant.workflows import BrokenPromiseError, compare, evaluate, export, quantize
     from vitquant.zoo import ModelSource
 
 __all__ = [
     "BrokenPromiseError", "CapturedModel", "IntegerProgram", "Landscape", "ModelSource", "QuantizedModel",
-    "SensitivityTable", "VitquantError", "at_image_size", "compare", "evaluate", "export", "float_model", "inputs_of",
-    "landscape", "load", "lower", "put_back", "quantize", "sensitivity",
+    "SensitivityTable", "SyntheticImages", "VitquantError", "at_image_size", "compare", "evaluate", "export",
+    "float_model", "inputs_of", "landscape", "load", "lower", "put_back", "quantize", "sensitivity", "synthesize",
 ]  # fmt: skip
 
 _HOMES = {
@@ -46,6 +48,7 @@ _HOMES = {
     "ModelSource": "vitquant.zoo",
     "QuantizedModel": "vitquant.model",
     "SensitivityTable": "vitquant.allocation.table",
+    "SyntheticImages": "vitquant.synthetic_images",
     "VitquantError": "vitquant.errors",
     "float_model": "vitquant.loading",
     "load": "vitquant.loading",
@@ -61,6 +64,7 @@ _HOMES = {
     "put_back": "vitquant.submodules",
     "quantize": "vitquant.workflows",
     "sensitivity": "vitquant.allocation.sensitivity",
+    "synthesize": "vitquant.synthetic_images",
 }
 
 

@@ -72,6 +72,24 @@ def parse_toml(content: bytes | str, error: type[VitquantError]) -> dict[str, An
     return _parsed("TOML", content, error, parse, edited=True)
 
 
+def parse_value(text: str, error: type[VitquantError]) -> Any:
+    """A TOML value, or the text itself where it is a bare word.
+
+    Raises:
+        VitquantError: `error`: it is empty, or begins like a value and is none.
+    """
+    try:
+        parsed = parse_toml(f"value = {text}", error)
+    except VitquantError:
+        parsed = {}
+    if set(parsed) == {"value"}:
+        return parsed["value"]
+    word = text.strip()
+    if not word or word[0] in "[{\"'" or "\n" in word:
+        raise error(f"{word!r} is not a TOML value")
+    return word
+
+
 def _parsed(
     form: str, content: bytes | str, error: type[VitquantError], parse: Callable[[str], Any], edited: bool
 ) -> Any:

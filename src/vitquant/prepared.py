@@ -47,6 +47,23 @@ class Request:
 
 
 @dataclass(frozen=True)
+class NamedModel:
+    """A float model that was built from its name.
+
+    Arguments:
+        network: the model, on its device.
+        source: the source of the model.
+        steps: the preprocessing of its images.
+        notes: remarks for the user about its weights.
+    """
+
+    network: nn.Module
+    source: ModelSource
+    steps: Preprocessing
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A float model and its calibration images.
 
@@ -71,27 +88,52 @@ class Prepared:
     held_out: ImageBatches | None = None
 
 
+def named_source(
+    name: str, weights: str, weights_key: str | None, model_arguments: list[str] | None, seed: int
+) -> ModelSource:
+    """The source of a model, checked as far as that needs neither weights nor images; arguments as of `Request`.
+
+    Raises:
+        ModelError: there is no such model, or an argument is none.
+    """
+    if weights not in ("pretrained", "random"):
+        weights = str(Path(weights).absolute())  # it is saved, and `evaluate` may run in another directory
+    named = ModelSource(name, parse_model_arguments(model_arguments or ()), weights, seed, weights_key=weights_key)
+    check_name(named)
+    return named
+
+
+def built(named: ModelSource, preprocessing: Path | None, where: torch.device) -> NamedModel:
+    """Build a model with its weights.
+
+    Arguments:
+        named: from `named_source`.
+        preprocessing: a file whose keys are laid over the model's own.
+        where: the device.
+
+    Raises:
+        VitquantError: the model, its weights or its preprocessing are not available.
+    """
+    torch.manual_seed(named.seed)
+    source = pinned(named)
+    notes: list[str] = []
+    network = create(source, notes.append).to(where)
+    return NamedModel(network, source, preprocessing_of(network, source, preprocessing), tuple(notes))
+
+
 def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
     """Build the model and choose the images, with all checks before any long work.
 
     Raises:
         VitquantError: the model, weights, images or preprocessing are not available.
     """
-    torch.manual_seed(request.seed)
-    weights = request.weights
-    if weights not in ("pretrained", "random"):
-        weights = str(Path(weights).absolute())  # it is saved, and `evaluate` may run in another directory
-    arguments = parse_model_arguments(request.model_arguments or ())
-    named = ModelSource(request.model, arguments, weights, request.seed, weights_key=request.weights_key)
-    check_name(named)
+    named = named_source(request.model, request.weights, request.weights_key, request.model_arguments, request.seed)
     chosen = CalibrationImages.chosen(
         request.calibration, recipe, request.images, request.batch, request.seed, request.held_out
     )
-    source = pinned(named)
-    notes: list[str] = []
-    network = create(source, notes.append).to(where)
-    steps = preprocessing_of(network, source, request.preprocessing)
-    data = chosen.batches(steps, request.image_workers, request.skip_bad_images)
+    model = built(named, request.preprocessing, where)
     reading = (request.image_workers, request.skip_bad_images)
-    held_out = chosen.held_out_batches(steps, *reading) if request.held_out else None
-    return Prepared(network, source, steps, data, len(chosen.items), chosen.batch, (*notes, *chosen.notes), held_out)
+    data = chosen.batches(model.steps, *reading)
+    held_out = chosen.held_out_batches(model.steps, *reading) if request.held_out else None
+    notes = (*model.notes, *chosen.notes)
+    return Prepared(model.network, model.source, model.steps, data, len(chosen.items), chosen.batch, notes, held_out)

@@ -850,6 +850,7 @@ def commands_that_write(workshop, sensitivities, path):
     yield ["export", workshop / "out", "--format", "openvino", "--output", path, "--force"]
     yield sensitivity_words(workshop, "--output", path, "--force")
     yield landscape_words(workshop, "--output", path, "--force")
+    yield ["synthesize", *MODEL, "--weights", "random", "--output", path, "--force"]
     yield ["demo", "--output", path, "--force"]
     yield ["vectors", path, "--force"]
     if path.suffix:
@@ -869,6 +870,7 @@ def test_what_cannot_be_an_output_is_refused_by_every_command_before_its_work(
 ):
     for work in (
         "prepared.prepare",
+        "prepared.built",
         "loading.load",
         "demo.model",
         "conformance.vectors.write_into",

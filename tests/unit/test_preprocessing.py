@@ -3,10 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from vitquant.errors import DataError
-from vitquant.tasks.preprocessing import CROP_MODES, Preprocessing
+from vitquant.tasks.preprocessing import CROP_MODES, INTERPOLATIONS, Preprocessing
 from vitquant.zoo import ModelSource, architecture, preprocessing_of
 from vitquant.zoo.preprocessing import _crop_pct
 
@@ -185,3 +187,25 @@ def test_timms_is_the_models_data_configuration_in_the_size_asked_for():
 def test_a_users_module_gets_the_imagenet_default():
     source = ModelSource("python:torch.nn:Identity")
     assert preprocessing_of(torch.nn.Identity(), source) == Preprocessing((3, 224, 224), "bicubic", 0.875)
+
+
+@given(
+    st.sampled_from(CROP_MODES),
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.floats(0.3, 1.0),
+    st.sampled_from(INTERPOLATIONS),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_framed_image_is_given_back_as_its_pixels(mode, size, crop_pct, interpolation):
+    steps = Preprocessing(
+        input_size=(3, *size),
+        crop_pct=crop_pct,
+        crop_mode=mode,
+        interpolation=interpolation,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+    )
+    pixels = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size[0]))
+    image = steps.framed(pixels)
+    assert image.size == tuple(math.floor(side / crop_pct) for side in reversed(size))
+    torch.testing.assert_close(steps.transform()(image), pixels / 255, rtol=0, atol=0)

@@ -24,6 +24,7 @@ from vitquant.cli.recipes import recipes
 from vitquant.cli.resize import resize
 from vitquant.cli.sensitivity import sensitivity
 from vitquant.cli.sweep import sweep
+from vitquant.cli.synthesize import synthesize
 from vitquant.cli.vectors import vectors
 from vitquant.errors import VitquantError
 
@@ -43,6 +44,7 @@ for command in (
     sensitivity,
     allocate,
     landscape,
+    synthesize,
     sweep,
     resize,
     recipes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ import torch
 from vitquant.graph.captured import CapturedModel
 from vitquant.methods.recomputed import Recompute
 from vitquant.progress import Progress, silent
+from vitquant.seeding import generator_for
 from vitquant.work import WorkState
 from vitquant.workers.worker import Workers
 
@@ -63,5 +63,4 @@ class Context:
         Arguments:
             name: names the purpose, such as the method.
         """
-        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return generator_for(self.seed, name)

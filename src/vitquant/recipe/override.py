@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from vitquant.errors import RecipeError
-from vitquant.parsing import parse_toml
+from vitquant.parsing import parse_value
 from vitquant.recipe.recipe import Recipe
 from vitquant.recipe.rule import RULE_KEYS, SCHEMES, SPEC_KEYS, scheme_keys
 from vitquant.recipe.tables import within
@@ -70,7 +70,7 @@ def _assignments(settings: Settings) -> Iterator[tuple[str, str, Callable[[], ob
         return
     for setting in settings:
         path, equals, text = setting.partition("=")
-        yield f"--set {setting!r}", path if equals else "", partial(_value, text)
+        yield f"--set {setting!r}", path if equals else "", partial(parse_value, text, RecipeError)
 
 
 def _set_in_rule(rule: dict[str, Any], keys: list[str], value: object) -> None:
@@ -104,17 +104,3 @@ def _set_in_method(method: dict[str, Any], keys: list[str], value: object) -> No
     if keys == ["name"]:
         raise RecipeError("a method keeps its name")
     method[last] = value
-
-
-def _value(text: str) -> object:
-    """A TOML value, or the text itself when it is a bare word."""
-    try:
-        parsed = parse_toml(f"value = {text}", RecipeError)
-    except RecipeError:
-        parsed = {}
-    if set(parsed) == {"value"}:
-        return parsed["value"]
-    word = text.strip()
-    if not word or word[0] in "[{\"'" or "\n" in word:
-        raise RecipeError(f"{word!r} is not a TOML value")
-    return word

@@ -1,4 +1,4 @@
-"""Figures of sensitivities, of the Pareto front and of loss landscapes; they need the extra `vitquant[figures]`."""
+"""Figures of sensitivities, Pareto fronts, loss landscapes and synthetic images; they need `vitquant[figures]`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from vitquant.allocation.front import Allocation, Costs
 from vitquant.allocation.measure import Sensitivity
 from vitquant.errors import ExportError
 from vitquant.loss_landscape.table import SEARCHED, Curve, Landscape
+from vitquant.synthetic_images import SyntheticImages
+
+_ON_A_SHEET = 64  # images
 
 
 def sensitivity_figure(modules: Sequence[Sensitivity], sites: Sequence[Sensitivity]) -> bytes:
@@ -103,6 +106,31 @@ def landscape_figure(landscape: Landscape) -> bytes:
     grid[0][0].legend(fontsize="small")
     quantized = f"{landscape.about.get('recipe', '')} {landscape.about.get('bits', '')}".strip()
     figure.suptitle(f"{quantized}: {landscape.scales} scales of block {landscape.block}")
+    return _png(figure)
+
+
+def contact_sheet(images: SyntheticImages) -> bytes:
+    """A PNG of the first 64 images, and below them how the parts of the loss developed, if they were optimized.
+
+    Raises:
+        ExportError: matplotlib is not installed.
+    """
+    shown = images.pixels[:_ON_A_SHEET].permute(0, 2, 3, 1).numpy()
+    columns = min(8, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    traces: Mapping[str, Sequence[float]] = (images.about.get("losses") or [{}])[0]
+    figure = _figure(1.6 * max(4, columns), 1.6 * rows + 0.4 + (2.6 if traces else 0))
+    parts = figure.subfigures(2 if traces else 1, 1, height_ratios=[1.6 * rows, 2.6] if traces else None, squeeze=False)
+    for axes in parts[0][0].subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, image in zip(parts[0][0].axes, shown, strict=False):
+        axes.imshow(image, interpolation="nearest")
+    if traces:
+        for axes, (name, values) in zip(parts[1][0].subplots(1, len(traces)), traces.items(), strict=True):
+            axes.plot(range(1, len(values) + 1), values)
+            axes.set(title=name, xlabel="iteration")
+            axes.grid(alpha=0.3)
+    figure.suptitle(f"{images.about['method']}, {len(images)} images, seed {images.about['seed']}")
     return _png(figure)
 
 

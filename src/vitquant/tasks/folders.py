@@ -21,6 +21,7 @@ _SYSTEM_FOLDERS = frozenset(
     )
 )
 _SYSTEM_FILES = frozenset(["thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"])
+_OF_SYNTHESES = frozenset(["synthesis.json", "contact-sheet.png"])  # beside the images that vitquant makes
 _SPLIT = re.compile(
     r"(?P<of>.*[-_ ])?"
     r"(?P<part>train|trn|trainval|val|valid|validation|test|tst|eval|evaluation|dev|holdout)(ing)?"
@@ -249,7 +250,7 @@ def _visible(folder: Path) -> tuple[list[str], list[str]]:
         raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
     return (
         sorted(name for name in names if name.lower() not in _SYSTEM_FOLDERS),
-        sorted(name for name in files if name.lower() not in _SYSTEM_FILES),
+        sorted(name for name in files if name.lower() not in _SYSTEM_FILES | _OF_SYNTHESES),
     )
 
 

@@ -8,13 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+from torch.nn import functional
+
 from vitquant.errors import DataError
 from vitquant.parsing import parse_toml, read_file
 from vitquant.schema import Flag, Integer, ListOf, Number, Table, Text, check
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
@@ -118,6 +121,32 @@ class Preprocessing:
             raise DataError("preprocessing images needs timm: pip install vitquant[timm]") from error
         steps = {key: value for key, value in asdict(self).items() if key != "exif_orientation"}
         return create_transform(**steps, is_training=False)  # pyright: ignore[reportReturnType]
+
+    def framed(self, pixels: Tensor) -> Image:
+        """An image that `transform` gives back as these pixels, normalized.
+
+        Where an image is resized and cropped, the pixels get a frame that repeats those at its edges, so that it has
+        the size to which images are resized, and the crop takes the frame away.
+
+        Arguments:
+            pixels: uint8, of `input_size`.
+
+        Raises:
+            DataError: Pillow is not installed, or the pixels have another size.
+        """
+        try:
+            from PIL.Image import fromarray
+        except ImportError as error:
+            raise DataError("images need Pillow: pip install vitquant[timm]") from error
+        if tuple(pixels.shape) != self.input_size:
+            raise DataError(f"an image of {list(pixels.shape)} where {list(self.input_size)} are taken")
+        frame: list[int] = []
+        for size in reversed(self.input_size[1:]):  # torch names the last axis first
+            more = math.floor(size / self.crop_pct) - size
+            before = round(more / 2)  # as torchvision's crop rounds
+            frame += [before, more - before]
+        wide = functional.pad(pixels[None].float(), frame, mode="replicate")[0].to(torch.uint8)
+        return fromarray(wide.permute(1, 2, 0).contiguous().numpy())
 
     def check_size(self, width: int, height: int) -> None:
         """Refuse an image that is so narrow that one side becomes 0 when it is resized, or the other enormous.

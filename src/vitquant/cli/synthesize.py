@@ -1,0 +1,114 @@
+"""`vitquant synthesize`: images to calibrate on, made from a model alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitquant.cli import calibrating, options
+from vitquant.cli.terminal import Terminal
+from vitquant.files import Directory, write_file
+
+Count = Annotated[int, typer.Option(help="Number of images.")]
+Output = Annotated[Path, typer.Option(metavar="DIR", help="The directory to write, for --calibration.")]
+
+
+def synthesize(
+    model: calibrating.Name,
+    output: Output,
+    count: Count = 32,
+    method: Annotated[
+        str, typer.Option(help="psaq-vit; or gaussian-noise or uniform-noise, as baselines.")
+    ] = "psaq-vit",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, as in iterations=100; repeat."),
+    ] = None,
+    weights: calibrating.Weights = "pretrained",
+    weights_key: calibrating.WeightsKey = None,
+    preprocessing: options.PreprocessingFile = None,
+    model_arguments: calibrating.ModelArguments = None,
+    memory_budget: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="GB", callback=options.finite, help="Memory for gradients; 4 when not given."),
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="SECONDS", callback=options.finite, help="After which the images so far are written."
+        ),
+    ] = None,
+    work: calibrating.Work = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace synthetic images that are there.")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=options.LARGEST_SEED, help="Seed of all random draws.")] = 0,
+    device: options.DeviceOption = options.Device.AUTO,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make images for MODEL from the model alone, and write them to DIR."""
+    started = time.perf_counter()
+    with Terminal(json, quiet) as terminal:
+        with terminal.progress("loading"):
+            import vitquant
+            from vitquant.prepared import built, named_source
+            from vitquant.report.figures import check_matplotlib, contact_sheet
+            from vitquant.report.tables import facts
+            from vitquant.synthetic_images import ABOUT, MOST, SHEET, SynthesisStoppedError, check_synthesis, name_of
+
+            check_synthesis(count, method, settings or ())
+            check_matplotlib()
+            named = named_source(model, weights, weights_key, model_arguments, seed)
+            names = (ABOUT, SHEET, *map(name_of, range(MOST)))
+            directory = Directory(
+                "set of synthetic images", dict.fromkeys(names), lambda path: (path / ABOUT).is_file()
+            )
+        terminal.continuing(work)
+        with terminal.replacing(output, force, directory) as new:
+            with terminal.progress("loading"):
+                found = built(named, preprocessing, options.choose_device(device, threads))
+            stopped: SynthesisStoppedError | None = None
+            with terminal.progress("capturing") as update:
+                try:
+                    images = vitquant.synthesize(
+                        found.network,
+                        count,
+                        method,
+                        settings=settings or (),
+                        preprocessing=found.steps.to_dict(),
+                        seed=seed,
+                        progress=lambda what, done, total: update(
+                            description=what, completed=done, total=total, unit="iterations"
+                        ),
+                        memory=4.0 if memory_budget is None else memory_budget,
+                        time_limit=math.inf if time_limit is None else time_limit,
+                        work=work,
+                    )
+                except SynthesisStoppedError as error:
+                    stopped, images = error, error.images
+                update(description="writing")
+                images.about["model"] = found.source.to_dict()
+                images.save(new)
+                write_file(new / SHEET, contact_sheet(images))
+        for note in found.notes:
+            terminal.note(note)
+        if images.cut_short:
+            terminal.note(f"the time limit came first: {images.cut_short}")
+        ends = images.ends_of_losses
+        seconds = time.perf_counter() - started
+        rows = {
+            "model": found.source.name,
+            "images": f"{len(images)} of {'x'.join(map(str, images.pixels.shape[1:]))} by {method}, seed {seed}",
+            **{name: f"{first:.4g} at first, {last:.4g} at last" for name, (first, last) in ends.items()},
+            "written to": f"{output}, after {seconds:.1f} s",
+        }
+        if stopped is None:
+            values = {**images.about, "losses": ends, "images": len(images), "output": str(output.absolute())}
+            terminal.result({**values, "seconds": seconds}, facts(rows))
+    if stopped is not None:
+        raise SynthesisStoppedError(f"{stopped}; {output} holds them", stopped.images)

@@ -1,0 +1,1 @@
+"""Images for a model, made from the model alone."""

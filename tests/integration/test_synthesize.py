@@ -1,0 +1,315 @@
+"""Images that are made from a model: the optimization, its draws and limits, and what the commands write."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import vitquant
+from vitquant.errors import CalibrationError, CheckpointError, ModelError, RecipeError
+from vitquant.graph.capture import capture
+from vitquant.graph.captured import CapturedModel
+from vitquant.image_folders import load_unlabelled
+from vitquant.objectives.total_variation import total_variation
+from vitquant.synthesis import patch_similarity
+from vitquant.synthesis.patch_similarity import Draws, Objective, PatchSimilaritySettings, optimize
+from vitquant.synthesis.patches import PatchFeatures
+from vitquant.synthetic_images import SynthesisStoppedError
+from vitquant.tasks.images import batches
+from vitquant.tasks.preprocessing import Preprocessing
+
+ARGUMENTS = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 10}
+STEPS = {"input_size": [3, 32, 32], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+Run = Callable[..., tuple[int, str, str]]
+SHORT = {"iterations": 4, "warmup": 2}
+MODEL = ["timm:vit_tiny_patch16_224", "--weights", "random"]
+MODEL += [word for key, value in ARGUMENTS.items() for word in ("--model-arg", f"{key}={value}")]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **ARGUMENTS).eval()
+
+
+def captured(model: nn.Module, size: int = 32) -> CapturedModel:
+    example = torch.randn(2, 3, size, size).to(next(model.parameters()))
+    return CapturedModel(capture(model, example), (3, size, size))
+
+
+def direct_entropy(features: Tensor, bandwidth: float, points: int) -> Tensor:
+    """Of one image, (patches, channels), by the formula with a number for every pair and point."""
+    unit = functional.normalize(features, dim=-1)
+    pairs = (unit @ unit.T).flatten()
+    positions = torch.linspace(pairs.min().item(), pairs.max().item(), points, dtype=features.dtype)
+    kernels = (-0.5 * ((positions[:, None] - pairs) / bandwidth) ** 2).exp() / (bandwidth * math.sqrt(2 * math.pi))
+    density = kernels.mean(1) + 1e-4
+    return -torch.trapezoid(density * density.log(), positions)
+
+
+def test_the_optimization_is_the_published_one_in_float64(model: nn.Module) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **ARGUMENTS).double().eval()
+    settings = PatchSimilaritySettings(iterations=3, jitter=(15, 100), warmup=2, bandwidth=0.2, variation_weight=0.01)
+    draws = Draws.of(5, (0, 1, 2), (3, 32, 32), 10, settings)
+    draws = Draws(draws.start.double(), draws.classes, draws.targets, draws.offsets, draws.flips)
+    limits = torch.full((3, 1, 1), -1.5).double(), torch.full((3, 1, 1), 1.25).double()
+    found = optimize(Objective.of(captured(model), settings, "output"), draws, limits, at_once=2)
+    assert any(draws.offsets)
+    assert set(draws.flips) == {True, False}
+
+    contexts: list[Tensor] = []
+    for block in model.blocks:
+        block.attn.proj.register_forward_pre_hook(lambda _, inputs: contexts.append(inputs[0]))
+    images, traces = draws.start.clone(), []
+    for step in range(6):
+        if step % 3 == 0:
+            first, second = torch.zeros_like(images), torch.zeros_like(images)
+        images.requires_grad_(True)
+        contexts.clear()
+        moved = images.roll((draws.offsets[step], draws.offsets[step]), (2, 3))
+        moved = moved.flip(3) if draws.flips[step] else moved
+        logits = model(moved)
+        losses = []
+        for number in range(3):
+            entropy = 0.0
+            for context in contexts:
+                patches = context[number].unflatten(-1, (3, 8)).mean(1)[1:]
+                entropy = entropy + direct_entropy(patches, 0.2, 10)
+            cross = -logits[number].log_softmax(0)[draws.classes[number]]
+            distance = (total_variation(moved)[number] - draws.targets[number]).abs()
+            losses.append(torch.stack([entropy, cross, distance]))
+        parts = torch.stack(losses)
+        total = (-parts[:, 0] + parts[:, 1] + 0.01 * parts[:, 2]).sum()
+        gradient = torch.autograd.grad(total, images)[0]
+        t = step % 3 + 1
+        rate = 0.2 * t / 2 if t <= 2 else 0.2 * 0.5 * (1 + math.cos(0))
+        first, second = 0.5 * first + 0.5 * gradient, 0.9 * second + 0.1 * gradient**2
+        moved_by = rate * (first / (1 - 0.5**t)) / ((second / (1 - 0.9**t)).sqrt() + 1e-8)
+        images = (images.detach() - moved_by).clamp(-1.5, 1.25)
+        traces.append(parts.detach().mean(0).tolist())
+    torch.testing.assert_close(found.images, images, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(found.trace), torch.tensor(traces))
+
+
+def test_images_do_not_depend_on_how_many_others_there_are_and_how_many_are_computed_at_a_time(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = vitquant.synthesize(model, 5, settings=SHORT, preprocessing=STEPS, seed=3)
+    monkeypatch.setattr("vitquant.synthetic_images._AT_ONCE", 2)
+    monkeypatch.setattr("vitquant.synthetic_images._SET", 2)
+    few = vitquant.synthesize(model, 3, settings=SHORT, preprocessing=STEPS, seed=3)
+    assert len(few.about["losses"]) == 2
+    differences = (several.pixels[:3].int() - few.pixels.int()).abs()
+    assert differences.max() <= 2  # sums are rounded otherwise
+    assert differences.float().mean() < 0.01
+    other = vitquant.synthesize(model, 3, settings=SHORT, preprocessing=STEPS, seed=4)
+    assert (other.pixels.int() - few.pixels.int()).abs().float().mean() > 10
+
+
+def test_the_model_is_not_changed_and_the_same_seed_gives_the_same_images(model: nn.Module) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    once, again = (vitquant.synthesize(model, 2, settings=SHORT, preprocessing=STEPS) for _ in range(2))
+    assert torch.equal(once.pixels, again.pixels)
+    assert once.about == again.about
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert all(each.requires_grad and each.grad is None for each in model.parameters())
+
+
+def test_the_entropy_rises(model: nn.Module) -> None:
+    images = vitquant.synthesize(model, 4, settings={"iterations": 40, "warmup": 10}, preprocessing=STEPS)
+    first, last = images.ends_of_losses["entropy"]
+    assert last > first + 0.1
+
+
+def test_an_interrupted_synthesis_continues_bit_for_bit(model: nn.Module, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("vitquant.synthetic_images._SET", 2)
+    monkeypatch.setattr("vitquant.work._EVERY", 0.0)
+    monkeypatch.setattr("vitquant.work._SHARE", math.inf)
+    given = {"settings": {"iterations": 5, "warmup": 2}, "preprocessing": STEPS, "seed": 1}
+    whole = vitquant.synthesize(model, 3, **given)
+    steps = 0
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        nonlocal steps
+        steps += 1
+        assert total == 20
+        if steps in (3, 8, 16):  # in both stages of the first set, and in the second
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            vitquant.synthesize(model, 3, work=tmp_path / "work", progress=interrupt, **given)
+    continued = vitquant.synthesize(model, 3, work=tmp_path / "work", progress=interrupt, **given)
+    assert steps <= 20 + 3  # an interrupted iteration is not saved
+    assert torch.equal(continued.pixels, whole.pixels)
+    assert continued.about == whole.about
+    with pytest.raises(CheckpointError, match="another run, with another synthesis"):
+        vitquant.synthesize(model, 3, work=tmp_path / "work", **{**given, "seed": 2})
+    saved = tmp_path / "work" / "set-0.safetensors"
+    saved.write_bytes(saved.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match=r"set-0\.safetensors is damaged"):
+        vitquant.synthesize(model, 3, work=tmp_path / "work", **given)
+
+
+def test_the_time_limit_ends_with_the_images_so_far(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitquant.synthetic_images._SET", 2)
+    images = vitquant.synthesize(model, 3, settings=SHORT, preprocessing=STEPS, time_limit=0)
+    assert len(images) == 2
+    assert images.cut_short == "2 of 3 images, 0 of 8 iterations"
+    assert images.ends_of_losses == {}
+
+
+def test_a_loss_that_is_not_a_number_ends_with_the_last_good_images(model: nn.Module, monkeypatch) -> None:
+    entropy, calls = patch_similarity.patch_entropy, 0
+
+    def breaking(*args: object) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return entropy(*args) * (math.nan if calls > 10 else 1)  # the first four measure the memory
+
+    settings = {"iterations": 3, "jitter": [0, 0]}
+    good = vitquant.synthesize(model, 2, settings={**settings, "jitter": [0]}, preprocessing=STEPS)
+    monkeypatch.setattr(patch_similarity, "patch_entropy", breaking)
+    with pytest.raises(SynthesisStoppedError, match="not finite in iteration 4 of 6") as stopped:
+        vitquant.synthesize(model, 2, settings=settings, preprocessing=STEPS)
+    assert stopped.value.images.cut_short == "3 of 6 iterations"
+    assert stopped.value.images.pixels.shape == good.pixels.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tokens", "dropped"),
+    [
+        ("vit_tiny_patch16_224", 32, 17, [0]),
+        ("deit_tiny_distilled_patch16_224", 32, 18, [0, 1]),
+        ("vit_small_patch14_reg4_dinov2", 28, 9, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_tokens_that_are_no_patches_are_left_out(name: str, size: int, tokens: int, dropped: list[int]) -> None:
+    patch = {"patch_size": 8} if size == 32 else {}
+    network = timm.create_model(name, img_size=size, depth=1, embed_dim=24, num_heads=3, **patch).eval()
+    features = PatchFeatures.of(captured(network, size))
+    assert [each.tolist() for each in features.patches] == [[n for n in range(tokens) if n not in dropped]]
+
+
+def test_windows_of_an_image_are_gathered() -> None:
+    network = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=56, embed_dim=12, depths=(2, 1), num_heads=(2, 2), num_classes=5
+    ).eval()
+    model = captured(network, 56)
+    features = PatchFeatures.of(model)
+    assert features.patches == (None,) * 3
+    shapes = []
+    contexts = model.segment("images", features.sites)(torch.randn(2, 3, 56, 56))
+    for each in features.split(contexts, 2):
+        shapes.append(tuple(each.shape))
+    assert shapes == [(2, 4, 49, 6), (2, 4, 49, 6), (2, 1, 49, 12)]
+    images = vitquant.synthesize(network, 2, settings=SHORT, preprocessing={**STEPS, "input_size": [3, 56, 56]})
+    assert images.ends_of_losses["entropy"][0] != 0
+
+
+def test_a_model_without_classes_has_no_class_prior(model: nn.Module) -> None:
+    headless = timm.create_model("vit_tiny_patch16_224", **{**ARGUMENTS, "num_classes": 0}).eval()
+    with pytest.raises(ModelError, match="class_weight = 0"):
+        vitquant.synthesize(headless, 2, settings=SHORT, preprocessing=STEPS)
+    images = vitquant.synthesize(headless, 2, settings={**SHORT, "class_weight": 0}, preprocessing=STEPS)
+    assert images.ends_of_losses["cross entropy"] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"count": 0}, RecipeError, "0 images: it is a whole number from 1 to 10,000"),
+        ({"method": "psaq"}, RecipeError, "'psaq' is unknown; did you mean psaq-vit"),
+        ({"settings": {"iteration": 5}}, RecipeError, "did you mean 'iterations'"),
+        ({"settings": ["iterations"]}, RecipeError, "write KEY=VALUE"),
+        ({"settings": ["points=1"]}, RecipeError, "points = 1: it is a whole number from 2"),
+        ({"settings": ["rate=nan"]}, RecipeError, "rate"),
+        ({"settings": {"jitter": [300]}}, RecipeError, "jitter"),
+        ({"settings": {"jitter": []}}, RecipeError, "jitter"),
+        ({"method": "uniform-noise", "settings": {"iterations": 5}}, RecipeError, "iterations"),
+        ({"memory": 1e-6}, CalibrationError, "a gradient for one image takes .* GB"),
+        ({"memory": -1.0}, RecipeError, "memory = -1.0"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(model: nn.Module, given: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        vitquant.synthesize(model, **{"count": 2, "settings": SHORT, "preprocessing": STEPS, **given})
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 30 * 30, 5)).eval()
+    with pytest.raises(ModelError, match="no attention"):
+        vitquant.synthesize(network, 2, preprocessing=STEPS)
+    noise = vitquant.synthesize(network, 2, "gaussian-noise", preprocessing=STEPS)
+    assert noise.pixels.shape == (2, 3, 32, 32)
+
+
+def test_noise_is_what_it_says() -> None:
+    steps = {"mean": [0.5] * 3, "std": [0.1] * 3}
+    gaussian, uniform = (
+        torch.cat(vitquant.synthesize(nn.Identity(), 2, f"{kind}-noise", preprocessing=steps).batches())
+        for kind in ("gaussian", "uniform")
+    )
+    assert abs(gaussian.mean()) < 0.01
+    assert abs(gaussian.std() - 1) < 0.01
+    assert abs(gaussian[0] * gaussian[1]).mean() < 1  # of independent images
+    assert abs(uniform.min() + 5) < 1e-5
+    assert abs(uniform.max() - 5) < 1e-5
+    assert abs(uniform.std() - 10 / math.sqrt(12)) < 0.01
+
+
+def test_saved_images_are_read_as_the_same_tensors(model: nn.Module, tmp_path: Path) -> None:
+    images = vitquant.synthesize(model, 3, settings=SHORT, preprocessing={**STEPS, "crop_pct": 0.8})
+    images.save(tmp_path / "made")
+    read = batches(load_unlabelled(tmp_path / "made"), Preprocessing.from_dict({**STEPS, "crop_pct": 0.8}), 2)
+    for (found, _), expected in zip(read, images.batches(2), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_the_command_writes_images_that_calibrate(tmp_path: Path, run: Run) -> None:
+    made, out = tmp_path / "made", tmp_path / "out"
+    words = ["synthesize", *MODEL, "--count", 3, "--set", "iterations=2", "--set", "warmup=1", "--output", made]
+    code, printed, errors = run(*words, "--json")
+    assert (code, errors) == (0, "")
+    told = json.loads(printed)
+    assert told["images"] == 3
+    assert told["settings"]["iterations"] == 2
+    assert set(told["losses"]) == {"entropy", "cross entropy", "distance of the total variation"}
+    assert sorted(each.name for each in made.iterdir()) == [
+        "0000.png", "0001.png", "0002.png", "contact-sheet.png", "synthesis.json",
+    ]  # fmt: skip
+    written = json.loads((made / "synthesis.json").read_text())
+    assert written["model"]["name"] == MODEL[0]
+    assert len(written["losses"][0]["entropy"]) == 4
+    code, printed, errors = run("quantize", *MODEL, "--recipe", "minmax", "--calibration", made, "--output", out)
+    assert (code, "3 images" in printed) == (0, True)
+    assert "not read as images" not in errors
+    assert "is not empty" in run(*words)[2]
+    (made / "mine.txt").write_text("kept")
+    code, _, errors = run(*words, "--force")
+    assert (code, "mine.txt, which is not of a set of synthetic images" in errors) == (2, True)
+
+
+def test_the_command_writes_the_last_good_images_and_says_so(tmp_path: Path, run: Run, monkeypatch) -> None:
+    entropy, calls = patch_similarity.patch_entropy, 0
+
+    def breaking(*args: object) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return entropy(*args) * (math.nan if calls > 8 else 1)
+
+    monkeypatch.setattr(patch_similarity, "patch_entropy", breaking)
+    made = tmp_path / "made"
+    code, printed, errors = run("synthesize", *MODEL, "--count", 2, "--set", "iterations=9", "--output", made)
+    assert (code, printed, errors.count("error:")) == (2, "", 1)
+    assert "in iteration 3 of 18" in errors
+    assert f"{made} holds them" in errors
+    assert len(load_unlabelled(made)) == 2
