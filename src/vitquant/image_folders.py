@@ -165,9 +165,12 @@ def comparison_images(
         DataError: there are no images, they cannot be read, or the model says no preprocessing.
     """
     if directory is None:
-        directory = (model.provenance.get("calibration") or {}).get("directory")
+        calibration = model.provenance.get("calibration") or {}
+        directory = calibration.get("directory")
         if directory is None or not os.path.isdir(directory):
-            raise DataError("the images that the model was calibrated on are not there; give --data DIR")
+            made = "were made for it, and are not kept; vitquant synthesize makes some to keep"
+            which = made if "synthetic" in calibration else "are not there"
+            raise DataError(f"the images that the model was calibrated on {which}; give --data DIR")
     items = load_unlabelled(directory)
     chosen = subset(items, min(images, len(items)), seed=0)
     return [tensor for tensor, _ in batches(chosen, preprocessing or preprocessing_for(model), _COMPARED)]

@@ -1,18 +1,71 @@
-"""A float model and its calibration images, from their names."""
+"""A float model and its calibration images, from their names; images can be made for the model, too."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import nn
 
+from vitquant.errors import DataError
 from vitquant.image_folders import CalibrationImages
+from vitquant.progress import Progress, silent
 from vitquant.recipe import Recipe
+from vitquant.synthesis.noise import NOISES
+from vitquant.synthetic_images import PATCH_SIMILARITY, SyntheticImages, check_synthesis, synthesize
 from vitquant.tasks.images import ImageBatches
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.zoo import ModelSource, check_name, create, parse_model_arguments, pinned, preprocessing_of
+
+SYNTHETIC = "synthetic"  # instead of a directory
+MADE = 32  # images that are made where no number is asked for, as published
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Calibration images that are made for the model.
+
+    Arguments:
+        method: see `synthesize`.
+        settings: KEY=VALUE each.
+    """
+
+    method: str = PATCH_SIMILARITY
+    settings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join((f"{SYNTHETIC}:{self.method}", *self.settings))
+
+
+def calibration_named(text: str, settings: Sequence[str] = ()) -> Path | Synthetic:
+    """What a user names to calibrate on: a directory, or `synthetic`, or `synthetic:METHOD`.
+
+    Arguments:
+        text: the name.
+        settings: of the synthesis, KEY=VALUE each.
+
+    Raises:
+        RecipeError: there is no such method or setting.
+        DataError: settings, and nothing is made.
+    """
+    word, _, method = text.partition(":")
+    if word != SYNTHETIC:
+        if settings:
+            raise DataError(f"{settings[0]}: settings of a synthesis are for {SYNTHETIC}, not for a directory, {text}")
+        return Path(text)
+    made = Synthetic(method or PATCH_SIMILARITY, tuple(settings))
+    check_synthesis(1, made.method, made.settings)
+    return made
+
+
+def takes_no_settings(text: str) -> bool:
+    """Whether settings of a synthesis mean nothing for what a user names: a directory, or noise."""
+    word, _, method = text.partition(":")
+    return word != SYNTHETIC or method in NOISES
 
 
 @dataclass(frozen=True)
@@ -21,7 +74,7 @@ class Request:
 
     Arguments:
         model: its name, see `zoo.ModelSource`.
-        calibration: a directory of images.
+        calibration: a directory of images, or how they are made.
         weights, weights_key: `pretrained`, `random` or a file, and where in the file they are.
         images, batch: how many, and how many at a time; the recipe's numbers when None.
         preprocessing: a file whose keys are laid over the model's own.
@@ -33,7 +86,7 @@ class Request:
     """
 
     model: str
-    calibration: Path
+    calibration: Path | Synthetic
     weights: str
     weights_key: str | None
     images: int | None
@@ -76,6 +129,8 @@ class Prepared:
         batch: the number of images in a batch.
         notes: remarks for the user about the images and the weights.
         held_out: the images that are held out, in batches; None where none are.
+        origin: where the images come from, for the saved model: their directory, or how they were made.
+        folder: holds the images that were made, and is removed with it.
     """
 
     network: nn.Module
@@ -85,7 +140,9 @@ class Prepared:
     chosen: int
     batch: int
     notes: tuple[str, ...]
-    held_out: ImageBatches | None = None
+    held_out: ImageBatches | None
+    origin: dict[str, Any]
+    folder: TemporaryDirectory[str] | None = None
 
 
 def named_source(
@@ -121,19 +178,85 @@ def built(named: ModelSource, preprocessing: Path | None, where: torch.device) -
     return NamedModel(network, source, preprocessing_of(network, source, preprocessing), tuple(notes))
 
 
-def prepare(request: Request, recipe: Recipe, where: torch.device) -> Prepared:
-    """Build the model and choose the images, with all checks before any long work.
+def made_for(
+    model: NamedModel,
+    how: Synthetic,
+    count: int,
+    seed: int,
+    progress: Progress = silent,
+    memory: float = 4.0,
+    work: Path | None = None,
+) -> SyntheticImages:
+    """Images for a model; arguments as of `synthesize`."""
+    return synthesize(
+        model.network,
+        count,
+        how.method,
+        settings=how.settings,
+        preprocessing=model.steps.to_dict(),
+        seed=seed,
+        progress=progress,
+        memory=memory,
+        work=work,
+    )
+
+
+def prepare(
+    request: Request,
+    recipe: Recipe,
+    where: torch.device,
+    check: Callable[[nn.Module, tuple[int, int, int]], None] | None = None,
+    progress: Progress = silent,
+    memory: float = 4.0,
+    work: Path | None = None,
+) -> Prepared:
+    """Build the model and choose the images, or make them, with all checks before any long work.
+
+    Arguments:
+        request: what the user names.
+        recipe: says how many images.
+        where: the device of the model.
+        check: refuses a model and the size of its images, before images are made for it.
+        progress, memory: of making images, see `synthesize`.
+        work: the work directory of what the images are for, in which the state of making them is saved, too.
 
     Raises:
-        VitquantError: the model, weights, images or preprocessing are not available.
+        VitquantError: the model, weights, images or preprocessing are not available, or images cannot be made.
     """
     named = named_source(request.model, request.weights, request.weights_key, request.model_arguments, request.seed)
-    chosen = CalibrationImages.chosen(
-        request.calibration, recipe, request.images, request.batch, request.seed, request.held_out
-    )
-    model = built(named, request.preprocessing, where)
+    how = request.calibration
+    if isinstance(how, Synthetic):
+        model = built(named, request.preprocessing, where)
+        if check is not None:
+            check(model.network, model.steps.input_size)
+        count = (request.images or min(MADE, recipe.calibration.images)) + request.held_out
+        kept = None if work is None else work / f".{SYNTHETIC}"
+        images = made_for(model, how, count, request.seed, progress, memory, kept)
+        folder = TemporaryDirectory(prefix="vitquant-")
+        images.save(folder.name)
+        chosen = _chosen(request, Path(folder.name), recipe)
+        about = {key: value for key, value in images.about.items() if key not in ("losses", "preprocessing")}
+        origin: dict[str, Any] = {SYNTHETIC: about}
+    else:
+        chosen, folder = _chosen(request, how, recipe), None
+        model = built(named, request.preprocessing, where)
+        origin = {"directory": str(how.absolute())}
     reading = (request.image_workers, request.skip_bad_images)
     data = chosen.batches(model.steps, *reading)
     held_out = chosen.held_out_batches(model.steps, *reading) if request.held_out else None
-    notes = (*model.notes, *chosen.notes)
-    return Prepared(model.network, model.source, model.steps, data, len(chosen.items), chosen.batch, notes, held_out)
+    return Prepared(
+        model.network,
+        model.source,
+        model.steps,
+        data,
+        len(chosen.items),
+        chosen.batch,
+        (*model.notes, *chosen.notes),
+        held_out,
+        origin,
+        folder,
+    )
+
+
+def _chosen(request: Request, directory: Path, recipe: Recipe) -> CalibrationImages:
+    return CalibrationImages.chosen(directory, recipe, request.images, request.batch, request.seed, request.held_out)

@@ -1,4 +1,4 @@
-"""Sweeps: quantize and evaluate one model by several recipes, bits, settings and seeds."""
+"""Sweeps: quantize and evaluate one model by several recipes, bits, settings, calibration sets and seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -19,15 +19,17 @@ import torch
 
 from vitquant.engines import default_engine
 from vitquant.errors import CheckpointError, DataError, RecipeError, VitquantError
+from vitquant.files import replacing
 from vitquant.files import sha256 as sha256_of
 from vitquant.image_folders import CalibrationImages, evaluation_images
 from vitquant.model import Record
 from vitquant.model.saved import digest, finite
 from vitquant.parsing import parse_toml, read_file
-from vitquant.prepared import Request, prepare
+from vitquant.prepared import MADE, Request, Synthetic, built, made_for, named_source, prepare
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Bits, Recipe, requested
 from vitquant.schema import Integer, ListOf, Number, Plain, Table, TableOf, Text, check
+from vitquant.synthetic_images import synthetic_directory
 from vitquant.tasks.classification import ClassificationResult
 from vitquant.tasks.features import FeaturesResult
 from vitquant.tasks.images import batches, fingerprint, load_unlabelled
@@ -129,6 +131,7 @@ class Setup:
     Arguments:
         request: the model and its calibration images; each run has its own seed.
         evaluation: directories of images to evaluate on, by name.
+        calibrations: what every variant is calibrated on in turn, by name; the images of the request alone when empty.
         classes: a file that says which class a folder is, see `tasks.classes_file`.
         task: as for `quantize`.
         memory: as for `quantize`.
@@ -137,6 +140,7 @@ class Setup:
 
     request: Request
     evaluation: Mapping[str, Path]
+    calibrations: Mapping[str, Path | Synthetic] = field(default_factory=dict[str, Path | Synthetic])
     classes: Path | None = None
     task: str | None = None
     memory: float = 4.0
@@ -153,7 +157,6 @@ class Setup:
         return {
             "model": [request.model, request.model_arguments],
             "weights": [weights, request.weights_key],
-            "calibration set": [_images(request.calibration), request.images, request.batch],
             "evaluation set": {name: _images(folder) for name, folder in self.evaluation.items()},
             "preprocessing": None if request.preprocessing is None else _content(request.preprocessing),
             "classes": None if self.classes is None else _content(self.classes),
@@ -162,6 +165,11 @@ class Setup:
             "simulated": self.simulated,
             "versions": {"vitquant": __version__, "torch": torch.__version__},
         }
+
+    @property
+    def calibration(self) -> Mapping[str, Path | Synthetic]:
+        """What every variant is calibrated on, by name; the only one has no name."""
+        return self.calibrations or {"": self.request.calibration}
 
 
 def _content(file: Path) -> str:
@@ -188,19 +196,29 @@ def _images(folder: Path) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Job:
-    """One run: what it has in common with others, recipe and bits as they were read, and where its state is kept."""
+    """One run.
+
+    Arguments:
+        setup: what it has in common with others, with its own calibration images.
+        variant, recipe, bits, seed: what is computed.
+        images: what tells its calibration images from others, as plain JSON values.
+        work: where its state is kept.
+    """
 
     setup: Setup
     variant: Variant
     recipe: Recipe
     bits: Bits
     seed: int
+    images: Any
     work: Path
 
     @property
     def key(self) -> str:
         """The name of its result: what is computed, whatever the file of its recipe was called."""
-        text = json.dumps([self.recipe.to_dict(), str(self.bits), self.seed], sort_keys=True)
+        request = self.setup.request
+        images = [self.images, request.images, request.batch]
+        text = json.dumps([self.recipe.to_dict(), str(self.bits), self.seed, images], sort_keys=True)
         name = re.sub(r"[^A-Za-z0-9+_-]", "_", self.recipe.name)[:60]
         return f"{name}-{sha256(text.encode()).hexdigest()[:16]}"
 
@@ -211,13 +229,18 @@ class Row:
 
     Arguments:
         variant: the recipe, bits and settings.
+        calibration: the name of what it was calibrated on; empty where there is one only.
         figures: for each measure its value by seed.
         failures: the errors of the other seeds, one line each.
     """
 
     variant: Variant
+    calibration: str
     figures: Mapping[str, Mapping[int, float]]
     failures: Mapping[int, str]
+
+    def __str__(self) -> str:
+        return f"{self.variant}, {self.calibration}" if self.calibration else str(self.variant)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: mean, smallest and largest of each measure too."""
@@ -231,7 +254,8 @@ class Row:
             for name, values in self.figures.items()
         }
         failures = {str(seed): failure for seed, failure in self.failures.items()}
-        return {**asdict(self.variant), "figures": spread, "failures": failures}
+        about = asdict(self.variant) | {"calibration": self.calibration}
+        return {**about, "figures": spread, "failures": failures}
 
 
 def run_sweep(
@@ -241,7 +265,9 @@ def run_sweep(
     workers: Workers | None = None,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Run every variant with every seed, and gather their figures.
+    """Run every variant on every calibration set with every seed, and gather their figures.
+
+    Images that have to be made are made once for each seed, and kept in the directory.
 
     Arguments:
         sweep: the variants and seeds.
@@ -249,10 +275,11 @@ def run_sweep(
         directory: keeps the result of every run as it ends, and the state of unfinished ones: a later call with the
             same setup runs only what is missing, so that variants and seeds can be added.
         workers: run as many side by side as they are, and share the memory; None runs one after another.
-        progress: called with the number of runs that are done, and of all.
+        progress: called with the number of runs that are done, and of all; while images are made, with that of
+            iterations.
 
     Returns:
-        A row for each variant, in order.
+        A row for each variant and calibration set, in order.
 
     Raises:
         CheckpointError: the directory is in use, of another setup, or holds something else; or a result is damaged.
@@ -261,13 +288,17 @@ def run_sweep(
     directory = Path(directory).absolute()
     _check(sweep, setup)
     share = setup if workers is None else replace(setup, memory=setup.memory / workers.count)
-    progress("reading the images", 0, len(sweep.variants) * len(sweep.seeds))
+    progress("reading the images", 0, len(sweep.variants) * len(setup.calibration) * len(sweep.seeds))
     with WorkDirectory.opened(directory, setup.identity()):
-        jobs: dict[tuple[Variant, int], _Job] = {}
-        for variant, seed in product(sweep.variants, sweep.seeds):
-            recipe, bits = requested(variant.recipe, variant.bits, variant.settings)
-            job = _Job(share, variant, recipe, bits, seed, directory)
-            jobs[variant, seed] = replace(job, work=directory / f"{job.key}.work")
+        jobs: dict[tuple[Variant, str, int], _Job] = {}
+        for (name, source), seed in product(setup.calibration.items(), sweep.seeds):
+            images: Any = str(source) if isinstance(source, Synthetic) else _images(source)
+            folder = _made(setup, source, seed, directory, progress) if isinstance(source, Synthetic) else source
+            own = replace(share, request=replace(share.request, calibration=folder))
+            for variant in sweep.variants:
+                recipe, bits = requested(variant.recipe, variant.bits, variant.settings)
+                job = _Job(own, variant, recipe, bits, seed, images, directory)
+                jobs[variant, name, seed] = replace(job, work=directory / f"{job.key}.work")
         by_key = {job.key: job for job in jobs.values()}
         results = Results(directory, _RESULT, CheckpointError)
 
@@ -275,7 +306,31 @@ def run_sweep(
             shutil.rmtree(by_key[key].work, ignore_errors=True)
 
         found = run_jobs(_run, by_key, results, workers, progress, forget)
-    return [_row(variant, {seed: found[jobs[variant, seed].key] for seed in sweep.seeds}) for variant in sweep.variants]
+    return [
+        _row(variant, name, {seed: found[jobs[variant, name, seed].key] for seed in sweep.seeds})
+        for variant, name in product(sweep.variants, setup.calibration)
+    ]
+
+
+def _made(setup: Setup, how: Synthetic, seed: int, directory: Path, progress: Progress) -> Path:
+    """The folder of the images that are made for the model with a seed; made now if it is not there.
+
+    Raises:
+        VitquantError: see `synthesize`.
+    """
+    request = replace(setup.request, seed=seed)
+    named = named_source(request.model, request.weights, request.weights_key, request.model_arguments, seed)
+    count = request.images or MADE
+    words = json.dumps([str(how), count, seed])
+    folder = directory / f"{how.method}-{sha256(words.encode()).hexdigest()[:16]}.images"
+    if not folder.is_dir():
+        model = built(named, request.preprocessing, torch.device("cpu"))
+        work = folder.with_suffix(".work")
+        images = made_for(model, how, count, seed, progress, setup.memory, work)
+        with replacing(folder, force=False, directory=synthetic_directory()) as new:
+            images.save(new)
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
 
 
 def _check(sweep: Sweep, setup: Setup) -> None:
@@ -288,12 +343,16 @@ def _check(sweep: Sweep, setup: Setup) -> None:
         load_unlabelled(folder)
     if setup.classes is not None:
         _content(setup.classes)
-    first, *others = sweep.variants
-    recipe, _ = requested(first.recipe, first.bits, first.settings)
-    prepare(replace(setup.request, seed=sweep.seeds[0]), recipe, torch.device("cpu"))
-    for each in others:
+    for source in setup.calibration.values():
+        if not isinstance(source, Synthetic):
+            load_unlabelled(source)
+    request = setup.request
+    named = named_source(request.model, request.weights, request.weights_key, request.model_arguments, sweep.seeds[0])
+    built(named, request.preprocessing, torch.device("cpu"))
+    for each, source in product(sweep.variants, setup.calibration.values()):
         recipe, _ = requested(each.recipe, each.bits, each.settings)
-        CalibrationImages.chosen(setup.request.calibration, recipe, setup.request.images, setup.request.batch)
+        if not isinstance(source, Synthetic):
+            CalibrationImages.chosen(source, recipe, request.images, request.batch)
 
 
 def _run(job: _Job) -> dict[str, Any]:
@@ -357,8 +416,13 @@ def _losses(records: Sequence[Record]) -> dict[str, float]:
     return {key: each.summary[key] for each in records for key in ("loss before", "loss after") if key in each.summary}
 
 
-def _row(variant: Variant, results: Mapping[int, dict[str, Any] | VitquantError]) -> Row:
+def _row(variant: Variant, calibration: str, results: Mapping[int, dict[str, Any] | VitquantError]) -> Row:
     done = {seed: each["figures"] for seed, each in results.items() if not isinstance(each, VitquantError)}
     names = dict.fromkeys(name for each in done.values() for name in each)
     figures = {name: {seed: each[name] for seed, each in done.items() if name in each} for name in names}
-    return Row(variant, figures, {seed: str(each) for seed, each in results.items() if isinstance(each, VitquantError)})
+    return Row(
+        variant,
+        calibration,
+        figures,
+        {seed: str(each) for seed, each in results.items() if isinstance(each, VitquantError)},
+    )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitquant.autocast import in_own_precision
 from vitquant.errors import CalibrationError, RecipeError
-from vitquant.files import write_file
+from vitquant.files import Directory, write_file
 from vitquant.graph.capture import capture
 from vitquant.graph.captured import CapturedModel
 from vitquant.model.saved import float_digest
@@ -277,6 +277,12 @@ def _assigned(text: str) -> tuple[str, Any]:
     if not equals:
         raise RecipeError(f"synthesis {text!r}: write KEY=VALUE, as in iterations=100")
     return key.strip(), parse_value(value, RecipeError)
+
+
+def synthetic_directory() -> Directory:
+    """The kind of directory that `SyntheticImages.save` writes, with a contact sheet or without one."""
+    names = (ABOUT, SHEET, *map(name_of, range(MOST)))
+    return Directory("set of synthetic images", dict.fromkeys(names), lambda path: (path / ABOUT).is_file())
 
 
 def name_of(number: int) -> str:

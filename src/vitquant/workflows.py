@@ -7,10 +7,12 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vitquant.autocast import in_own_precision
 from vitquant.calibration_data import Batch, CalibrationData, images_of
@@ -24,12 +26,12 @@ from vitquant.lowering import check_possible, check_promise
 from vitquant.lowering.recomputed_program import RecomputedProgram
 from vitquant.methods.context import Context
 from vitquant.methods.running import check_gradients, run_steps
-from vitquant.methods.table import passes, planned
+from vitquant.methods.table import Step, passes, planned
 from vitquant.model import QuantizedModel
 from vitquant.model.saved import float_digest
 from vitquant.parity import Form, ParityReport, examine
 from vitquant.progress import Progress, silent
-from vitquant.recipe import Recipe, requested
+from vitquant.recipe import Bits, Recipe, requested
 from vitquant.recipe.override import Settings
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.tasks.task import Model, Result, Task, task_named, task_of
@@ -114,34 +116,23 @@ def quantize(
     said = None if preprocessing is None else Preprocessing.from_dict(preprocessing).to_dict()
     asked_task = None if task is None else task_named(task)
     recipe, widths = requested(recipe, bits, settings)
-    steps = planned(recipe)
     model = unwrapped(model)
     stream = CalibrationData(data, next((parameter.device for parameter in model.parameters()), None))
-    example = stream.example
-    shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
-    captured = CapturedModel(capture(model, example), shape)
-    meaning = asked_task or task_of(model, captured.outputs)
-    meaning.check(model, captured.outputs)
-    check_gradients(captured, example, steps)
-    teacher = copy.deepcopy(captured) if any(step.definition.needs.teacher for step in steps) else None
-    quantized = QuantizedModel(captured, recipe, widths)
-    for step in steps:
-        step.check(quantized)
+    begun = _begun(model, recipe, widths, stream.example, asked_task, simulated)
+    captured, steps, quantized = begun.captured, begun.steps, begun.quantized
     stream.check(passes(steps, quantized), any(step.definition.needs.labels for step in steps))
-    if not simulated:
-        check_possible(captured, recipe, widths)
     with ExitStack() as held:
         kept = None
         if work is not None:
             asked = {"recipe": recipe.to_dict(), "bits": str(widths), "seed": seed, "images": stream.first}
-            asked["task"] = meaning.name
+            asked["task"] = begun.task.name
             kept = held.enter_context(WorkDirectory.opened(work, {"model": float_digest(captured), **asked}))
         shares = any(step.definition.needs.workers for step in steps)
         context = Context(
             stream,
             stream.labelled(),
-            meaning.errors(captured.outputs),
-            teacher,
+            begun.task.errors(captured.outputs),
+            begun.teacher,
             seed,
             progress,
             memory,
@@ -156,9 +147,69 @@ def quantize(
         "source": None if source is None else source.to_dict(),
         "preprocessing": said,
         "calibration": {"images": stream.images, "sha256": stream.digest},
-        "task": meaning.name,
+        "task": begun.task.name,
     }
     return quantized
+
+
+@in_own_precision
+def check_quantizable(
+    model: nn.Module,
+    recipe: Recipe,
+    bits: Bits,
+    input_size: tuple[int, int, int],
+    task: str | None = None,
+    simulated: bool = False,
+) -> None:
+    """Refuse what `quantize` would refuse before it reads the images, where these are only made after it.
+
+    Arguments:
+        model, task, simulated: see `quantize`.
+        recipe, bits: from `requested`.
+        input_size: (channels, height, width) of the images.
+
+    Raises:
+        RecipeError: the recipe needs the classes of the images, which images that are made do not have.
+        VitquantError: see `quantize`.
+    """
+    model = unwrapped(model)
+    like = next(model.parameters())
+    example = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(like)
+    begun = _begun(model, recipe, bits, example, None if task is None else task_named(task), simulated)
+    labelled = [step.name for step in begun.steps if step.definition.needs.labels]
+    if labelled:
+        raise RecipeError(
+            f"{recipe.name}: {labelled[0]} needs the class of every image, and images that are made have none"
+        )
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A model that has passed all checks that need no images, with a copy for methods that need the float model."""
+
+    captured: CapturedModel
+    task: Task
+    steps: tuple[Step, ...]
+    teacher: CapturedModel | None
+    quantized: QuantizedModel
+
+
+def _begun(
+    model: nn.Module, recipe: Recipe, bits: Bits, example: Tensor, asked: Task | None, simulated: bool
+) -> _Begun:
+    steps = planned(recipe)
+    shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
+    captured = CapturedModel(capture(model, example), shape)
+    task = asked or task_of(model, captured.outputs)
+    task.check(model, captured.outputs)
+    check_gradients(captured, example, steps)
+    teacher = copy.deepcopy(captured) if any(step.definition.needs.teacher for step in steps) else None
+    quantized = QuantizedModel(captured, recipe, bits)
+    for step in steps:
+        step.check(quantized)
+    if not simulated:
+        check_possible(captured, recipe, bits)
+    return _Begun(captured, task, steps, teacher, quantized)
 
 
 def evaluate(

@@ -360,6 +360,32 @@ def test_what_a_job_needed_is_removed_once_its_result_is_kept_and_not_before(tmp
 
 
 def test_a_row_tells_the_spread() -> None:
-    row = Row(Variant("minmax", None, ()), {"top-1": {0: 1.0, 2: 3.0}}, {1: "no"}).to_dict()
+    row = Row(Variant("minmax", None, ()), "photos", {"top-1": {0: 1.0, 2: 3.0}}, {1: "no"}).to_dict()
     assert row["figures"]["top-1"] == {"mean": 2.0, "smallest": 1.0, "largest": 3.0, "values": {"0": 1.0, "2": 3.0}}
     assert row["failures"] == {"1": "no"}
+
+
+def test_several_calibration_sets_are_rows_of_one_table(
+    run: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path, 'format = 1\nseeds = [0, 1]\n[[grid]]\nrecipes = ["minmax", "omse"]\nbits = ["w8a8"]')
+    made = ["--calibration", "synthetic:uniform-noise", "--calibration", "made=synthetic"]
+    made += ["--synthesis", "iterations=2", "--synthesis", "warmup=1"]
+    given = words(folder, file, tmp_path / "runs", "--json", *made)
+    code, out, err = run(*given)
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    sets = ["calibration", "synthetic:uniform-noise", "made"]
+    assert [(row["recipe"], row["calibration"]) for row in rows] == [
+        (recipe, name) for recipe in ("minmax", "omse") for name in sets
+    ]
+    results = [each for each in (tmp_path / "runs").glob("*.json") if each.name != "run.json"]
+    assert len({json.loads(each.read_text())["model"] for each in results}) == 12
+    assert len(list((tmp_path / "runs").glob("*.images"))) == 4  # one for each seed, which every recipe is run on
+    assert not list((tmp_path / "runs").glob("*.work"))
+    monkeypatch.setattr("vitquant.sweep.made_for", lambda *_: pytest.fail("the images were made again"))
+    assert json.loads(run(*given)[1]) == json.loads(out)
+    code, out, _ = run(*given[: given.index("--json")])  # with one set its rows have no name
+    assert (code, "minmax w8a8," in out) == (0, False)
+    again = [*given, "--calibration", str(folder / "calibration")]
+    assert "two are named calibration" in run(*again)[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from vitquant.errors import CalibrationError, CheckpointError, ModelError, Recip
 from vitquant.graph.capture import capture
 from vitquant.graph.captured import CapturedModel
 from vitquant.image_folders import load_unlabelled
+from vitquant.methods.contract import Needs
+from vitquant.methods.table import METHODS
 from vitquant.objectives.total_variation import total_variation
 from vitquant.synthesis import patch_similarity
 from vitquant.synthesis.patch_similarity import Draws, Objective, PatchSimilaritySettings, optimize
@@ -313,3 +316,72 @@ def test_the_command_writes_the_last_good_images_and_says_so(tmp_path: Path, run
     assert "in iteration 3 of 18" in errors
     assert f"{made} holds them" in errors
     assert len(load_unlabelled(made)) == 2
+
+
+def test_a_model_is_quantized_without_any_image_in_one_command(tmp_path: Path, run: Run, monkeypatch) -> None:
+    out, made = tmp_path / "out", tmp_path / "made"
+    settings = ["--synthesis", "iterations=3", "--synthesis", "warmup=1", "--seed", 2]
+    words = ["quantize", *MODEL, "--recipe", "minmax", "--calibration", "synthetic", *settings, "--output", out]
+    code, printed, errors = run(*words, "--images", 5)
+    assert (code, "5 images of synthetic:psaq-vit iterations=3 warmup=1, 5 in a batch" in printed) == (0, True), errors
+    quantized = vitquant.load(out)
+    about = quantized.provenance["calibration"]["synthetic"]
+    assert (about["method"], about["asked"], about["seed"]) == ("psaq-vit", 5, 2)
+    run("synthesize", *MODEL, "--count", 5, "--set", "iterations=3", "--set", "warmup=1", "--seed", 2, "--output", made)
+    words[words.index("synthetic")] = made
+    given = [word for word in words if word not in settings[:4]]
+    assert run(*given, "--force")[0] == 0
+    same = vitquant.load(out)
+    for name, tensor in quantized.graph_module.state_dict().items():
+        assert torch.equal(tensor, same.graph_module.state_dict()[name])
+    monkeypatch.setattr(patch_similarity, "optimize", lambda *_, **__: pytest.fail("images were made"))
+    code, _, errors = run(*words[:-2], "--output", tmp_path / "none", "--recipe", "fq-vit", "--bits", "w9a8")
+    assert (code, errors.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--calibration", "synthetic:psaq"], "'psaq' is unknown; did you mean psaq-vit"),
+        (["--calibration", "synthetic", "--synthesis", "iterations=0"], "iterations = 0"),
+        (["--calibration", "photos", "--synthesis", "iterations=5"], "settings of a synthesis are for synthetic"),
+        (["--calibration", "synthetic", "--bits", "w12a8"], "12"),
+        (["--calibration", "synthetic:gaussian-noise", "--synthesis", "iterations=5"], "iterations"),
+    ],
+)
+def test_what_cannot_be_calibrated_on_is_refused_before_images_are_made(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setattr("vitquant.prepared.synthesize", lambda *_, **__: pytest.fail("images were made"))
+    code, _, errors = run("quantize", *MODEL, "--recipe", "fq-vit", *words, "--output", tmp_path / "out")
+    assert (code, errors.count("\n"), message in errors) == (2, 1, True), errors
+
+
+def test_a_recipe_that_needs_labels_is_refused(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = replace(METHODS["calibrate"], needs=Needs(passes=1, labels=True))
+    monkeypatch.setitem(METHODS, "calibrate", needs)
+    monkeypatch.setattr("vitquant.prepared.synthesize", lambda *_, **__: pytest.fail("images were made"))
+    words = ["--recipe", "minmax", "--calibration", "synthetic", "--output", tmp_path / "out"]
+    code, _, errors = run("quantize", *MODEL, *words)
+    assert (code, "minmax: calibrate needs the class of every image" in errors) == (2, True)
+
+
+def test_a_killed_quantization_continues_its_synthesis(tmp_path: Path, run: Run, monkeypatch) -> None:
+    monkeypatch.setattr("vitquant.work._EVERY", 0.0)
+    monkeypatch.setattr("vitquant.work._SHARE", math.inf)
+    words = ["--recipe", "minmax", "--calibration", "synthetic", "--images", 2, "--work", tmp_path / "work"]
+    words += ["--synthesis", "iterations=4", "--synthesis", "warmup=1", "--output", tmp_path / "out"]
+    losses, calls = Objective.losses, 0
+
+    def counted(*args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return losses(*args)
+
+    monkeypatch.setattr(Objective, "losses", counted)
+    assert run("quantize", *MODEL, *words)[0] == 130
+    code, _, errors = run("quantize", *MODEL, *words)
+    assert code == 0, errors
+    assert calls == 2 + 3 + 1 + 2 + 5  # two of each run measure the memory; three iterations were kept

@@ -43,7 +43,18 @@ BitWidths = Annotated[str | None, typer.Option("--bits", help="Replaces the reci
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="RULE.KEY=VALUE", help="Replaces one key of the recipe; repeat.")
 ]
-CalibrationFolder = Annotated[Path, typer.Option(metavar="DIR", help="Images to calibrate on; labels are not read.")]
+Calibration = Annotated[
+    str,
+    typer.Option(
+        metavar="DIR|synthetic",
+        help="Images to calibrate on; labels are not read. synthetic, or synthetic:METHOD: images made for the model, "
+        "see vitquant synthesize.",
+    ),
+]
+Synthesis = Annotated[
+    list[str] | None,
+    typer.Option("--synthesis", metavar="KEY=VALUE", help="A setting of how images are made; repeat."),
+]
 Images = Annotated[
     int | None, typer.Option(min=1, help="Number of calibration images; the recipe's number when not given.")
 ]
@@ -82,10 +93,22 @@ def say_what_was_used(terminal: Terminal, prepared: Prepared, request: Request, 
     others = [] if prepared.held_out is None else prepared.held_out.skipped
     usual, skipped = recipe.calibration.images, [*prepared.data.skipped, *others]
     if request.images is None and prepared.chosen < usual:
-        there = f"all {prepared.chosen} images of {request.calibration}"
-        terminal.note(f"{there} were used; {recipe.name} asks for {usual}")
+        made = "directory" not in prepared.origin
+        there = (
+            f"{prepared.chosen} images were made" if made else f"all {prepared.chosen} images of {request.calibration}"
+        )
+        terminal.note(f"{there}{'' if made else ' were used'}; {recipe.name} asks for {usual}")
     if skipped:
         terminal.note(f"{len(skipped)} images were left out, first: {skipped[0].path}: {skipped[0].reason}")
+
+
+def made(update: Callable[..., None]) -> Callable[[str, int, int], None]:
+    """A progress callback for images that are made.
+
+    Arguments:
+        update: the update function of a progress bar.
+    """
+    return lambda what, done, total: update(description=what, completed=done, total=total, unit="iterations")
 
 
 class Watched:

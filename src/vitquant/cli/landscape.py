@@ -35,13 +35,14 @@ Simulated = Annotated[bool, typer.Option("--simulated", help="Measure the simula
 
 def landscape(
     model: calibrating.Name,
-    calibration: calibrating.CalibrationFolder,
+    calibration: calibrating.Calibration,
     output: Output = None,
     weights: calibrating.Weights = "pretrained",
     weights_key: calibrating.WeightsKey = None,
     recipe: calibrating.RecipeName = "evol-q",
     bits: calibrating.BitWidths = None,
     settings: calibrating.Settings = None,
+    synthesis: calibrating.Synthesis = None,
     block: Block = None,
     reach: Reach = 0.05,
     points: Points = 41,
@@ -72,7 +73,7 @@ def landscape(
         with terminal.progress("loading"):
             import vitquant
             from vitquant.loss_landscape.landscape import check_numbers
-            from vitquant.prepared import Request, prepare
+            from vitquant.prepared import Request, calibration_named, prepare
             from vitquant.recipe import requested
             from vitquant.report.figures import check_matplotlib, landscape_figure
             from vitquant.report.tables import facts, landscape_facts, landscape_table
@@ -82,14 +83,16 @@ def landscape(
             if output is not None:
                 check_matplotlib()
             chosen, base = requested(recipe, bits, settings or ())
+            made_or_there = calibration_named(calibration, synthesis or ())
             request = Request(
-                model, calibration, weights, weights_key, images, batch, preprocessing, model_arguments, seed,
+                model, made_or_there, weights, weights_key, images, batch, preprocessing, model_arguments, seed,
                 image_workers, skip_bad_images, held_out,
             )  # fmt: skip
         terminal.continuing(work)
         with nullcontext() if output is None else terminal.replacing(output, force, LANDSCAPE) as new:
-            with terminal.progress("loading"):
-                prepared = prepare(request, chosen, options.choose_device(device, threads))
+            with terminal.progress("loading") as update:
+                where = options.choose_device(device, threads)
+                prepared = prepare(request, chosen, where, None, calibrating.made(update), work=work)
             assert prepared.held_out is not None
             with terminal.progress("capturing, first batch", len(prepared.data.items)) as update:
                 watched = calibrating.Watched(prepared.data, update)
@@ -111,7 +114,7 @@ def landscape(
                     memory=memory,
                     work=work,
                 )
-                about = {"model": prepared.source.name, "directory": str(calibration.absolute())}
+                about = {"model": prepared.source.name, **prepared.origin}
                 found = replace(found, about=about | found.about)
             if new is not None:
                 write_file(new / NUMBERS, found.to_json().encode())
@@ -122,7 +125,7 @@ def landscape(
             "model": prepared.source.name,
             "recipe": f"{chosen.name}, {base}",
             **landscape_facts(found),
-            "images": f"{counts[0]} of {calibration}, {counts[1]} others held out",
+            "images": f"{counts[0]} of {made_or_there}, {counts[1]} others held out",
             "after": f"{time.perf_counter() - started:.1f} s",
         }
         if output is not None:

@@ -46,13 +46,14 @@ TimeLimit = Annotated[
 
 def quantize(
     model: calibrating.Name,
-    calibration: calibrating.CalibrationFolder,
+    calibration: calibrating.Calibration,
     output: Output,
     weights: calibrating.Weights = "pretrained",
     weights_key: calibrating.WeightsKey = None,
     recipe: calibrating.RecipeName = "default",
     bits: calibrating.BitWidths = None,
     settings: calibrating.Settings = None,
+    synthesis: calibrating.Synthesis = None,
     images: calibrating.Images = None,
     batch: calibrating.Batch = None,
     preprocessing: options.PreprocessingFile = None,
@@ -80,7 +81,7 @@ def quantize(
             from vitquant import workflows
             from vitquant.methods.table import planned
             from vitquant.model.checkpoint import SAVED_MODEL, TENSORS
-            from vitquant.prepared import Request, prepare
+            from vitquant.prepared import Request, calibration_named, prepare
             from vitquant.recipe import requested
             from vitquant.report.tables import ends_text, facts
             from vitquant.tasks.task import task_named
@@ -94,9 +95,10 @@ def quantize(
             share = asked_workers(workers)
             if share != 0 and not any(step.definition.needs.workers for step in planned(chosen)):
                 terminal.note(f"{chosen.name} has no search that other processes can share: --workers changes nothing")
+            memory = 4.0 if memory_budget is None else memory_budget
             request = Request(
                 model,
-                calibration,
+                calibration_named(calibration, synthesis or ()),
                 weights,
                 weights_key,
                 images,
@@ -109,8 +111,16 @@ def quantize(
             )
         terminal.continuing(work)
         with terminal.replacing(output, force, SAVED_MODEL) as new:  # refused before long work if it cannot be written
-            with terminal.progress("loading"):
-                prepared = prepare(request, chosen, options.choose_device(device, threads))
+            with terminal.progress("loading") as update:
+                prepared = prepare(
+                    request,
+                    chosen,
+                    options.choose_device(device, threads),
+                    lambda network, size: workflows.check_quantizable(network, chosen, widths, size, task, simulated),
+                    calibrating.made(update),
+                    memory,
+                    work,
+                )
                 network, source, data = prepared.network, prepared.source, prepared.data
             with terminal.progress("capturing, first batch", len(data.items)) as update:
                 watched = calibrating.Watched(data, update)
@@ -125,13 +135,13 @@ def quantize(
                     task=task,
                     seed=seed,
                     progress=watched.step,
-                    memory=4.0 if memory_budget is None else memory_budget,
+                    memory=memory,
                     time_limit=math.inf if time_limit is None else time_limit,
                     work=work,
                     workers=share,
                 )
-                origin = {"directory": str(calibration.absolute()), "seed": seed, "batch": prepared.batch}
-                quantized.provenance["calibration"] |= origin
+                origin = {"seed": seed, "batch": prepared.batch}
+                quantized.provenance["calibration"] |= prepared.origin | origin
                 update(description="writing")
                 quantized.save(new)
                 size = (new / TENSORS).stat().st_size
@@ -142,7 +152,8 @@ def quantize(
             "model": source.name,
             "task": str(values["task"]),
             "recipe": f"{chosen.name}, {widths}",
-            "calibrated on": f"{values['calibration']['images']} images of {calibration}, {prepared.batch} in a batch",
+            "calibrated on": f"{quantized.provenance['calibration']['images']} images of {request.calibration}, "
+            f"{prepared.batch} in a batch",
             "quantized": f"{values['quantized_values']} of {values['values']} tensors that operations read",
             "ends": ends_text(quantized),
             "size": f"{values['bytes'] / 1e6:.1f} MB, float {values['float_bytes'] / 1e6:.1f} MB",

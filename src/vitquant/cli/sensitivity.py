@@ -26,7 +26,7 @@ Candidates = Annotated[str, typer.Option(metavar="BITS", help="Bit widths of att
 
 def sensitivity(
     model: calibrating.Name,
-    calibration: calibrating.CalibrationFolder,
+    calibration: calibrating.Calibration,
     output: Output = None,
     weights: calibrating.Weights = "pretrained",
     weights_key: calibrating.WeightsKey = None,
@@ -34,6 +34,7 @@ def sensitivity(
     bits: calibrating.BitWidths = None,
     candidates: Candidates = "4,5,6,7,8",
     settings: calibrating.Settings = None,
+    synthesis: calibrating.Synthesis = None,
     images: calibrating.Images = None,
     batch: calibrating.Batch = None,
     preprocessing: options.PreprocessingFile = None,
@@ -55,7 +56,7 @@ def sensitivity(
         with terminal.progress("loading"):
             import vitquant
             from vitquant.allocation.sensitivity import check_candidates
-            from vitquant.prepared import Request, prepare
+            from vitquant.prepared import Request, calibration_named, prepare
             from vitquant.recipe import requested
             from vitquant.report.figures import check_matplotlib, sensitivity_figure
             from vitquant.report.tables import facts, sensitivity_table
@@ -64,14 +65,16 @@ def sensitivity(
             if output is not None:
                 check_matplotlib()
             chosen, base = requested(recipe, bits, settings or ())
+            made_or_there = calibration_named(calibration, synthesis or ())
             request = Request(
-                model, calibration, weights, weights_key, images, batch, preprocessing, model_arguments, seed,
+                model, made_or_there, weights, weights_key, images, batch, preprocessing, model_arguments, seed,
                 image_workers, skip_bad_images,
             )  # fmt: skip
         terminal.continuing(work)
         with nullcontext() if output is None else terminal.replacing(output, force, SENSITIVITY) as new:
-            with terminal.progress("loading"):
-                prepared = prepare(request, chosen, options.choose_device(device, threads))
+            with terminal.progress("loading") as update:
+                where = options.choose_device(device, threads)
+                prepared = prepare(request, chosen, where, None, calibrating.made(update), work=work)
             with terminal.progress("capturing, first batch", len(prepared.data.items)) as update:
                 watched = calibrating.Watched(prepared.data, update)
                 table = vitquant.sensitivity(
@@ -83,7 +86,7 @@ def sensitivity(
                     progress=watched.step,
                     work=work,
                 )
-                about = {"model": prepared.source.name, "directory": str(calibration.absolute()), "seed": seed}
+                about = {"model": prepared.source.name, **prepared.origin, "seed": seed}
                 table = replace(table, about=table.about | about)
             if new is not None:
                 write_file(new / TABLE, table.to_json().encode())
@@ -92,7 +95,7 @@ def sensitivity(
         rows = {
             "model": prepared.source.name,
             "recipe": f"{chosen.name}, {table.bits}; modules at {', '.join(map(str, table.candidates))} bits",
-            "measured on": f"{table.about['calibration']['images']} images of {calibration}",
+            "measured on": f"{table.about['calibration']['images']} images of {made_or_there}",
             "after": f"{time.perf_counter() - started:.1f} s",
         }
         if output is not None:

@@ -19,6 +19,14 @@ File = Annotated[
 Data = Annotated[
     list[Path], typer.Option(metavar="DIR", help="Directory of images to evaluate on; repeat for several.")
 ]
+Calibrations = Annotated[
+    list[str],
+    typer.Option(
+        "--calibration",
+        metavar="[NAME=]DIR|synthetic",
+        help="As of vitquant quantize; repeat, and every recipe is run on each. NAME is what the table says.",
+    ),
+]
 Output = Annotated[
     Path,
     typer.Option(metavar="DIR", help="Keeps the result of every run; the same command goes on where it was stopped."),
@@ -34,12 +42,13 @@ Workers = Annotated[
 def sweep(
     model: calibrating.Name,
     file: File,
-    calibration: calibrating.CalibrationFolder,
+    calibration: Calibrations,
     data: Data,
     output: Output,
     weights: calibrating.Weights = "pretrained",
     weights_key: calibrating.WeightsKey = None,
     classes: Classes = None,
+    synthesis: calibrating.Synthesis = None,
     images: calibrating.Images = None,
     batch: calibrating.Batch = None,
     preprocessing: options.PreprocessingFile = None,
@@ -62,7 +71,7 @@ def sweep(
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
             from vitquant.errors import DataError
-            from vitquant.prepared import Request
+            from vitquant.prepared import Request, Synthetic, calibration_named, takes_no_settings
             from vitquant.report.tables import facts, sweep_table
             from vitquant.sweep import Setup, Sweep, run_sweep
             from vitquant.tasks.task import task_named
@@ -77,13 +86,21 @@ def sweep(
                 raise DataError(f"--data: {', '.join(names)}: two directories have the same name; rename one")
             given = weights if weights in ("pretrained", "random") else str(Path(weights).absolute())
             steps = _absolute(preprocessing)
+            calibrations: dict[str, Path | Synthetic] = {}
+            for name, source in map(_named, calibration):
+                if name in calibrations:
+                    raise DataError(f"--calibration: two are named {name}; give NAME=DIR")
+                several = len(calibration) > 1 and takes_no_settings(source)
+                made = calibration_named(source, () if several else synthesis or ())
+                calibrations[name] = made if isinstance(made, Synthetic) else made.absolute()
             request = Request(
-                model, calibration.absolute(), given, weights_key, images, batch, steps, model_arguments,
+                model, next(iter(calibrations.values())), given, weights_key, images, batch, steps, model_arguments,
                 seed=0, image_workers=0, skip_bad_images=skip_bad_images,
             )  # fmt: skip
             setup = Setup(
                 request,
                 dict(zip(names, (each.absolute() for each in data), strict=True)),
+                calibrations if len(calibrations) > 1 else {},
                 _absolute(classes),
                 task,
                 4.0 if memory_budget is None else memory_budget,
@@ -99,6 +116,7 @@ def sweep(
         summary = {
             "model": model,
             "runs": f"{len(planned.variants)} variants, seeds {', '.join(map(str, planned.seeds))}",
+            "calibrated on": ", ".join(calibrations),
             "kept in": f"{output}, after {time.perf_counter() - started:.1f} s",
         }
         values = {
@@ -110,9 +128,17 @@ def sweep(
         terminal.result(values, sweep_table(rows), facts(summary))
         for row in rows:
             for seed, failure in row.failures.items():
-                terminal.failure(f"{row.variant}, seed {seed}: {failure}")
+                terminal.failure(f"{row}, seed {seed}: {failure}")
     if any(row.failures for row in rows):
         raise typer.Exit(1)
+
+
+def _named(word: str) -> tuple[str, str]:
+    """A name, and what it is a name of; where none is given, the directory's own, or the word."""
+    name, equals, source = word.partition("=")
+    if equals and "/" not in name:
+        return name, source
+    return (Path(word).name or word), word
 
 
 def _absolute(path: Path | None) -> Path | None:

@@ -11,7 +11,7 @@ import typer
 
 from vitquant.cli import calibrating, options
 from vitquant.cli.terminal import Terminal
-from vitquant.files import Directory, write_file
+from vitquant.files import write_file
 
 Count = Annotated[int, typer.Option(help="Number of images.")]
 Output = Annotated[Path, typer.Option(metavar="DIR", help="The directory to write, for --calibration.")]
@@ -59,17 +59,13 @@ def synthesize(
             from vitquant.prepared import built, named_source
             from vitquant.report.figures import check_matplotlib, contact_sheet
             from vitquant.report.tables import facts
-            from vitquant.synthetic_images import ABOUT, MOST, SHEET, SynthesisStoppedError, check_synthesis, name_of
+            from vitquant.synthetic_images import SHEET, SynthesisStoppedError, check_synthesis, synthetic_directory
 
             check_synthesis(count, method, settings or ())
             check_matplotlib()
             named = named_source(model, weights, weights_key, model_arguments, seed)
-            names = (ABOUT, SHEET, *map(name_of, range(MOST)))
-            directory = Directory(
-                "set of synthetic images", dict.fromkeys(names), lambda path: (path / ABOUT).is_file()
-            )
         terminal.continuing(work)
-        with terminal.replacing(output, force, directory) as new:
+        with terminal.replacing(output, force, synthetic_directory()) as new:
             with terminal.progress("loading"):
                 found = built(named, preprocessing, options.choose_device(device, threads))
             stopped: SynthesisStoppedError | None = None
@@ -82,9 +78,7 @@ def synthesize(
                         settings=settings or (),
                         preprocessing=found.steps.to_dict(),
                         seed=seed,
-                        progress=lambda what, done, total: update(
-                            description=what, completed=done, total=total, unit="iterations"
-                        ),
+                        progress=calibrating.made(update),
                         memory=4.0 if memory_budget is None else memory_budget,
                         time_limit=math.inf if time_limit is None else time_limit,
                         work=work,

@@ -45,6 +45,7 @@ _CALIBRATION = Table(
     {"images": Integer(1), "sha256": DIGEST},
     {
         "directory": Text(10_000, PATH),
+        "synthetic": TableOf(Plain()),  # how the images were made, where they were made for the model
         "seed": Integer(),
         "batch": Integer(1),
         "input_shape": ListOf(Integer(1, 2**16), 3, 3),  # where the model was captured again for another size

@@ -253,7 +253,7 @@ def sweep_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         seeds = max((len(values) for values in row.figures.values()), default=0)
         values = [list(row.figures.get(name, {}).values()) for name in names]
-        table.add_row(Text(one_line(str(row.variant))), str(seeds), *map(_mean, values))
+        table.add_row(Text(one_line(str(row))), str(seeds), *map(_mean, values))
         if seeds > 1:
             table.add_row("", "", *(Text(_ends(each), style="dim") for each in values))
         for seed, failure in row.failures.items():
