@@ -776,7 +776,7 @@ def test_an_interrupt_after_the_result_is_in_place_does_not_say_that_nothing_was
 def test_an_interrupt_names_the_directory_in_which_the_command_continues(
     run, workshop, tmp_path, monkeypatch, command, interrupted
 ):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     work = tmp_path / "work"

@@ -381,7 +381,8 @@ def test_a_killed_quantization_continues_its_synthesis(tmp_path: Path, run: Run,
         return losses(*args)
 
     monkeypatch.setattr(Objective, "losses", counted)
-    assert run("quantize", *MODEL, *words)[0] == 130
+    kept = f"interrupted; {tmp_path / 'work'} keeps what was done, and the same command continues there\n"
+    assert run("quantize", *MODEL, *words) == (130, "", kept)
     code, _, errors = run("quantize", *MODEL, *words)
     assert code == 0, errors
     assert calls == 2 + 3 + 1 + 2 + 5  # two of each run measure the memory; three iterations were kept
