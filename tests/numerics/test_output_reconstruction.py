@@ -14,12 +14,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import vitquant
-import vitquant.methods.output_reconstruction as output_reconstruction
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.graph.segments import Segment
 from vitquant.graph.taps import TappedInterpreter
 from vitquant.methods.context import Context
 from vitquant.methods.output_reconstruction import ReconstructOutputSettings, reconstruct_output
+from vitquant.methods.student import Student
 from vitquant.model import QuantizedModel
 from vitquant.model.saved import digest
 from vitquant.model.simulation import ExactSimulation
@@ -156,13 +156,13 @@ def test_the_error_falls_in_every_library(name: str) -> None:
 def test_steps_are_of_the_batch_in_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = made("timm deit")
     seen: list[torch.Tensor] = []
-    real = output_reconstruction._errors
+    real = Student.losses
 
-    def spied(*given: object) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.append(given[2])  # type: ignore[arg-type]
-        return real(*given)  # type: ignore[arg-type]
+    def spied(self: Student, images: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(images)
+        return real(self, images, share)
 
-    monkeypatch.setattr(output_reconstruction, "_errors", spied)
+    monkeypatch.setattr(Student, "losses", spied)
     said: list[tuple[int, int]] = []
     context = given_to(model, images.split(5), progress=lambda _, done, total: said.append((done, total)))
     record = reconstruct_output(model, context, ReconstructOutputSettings(2, batch=2))
