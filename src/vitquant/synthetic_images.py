@@ -54,7 +54,11 @@ ABOUT, SHEET = "synthesis.json", "contact-sheet.png"
 MOST = 10_000  # images
 _SET = 32  # images that are optimized side by side; more are optimized in sets
 _AT_ONCE = 8  # images that are differentiated at a time, whose tensors then stay in the processor's cache
-_TRACED = ("entropy", "cross entropy", "distance of the total variation")
+_TRACED = (
+    "entropy",
+    "cross entropy",
+    "distance of the total variation",
+)  # of the parts of the loss, those without a student
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,11 @@ class WorkState:
             ended = time.monotonic()
             self._next = ended + max(_EVERY, (ended - started) / _SHARE)
 
+    def remove(self) -> None:
+        """Remove what `save` wrote, if anything."""
+        if self.directory is not None:
+            self.directory.remove(self.name)
+
 
 def has_begun(path: Path) -> bool:
     """Whether a run has begun in a work directory, or what has to be done before it, whose own has a hidden name."""

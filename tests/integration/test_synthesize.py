@@ -88,7 +88,7 @@ def test_the_optimization_is_the_published_one_in_float64(model: nn.Module) -> N
                 entropy = entropy + direct_entropy(patches, 0.2, 10)
             cross = -logits[number].log_softmax(0)[draws.classes[number]]
             distance = (total_variation(moved)[number] - draws.targets[number]).abs()
-            losses.append(torch.stack([entropy, cross, distance]))
+            losses.append(torch.stack([entropy, cross, distance, torch.zeros_like(cross)]))
         parts = torch.stack(losses)
         total = (-parts[:, 0] + parts[:, 1] + 0.01 * parts[:, 2]).sum()
         gradient = torch.autograd.grad(total, images)[0]

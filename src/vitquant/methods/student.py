@@ -130,6 +130,11 @@ class Student:
             ) from refused
         self.optimizer.step()
 
+    def harden(self) -> None:
+        """Make the scales plain numbers, until the next `losses`."""
+        for scale in self.scales:
+            scale.harden()
+
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, but for the share of the learning rates."""
         tensors: dict[str, Tensor] = {

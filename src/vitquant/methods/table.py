@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 from vitquant.errors import CalibrationError, RecipeError, VitquantError
 from vitquant.integer_modules import Arithmetic
+from vitquant.methods.adversarial_distillation import DistillAdversariallySettings, distill_adversarially
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.methods.context import Context
 from vitquant.methods.contract import Definition, Needs, Phase
@@ -55,6 +56,13 @@ METHODS: dict[str, Definition[Any]] = {
         ReconstructOutputSettings,
         Phase.RECONSTRUCT,
         Needs(passes=2, gradients=True, teacher=True),
+        _CALIBRATED,
+    ),
+    "distill-adversarially": Definition(
+        distill_adversarially,
+        DistillAdversariallySettings,
+        Phase.RECONSTRUCT,
+        Needs(passes=1, gradients=True, teacher=True, memory=True),
         _CALIBRATED,
     ),
     "integer-operations": Definition(integer_operations, Arithmetic, Phase.INTEGERS, after=_CALIBRATED),

@@ -25,7 +25,7 @@ from vitquant.work import WorkState
 _BETAS, _EPS = (0.5, 0.9), 1e-8  # of Adam
 _SIDE = 224  # pixels, of the images for which published offsets are
 _TARGETS = (2500.0, 3000.0)  # between which an image's total variation is drawn
-_TRACE = ListOf(ListOf(Number(-1e30, 1e30), 3, 3), most=2**24)
+_TRACE = ListOf(ListOf(Number(-1e30, 1e30), 4, 4), most=2**24)
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,23 @@ class PatchSimilaritySettings:
 
 
 class Losses(NamedTuple):
-    """The parts of the loss of each image, (images,) each, before they are weighted."""
+    """The parts of the loss of each image, (images,) each, before they are weighted.
+
+    Arguments:
+        entropy: the sum over the attentions.
+        classes: the cross entropy with the class of the image; 0 without classes.
+        variation: the distance of the total variation from the one that was drawn.
+        disagreement: of a student with the model; 0 without one.
+    """
 
     entropy: Tensor
     classes: Tensor
     variation: Tensor
+    disagreement: Tensor
+
+
+# From images, and the outputs of the model for them, to how far a student is from them: (images,), differentiable.
+Disagreement = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -96,16 +108,20 @@ class Objective:
     """What the images of a float model are optimized by.
 
     Arguments:
-        segment: computes the contexts of the attentions from images, and the logits last where there are any.
+        segment: computes the contexts of the attentions from images, and then outputs of the model.
         features: which contexts these are.
         settings: the weights.
-        classified: whether the segment computes logits.
+        classified: whether the only output is logits, by which images get a class.
+        disagreement: of a student with the outputs, which the images raise; None without a student.
+        disagreement_weight: its weight.
     """
 
     segment: Segment
     features: PatchFeatures
     settings: PatchSimilaritySettings
     classified: bool
+    disagreement: Disagreement | None = None
+    disagreement_weight: float = 0.0
 
     @classmethod
     def of(cls, model: CapturedModel, settings: PatchSimilaritySettings, logits: str | None) -> Objective:
@@ -126,6 +142,26 @@ class Objective:
         names = (*features.sites, *([str(logits)] if classified else []))
         return cls(model.segment(IMAGES, names), features, settings, classified)
 
+    @classmethod
+    def against(
+        cls, model: CapturedModel, settings: PatchSimilaritySettings, student: Disagreement, weight: float
+    ) -> Objective:
+        """The objective of images for which a student is to disagree with the model; they get no class.
+
+        Arguments:
+            model: in float.
+            settings: see `PatchSimilaritySettings`; its `class_weight` has no effect.
+            student: its disagreement with the model's outputs, in graph order.
+            weight: of the disagreement.
+
+        Raises:
+            ModelError: the model has no attention between patches.
+        """
+        features = PatchFeatures.of(model)
+        outputs = [site.name for site in model.sites if site.kind == "output"]
+        segment = model.segment(IMAGES, (*features.sites, *outputs))
+        return cls(segment, features, settings, False, student, weight)
+
     def losses(self, images: Tensor, classes: Tensor, targets: Tensor) -> Losses:
         """The parts of the loss for some images.
 
@@ -135,20 +171,28 @@ class Objective:
             targets: float (images,), of the total variation.
         """
         computed = self.segment(images)
-        contexts = computed[: len(self.features.sites)]
+        contexts, outputs = computed[: len(self.features.sites)], computed[len(self.features.sites) :]
         entropies = [
             patch_entropy(each, self.settings.bandwidth, self.settings.points)
             for each in self.features.split(contexts, len(images))
         ]
         variation = (total_variation(images) - targets).abs()
-        no_classes = torch.zeros_like(variation)
-        cross = functional.cross_entropy(computed[-1], classes, reduction="none") if self.classified else no_classes
-        return Losses(torch.stack(entropies).sum(0), cross, variation)
+        cross = disagreement = torch.zeros_like(variation)
+        if self.classified:
+            cross = functional.cross_entropy(outputs[0], classes, reduction="none")
+        if self.disagreement is not None:
+            disagreement = self.disagreement(images, outputs)
+        return Losses(torch.stack(entropies).sum(0), cross, variation, disagreement)
 
     def total(self, losses: Losses) -> Tensor:
         """The loss of each image, (images,)."""
         settings = self.settings
-        return -losses.entropy + settings.class_weight * losses.classes + settings.variation_weight * losses.variation
+        return (
+            -losses.entropy
+            + settings.class_weight * losses.classes
+            + settings.variation_weight * losses.variation
+            - self.disagreement_weight * losses.disagreement
+        )
 
 
 @dataclass(frozen=True)
@@ -236,7 +280,7 @@ class Optimized:
 
     Arguments:
         images: (images, channels, height, width), normalized as the model takes them.
-        trace: for each iteration that was done the mean entropy, cross entropy and distance of the total variation.
+        trace: for each iteration that was done the means of the parts of the loss, in the order of `Losses`.
         stopped: why the optimization stopped early, one line; empty if it did not, or at a time limit.
     """
 
@@ -308,7 +352,7 @@ def _differentiated(
     objective: Objective, images: Tensor, draws: Draws, step: int, given: tuple[Tensor, Tensor], at_once: int
 ) -> list[float]:
     """Add the gradient of the loss to that of the images; returns the means of its parts."""
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(len(Losses._fields), dtype=torch.float64)
     parts = zip(*(each.split(at_once) for each in (images, *given)), strict=True)
     for part, classes, targets in parts:
         moved = part.roll((draws.offsets[step],) * 2, dims=(2, 3))
