@@ -35,6 +35,7 @@ from vitquant.synthesis.patch_similarity import (
     bytes_of_one,
     optimize,
 )
+from vitquant.synthesis.ranks import Ranks
 from vitquant.tasks.classification import class_count, logits_among
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.tasks.task import task_of
@@ -166,6 +167,8 @@ def synthesize(
 ) -> SyntheticImages:
     """Make images for a model from the model alone; the model is not changed.
 
+    In a process group of torch's each process makes a part of the images, and all of them get all.
+
     Arguments:
         model: any module with attention that takes one batch of images.
         count: how many, at most 10,000.
@@ -216,18 +219,21 @@ def synthesize(
     logits = logits_among({name: name for name in captured.outputs}) if classified else None
     objective = Objective.of(captured, chosen, logits)
     classes = (class_count(captured.outputs) or 1) if classified else 1
+    ranks = Ranks.of_this_process()
     with ExitStack() as held:
         kept = None
         if work is not None:
-            run = {"model": float_digest(captured), "synthesis": {**about, "vitquant": None}}
-            kept = held.enter_context(WorkDirectory.opened(work, run))
-        sets = [range(first, min(first + _SET, count)) for first in range(0, count, _SET)]
+            run = {"model": float_digest(captured), "synthesis": {**about, "vitquant": None}, "process": asdict(ranks)}
+            own = Path(work) if ranks.count == 1 else Path(work) / f"process-{ranks.rank}"
+            kept = held.enter_context(WorkDirectory.opened(own, run))
+        numbers = ranks.part(count)
+        sets = [numbers[first : first + _SET] for first in range(0, len(numbers), _SET)]
         at_once: int | None = None
         done: list[Optimized] = []
-        for number, numbers in enumerate(sets):
-            if done and time.monotonic() >= deadline:
+        for number, each in enumerate(sets):
+            if done and (done[-1].stopped or time.monotonic() >= deadline):
                 break
-            draws = Draws.of(seed, numbers, steps.input_size, classes, chosen)
+            draws = Draws.of(seed, each, steps.input_size, classes, chosen)
             if at_once is None:
                 at_once = _fitting(bytes_of_one(objective, draws, like.device), memory)
             done.append(
@@ -241,15 +247,26 @@ def synthesize(
                     progress=_among(progress, number, len(sets), chosen.steps),
                 )
             )
-            if done[-1].stopped:
-                break
-    about["iterations"] = chosen.steps
-    about["losses"] = [{name: [row[n] for row in each.trace] for n, name in enumerate(_TRACED)} for each in done]
-    found = SyntheticImages(_pixels(torch.cat([each.images for each in done]), steps), about, steps)
-    if done[-1].stopped:
-        raise SynthesisStoppedError(
-            f"{done[-1].stopped}: the images are those of the iteration before; lower the rate", found
-        )
+    return _gathered(ranks, done, about, chosen.steps, steps)
+
+
+def _gathered(
+    ranks: Ranks, done: list[Optimized], about: dict[str, Any], iterations: int, steps: Preprocessing
+) -> SyntheticImages:
+    """The images of all processes.
+
+    Raises:
+        SynthesisStoppedError: the loss of one of them was not finite.
+    """
+    pixels = [_pixels(each.images, steps) for each in done]
+    every = ranks.gathered([(x, each.trace, each.stopped) for x, each in zip(pixels, done, strict=True)])
+    made = [each for part in every for each in part]
+    about["iterations"] = iterations
+    about["losses"] = [{name: [row[n] for row in trace] for n, name in enumerate(_TRACED)} for _, trace, _ in made]
+    found = SyntheticImages(torch.cat([pixels for pixels, _, _ in made]), about, steps)
+    stopped = next((stopped for _, _, stopped in made if stopped), "")
+    if stopped:
+        raise SynthesisStoppedError(f"{stopped}: the images are those of the iteration before; lower the rate", found)
     return found
 
 

@@ -176,8 +176,8 @@ class WorkState:
 
 
 def has_begun(path: Path) -> bool:
-    """Whether a run has begun in a work directory, or what has to be done before it, whose own has a hidden name."""
-    return (path / _RUN).is_file() or any(path.glob(f".*/{_RUN}"))
+    """Whether a run has begun in a work directory, or in one inside of it: of a process, or of what is done before."""
+    return (path / _RUN).is_file() or any(path.glob(f"*/{_RUN}"))
 
 
 def _check(path: Path, run: dict[str, Any]) -> None:

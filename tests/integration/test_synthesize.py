@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.io import read_image
 
 import vitquant
 from vitquant.errors import CalibrationError, CheckpointError, ModelError, RecipeError
@@ -25,6 +28,7 @@ from vitquant.objectives.total_variation import total_variation
 from vitquant.synthesis import patch_similarity
 from vitquant.synthesis.patch_similarity import Draws, Objective, PatchSimilaritySettings, optimize
 from vitquant.synthesis.patches import PatchFeatures
+from vitquant.synthesis.ranks import Ranks
 from vitquant.synthetic_images import SynthesisStoppedError
 from vitquant.tasks.images import batches
 from vitquant.tasks.preprocessing import Preprocessing
@@ -386,3 +390,28 @@ def test_a_killed_quantization_continues_its_synthesis(tmp_path: Path, run: Run,
     code, _, errors = run("quantize", *MODEL, *words)
     assert code == 0, errors
     assert calls == 2 + 3 + 1 + 2 + 5  # two of each run measure the memory; three iterations were kept
+
+
+def test_two_processes_of_torchrun_make_the_images_of_one(tmp_path: Path, run: Run) -> None:
+    words = ["synthesize", *MODEL, "--count", "5", "--set", "iterations=3", "--set", "warmup=1", "--output"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = str(Path(sys.executable).parent / "vitquant")
+    command = [*torchrun, "--no-python", program, *words, str(tmp_path / "two"), "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["images"] == 5  # one process alone prints
+    assert run(*words, tmp_path / "one")[0] == 0
+    pairs = zip(*(sorted((tmp_path / each).glob("0*.png")) for each in ("one", "two")), strict=True)
+    differences = [(read_image(first).int() - read_image(second).int()).abs() for first, second in pairs]
+    assert len(differences) == 5
+    assert max(each.max() for each in differences) <= 2  # sums are rounded otherwise
+    told = json.loads((tmp_path / "two" / "synthesis.json").read_text())
+    assert len(told["losses"]) == 2
+
+
+@pytest.mark.parametrize("count", range(6))
+def test_processes_share_the_work_without_gap_or_overlap(count: int) -> None:
+    for processes in (1, 2, 4):
+        parts = [Ranks(rank, processes).part(count) for rank in range(processes)]
+        assert [number for part in parts for number in part] == list(range(count))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -51,46 +52,56 @@ def synthesize(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Make images for MODEL from the model alone, and write them to DIR."""
+    """Make images for MODEL from the model alone, and write them to DIR.
+
+    Under torchrun --nproc-per-node 2 --no-python vitquant synthesize ... each process makes a part of them.
+    """
     started = time.perf_counter()
-    with Terminal(json, quiet) as terminal:
+    with Terminal(json, quiet) as terminal, ExitStack() as held:
         with terminal.progress("loading"):
             import vitquant
             from vitquant.prepared import built, named_source
             from vitquant.report.figures import check_matplotlib, contact_sheet
             from vitquant.report.tables import facts
+            from vitquant.synthesis.ranks import process_group
             from vitquant.synthetic_images import SHEET, SynthesisStoppedError, check_synthesis, synthetic_directory
 
             check_synthesis(count, method, settings or ())
             check_matplotlib()
             named = named_source(model, weights, weights_key, model_arguments, seed)
+            first = held.enter_context(process_group()).rank == 0
         terminal.continuing(work)
-        with terminal.replacing(output, force, synthetic_directory()) as new:
-            with terminal.progress("loading"):
-                found = built(named, preprocessing, options.choose_device(device, threads))
-            stopped: SynthesisStoppedError | None = None
-            with terminal.progress("capturing") as update:
-                try:
-                    images = vitquant.synthesize(
-                        found.network,
-                        count,
-                        method,
-                        settings=settings or (),
-                        preprocessing=found.steps.to_dict(),
-                        seed=seed,
-                        progress=calibrating.made(update),
-                        memory=4.0 if memory_budget is None else memory_budget,
-                        time_limit=math.inf if time_limit is None else time_limit,
-                        work=work,
-                    )
-                except SynthesisStoppedError as error:
-                    stopped, images = error, error.images
-                update(description="writing")
-                images.about["model"] = found.source.to_dict()
-                images.save(new)
-                write_file(new / SHEET, contact_sheet(images))
+        new = held.enter_context(terminal.replacing(output, force, synthetic_directory())) if first else None
+        with terminal.progress("loading"):
+            found = built(named, preprocessing, options.choose_device(device, threads))
+        stopped: SynthesisStoppedError | None = None
+        with terminal.progress("capturing") as update:
+            try:
+                images = vitquant.synthesize(
+                    found.network,
+                    count,
+                    method,
+                    settings=settings or (),
+                    preprocessing=found.steps.to_dict(),
+                    seed=seed,
+                    progress=calibrating.made(update),
+                    memory=4.0 if memory_budget is None else memory_budget,
+                    time_limit=math.inf if time_limit is None else time_limit,
+                    work=work,
+                )
+            except SynthesisStoppedError as error:
+                stopped, images = error, error.images
+            if new is None:
+                return
+            update(description="writing")
+            images.about["model"] = found.source.to_dict()
+            images.save(new)
+            write_file(new / SHEET, contact_sheet(images))
+        held.close()
         for note in found.notes:
             terminal.note(note)
+        if stopped is not None:
+            raise SynthesisStoppedError(f"{stopped}; {output} holds them", stopped.images)
         if images.cut_short:
             terminal.note(f"the time limit came first: {images.cut_short}")
         ends = images.ends_of_losses
@@ -98,11 +109,8 @@ def synthesize(
         rows = {
             "model": found.source.name,
             "images": f"{len(images)} of {'x'.join(map(str, images.pixels.shape[1:]))} by {method}, seed {seed}",
-            **{name: f"{first:.4g} at first, {last:.4g} at last" for name, (first, last) in ends.items()},
+            **{name: f"{begun:.4g} at first, {last:.4g} at last" for name, (begun, last) in ends.items()},
             "written to": f"{output}, after {seconds:.1f} s",
         }
-        if stopped is None:
-            values = {**images.about, "losses": ends, "images": len(images), "output": str(output.absolute())}
-            terminal.result({**values, "seconds": seconds}, facts(rows))
-    if stopped is not None:
-        raise SynthesisStoppedError(f"{stopped}; {output} holds them", stopped.images)
+        values = {**images.about, "losses": ends, "images": len(images), "output": str(output.absolute())}
+        terminal.result({**values, "seconds": seconds}, facts(rows))

@@ -1,0 +1,67 @@
+"""Division of work among the processes that torchrun starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import distributed
+
+from vitquant.errors import WorkerError, first_line
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a process group.
+
+    Arguments:
+        rank: its number.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def of_this_process(cls) -> Ranks:
+        """This process in torch's default process group; the only one if there is no group."""
+        if not distributed.is_available() or not distributed.is_initialized():
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    def part(self, count: int) -> range:
+        """Which of `count` pieces of work are this process's: consecutive ones, as many as others have, or one more."""
+        return range(count * self.rank // self.count, count * (self.rank + 1) // self.count)
+
+    def gathered(self, found: T) -> list[T]:
+        """What every process found, in the order of their ranks; all of them have to call it."""
+        if self.count == 1:
+            return [found]
+        every: list[Any] = [None] * self.count
+        distributed.all_gather_object(every, found)
+        return every
+
+
+@contextmanager
+def process_group() -> Generator[Ranks]:
+    """The process group of torchrun, on the CPU; this process alone where torchrun did not start it.
+
+    Raises:
+        WorkerError: the other processes cannot be reached.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        yield Ranks.of_this_process()
+        return
+    try:
+        distributed.init_process_group("gloo")
+    except Exception as error:
+        raise WorkerError(f"torchrun's other processes cannot be reached: {first_line(error)}") from error
+    try:
+        yield Ranks.of_this_process()
+    finally:
+        distributed.destroy_process_group()
