@@ -208,13 +208,15 @@ def synthesize(
         "vitquant": __version__,
     }
     if isinstance(chosen, NoiseSettings):
-        limits = _limits(steps, None)
+        limits = _limits(steps)
         noise = [NOISES[method](steps.input_size, limits, generator_for(seed, f"image {n}")) for n in range(count)]
         return SyntheticImages(_pixels(torch.stack(noise), steps), about, steps)
     model = unwrapped(model)
     like = next(model.parameters())
     example = torch.randn(2, *steps.input_size, generator=torch.Generator().manual_seed(0)).to(like)
     captured = copy.deepcopy(CapturedModel(capture(model, example), steps.input_size)).requires_grad_(False)
+    identity = float_digest(captured)
+    captured = captured.to(chosen.dtype)
     classified = task_of(model, captured.outputs).name == "classification"
     logits = logits_among({name: name for name in captured.outputs}) if classified else None
     objective = Objective.of(captured, chosen, logits)
@@ -223,7 +225,7 @@ def synthesize(
     with ExitStack() as held:
         kept = None
         if work is not None:
-            run = {"model": float_digest(captured), "synthesis": {**about, "vitquant": None}, "process": asdict(ranks)}
+            run = {"model": identity, "synthesis": {**about, "vitquant": None}, "process": asdict(ranks)}
             own = Path(work) if ranks.count == 1 else Path(work) / f"process-{ranks.rank}"
             kept = held.enter_context(WorkDirectory.opened(own, run))
         numbers = ranks.part(count)
@@ -240,7 +242,7 @@ def synthesize(
                 optimize(
                     objective,
                     draws,
-                    _limits(steps, like),
+                    _limits(steps, like.device),
                     at_once,
                     work=WorkState(kept, f"set-{number}"),
                     out_of_time=lambda: time.monotonic() >= deadline,
@@ -333,11 +335,10 @@ def _channels(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
 
 
-def _limits(steps: Preprocessing, like: Tensor | None) -> tuple[Tensor, Tensor]:
+def _limits(steps: Preprocessing, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """What black and white are after normalization, (3, 1, 1) each."""
-    mean, std = _channels(steps.mean), _channels(steps.std)
-    ends = (0 - mean) / std, (1 - mean) / std
-    return ends if like is None else (ends[0].to(like), ends[1].to(like))
+    mean, std = _channels(steps.mean).to(device), _channels(steps.std).to(device)
+    return (0 - mean) / std, (1 - mean) / std
 
 
 def _pixels(images: Tensor, steps: Preprocessing) -> Tensor:

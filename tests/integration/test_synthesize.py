@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
@@ -241,6 +242,7 @@ def test_a_model_without_classes_has_no_class_prior(model: nn.Module) -> None:
         ({"settings": ["rate=nan"]}, RecipeError, "rate"),
         ({"settings": {"jitter": [300]}}, RecipeError, "jitter"),
         ({"settings": {"jitter": []}}, RecipeError, "jitter"),
+        ({"settings": {"precision": "float16"}}, RecipeError, "precision = 'float16': it is float32 or bfloat16"),
         ({"method": "uniform-noise", "settings": {"iterations": 5}}, RecipeError, "iterations"),
         ({"memory": 1e-6}, CalibrationError, "a gradient for one image takes .* GB"),
         ({"memory": -1.0}, RecipeError, "memory = -1.0"),
@@ -249,6 +251,19 @@ def test_a_model_without_classes_has_no_class_prior(model: nn.Module) -> None:
 def test_what_cannot_be_made_is_refused(model: nn.Module, given: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         vitquant.synthesize(model, **{"count": 2, "settings": SHORT, "preprocessing": STEPS, **given})
+
+
+def test_the_model_may_be_computed_in_half_precision(model: nn.Module) -> None:
+    whole, half = (
+        vitquant.synthesize(model, 2, settings={**SHORT, "precision": precision}, preprocessing=STEPS)
+        for precision in ("float32", "bfloat16")
+    )
+    assert not torch.equal(whole.pixels, half.pixels)
+    for name, (first, _) in whole.ends_of_losses.items():
+        assert half.ends_of_losses[name][0] == pytest.approx(first, rel=0.1)
+    given = copy.deepcopy(model).to(torch.bfloat16)
+    assert vitquant.synthesize(given, 2, settings=SHORT, preprocessing=STEPS).pixels.shape == (2, 3, 32, 32)
+    assert next(given.parameters()).dtype == torch.bfloat16
 
 
 def test_a_model_without_attention_is_refused() -> None:

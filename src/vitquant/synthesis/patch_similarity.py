@@ -40,6 +40,7 @@ class PatchSimilaritySettings:
         bandwidth, points: of the density of similarities, see `patch_entropy`.
         class_weight: of the cross entropy with a class drawn for each image; 0 for a model without classes.
         variation_weight: of the distance of the total variation from one drawn between 2500 and 3000.
+        precision: in which the model is computed, `float32` or `bfloat16`; images and losses are always float32.
 
     Raises:
         RecipeError: a number out of range.
@@ -55,6 +56,7 @@ class PatchSimilaritySettings:
     points: int = POINTS
     class_weight: float = 1.0
     variation_weight: float = 0.05
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         for name, allowed, least, most in (
@@ -76,6 +78,13 @@ class PatchSimilaritySettings:
                 f"synthesis: jitter = {list(jitter)}: it is for each stage a number of pixels, 0 to {_SIDE}"
             )
         object.__setattr__(self, "jitter", jitter)
+        if self.precision not in ("float32", "bfloat16"):
+            raise RecipeError(f"synthesis: precision = {str(self.precision)[:40]!r}: it is float32 or bfloat16")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model is computed."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     @property
     def steps(self) -> int:
@@ -170,7 +179,7 @@ class Objective:
             classes: int64 (images,), that the model is to see in them.
             targets: float (images,), of the total variation.
         """
-        computed = self.segment(images)
+        computed = self.segment(images.to(next(self.segment.parameters()).dtype))
         contexts, outputs = computed[: len(self.features.sites)], computed[len(self.features.sites) :]
         entropies = [
             patch_entropy(each, self.settings.bandwidth, self.settings.points)
@@ -179,7 +188,8 @@ class Objective:
         variation = (total_variation(images) - targets).abs()
         cross = disagreement = torch.zeros_like(variation)
         if self.classified:
-            cross = functional.cross_entropy(outputs[0], classes, reduction="none")
+            logits = outputs[0].to(torch.promote_types(outputs[0].dtype, images.dtype))
+            cross = functional.cross_entropy(logits, classes, reduction="none")
         if self.disagreement is not None:
             disagreement = self.disagreement(images, outputs)
         return Losses(torch.stack(entropies).sum(0), cross, variation, disagreement)
@@ -370,6 +380,9 @@ def bytes_of_one(objective: Objective, draws: Draws, device: torch.device) -> in
     Arguments:
         objective, draws: see `optimize`.
         device: of the model.
+
+    Raises:
+        CalibrationError: the model cannot be computed in the precision of its parameters.
     """
 
     def held(images: int) -> int:
@@ -390,7 +403,11 @@ def bytes_of_one(objective: Objective, draws: Draws, device: torch.device) -> in
             objective.total(objective.losses(start, labels, targets)).sum()
         return sum(seen.values())
 
-    return max(1, held(2) - held(1))
+    try:
+        return max(1, held(2) - held(1))
+    except RuntimeError as refused:
+        dtype = next(objective.segment.parameters()).dtype
+        raise CalibrationError(f"the model cannot be computed in {dtype}: {first_line(refused)}") from refused
 
 
 def _adam(images: Tensor) -> torch.optim.Adam:
