@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.zoo import ModelSource, check_name, create, parse_model_arguments, pinned, preprocessing_of
 
 SYNTHETIC = "synthetic"  # instead of a directory
-MADE = 32  # images that are made where no number is asked for, as published
+USUAL_COUNT = 32  # of images that are made where no number is asked for, as published
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Prepared:
         held_out: the images that are held out, in batches; None where none are.
         origin: where the images come from, for the saved model: their directory, or how they were made.
         folder: holds the images that were made, and is removed with it.
+        seconds: that making them took.
     """
 
     network: nn.Module
@@ -143,6 +146,7 @@ class Prepared:
     held_out: ImageBatches | None
     origin: dict[str, Any]
     folder: TemporaryDirectory[str] | None = None
+    seconds: float = 0.0
 
 
 def named_source(
@@ -178,16 +182,27 @@ def built(named: ModelSource, preprocessing: Path | None, where: torch.device) -
     return NamedModel(network, source, preprocessing_of(network, source, preprocessing), tuple(notes))
 
 
-def made_for(
-    model: NamedModel,
-    how: Synthetic,
-    count: int,
-    seed: int,
-    progress: Progress = silent,
-    memory: float = 4.0,
-    work: Path | None = None,
-) -> SyntheticImages:
-    """Images for a model; arguments as of `synthesize`."""
+@dataclass(frozen=True)
+class Effort:
+    """What making images may take.
+
+    Arguments:
+        memory, time_limit, progress: see `synthesize`.
+        work: the work directory of what the images are for, in which the state of making them is saved, too.
+    """
+
+    memory: float = 4.0
+    time_limit: float = math.inf
+    progress: Progress = silent
+    work: Path | None = None
+
+
+def images_for(model: NamedModel, how: Synthetic, count: int, seed: int, effort: Effort) -> SyntheticImages:
+    """Images that are made for a model.
+
+    Raises:
+        VitquantError: see `synthesize`.
+    """
     return synthesize(
         model.network,
         count,
@@ -195,10 +210,25 @@ def made_for(
         settings=how.settings,
         preprocessing=model.steps.to_dict(),
         seed=seed,
-        progress=progress,
-        memory=memory,
-        work=work,
+        progress=effort.progress,
+        memory=effort.memory,
+        time_limit=effort.time_limit,
+        work=None if effort.work is None else effort.work / f".{SYNTHETIC}",
     )
+
+
+def check_count(request: Request) -> int:
+    """How many images are made for a request.
+
+    Raises:
+        RecipeError: too many.
+        DataError: fewer than in a batch.
+    """
+    count = (request.images or USUAL_COUNT) + request.held_out
+    check_synthesis(count, PATCH_SIMILARITY, ())
+    if request.batch is not None and request.batch > count - request.held_out:
+        raise DataError(f"--batch {request.batch}: {count - request.held_out} images are made; give --images or less")
+    return count
 
 
 def prepare(
@@ -206,19 +236,16 @@ def prepare(
     recipe: Recipe,
     where: torch.device,
     check: Callable[[nn.Module, tuple[int, int, int]], None] | None = None,
-    progress: Progress = silent,
-    memory: float = 4.0,
-    work: Path | None = None,
+    effort: Effort = Effort(),
 ) -> Prepared:
     """Build the model and choose the images, or make them, with all checks before any long work.
 
     Arguments:
         request: what the user names.
-        recipe: says how many images.
+        recipe: says how many images of a directory.
         where: the device of the model.
         check: refuses a model and the size of its images, before images are made for it.
-        progress, memory: of making images, see `synthesize`.
-        work: the work directory of what the images are for, in which the state of making them is saved, too.
+        effort: what making images may take.
 
     Raises:
         VitquantError: the model, weights, images or preprocessing are not available, or images cannot be made.
@@ -226,19 +253,21 @@ def prepare(
     named = named_source(request.model, request.weights, request.weights_key, request.model_arguments, request.seed)
     how = request.calibration
     if isinstance(how, Synthetic):
+        count = check_count(request)
         model = built(named, request.preprocessing, where)
         if check is not None:
             check(model.network, model.steps.input_size)
-        count = (request.images or min(MADE, recipe.calibration.images)) + request.held_out
-        kept = None if work is None else work / f".{SYNTHETIC}"
-        images = made_for(model, how, count, request.seed, progress, memory, kept)
+        started = time.monotonic()
+        images = images_for(model, how, count, request.seed, effort)
+        seconds = time.monotonic() - started
         folder = TemporaryDirectory(prefix="vitquant-")
-        images.save(folder.name)
+        images.write_into(Path(folder.name))
         chosen = _chosen(request, Path(folder.name), recipe)
         about = {key: value for key, value in images.about.items() if key not in ("losses", "preprocessing")}
+        notes = (f"the time limit came while images were made: {images.cut_short}",) if images.cut_short else ()
         origin: dict[str, Any] = {SYNTHETIC: about}
     else:
-        chosen, folder = _chosen(request, how, recipe), None
+        chosen, folder, notes, seconds = _chosen(request, how, recipe), None, (), 0.0
         model = built(named, request.preprocessing, where)
         origin = {"directory": str(how.absolute())}
     reading = (request.image_workers, request.skip_bad_images)
@@ -251,10 +280,11 @@ def prepare(
         data,
         len(chosen.items),
         chosen.batch,
-        (*model.notes, *chosen.notes),
+        (*model.notes, *notes, *chosen.notes),
         held_out,
         origin,
         folder,
+        seconds,
     )
 
 

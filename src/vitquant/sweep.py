@@ -19,17 +19,25 @@ import torch
 
 from vitquant.engines import default_engine
 from vitquant.errors import CheckpointError, DataError, RecipeError, VitquantError
-from vitquant.files import replacing
 from vitquant.files import sha256 as sha256_of
 from vitquant.image_folders import CalibrationImages, evaluation_images
 from vitquant.model import Record
 from vitquant.model.saved import digest, finite
 from vitquant.parsing import parse_toml, read_file
-from vitquant.prepared import MADE, Request, Synthetic, built, made_for, named_source, prepare
+from vitquant.prepared import (
+    USUAL_COUNT,
+    Effort,
+    Request,
+    Synthetic,
+    built,
+    check_count,
+    images_for,
+    named_source,
+    prepare,
+)
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Bits, Recipe, requested
 from vitquant.schema import Integer, ListOf, Number, Plain, Table, TableOf, Text, check
-from vitquant.synthetic_images import synthetic_directory
 from vitquant.tasks.classification import ClassificationResult
 from vitquant.tasks.features import FeaturesResult
 from vitquant.tasks.images import batches, fingerprint, load_unlabelled
@@ -291,46 +299,57 @@ def run_sweep(
     progress("reading the images", 0, len(sweep.variants) * len(setup.calibration) * len(sweep.seeds))
     with WorkDirectory.opened(directory, setup.identity()):
         jobs: dict[tuple[Variant, str, int], _Job] = {}
-        for (name, source), seed in product(setup.calibration.items(), sweep.seeds):
+        for name, source in setup.calibration.items():
             images: Any = str(source) if isinstance(source, Synthetic) else _images(source)
-            folder = _made(setup, source, seed, directory, progress) if isinstance(source, Synthetic) else source
-            own = replace(share, request=replace(share.request, calibration=folder))
-            for variant in sweep.variants:
+            for variant, seed in product(sweep.variants, sweep.seeds):
+                folder = _folder(directory, source, setup.request, seed) if isinstance(source, Synthetic) else source
+                own = replace(share, request=replace(share.request, calibration=folder, seed=seed))
                 recipe, bits = requested(variant.recipe, variant.bits, variant.settings)
                 job = _Job(own, variant, recipe, bits, seed, images, directory)
                 jobs[variant, name, seed] = replace(job, work=directory / f"{job.key}.work")
         by_key = {job.key: job for job in jobs.values()}
         results = Results(directory, _RESULT, CheckpointError)
+        failures: dict[str, VitquantError] = {}
+        for (_, name, seed), job in jobs.items():
+            source = setup.calibration[name]
+            if isinstance(source, Synthetic) and results.read(job.key) is None:
+                try:
+                    _make(job.setup, source, seed, progress)
+                except VitquantError as error:
+                    failures[job.key] = error
 
         def forget(key: str, result: dict[str, Any]) -> None:
             shutil.rmtree(by_key[key].work, ignore_errors=True)
 
-        found = run_jobs(_run, by_key, results, workers, progress, forget)
+        left = {key: job for key, job in by_key.items() if key not in failures}
+        found = {**failures, **run_jobs(_run, left, results, workers, progress, forget)}
     return [
         _row(variant, name, {seed: found[jobs[variant, name, seed].key] for seed in sweep.seeds})
         for variant, name in product(sweep.variants, setup.calibration)
     ]
 
 
-def _made(setup: Setup, how: Synthetic, seed: int, directory: Path, progress: Progress) -> Path:
-    """The folder of the images that are made for the model with a seed; made now if it is not there.
+def _folder(directory: Path, how: Synthetic, request: Request, seed: int) -> Path:
+    """Where the images are kept that are made for the model with a seed."""
+    words = json.dumps([str(how), request.images or USUAL_COUNT, seed])
+    return directory / f"{how.method}-{sha256(words.encode()).hexdigest()[:16]}.images"
+
+
+def _make(setup: Setup, how: Synthetic, seed: int, progress: Progress) -> None:
+    """Make the images of a set with a seed, if they are not there.
 
     Raises:
         VitquantError: see `synthesize`.
     """
-    request = replace(setup.request, seed=seed)
-    named = named_source(request.model, request.weights, request.weights_key, request.model_arguments, seed)
-    count = request.images or MADE
-    words = json.dumps([str(how), count, seed])
-    folder = directory / f"{how.method}-{sha256(words.encode()).hexdigest()[:16]}.images"
+    request = setup.request
+    folder = Path(str(request.calibration))
+    work = folder.with_suffix(".work")
     if not folder.is_dir():
+        named = named_source(request.model, request.weights, request.weights_key, request.model_arguments, seed)
         model = built(named, request.preprocessing, torch.device("cpu"))
-        work = folder.with_suffix(".work")
-        images = made_for(model, how, count, seed, progress, setup.memory, work)
-        with replacing(folder, force=False, directory=synthetic_directory()) as new:
-            images.save(new)
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
+        effort = Effort(setup.memory, progress=progress, work=work)
+        images_for(model, how, check_count(request), seed, effort).save(folder)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _check(sweep: Sweep, setup: Setup) -> None:
@@ -344,7 +363,9 @@ def _check(sweep: Sweep, setup: Setup) -> None:
     if setup.classes is not None:
         _content(setup.classes)
     for source in setup.calibration.values():
-        if not isinstance(source, Synthetic):
+        if isinstance(source, Synthetic):
+            check_count(setup.request)
+        else:
             load_unlabelled(source)
     request = setup.request
     named = named_source(request.model, request.weights, request.weights_key, request.model_arguments, sweep.seeds[0])
@@ -358,7 +379,7 @@ def _check(sweep: Sweep, setup: Setup) -> None:
 def _run(job: _Job) -> dict[str, Any]:
     """Quantize and evaluate a model: plain JSON values."""
     setup = job.setup
-    prepared = prepare(replace(setup.request, seed=job.seed), job.recipe, torch.device("cpu"))
+    prepared = prepare(setup.request, job.recipe, torch.device("cpu"))
     started = time.perf_counter()
     model = quantize(
         prepared.network,

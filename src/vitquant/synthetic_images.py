@@ -6,19 +6,21 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from statistics import mean
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from vitquant.autocast import in_own_precision
-from vitquant.errors import CalibrationError, RecipeError
-from vitquant.files import Directory, write_file
+from vitquant.errors import CalibrationError, ExportError, ModelError, RecipeError
+from vitquant.files import Directory, replacing, write_file
+from vitquant.files.refusal import told_as
 from vitquant.graph.capture import capture
 from vitquant.graph.captured import CapturedModel
 from vitquant.model.saved import float_digest
@@ -30,36 +32,27 @@ from vitquant.synthesis.noise import NOISES, NoiseSettings
 from vitquant.synthesis.patch_similarity import (
     Draws,
     Objective,
-    Optimized,
     PatchSimilaritySettings,
-    bytes_of_one,
+    images_at_once,
     optimize,
 )
-from vitquant.synthesis.ranks import Ranks
 from vitquant.tasks.classification import class_count, logits_among
+from vitquant.tasks.folders import ABOUT_SYNTHESIS, CONTACT_SHEET
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.tasks.task import task_of
 from vitquant.unwrapping import unwrapped
 from vitquant.version import __version__
 from vitquant.work import WorkDirectory, WorkState
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from vitquant.workers.ranks import ALONE, Ranks
 
 PATCH_SIMILARITY = "psaq-vit"
 SETTINGS: dict[str, type[PatchSimilaritySettings] | type[NoiseSettings]] = {
     PATCH_SIMILARITY: PatchSimilaritySettings,
     **dict.fromkeys(NOISES, NoiseSettings),
 }
-ABOUT, SHEET = "synthesis.json", "contact-sheet.png"
 MOST = 10_000  # images
 _SET = 32  # images that are optimized side by side; more are optimized in sets
-_AT_ONCE = 8  # images that are differentiated at a time, whose tensors then stay in the processor's cache
-_TRACED = (
-    "entropy",
-    "cross entropy",
-    "distance of the total variation",
-)  # of the parts of the loss, those without a student
+_TRACED = ("entropy", "cross entropy", "distance of the total variation")  # the first parts of `Losses`
 
 
 @dataclass(frozen=True)
@@ -93,11 +86,10 @@ class SyntheticImages:
     @property
     def ends_of_losses(self) -> dict[str, tuple[float, float]]:
         """Each part of the loss in the first and in the last iteration, the mean over the sets of images."""
-        sets = self.about.get("losses", ())
-        traces = {name: [each[name] for each in sets] for name in _TRACED if sets and sets[0][name]}
+        begun = [each for each in self.about.get("losses", ()) if each[_TRACED[0]]]
         return {
-            name: (sum(trace[0] for trace in each) / len(each), sum(trace[-1] for trace in each) / len(each))
-            for name, each in traces.items()
+            name: (mean(each[name][0] for each in begun), mean(each[name][-1] for each in begun))
+            for name in (_TRACED if begun else ())
         }
 
     def batches(self, size: int = 32) -> list[Tensor]:
@@ -106,10 +98,10 @@ class SyntheticImages:
         Arguments:
             size: how many in a batch; the last may have fewer.
         """
-        mean, std = _channels(self.preprocessing.mean), _channels(self.preprocessing.std)
-        return [(part.to(torch.float32) / 255 - mean) / std for part in self.pixels.split(size)]
+        centre, scale = _channels(self.preprocessing.mean), _channels(self.preprocessing.std)
+        return [(part.to(torch.float32) / 255 - centre) / scale for part in self.pixels.split(size)]
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, force: bool = False) -> None:
         """Write one PNG for each image, and `synthesis.json` with what they were made by.
 
         The preprocessing of the model gives back the same pixels: where it resizes an image and crops it, the files
@@ -117,25 +109,26 @@ class SyntheticImages:
 
         Arguments:
             directory: made when missing.
+            force: replace a set of synthetic images that is there.
 
         Raises:
             DataError: Pillow is not installed.
-            ExportError: a file cannot be written.
+            ExportError: the directory must not be replaced, or a file cannot be written.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(self.files()):
-            image.save(directory / name_of(number))
-        write_file(directory / ABOUT, json.dumps(self.about, indent=1).encode(), force=True)
+        with replacing(directory, force, synthetic_directory()) as new:
+            self.write_into(new)
 
-    def files(self) -> Iterator[Image]:
-        """The images with their frames, as Pillow's.
+    def write_into(self, directory: Path) -> None:
+        """Write the files of `save` into a directory that does not exist yet, or is empty.
 
         Raises:
-            DataError: see `save`.
+            DataError, ExportError: see `save`.
         """
-        for image in self.pixels:
-            yield self.preprocessing.framed(image)
+        with told_as(ExportError, f"{directory} cannot be written"):
+            directory.mkdir(exist_ok=True)
+            for number, pixels in enumerate(self.pixels):
+                self.preprocessing.framed(pixels).save(directory / name_of(number))
+        write_file(directory / ABOUT_SYNTHESIS, json.dumps(self.about, indent=1).encode())
 
 
 class SynthesisStoppedError(CalibrationError):
@@ -143,7 +136,7 @@ class SynthesisStoppedError(CalibrationError):
 
     Arguments:
         problem: when, and what to do.
-        images: as they were before.
+        images: as they were in the iteration before.
     """
 
     def __init__(self, problem: str, images: SyntheticImages) -> None:
@@ -151,6 +144,7 @@ class SynthesisStoppedError(CalibrationError):
         self.images = images
 
 
+@torch.inference_mode(False)
 @in_own_precision
 def synthesize(
     model: nn.Module,
@@ -164,10 +158,9 @@ def synthesize(
     memory: float = 4.0,
     time_limit: float = math.inf,
     work: str | Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> SyntheticImages:
     """Make images for a model from the model alone; the model is not changed.
-
-    In a process group of torch's each process makes a part of the images, and all of them get all.
 
     Arguments:
         model: any module with attention that takes one batch of images.
@@ -182,13 +175,16 @@ def synthesize(
         time_limit: seconds, after which the images so far are the result.
         work: a directory in which the state is saved: after an interruption the same call continues there. It can be
             removed afterwards.
+        ranks: divides the images among the processes of torch's default process group, all of which have to call this,
+            and get all images: `Ranks.of_this_process()`.
 
     Raises:
         RecipeError: there is no such method or setting, or a number is out of range.
-        ModelError: the model has no attention between patches.
+        ModelError: the model has no parameters, or no attention between patches.
         CalibrationError: torch cannot differentiate the model, or the memory is too small for one image.
-        SynthesisStoppedError: the loss became NaN or infinite; the error holds the images of the iteration before.
+        SynthesisStoppedError: a loss became NaN or infinite; the error holds the images of the iteration before.
         CheckpointError: the work directory belongs to another run.
+        WorkerError: another process of the group was lost.
 
     Source: PSAQ-ViT, Li et al., ECCV 2022. docs/psaq-vit.md.
 
@@ -196,8 +192,8 @@ def synthesize(
     """
     deadline = time.monotonic() + time_limit
     chosen = check_synthesis(count, method, settings)
-    if not memory > 0 or not time_limit >= 0:
-        raise RecipeError(f"memory = {memory}, time_limit = {time_limit}: both are positive, in gigabytes and seconds")
+    if not 0 < memory < math.inf or not time_limit >= 0:
+        raise RecipeError(f"memory = {memory}, time_limit = {time_limit}: gigabytes above 0, and seconds of 0 or more")
     steps = Preprocessing() if preprocessing is None else Preprocessing.from_dict(preprocessing)
     about: dict[str, Any] = {
         "method": method,
@@ -208,68 +204,83 @@ def synthesize(
         "vitquant": __version__,
     }
     if isinstance(chosen, NoiseSettings):
-        limits = _limits(steps)
-        noise = [NOISES[method](steps.input_size, limits, generator_for(seed, f"image {n}")) for n in range(count)]
-        return SyntheticImages(_pixels(torch.stack(noise), steps), about, steps)
-    model = unwrapped(model)
-    like = next(model.parameters())
-    example = torch.randn(2, *steps.input_size, generator=torch.Generator().manual_seed(0)).to(like)
-    captured = copy.deepcopy(CapturedModel(capture(model, example), steps.input_size)).requires_grad_(False)
-    identity = float_digest(captured)
-    captured = captured.to(chosen.dtype)
-    classified = task_of(model, captured.outputs).name == "classification"
-    logits = logits_among({name: name for name in captured.outputs}) if classified else None
-    objective = Objective.of(captured, chosen, logits)
-    classes = (class_count(captured.outputs) or 1) if classified else 1
-    ranks = Ranks.of_this_process()
+        noise = NOISES[method]
+        images = (noise(steps.input_size, _limits(steps), generator_for(seed, f"image {n}")) for n in range(count))
+        return SyntheticImages(torch.stack([_pixels(each, steps) for each in images]), about, steps)
+    subject = _Subject.of(unwrapped(model), steps, chosen)
+    done: list[_Made] = []
     with ExitStack() as held:
         kept = None
         if work is not None:
-            run = {"model": identity, "synthesis": {**about, "vitquant": None}, "process": asdict(ranks)}
+            run = {"model": subject.identity, "synthesis": {**about, "vitquant": None}, "process": asdict(ranks)}
             own = Path(work) if ranks.count == 1 else Path(work) / f"process-{ranks.rank}"
             kept = held.enter_context(WorkDirectory.opened(own, run))
         numbers = ranks.part(count)
         sets = [numbers[first : first + _SET] for first in range(0, len(numbers), _SET)]
         at_once: int | None = None
-        done: list[Optimized] = []
         for number, each in enumerate(sets):
             if done and (done[-1].stopped or time.monotonic() >= deadline):
                 break
-            draws = Draws.of(seed, each, steps.input_size, classes, chosen)
+            draws = Draws.of(seed, each, steps.input_size, subject.classes, chosen)
             if at_once is None:
-                at_once = _fitting(bytes_of_one(objective, draws, like.device), memory)
-            done.append(
-                optimize(
-                    objective,
-                    draws,
-                    _limits(steps, like.device),
-                    at_once,
-                    work=WorkState(kept, f"set-{number}"),
-                    out_of_time=lambda: time.monotonic() >= deadline,
-                    progress=_among(progress, number, len(sets), chosen.steps),
-                )
+                at_once = images_at_once(subject.objective, draws, memory)
+            found = optimize(
+                subject.objective,
+                draws,
+                _limits(steps, subject.device),
+                at_once,
+                work=WorkState(kept, f"set-{number}"),
+                out_of_time=lambda: time.monotonic() >= deadline,
+                progress=_among(progress, number, len(sets), chosen.steps),
             )
-    return _gathered(ranks, done, about, chosen.steps, steps)
-
-
-def _gathered(
-    ranks: Ranks, done: list[Optimized], about: dict[str, Any], iterations: int, steps: Preprocessing
-) -> SyntheticImages:
-    """The images of all processes.
-
-    Raises:
-        SynthesisStoppedError: the loss of one of them was not finite.
-    """
-    pixels = [_pixels(each.images, steps) for each in done]
-    every = ranks.gathered([(x, each.trace, each.stopped) for x, each in zip(pixels, done, strict=True)])
-    made = [each for part in every for each in part]
-    about["iterations"] = iterations
-    about["losses"] = [{name: [row[n] for row in trace] for n, name in enumerate(_TRACED)} for _, trace, _ in made]
-    found = SyntheticImages(torch.cat([pixels for pixels, _, _ in made]), about, steps)
-    stopped = next((stopped for _, _, stopped in made if stopped), "")
+            done.append(_Made(_pixels(found.images, steps), found.trace, found.stopped))
+    made = [each for part in ranks.gathered(done) for each in part]
+    about["iterations"] = chosen.steps
+    about["losses"] = [{name: [row[n] for row in each.trace] for n, name in enumerate(_TRACED)} for each in made]
+    result = SyntheticImages(torch.cat([each.pixels for each in made]), about, steps)
+    stopped = next((each.stopped for each in made if each.stopped), "")
     if stopped:
-        raise SynthesisStoppedError(f"{stopped}: the images are those of the iteration before; lower the rate", found)
-    return found
+        raise SynthesisStoppedError(f"{stopped}; lower the rate", result)
+    return result
+
+
+class _Made(NamedTuple):
+    """A set of images: their pixels, the parts of their loss in every iteration, and why they ended early."""
+
+    pixels: Tensor
+    trace: list[list[float]]
+    stopped: str
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model that images are made for.
+
+    Arguments:
+        objective: of the images.
+        classes: how many the model has; 1 where it has none.
+        device: of the model.
+        identity: the digest of its weights and graph.
+    """
+
+    objective: Objective
+    classes: int
+    device: torch.device
+    identity: str
+
+    @classmethod
+    def of(cls, model: nn.Module, steps: Preprocessing, settings: PatchSimilaritySettings) -> _Subject:
+        like = next((each for each in model.parameters() if each.is_floating_point()), None)
+        if like is None:
+            raise ModelError("the model has no parameters, and nothing to learn images from; noise needs none")
+        example = torch.randn(2, *steps.input_size, generator=torch.Generator().manual_seed(0)).to(like)
+        captured = copy.deepcopy(CapturedModel(capture(model, example), steps.input_size)).requires_grad_(False)
+        classes = class_count(captured.outputs) if task_of(model, captured.outputs).name == "classification" else None
+        sites = [site.name for site in captured.sites if site.kind == "output"]
+        logits = None if classes is None else logits_among(dict(zip(captured.outputs, sites, strict=True)))
+        identity = float_digest(captured)
+        objective = Objective.of(captured.to(settings.dtype), settings, logits)
+        return cls(objective, classes or 1, like.device, identity)
 
 
 def check_synthesis(
@@ -304,27 +315,13 @@ def _assigned(text: str) -> tuple[str, Any]:
 
 def synthetic_directory() -> Directory:
     """The kind of directory that `SyntheticImages.save` writes, with a contact sheet or without one."""
-    names = (ABOUT, SHEET, *map(name_of, range(MOST)))
-    return Directory("set of synthetic images", dict.fromkeys(names), lambda path: (path / ABOUT).is_file())
+    names = (ABOUT_SYNTHESIS, CONTACT_SHEET, *map(name_of, range(MOST)))
+    return Directory("set of synthetic images", dict.fromkeys(names), lambda path: (path / ABOUT_SYNTHESIS).is_file())
 
 
 def name_of(number: int) -> str:
     """The file name of an image."""
     return f"{number:04d}.png"
-
-
-def _fitting(one: int, memory: float) -> int:
-    """How many images are differentiated at a time.
-
-    Raises:
-        CalibrationError: not even one.
-    """
-    fit = int(memory * 1e9 // one)
-    if fit < 1:
-        raise CalibrationError(
-            f"a gradient for one image takes {one / 1e9:.3g} GB, and {memory:.3g} GB are allowed; allow more memory"
-        )
-    return min(fit, _AT_ONCE)
 
 
 def _among(progress: Progress, number: int, sets: int, steps: int) -> Progress:
@@ -337,8 +334,8 @@ def _channels(values: Sequence[float]) -> Tensor:
 
 def _limits(steps: Preprocessing, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """What black and white are after normalization, (3, 1, 1) each."""
-    mean, std = _channels(steps.mean).to(device), _channels(steps.std).to(device)
-    return (0 - mean) / std, (1 - mean) / std
+    centre, scale = _channels(steps.mean).to(device), _channels(steps.std).to(device)
+    return (0 - centre) / scale, (1 - centre) / scale
 
 
 def _pixels(images: Tensor, steps: Preprocessing) -> Tensor:

@@ -173,7 +173,7 @@ def check_quantizable(
         VitquantError: see `quantize`.
     """
     model = unwrapped(model)
-    like = next(model.parameters())
+    like = next((each for each in model.parameters() if each.is_floating_point()), torch.zeros(()))
     example = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(like)
     begun = _begun(model, recipe, bits, example, None if task is None else task_named(task), simulated)
     labelled = [step.name for step in begun.steps if step.definition.needs.labels]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,21 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import vitquant
-from vitquant.errors import CalibrationError, RecipeError
+from vitquant.errors import CalibrationError, ModelError, RecipeError
+from vitquant.graph.capture import capture
+from vitquant.graph.captured import CapturedModel
 from vitquant.methods import adversarial_distillation
-from vitquant.methods.adversarial_distillation import DistillAdversariallySettings
+from vitquant.methods.adversarial_distillation import DistillAdversariallySettings, check_attention
 from vitquant.model import QuantizedModel
 from vitquant.model.saved import digest
 from vitquant.model.simulation import ExactSimulation
 from vitquant.runtime.on_images import interpreted
-from vitquant.synthesis.patch_similarity import Objective, Optimized
+from vitquant.synthesis.patch_similarity import Draws, Objective, Optimized
 
 ARGUMENTS = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 10}
 RECIPE = "repq-vit+adversarially-distilled"
@@ -43,10 +48,10 @@ def distilled(
     settings: dict[str, Any],
     recipe: str = RECIPE,
     bits: str = "w4a4",
-    **given: Any,
+    **others: Any,
 ) -> QuantizedModel:
     named = {f"distill-adversarially.{key}": value for key, value in {**SHORT, **settings}.items()}
-    return vitquant.quantize(network, recipe, images.split(5), bits=bits, settings=named, **given)
+    return vitquant.quantize(network, recipe, images.split(5), bits=bits, settings=named, **others)
 
 
 def of_the_images(monkeypatch: pytest.MonkeyPatch) -> list[Optimized]:
@@ -145,6 +150,62 @@ def test_a_loss_that_is_not_finite_is_refused_with_what_to_lower(network, images
         distilled(network, images, {}, memory=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_of_another_precision_are_distilled(network, images, dtype: torch.dtype, tmp_path: Path) -> None:
+    given = copy.deepcopy(network).to(dtype)
+    recipe = "minmax+adversarially-distilled"
+    work = tmp_path / "work"
+    model = distilled(given, images.to(dtype), {}, recipe, "w8a8", work=work)
+    assert torch.isfinite(model(images.to(dtype))).all()
+    assert digest(distilled(given, images.to(dtype), {}, recipe, "w8a8", work=work)) == digest(model)
+
+
+def test_every_cycle_has_draws_of_its_own(network, images, monkeypatch) -> None:
+    drawn: list[Draws] = []
+    optimize = adversarial_distillation.optimize
+
+    def kept(objective: Objective, draws: Draws, *given: Any, **named: Any) -> Optimized:
+        drawn.append(draws)
+        return optimize(objective, draws, *given, **named)
+
+    monkeypatch.setattr(adversarial_distillation, "optimize", kept)
+    distilled(network, images, {})
+    settings = DistillAdversariallySettings(**SHORT).synthesis
+    starts = [each.start for each in (*drawn, Draws.of(0, range(4), (3, 32, 32), 1, settings))]
+    for number, start in enumerate(starts):
+        for other in starts[number + 1 :]:
+            assert not torch.isclose(start, other).all(dim=(1, 2, 3)).any()
+    assert drawn[0].offsets != drawn[1].offsets or drawn[0].flips != drawn[1].flips
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 6))
+def test_the_buffer_keeps_the_latest(most: int, in_a_cycle: int, cycles: int) -> None:
+    buffer = adversarial_distillation._Buffer(torch.full((2, 1), -1.0), most, {})
+    for cycle in range(cycles):
+        buffer.add(cycle, torch.arange(cycle * in_a_cycle, (cycle + 1) * in_a_cycle).float()[:, None])
+    latest = list(range(cycles * in_a_cycle))[-most:]
+    drawn = buffer.drawn(0, 3, 1000).flatten().tolist()
+    assert sorted(drawn) == [-1.0, -1.0, *map(float, latest)]
+    assert sum(map(len, buffer.made.values())) < most + in_a_cycle
+    assert buffer.drawn(0, 3, 3).flatten().tolist() == drawn[:3]
+
+
+def test_a_model_without_attention_is_refused_before_its_images_are_read() -> None:
+    class Squares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Conv2d(3, 4, 8, 8), nn.Linear(16, 5)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            patches = self.embedding(images).flatten(2)
+            return self.head((patches @ patches.transpose(1, 2)).flatten(1))
+
+    model: Any = CapturedModel(capture(Squares().eval(), torch.randn(2, 3, 32, 32)), (3, 32, 32))
+    with pytest.raises(ModelError, match="no attention"):
+        check_attention(model, DistillAdversariallySettings())
+    check_attention(model, DistillAdversariallySettings(iterations=0))
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -154,6 +215,8 @@ def test_a_loss_that_is_not_finite_is_refused_with_what_to_lower(network, images
         ({"disagreement": -1.0}, "disagreement = -1"),
         ({"disagreement": math.nan}, "disagreement = nan"),
         ({"weights": 1.0}, "weights = 1"),
+        ({"rate": 5000.0}, "rate = 5000"),
+        ({"variation_weight": -1.0}, "variation_weight = -1"),
     ],
 )
 def test_numbers_without_meaning_are_refused(wrong: dict[str, float], said: str) -> None:

@@ -383,9 +383,42 @@ def test_several_calibration_sets_are_rows_of_one_table(
     assert len({json.loads(each.read_text())["model"] for each in results}) == 12
     assert len(list((tmp_path / "runs").glob("*.images"))) == 4  # one for each seed, which every recipe is run on
     assert not list((tmp_path / "runs").glob("*.work"))
-    monkeypatch.setattr("vitquant.sweep.made_for", lambda *_: pytest.fail("the images were made again"))
+    shutil.rmtree(next((tmp_path / "runs").glob("psaq-vit-*.images")))
+    monkeypatch.setattr("vitquant.sweep.images_for", lambda *_: pytest.fail("images were made for kept results"))
     assert json.loads(run(*given)[1]) == json.loads(out)
     code, out, _ = run(*given[: given.index("--json")])  # with one set its rows have no name
     assert (code, "minmax w8a8," in out) == (0, False)
     again = [*given, "--calibration", str(folder / "calibration")]
     assert "two are named calibration" in run(*again)[2]
+
+
+def test_images_that_cannot_be_made_are_failures_of_their_rows(
+    run: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path, 'format = 1\n[[grid]]\nrecipes = ["minmax"]')
+
+    def refuse(*_: object) -> None:
+        raise CalibrationError("the loss is not finite")
+
+    monkeypatch.setattr("vitquant.sweep.images_for", refuse)
+    code, out, _ = run(*words(folder, file, tmp_path / "runs", "--json", "--calibration", "synthetic"))
+    assert code == 1
+    there, made = json.loads(out)["rows"]
+    assert there["failures"] == {}
+    assert made["failures"] == {"0": "the loss is not finite"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--synthesis", "iterations=2"], "no calibration set has settings"),
+        (["--calibration", "cifar="], "give NAME=DIR"),
+        (["--calibration", "=photos"], "give NAME=DIR"),
+        (["--calibration", "synthetic:psaq"], "did you mean psaq-vit"),
+    ],
+)
+def test_calibration_sets_that_mean_nothing_are_refused(
+    run: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path, given: list[str], message: str
+) -> None:
+    code, _, err = run(*words(folder, written(tmp_path, GRIDS), tmp_path / "runs"), *given)
+    assert (code, err.count("\n"), message in err) == (2, 1, True), err

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -19,7 +20,7 @@ from torch.nn import functional
 from torchvision.io import read_image
 
 import vitquant
-from vitquant.errors import CalibrationError, CheckpointError, ModelError, RecipeError
+from vitquant.errors import CalibrationError, CheckpointError, ExportError, ModelError, RecipeError
 from vitquant.graph.capture import capture
 from vitquant.graph.captured import CapturedModel
 from vitquant.image_folders import load_unlabelled
@@ -29,10 +30,10 @@ from vitquant.objectives.total_variation import total_variation
 from vitquant.synthesis import patch_similarity
 from vitquant.synthesis.patch_similarity import Draws, Objective, PatchSimilaritySettings, optimize
 from vitquant.synthesis.patches import PatchFeatures
-from vitquant.synthesis.ranks import Ranks
-from vitquant.synthetic_images import SynthesisStoppedError
+from vitquant.synthetic_images import SynthesisStoppedError, SyntheticImages
 from vitquant.tasks.images import batches
 from vitquant.tasks.preprocessing import Preprocessing
+from vitquant.workers.ranks import Ranks
 
 ARGUMENTS = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 10}
 STEPS = {"input_size": [3, 32, 32], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
@@ -111,7 +112,7 @@ def test_images_do_not_depend_on_how_many_others_there_are_and_how_many_are_comp
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     several = vitquant.synthesize(model, 5, settings=SHORT, preprocessing=STEPS, seed=3)
-    monkeypatch.setattr("vitquant.synthetic_images._AT_ONCE", 2)
+    monkeypatch.setattr("vitquant.synthesis.patch_similarity._AT_ONCE", 2)
     monkeypatch.setattr("vitquant.synthetic_images._SET", 2)
     few = vitquant.synthesize(model, 3, settings=SHORT, preprocessing=STEPS, seed=3)
     assert len(few.about["losses"]) == 2
@@ -186,7 +187,7 @@ def test_a_loss_that_is_not_a_number_ends_with_the_last_good_images(model: nn.Mo
     settings = {"iterations": 3, "jitter": [0, 0]}
     good = vitquant.synthesize(model, 2, settings={**settings, "jitter": [0]}, preprocessing=STEPS)
     monkeypatch.setattr(patch_similarity, "patch_entropy", breaking)
-    with pytest.raises(SynthesisStoppedError, match="not finite in iteration 4 of 6") as stopped:
+    with pytest.raises(SynthesisStoppedError, match="not finite in iteration 4 of 6; lower the rate") as stopped:
         vitquant.synthesize(model, 2, settings=settings, preprocessing=STEPS)
     assert stopped.value.images.cut_short == "3 of 6 iterations"
     assert stopped.value.images.pixels.shape == good.pixels.shape
@@ -246,6 +247,8 @@ def test_a_model_without_classes_has_no_class_prior(model: nn.Module) -> None:
         ({"method": "uniform-noise", "settings": {"iterations": 5}}, RecipeError, "iterations"),
         ({"memory": 1e-6}, CalibrationError, "a gradient for one image takes .* GB"),
         ({"memory": -1.0}, RecipeError, "memory = -1.0"),
+        ({"memory": math.inf}, RecipeError, "memory = inf"),
+        ({"time_limit": -1}, RecipeError, "time_limit = -1"),
     ],
 )
 def test_what_cannot_be_made_is_refused(model: nn.Module, given: dict, error: type, message: str) -> None:
@@ -264,6 +267,103 @@ def test_the_model_may_be_computed_in_half_precision(model: nn.Module) -> None:
     given = copy.deepcopy(model).to(torch.bfloat16)
     assert vitquant.synthesize(given, 2, settings=SHORT, preprocessing=STEPS).pixels.shape == (2, 3, 32, 32)
     assert next(given.parameters()).dtype == torch.bfloat16
+
+
+def of_libraries() -> dict[str, Callable[[], nn.Module]]:
+    import torchvision
+    from transformers import DeiTConfig, DeiTForImageClassification, SwinConfig, SwinForImageClassification
+
+    small = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+    windows = {"image_size": 32, "embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 1, "num_heads": 3, "hidden_dim": 24, "mlp_dim": 24}
+    return {
+        "transformers deit": lambda: DeiTForImageClassification(DeiTConfig(**small)),
+        "transformers swin": lambda: SwinForImageClassification(SwinConfig(**windows)),
+        "torchvision vit": lambda: torchvision.models.VisionTransformer(**sizes, num_classes=10),
+        "logits and features": lambda: LogitsAndFeatures(),
+    }
+
+
+class LogitsAndFeatures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = timm.create_model("vit_tiny_patch16_224", **ARGUMENTS)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.vit.forward_features(images)
+        return {"features": features, "logits": self.vit.forward_head(features)}
+
+
+@pytest.mark.parametrize("name", ["transformers deit", "transformers swin", "torchvision vit", "logits and features"])
+def test_images_are_made_for_the_models_of_every_library(name: str) -> None:
+    torch.manual_seed(0)
+    network = of_libraries()[name]().eval()
+    images = vitquant.synthesize(network, 2, settings=SHORT, preprocessing=STEPS)
+    assert images.ends_of_losses["entropy"][0] != images.ends_of_losses["entropy"][1]
+    assert images.ends_of_losses["cross entropy"][0] > 0  # each has classes
+
+
+def test_a_gradient_that_is_not_a_number_leaves_the_images_as_they_were(model: nn.Module, monkeypatch) -> None:
+    class Breaking(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient * (math.nan if calls > 4 else 1)
+
+    variation, calls = patch_similarity.total_variation, 0
+
+    def breaking(images: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return variation(Breaking.apply(images))
+
+    given = {"settings": {"iterations": 2, "jitter": [0]}, "preprocessing": STEPS}
+    good = vitquant.synthesize(model, 2, **given)
+    monkeypatch.setattr(patch_similarity, "total_variation", breaking)
+    given["settings"] = {"iterations": 3, "jitter": [0]}
+    with pytest.raises(SynthesisStoppedError, match="gradient is not finite in iteration 3 of 3") as stopped:
+        vitquant.synthesize(model, 2, **given)
+    assert stopped.value.images.pixels.float().std() == pytest.approx(good.pixels.float().std().item(), rel=0.2)
+
+
+def test_sets_that_were_not_begun_are_left_out_of_the_losses() -> None:
+    begun = {"entropy": [1.0, 3.0], "cross entropy": [0.0, 0.0], "distance of the total variation": [5.0, 4.0]}
+    about = {"asked": 4, "iterations": 2, "losses": [begun, {name: [] for name in begun}]}
+    images = SyntheticImages(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), about, Preprocessing(input_size=(3, 2, 2)))
+    assert images.ends_of_losses["entropy"] == (1.0, 3.0)
+    assert images.cut_short == "0 of 2 iterations"
+
+
+def test_in_inference_mode_images_are_made_but_not_for_a_model_of_it(model: nn.Module) -> None:
+    with torch.inference_mode():
+        made = vitquant.synthesize(model, 2, settings=SHORT, preprocessing=STEPS)
+        network = timm.create_model("vit_tiny_patch16_224", **ARGUMENTS).eval()
+        with pytest.raises(ModelError, match="inference_mode"):
+            vitquant.synthesize(network, 2, settings=SHORT, preprocessing=STEPS)
+    assert torch.equal(made.pixels, vitquant.synthesize(model, 2, settings=SHORT, preprocessing=STEPS).pixels)
+
+
+def test_a_model_without_parameters_is_refused() -> None:
+    with pytest.raises(ModelError, match="no parameters"):
+        vitquant.synthesize(nn.Identity(), 2, preprocessing=STEPS)
+
+
+def test_a_set_that_is_there_is_replaced_as_a_whole_or_not_at_all(model: nn.Module, tmp_path: Path) -> None:
+    many, few = (vitquant.synthesize(model, n, "uniform-noise", preprocessing=STEPS) for n in (5, 2))
+    many.save(tmp_path / "made")
+    with pytest.raises(ExportError, match="is not empty"):
+        few.save(tmp_path / "made")
+    few.save(tmp_path / "made", force=True)
+    assert len(load_unlabelled(tmp_path / "made")) == 2
+    with pytest.raises(ExportError, match="no place for files"):
+        few.save("/proc/made")
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "contact-sheet.png").write_bytes((tmp_path / "made" / "0000.png").read_bytes())
+    assert len(load_unlabelled(own)) == 1  # a user's own image of that name
 
 
 def test_a_model_without_attention_is_refused() -> None:
@@ -333,7 +433,7 @@ def test_the_command_writes_the_last_good_images_and_says_so(tmp_path: Path, run
     code, printed, errors = run("synthesize", *MODEL, "--count", 2, "--set", "iterations=9", "--output", made)
     assert (code, printed, errors.count("error:")) == (2, "", 1)
     assert "in iteration 3 of 18" in errors
-    assert f"{made} holds them" in errors
+    assert f"{made} holds the images of the iteration before" in errors
     assert len(load_unlabelled(made)) == 2
 
 
@@ -366,6 +466,8 @@ def test_a_model_is_quantized_without_any_image_in_one_command(tmp_path: Path, r
         (["--calibration", "photos", "--synthesis", "iterations=5"], "settings of a synthesis are for synthetic"),
         (["--calibration", "synthetic", "--bits", "w12a8"], "12"),
         (["--calibration", "synthetic:gaussian-noise", "--synthesis", "iterations=5"], "iterations"),
+        (["--calibration", "synthetic", "--images", 2, "--batch", 4], "--batch 4: 2 images are made"),
+        (["--calibration", "synthetic", "--images", 20_000], "20000 images"),
     ],
 )
 def test_what_cannot_be_calibrated_on_is_refused_before_images_are_made(
@@ -374,6 +476,36 @@ def test_what_cannot_be_calibrated_on_is_refused_before_images_are_made(
     monkeypatch.setattr("vitquant.prepared.synthesize", lambda *_, **__: pytest.fail("images were made"))
     code, _, errors = run("quantize", *MODEL, "--recipe", "fq-vit", *words, "--output", tmp_path / "out")
     assert (code, errors.count("\n"), message in errors) == (2, 1, True), errors
+
+
+@pytest.mark.parametrize("command", ["sensitivity", "landscape"])
+def test_other_commands_take_them_too_and_refuse_before_they_make_them(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    words = [command, *MODEL, "--calibration", "synthetic", "--synthesis", "iterations=1", "--images", 4]
+    words += ["--held-out", 2, "--directions", 1, "--points", 3, "--cycles", 0] if command == "landscape" else []
+    words += ["--candidates", "6,8"] if command == "sensitivity" else []
+    code, printed, errors = run(*words, "--json")
+    assert code == 0, errors
+    assert "synthetic" in printed
+    monkeypatch.setattr("vitquant.prepared.synthesize", lambda *_, **__: pytest.fail("images were made"))
+    code, _, errors = run(*words, "--recipe", "repq-vit", "--set", "reparameterize-scales.sites=['none']")
+    assert (code, errors.count("\n")) == (2, 1), errors
+
+
+def test_the_time_limit_covers_the_images_and_the_methods(tmp_path: Path, run: Run) -> None:
+    words = ["--recipe", "minmax", "--calibration", "synthetic", "--images", 2, "--output", tmp_path / "out"]
+    code, _, errors = run("quantize", *MODEL, *words, "--time-limit", 0)
+    assert code == 0, errors
+    assert "the time limit came while images were made: 0 of 1000 iterations" in errors
+
+
+def test_psaq_vit_leaves_probabilities_and_the_input_of_gelu_in_float(model: nn.Module) -> None:
+    quantized = vitquant.quantize(model, "psaq-vit", [torch.randn(4, 3, 32, 32)], bits="w4a8")
+    left = set(quantized.assignments) - set(quantized.quantized_names)
+    kinds = {quantized.index.value(name).readers[0].kind for name in left}
+    operands = {quantized.index.value(name).readers[0].operand for name in left}
+    assert (kinds, operands) == ({"context", "activation"}, {"probs", "input"})
 
 
 def test_a_recipe_that_needs_labels_is_refused(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

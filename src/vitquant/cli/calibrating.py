@@ -102,7 +102,7 @@ def say_what_was_used(terminal: Terminal, prepared: Prepared, request: Request, 
         terminal.note(f"{len(skipped)} images were left out, first: {skipped[0].path}: {skipped[0].reason}")
 
 
-def made(update: Callable[..., None]) -> Callable[[str, int, int], None]:
+def making(update: Callable[..., None]) -> Callable[[str, int, int], None]:
     """A progress callback for images that are made.
 
     Arguments:

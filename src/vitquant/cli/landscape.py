@@ -6,13 +6,16 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vitquant.cli import calibrating, options
 from vitquant.cli.terminal import Terminal
 from vitquant.files import Directory, write_file
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NUMBERS, FIGURE = "landscape.json", "landscape.png"
 LANDSCAPE = Directory("landscape", {NUMBERS: None, FIGURE: None}, lambda directory: (directory / NUMBERS).is_file())
@@ -73,26 +76,32 @@ def landscape(
         with terminal.progress("loading"):
             import vitquant
             from vitquant.loss_landscape.landscape import check_numbers
-            from vitquant.prepared import Request, calibration_named, prepare
+            from vitquant.prepared import Effort, Request, calibration_named, prepare
             from vitquant.recipe import requested
             from vitquant.report.figures import check_matplotlib, landscape_figure
             from vitquant.report.tables import facts, landscape_facts, landscape_table
+            from vitquant.workflows import check_quantizable
 
             memory = 4.0 if memory_budget is None else memory_budget
             check_numbers(reach, points, directions, cycles, loss, memory)
             if output is not None:
                 check_matplotlib()
             chosen, base = requested(recipe, bits, settings or ())
-            made_or_there = calibration_named(calibration, synthesis or ())
+            source = calibration_named(calibration, synthesis or ())
             request = Request(
-                model, made_or_there, weights, weights_key, images, batch, preprocessing, model_arguments, seed,
+                model, source, weights, weights_key, images, batch, preprocessing, model_arguments, seed,
                 image_workers, skip_bad_images, held_out,
             )  # fmt: skip
         terminal.continuing(work)
         with nullcontext() if output is None else terminal.replacing(output, force, LANDSCAPE) as new:
             with terminal.progress("loading") as update:
                 where = options.choose_device(device, threads)
-                prepared = prepare(request, chosen, where, None, calibrating.made(update), work=work)
+                effort = Effort(memory, progress=calibrating.making(update), work=work)
+
+                def check(network: nn.Module, size: tuple[int, int, int]) -> None:
+                    check_quantizable(network, chosen, base, size, simulated=True)
+
+                prepared = prepare(request, chosen, where, check, effort)
             assert prepared.held_out is not None
             with terminal.progress("capturing, first batch", len(prepared.data.items)) as update:
                 watched = calibrating.Watched(prepared.data, update)
@@ -125,7 +134,7 @@ def landscape(
             "model": prepared.source.name,
             "recipe": f"{chosen.name}, {base}",
             **landscape_facts(found),
-            "images": f"{counts[0]} of {made_or_there}, {counts[1]} others held out",
+            "images": f"{counts[0]} of {source}, {counts[1]} others held out",
             "after": f"{time.perf_counter() - started:.1f} s",
         }
         if output is not None:

@@ -81,7 +81,7 @@ def quantize(
             from vitquant import workflows
             from vitquant.methods.table import planned
             from vitquant.model.checkpoint import SAVED_MODEL, TENSORS
-            from vitquant.prepared import Request, calibration_named, prepare
+            from vitquant.prepared import Effort, Request, calibration_named, prepare
             from vitquant.recipe import requested
             from vitquant.report.tables import ends_text, facts
             from vitquant.tasks.task import task_named
@@ -96,6 +96,7 @@ def quantize(
             if share != 0 and not any(step.definition.needs.workers for step in planned(chosen)):
                 terminal.note(f"{chosen.name} has no search that other processes can share: --workers changes nothing")
             memory = 4.0 if memory_budget is None else memory_budget
+            limit = math.inf if time_limit is None else time_limit
             request = Request(
                 model,
                 calibration_named(calibration, synthesis or ()),
@@ -117,9 +118,7 @@ def quantize(
                     chosen,
                     options.choose_device(device, threads),
                     lambda network, size: workflows.check_quantizable(network, chosen, widths, size, task, simulated),
-                    calibrating.made(update),
-                    memory,
-                    work,
+                    Effort(memory, limit, calibrating.making(update), work),
                 )
                 network, source, data = prepared.network, prepared.source, prepared.data
             with terminal.progress("capturing, first batch", len(data.items)) as update:
@@ -136,7 +135,7 @@ def quantize(
                     seed=seed,
                     progress=watched.step,
                     memory=memory,
-                    time_limit=math.inf if time_limit is None else time_limit,
+                    time_limit=max(0.0, limit - prepared.seconds),
                     work=work,
                     workers=share,
                 )

@@ -6,7 +6,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from vitquant.cli import calibrating, options
 from vitquant.cli.terminal import Terminal
 from vitquant.errors import AllocationError
 from vitquant.files import Directory, write_file
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TABLE, FIGURE = "sensitivity.json", "sensitivity.png"
 SENSITIVITY = Directory("sensitivity", {TABLE: None, FIGURE: None}, lambda directory: (directory / TABLE).is_file())
@@ -56,25 +59,31 @@ def sensitivity(
         with terminal.progress("loading"):
             import vitquant
             from vitquant.allocation.sensitivity import check_candidates
-            from vitquant.prepared import Request, calibration_named, prepare
+            from vitquant.prepared import Effort, Request, calibration_named, prepare
             from vitquant.recipe import requested
             from vitquant.report.figures import check_matplotlib, sensitivity_figure
             from vitquant.report.tables import facts, sensitivity_table
+            from vitquant.workflows import check_quantizable
 
             widths = check_candidates(_widths(candidates))
             if output is not None:
                 check_matplotlib()
             chosen, base = requested(recipe, bits, settings or ())
-            made_or_there = calibration_named(calibration, synthesis or ())
+            source = calibration_named(calibration, synthesis or ())
             request = Request(
-                model, made_or_there, weights, weights_key, images, batch, preprocessing, model_arguments, seed,
+                model, source, weights, weights_key, images, batch, preprocessing, model_arguments, seed,
                 image_workers, skip_bad_images,
             )  # fmt: skip
         terminal.continuing(work)
         with nullcontext() if output is None else terminal.replacing(output, force, SENSITIVITY) as new:
             with terminal.progress("loading") as update:
                 where = options.choose_device(device, threads)
-                prepared = prepare(request, chosen, where, None, calibrating.made(update), work=work)
+                effort = Effort(progress=calibrating.making(update), work=work)
+
+                def check(network: nn.Module, size: tuple[int, int, int]) -> None:
+                    check_quantizable(network, chosen, base, size, simulated=True)
+
+                prepared = prepare(request, chosen, where, check, effort)
             with terminal.progress("capturing, first batch", len(prepared.data.items)) as update:
                 watched = calibrating.Watched(prepared.data, update)
                 table = vitquant.sensitivity(
@@ -95,7 +104,7 @@ def sensitivity(
         rows = {
             "model": prepared.source.name,
             "recipe": f"{chosen.name}, {table.bits}; modules at {', '.join(map(str, table.candidates))} bits",
-            "measured on": f"{table.about['calibration']['images']} images of {made_or_there}",
+            "measured on": f"{table.about['calibration']['images']} images of {source}",
             "after": f"{time.perf_counter() - started:.1f} s",
         }
         if output is not None:

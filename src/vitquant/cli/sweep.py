@@ -12,6 +12,7 @@ from vitquant.cli import calibrating, options
 from vitquant.cli.evaluate import Classes
 from vitquant.cli.quantize import Simulated, TaskName
 from vitquant.cli.terminal import Terminal
+from vitquant.errors import DataError
 
 File = Annotated[
     Path, typer.Argument(metavar="SWEEP.toml", help="What to run: seeds, and grids of recipes, bits and settings.")
@@ -70,7 +71,6 @@ def sweep(
     started = time.perf_counter()
     with Terminal(json, quiet) as terminal:
         with terminal.progress("loading"):
-            from vitquant.errors import DataError
             from vitquant.prepared import Request, Synthetic, calibration_named, takes_no_settings
             from vitquant.report.tables import facts, sweep_table
             from vitquant.sweep import Setup, Sweep, run_sweep
@@ -86,12 +86,13 @@ def sweep(
                 raise DataError(f"--data: {', '.join(names)}: two directories have the same name; rename one")
             given = weights if weights in ("pretrained", "random") else str(Path(weights).absolute())
             steps = _absolute(preprocessing)
+            if synthesis and all(takes_no_settings(_named(each)[1]) for each in calibration):
+                raise DataError(f"--synthesis {synthesis[0]}: no calibration set has settings; give synthetic as one")
             calibrations: dict[str, Path | Synthetic] = {}
             for name, source in map(_named, calibration):
                 if name in calibrations:
                     raise DataError(f"--calibration: two are named {name}; give NAME=DIR")
-                several = len(calibration) > 1 and takes_no_settings(source)
-                made = calibration_named(source, () if several else synthesis or ())
+                made = calibration_named(source, () if takes_no_settings(source) else synthesis or ())
                 calibrations[name] = made if isinstance(made, Synthetic) else made.absolute()
             request = Request(
                 model, next(iter(calibrations.values())), given, weights_key, images, batch, steps, model_arguments,
@@ -134,11 +135,17 @@ def sweep(
 
 
 def _named(word: str) -> tuple[str, str]:
-    """A name, and what it is a name of; where none is given, the directory's own, or the word."""
+    """A name, and what it is a name of; where none is given, the directory's own, or the word.
+
+    Raises:
+        DataError: one of them is empty.
+    """
     name, equals, source = word.partition("=")
-    if equals and "/" not in name:
-        return name, source
-    return (Path(word).name or word), word
+    if not equals or "/" in name:
+        name, source = Path(word).name or word, word
+    if not name or not source:
+        raise DataError(f"--calibration {word}: give NAME=DIR, or DIR")
+    return name, source
 
 
 def _absolute(path: Path | None) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -63,15 +64,18 @@ def synthesize(
             from vitquant.prepared import built, named_source
             from vitquant.report.figures import check_matplotlib, contact_sheet
             from vitquant.report.tables import facts
-            from vitquant.synthesis.ranks import process_group
-            from vitquant.synthetic_images import SHEET, SynthesisStoppedError, check_synthesis, synthetic_directory
+            from vitquant.synthetic_images import SynthesisStoppedError, check_synthesis, synthetic_directory
+            from vitquant.tasks.decoding import readable_endings
+            from vitquant.tasks.folders import CONTACT_SHEET
+            from vitquant.workers.ranks import process_group
 
             check_synthesis(count, method, settings or ())
             check_matplotlib()
+            readable_endings()  # refuse a missing Pillow before long work
             named = named_source(model, weights, weights_key, model_arguments, seed)
-            first = held.enter_context(process_group()).rank == 0
+            ranks = held.enter_context(process_group())
         terminal.continuing(work)
-        new = held.enter_context(terminal.replacing(output, force, synthetic_directory())) if first else None
+        new = held.enter_context(terminal.replacing(output, force, synthetic_directory())) if ranks.rank == 0 else None
         with terminal.progress("loading"):
             found = built(named, preprocessing, options.choose_device(device, threads))
         stopped: SynthesisStoppedError | None = None
@@ -84,24 +88,25 @@ def synthesize(
                     settings=settings or (),
                     preprocessing=found.steps.to_dict(),
                     seed=seed,
-                    progress=calibrating.made(update),
+                    progress=calibrating.making(update),
                     memory=4.0 if memory_budget is None else memory_budget,
                     time_limit=math.inf if time_limit is None else time_limit,
                     work=work,
+                    ranks=ranks,
                 )
             except SynthesisStoppedError as error:
                 stopped, images = error, error.images
             if new is None:
                 return
             update(description="writing")
-            images.about["model"] = found.source.to_dict()
-            images.save(new)
-            write_file(new / SHEET, contact_sheet(images))
+            images = replace(images, about=images.about | {"model": found.source.to_dict()})
+            images.write_into(new)
+            write_file(new / CONTACT_SHEET, contact_sheet(images))
         held.close()
         for note in found.notes:
             terminal.note(note)
         if stopped is not None:
-            raise SynthesisStoppedError(f"{stopped}; {output} holds them", stopped.images)
+            raise SynthesisStoppedError(f"{stopped}; {output} holds the images of the iteration before", images)
         if images.cut_short:
             terminal.note(f"the time limit came first: {images.cut_short}")
         ends = images.ends_of_losses

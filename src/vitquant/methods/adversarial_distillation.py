@@ -10,26 +10,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitquant.errors import CalibrationError, RecipeError
+from vitquant.errors import CalibrationError, ModelError, RecipeError
 from vitquant.methods.context import Context
-from vitquant.methods.output_reconstruction import cosine
-from vitquant.methods.student import Rates, Student
+from vitquant.methods.student import Rates, Student, cosine_decay
 from vitquant.model import QuantizedModel, Record
-from vitquant.objectives.relative_error import relative_error
 from vitquant.schema import Integer, ListOf, Number, Table
 from vitquant.seeding import generator_for
 from vitquant.synthesis.patch_similarity import (
     Draws,
     Objective,
     PatchSimilaritySettings,
-    bytes_of_one,
+    images_at_once,
     optimize,
 )
 from vitquant.work import WorkState
 
 _NAME = "distill-adversarially"
-_AT_ONCE = 8  # images that are differentiated at a time
-_STATE = Table({"cycle": Integer(0), "errors": ListOf(Number(0.0, 1e30), most=2**24)})
+_STATE = Table(
+    {
+        "cycle": Integer(0),
+        "errors": ListOf(Number(0.0, 1e30), most=2**24),
+        "made": ListOf(Integer(0), most=2**20),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -75,19 +78,30 @@ class DistillAdversariallySettings:
         for name in ("iterations", "warmup"):
             if not isinstance(getattr(self, name), int) or not 0 <= getattr(self, name) <= 1_000_000:
                 raise RecipeError(f"{_NAME}: {name} = {getattr(self, name)}: it is a whole number from 0 to 1,000,000")
-        for name, below in (("weights", 1), ("others", 1), ("scales", 1), ("norms", math.inf), ("rate", math.inf)):
+        for name, below in (("weights", 1), ("others", 1), ("scales", 1), ("norms", math.inf)):
             if not 0 <= getattr(self, name) < below:
                 raise RecipeError(f"{_NAME}: {name} = {getattr(self, name)}: it is at least 0 and below {below}")
-        for name in ("variation_weight", "disagreement"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise RecipeError(f"{_NAME}: {name} = {getattr(self, name)}: it is 0 or more")
+        if not 0 <= self.disagreement < math.inf:
+            raise RecipeError(f"{_NAME}: disagreement = {self.disagreement}: it is 0 or more")
+        if self.iterations:
+            _ = self.synthesis
 
     @property
     def synthesis(self) -> PatchSimilaritySettings:
         """How the images of a cycle are optimized, in one stage."""
         return PatchSimilaritySettings(
-            max(1, self.iterations), (15,), self.rate, self.warmup, variation_weight=self.variation_weight
+            self.iterations, (15,), self.rate, self.warmup, variation_weight=self.variation_weight
         )
+
+
+def check_attention(model: QuantizedModel, settings: DistillAdversariallySettings) -> None:
+    """Refuse a model without attention, before any image is read.
+
+    Raises:
+        ModelError: it has none, and images are to be made.
+    """
+    if settings.iterations and not any(site.kind == "context" for site in model.sites):
+        raise ModelError("the model has no attention, whose patches could be compared; iterations = 0 makes no images")
 
 
 def distill_adversarially(model: QuantizedModel, context: Context, settings: DistillAdversariallySettings) -> Record:
@@ -122,20 +136,20 @@ def distill_adversarially(model: QuantizedModel, context: Context, settings: Dis
     total = settings.cycles * settings.steps
     rates = Rates(settings.weights, settings.others, settings.scales)
     with Student.learning(model, context, rates, settings.norms) as student:
-        buffer = _Buffer(images, settings.buffer, [])
+        buffer = _Buffer(images, settings.buffer, {})
         cycle, errors = _resumed(student, buffer, context.work, settings)
         while cycle < settings.cycles and not context.out_of_time:
-            if settings.iterations and len(buffer.made) <= cycle:
+            if settings.iterations and cycle not in buffer.made:
                 made = _made(student, context, settings, cycle, limits)
                 if made is None:
                     break
-                buffer.made.append(made)
+                buffer.add(cycle, made.to(images.dtype))
                 _save(student, buffer, context.work, cycle, errors)
-                _images_state(context.work, cycle).remove()
+            _images_state(context.work, cycle).remove()
             while len(errors) < (cycle + 1) * settings.steps and not context.out_of_time:
                 context.progress(f"distilling, cycle {cycle + 1}", len(errors), total)
                 batch = buffer.drawn(context.seed, len(errors), settings.batch)
-                output, loss = student.losses(batch, cosine(len(errors), total))
+                output, loss = student.losses(batch, cosine_decay(len(errors), total))
                 if not math.isfinite(loss.item()):
                     raise CalibrationError(
                         f"the output error is {output.item()} in step {len(errors) + 1} of {total}: "
@@ -148,7 +162,12 @@ def distill_adversarially(model: QuantizedModel, context: Context, settings: Dis
             cycle += len(errors) == (cycle + 1) * settings.steps
             _save(student, buffer, context.work, cycle, errors)
     context.progress("distilling", len(errors), total)
-    summary = {"cycles": cycle, "of": settings.cycles, "images made": sum(map(len, buffer.made)), "steps": len(errors)}
+    summary = {
+        "cycles": cycle,
+        "of": settings.cycles,
+        "images made": settings.images * (max(buffer.made, default=-1) + 1),
+    }
+    summary["steps"] = len(errors)
     if errors:
         first, last = errors[: settings.steps], errors[-settings.steps :]
         summary |= {
@@ -172,7 +191,7 @@ def _calibration_images(context: Context, most: int) -> tuple[Tensor, tuple[Tens
         ends = (low, high) if ends is None else (torch.minimum(ends[0], low), torch.maximum(ends[1], high))
     if ends is None:
         raise CalibrationError("no calibration images: give at least one batch")
-    return torch.cat(kept), ends
+    return torch.cat(kept), (ends[0].to(torch.float32), ends[1].to(torch.float32))
 
 
 @dataclass(frozen=True)
@@ -182,18 +201,25 @@ class _Buffer:
     Arguments:
         given: calibration images, which stay.
         most: how many of those that are made are drawn from, the latest.
-        made: those of each cycle.
+        made: those of the latest cycles, by the cycle's number.
     """
 
     given: Tensor
     most: int
-    made: list[Tensor]
+    made: dict[int, Tensor]
+
+    def add(self, cycle: int, images: Tensor) -> None:
+        """Add the images of a cycle, and forget those that are not drawn any more."""
+        self.made[cycle] = images
+        while sum(map(len, self.made.values())) - len(self.made[min(self.made)]) >= self.most:
+            del self.made[min(self.made)]
 
     def drawn(self, seed: int, step: int, batch: int) -> Tensor:
         """The images of a step: drawn without replacement, by the seed and the step."""
-        images = torch.cat([self.given, *([torch.cat(self.made)[-self.most :]] if self.made else [])])
+        made = [image for cycle in sorted(self.made) for image in self.made[cycle]][-self.most :]
+        images = [*self.given, *made]
         order = torch.randperm(len(images), generator=generator_for(seed, f"{_NAME} step {step}"))
-        return images[order[:batch].to(images.device)]
+        return torch.stack([images[number] for number in order[:batch].tolist()])
 
 
 def _made(
@@ -209,26 +235,23 @@ def _made(
         CalibrationError: the loss is not finite, or the memory is too small for one image.
     """
     assert context.teacher is not None
-    errors = context.output_errors or [relative_error] * len(student.errors)
 
     def disagreement(images: Tensor, outputs: tuple[Tensor, ...]) -> Tensor:
         found = student.student(images)[: len(outputs)]
-        each = [error(*pair) for error, pair in zip(errors, zip(found, outputs, strict=True), strict=True)]
+        each = [error(*pair) for error, pair in zip(student.errors, zip(found, outputs, strict=True), strict=True)]
         return torch.stack(each).mean(0)
 
     student.harden()
     with _frozen(student.model), _frozen(context.teacher):
         objective = Objective.against(context.teacher, settings.synthesis, disagreement, settings.disagreement)
-        numbers = range(cycle * settings.images, (cycle + 1) * settings.images)
-        draws = Draws.of(context.seed, numbers, context.teacher.input_shape, 1, settings.synthesis)
-        one = bytes_of_one(objective, draws, limits[0].device)
-        if context.memory * 1e9 < one:
-            raise CalibrationError(f"a gradient for one image takes {one / 1e9:.3g} GB; allow more memory")
+        purpose = f"{_NAME} cycle {cycle} "
+        numbers, shape = range(settings.images), context.teacher.input_shape
+        draws = Draws.of(context.seed, numbers, shape, 1, settings.synthesis, purpose)
         found = optimize(
             objective,
             draws,
             limits,
-            min(_AT_ONCE, int(context.memory * 1e9 // one)),
+            images_at_once(objective, draws, context.memory),
             work=_images_state(context.work, cycle),
             out_of_time=lambda: context.out_of_time,
             progress=lambda what, done, total: context.progress(f"cycle {cycle + 1}: {what}", done, total),
@@ -256,8 +279,9 @@ def _frozen(module: nn.Module) -> Generator[None]:
 
 
 def _save(student: Student, buffer: _Buffer, work: WorkState, cycle: int, errors: list[float]) -> None:
-    made = {f"made/{number}": each for number, each in enumerate(buffer.made)}
-    work.save(student.state() | made, {"cycle": cycle, "errors": errors})
+    made = {f"made/{number}": each for number, each in buffer.made.items()}
+    values = {"cycle": cycle, "errors": errors, "made": sorted(buffer.made)}
+    work.save(student.state() | made, values)
 
 
 def _resumed(
@@ -271,11 +295,11 @@ def _resumed(
     saved = work.load(_STATE)
     if saved is None:
         return 0, []
-    cycle, errors = saved.values["cycle"], saved.values["errors"]
-    made = sum(key.startswith("made/") for key in saved.tensors)
-    if cycle > settings.cycles or len(errors) // settings.steps - cycle not in (0, 1) or made > cycle + 1:
+    cycle, errors, made = (saved.values[key] for key in ("cycle", "errors", "made"))
+    done = len(errors) // settings.steps
+    if cycle > settings.cycles or done - cycle not in (0, 1) or done > settings.cycles or max(made, default=0) > cycle:
         raise saved.damaged()
     student.put_state(saved)
     like = buffer.given[:1].expand(settings.images, -1, -1, -1)
-    buffer.made.extend(saved.tensor(f"made/{number}", like) for number in range(made))
+    buffer.made.update({number: saved.tensor(f"made/{number}", like) for number in made})
     return cycle, list(errors)

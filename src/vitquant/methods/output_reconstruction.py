@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitquant.errors import CalibrationError, RecipeError
 from vitquant.methods.context import Context
-from vitquant.methods.student import Rates, Student
+from vitquant.methods.student import Rates, Student, cosine_decay
 from vitquant.model import QuantizedModel, Record
 from vitquant.schema import ListOf, Number
 from vitquant.work import WorkState
@@ -94,7 +94,7 @@ def reconstruct_output(model: QuantizedModel, context: Context, settings: Recons
                 context.work.save(student.state(), errors)
                 break
             context.progress("reconstructing the output", len(errors), total)
-            output, loss = student.losses(images, cosine(len(errors), total))
+            output, loss = student.losses(images, cosine_decay(len(errors), total))
             if not math.isfinite(loss.item()):
                 raise CalibrationError(
                     f"the output error is {output.item()} in step {len(errors) + 1} of {total}: "
@@ -140,8 +140,3 @@ def _steps(data: Iterable[Tensor], settings: ReconstructOutputSettings) -> Itera
     for _ in range(settings.passes):
         for batch in data:
             yield from batch.clone().split(settings.batch)
-
-
-def cosine(step: int, total: int) -> float:
-    """The share of the initial learning rate at a step: from 1 to 0 along a cosine."""
-    return 0.5 * (1 + math.cos(math.pi * step / total))

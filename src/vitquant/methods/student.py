@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,6 +168,11 @@ class Student:
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+
+
+def cosine_decay(step: int, total: int) -> float:
+    """The share of the initial learning rate at a step: from 1 to 0 along a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 @dataclass(frozen=True)

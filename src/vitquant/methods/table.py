@@ -9,7 +9,11 @@ from typing import Any, get_type_hints
 
 from vitquant.errors import CalibrationError, RecipeError, VitquantError
 from vitquant.integer_modules import Arithmetic
-from vitquant.methods.adversarial_distillation import DistillAdversariallySettings, distill_adversarially
+from vitquant.methods.adversarial_distillation import (
+    DistillAdversariallySettings,
+    check_attention,
+    distill_adversarially,
+)
 from vitquant.methods.calibrate import CalibrateSettings, calibrate
 from vitquant.methods.context import Context
 from vitquant.methods.contract import Definition, Needs, Phase
@@ -64,6 +68,7 @@ METHODS: dict[str, Definition[Any]] = {
         Phase.RECONSTRUCT,
         Needs(passes=1, gradients=True, teacher=True, memory=True),
         _CALIBRATED,
+        check_attention,
     ),
     "integer-operations": Definition(integer_operations, Arithmetic, Phase.INTEGERS, after=_CALIBRATED),
 }

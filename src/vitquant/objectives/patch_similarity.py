@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 BANDWIDTH, POINTS = 0.01, 10
+BYTES_OF_A_PAIR = 24  # of patches in a window, while the entropy of an image or its gradient is computed
 _FLOOR = 1e-4  # added to densities, so that their logarithm is finite
 _AT_ONCE = 2**17  # similarities: what is computed from them stays in the processor's cache
 
@@ -60,9 +61,8 @@ class _Density(torch.autograd.Function):
         pairs = _pairs(patches, unit.device)
         for part in _parts(unit):
             similar, same = _similarities(part, pairs), part.square().sum(-1).flatten(1)
-            ends = torch.stack([torch.cat([similar, same], 1).aminmax(dim=1)[side] for side in (0, 1)])
-            steps = torch.linspace(0, 1, points, dtype=unit.dtype, device=unit.device)
-            at = torch.lerp(ends[0, :, None], ends[1, :, None], steps)
+            low, high = torch.cat([similar, same], 1).aminmax(dim=1, keepdim=True)
+            at = torch.lerp(low, high, torch.linspace(0, 1, points, dtype=unit.dtype, device=unit.device))
             sums = [[_kernel(each, t, bandwidth).sum(1) for t in at.unbind(1)] for each in (similar, same)]
             densities.append((torch.stack(sums[0], 1) * 2 + torch.stack(sums[1], 1)) * share)
             positions.append(at)
@@ -74,9 +74,9 @@ class _Density(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor, of_positions: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         unit, positions = ctx.saved_tensors
-        images, windows, patches, _channels = unit.shape
+        _, windows, patches, _ = unit.shape
         pairs = _pairs(patches, unit.device)
         gradients, done = [], 0
         for part in _parts(unit):
@@ -92,7 +92,7 @@ class _Density(torch.autograd.Function):
             whole[..., pairs] = gradient.mul_(factor).unflatten(1, (windows, -1))
             square = whole.unflatten(-1, (patches, patches))
             gradients.append((square + square.mT) @ part)
-        return torch.cat(gradients) if images else torch.zeros_like(unit), None, None
+        return torch.cat(gradients), None, None
 
 
 def _parts(unit: Tensor) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from vitquant.errors import CalibrationError, ModelError, RecipeError, first_line
 from vitquant.graph.captured import CapturedModel
 from vitquant.graph.segments import IMAGES, Segment
-from vitquant.objectives.patch_similarity import BANDWIDTH, POINTS, patch_entropy
+from vitquant.objectives.patch_similarity import BANDWIDTH, BYTES_OF_A_PAIR, POINTS, patch_entropy
 from vitquant.objectives.total_variation import total_variation
 from vitquant.progress import Progress, silent
 from vitquant.schema import ListOf, Number
@@ -23,6 +23,7 @@ from vitquant.synthesis.patches import PatchFeatures
 from vitquant.work import WorkState
 
 _BETAS, _EPS = (0.5, 0.9), 1e-8  # of Adam
+_AT_ONCE = 8  # images that are differentiated at a time, whose tensors then stay in the processor's cache
 _SIDE = 224  # pixels, of the images for which published offsets are
 _TARGETS = (2500.0, 3000.0)  # between which an image's total variation is drawn
 _TRACE = ListOf(ListOf(Number(-1e30, 1e30), 4, 4), most=2**24)
@@ -139,7 +140,7 @@ class Objective:
         Arguments:
             model: in float; its parameters need no gradients.
             settings: see `PatchSimilaritySettings`.
-            logits: the name of the output that holds the logits; None for a model without classes.
+            logits: the site of the output that holds the logits; None for a model without classes.
 
         Raises:
             ModelError: the model has no attention between patches, or no classes for a weighted class prior.
@@ -179,7 +180,8 @@ class Objective:
             classes: int64 (images,), that the model is to see in them.
             targets: float (images,), of the total variation.
         """
-        computed = self.segment(images.to(next(self.segment.parameters()).dtype))
+        given = images.to(next(self.segment.parameters()).dtype)
+        computed = self.segment(given)
         contexts, outputs = computed[: len(self.features.sites)], computed[len(self.features.sites) :]
         entropies = [
             patch_entropy(each, self.settings.bandwidth, self.settings.points)
@@ -191,8 +193,18 @@ class Objective:
             logits = outputs[0].to(torch.promote_types(outputs[0].dtype, images.dtype))
             cross = functional.cross_entropy(logits, classes, reduction="none")
         if self.disagreement is not None:
-            disagreement = self.disagreement(images, outputs)
+            disagreement = self.disagreement(given, outputs)
         return Losses(torch.stack(entropies).sum(0), cross, variation, disagreement)
+
+    def bytes_of_pairs(self, images: Tensor) -> int:
+        """What the entropy of the largest attention takes while it is computed for one image.
+
+        Arguments:
+            images: one, (1, channels, height, width).
+        """
+        contexts = self.segment(images.to(next(self.segment.parameters()).dtype))[: len(self.features.sites)]
+        shapes = [each.shape for each in self.features.split(contexts, 1)]
+        return max(windows * patches**2 for _, windows, patches, _ in shapes) * BYTES_OF_A_PAIR
 
     def total(self, losses: Losses) -> Tensor:
         """The loss of each image, (images,)."""
@@ -225,7 +237,13 @@ class Draws:
 
     @classmethod
     def of(
-        cls, seed: int, numbers: Sequence[int], shape: Sequence[int], classes: int, settings: PatchSimilaritySettings
+        cls,
+        seed: int,
+        numbers: Sequence[int],
+        shape: Sequence[int],
+        classes: int,
+        settings: PatchSimilaritySettings,
+        purpose: str = "",
     ) -> Draws:
         """The draws for images with these numbers.
 
@@ -235,15 +253,16 @@ class Draws:
             shape: (channels, height, width).
             classes: how many the model has; 1 where it has none.
             settings: the number of iterations, and their offsets.
+            purpose: tells these draws from others with the same seed and numbers.
         """
         starts, chosen, targets = [], [], []
         low, high = _TARGETS
         for number in numbers:
-            generator = generator_for(seed, f"image {number}")
+            generator = generator_for(seed, f"{purpose}image {number}")
             starts.append(torch.randn(*shape, generator=generator))
             chosen.append(int(torch.randint(classes, (), generator=generator)))
             targets.append(low + (high - low) * float(torch.rand((), generator=generator)))
-        generator = generator_for(seed, "jitter")
+        generator = generator_for(seed, f"{purpose}jitter")
         offsets: list[int] = []
         for largest in settings.jitter:
             limit = round(largest * max(shape[1:]) / _SIDE)
@@ -343,9 +362,14 @@ def optimize(
                 state.optimizer = _adam(state.images)
             state.optimizer.param_groups[0]["lr"] = _rate(stage_step, settings)
             state.optimizer.zero_grad()
-            losses = _differentiated(objective, state.images, draws, step, (classes, targets), at_once)
-            if not all(map(math.isfinite, losses)):
-                stopped = f"the loss is not finite in iteration {step + 1} of {settings.steps}"
+            try:
+                losses = _differentiated(objective, state.images, draws, step, (classes, targets), at_once)
+            except torch.OutOfMemoryError as error:
+                state.save(work)
+                raise CalibrationError(f"{at_once} images at a time do not fit; allow less memory") from error
+            gradient = state.images.grad
+            if not all(map(math.isfinite, losses)) or gradient is None or not bool(torch.isfinite(gradient).all()):
+                stopped = f"the loss or its gradient is not finite in iteration {step + 1} of {settings.steps}"
                 break
             state.optimizer.step()
             with torch.no_grad():
@@ -374,16 +398,28 @@ def _differentiated(
     return (sums / len(images)).tolist()
 
 
-def bytes_of_one(objective: Objective, draws: Draws, device: torch.device) -> int:
-    """The number of bytes that a gradient of the loss holds for one image, from the difference of two and one.
+def images_at_once(objective: Objective, draws: Draws, memory: float) -> int:
+    """How many images can be differentiated at a time.
 
     Arguments:
         objective, draws: see `optimize`.
-        device: of the model.
+        memory: gigabytes that a gradient may hold.
 
     Raises:
-        CalibrationError: the model cannot be computed in the precision of its parameters.
+        CalibrationError: not even one; or the model cannot be computed in the precision of its parameters.
     """
+    one = _bytes_of_one(objective, draws)
+    fit = int(memory * 1e9 // one)
+    if fit < 1:
+        raise CalibrationError(
+            f"a gradient for one image takes {one / 1e9:.3g} GB, and {memory:.3g} GB are allowed; allow more memory"
+        )
+    return min(fit, _AT_ONCE)
+
+
+def _bytes_of_one(objective: Objective, draws: Draws) -> int:
+    """The number of bytes that a gradient of the loss holds for one image, from the difference of two and one."""
+    device = next(objective.segment.parameters()).device
 
     def held(images: int) -> int:
         seen: dict[int, int] = {}
@@ -395,16 +431,15 @@ def bytes_of_one(objective: Objective, draws: Draws, device: torch.device) -> in
 
         start = draws.start[:1].expand(images, -1, -1, -1).to(device).clone().requires_grad_(True)
         labels, targets = (each[:1].expand(images).to(device) for each in (draws.classes, draws.targets))
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             objective.total(objective.losses(start, labels, targets)).sum()
         return sum(seen.values())
 
     try:
-        return max(1, held(2) - held(1))
+        with torch.inference_mode(False), torch.enable_grad():
+            return max(1, held(2) - held(1)) + objective.bytes_of_pairs(draws.start[:1].to(device))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as refused:
         dtype = next(objective.segment.parameters()).dtype
         raise CalibrationError(f"the model cannot be computed in {dtype}: {first_line(refused)}") from refused
@@ -425,5 +460,7 @@ def _rate(step: int, settings: PatchSimilaritySettings) -> float:
 def _backward(loss: Tensor) -> None:
     try:
         loss.backward()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as refused:
         raise CalibrationError(f"torch computes no gradients of this model: {first_line(refused)}") from refused

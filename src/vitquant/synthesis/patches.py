@@ -67,7 +67,7 @@ class PatchFeatures:
         """
         found = []
         for context, patches in zip(contexts, self.patches, strict=True):
-            features = by_image(context, 0, images)
+            features = by_image(context.to(torch.promote_types(context.dtype, torch.float32)), 0, images)
             features = features.mean(2) if features.ndim == 5 else features
             found.append(features if patches is None else features[:, :, patches.to(features.device)])
         return found
@@ -81,5 +81,6 @@ def _varying_tokens(model: CapturedModel, scores: Site) -> Tensor:
         images = torch.randn(2, *model.input_shape, generator=generator).to(example)
         query = by_image(model.segment(IMAGES, f"{scores.name}:query")(images), 0, 2)
     first, second = query.movedim(-2, 1).flatten(2).float()  # (tokens, everything else) of each image
-    varying = ((first - second).abs().amax(1) > _ALIKE * query.abs().max()).cpu()
+    alike = max(_ALIKE, 8 * torch.finfo(example.dtype).eps)
+    varying = ((first - second).abs().amax(1) > alike * query.abs().max()).cpu()
     return varying if bool(varying.any()) else torch.ones_like(varying)

@@ -21,7 +21,7 @@ _SYSTEM_FOLDERS = frozenset(
     )
 )
 _SYSTEM_FILES = frozenset(["thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"])
-_OF_SYNTHESES = frozenset(["synthesis.json", "contact-sheet.png"])  # beside the images that vitquant makes
+ABOUT_SYNTHESIS, CONTACT_SHEET = "synthesis.json", "contact-sheet.png"  # beside images that vitquant makes
 _SPLIT = re.compile(
     r"(?P<of>.*[-_ ])?"
     r"(?P<part>train|trn|trainval|val|valid|validation|test|tst|eval|evaluation|dev|holdout)(ing)?"
@@ -239,7 +239,10 @@ def _walk(folder: Path, above: Iterable[Path]) -> Iterator[tuple[Path, list[str]
 
 
 def _visible(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of folders and of files in a folder, sorted, without hidden ones and system files."""
+    """The names of folders and of files in a folder, sorted, without hidden ones and those that are no one's images.
+
+    These are system files, and beside images that were made what says how.
+    """
     names, files = [], []
     try:
         with os.scandir(folder) as entries:
@@ -248,9 +251,11 @@ def _visible(folder: Path) -> tuple[list[str], list[str]]:
                     (names if _is_directory(entry) else files).append(entry.name)
     except OSError as error:
         raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
+    if ABOUT_SYNTHESIS in files:
+        files = [name for name in files if name not in (ABOUT_SYNTHESIS, CONTACT_SHEET)]
     return (
         sorted(name for name in names if name.lower() not in _SYSTEM_FOLDERS),
-        sorted(name for name in files if name.lower() not in _SYSTEM_FILES | _OF_SYNTHESES),
+        sorted(name for name in files if name.lower() not in _SYSTEM_FILES),
     )
 
 

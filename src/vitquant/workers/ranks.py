@@ -6,13 +6,17 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 from torch import distributed
 
 from vitquant.errors import WorkerError, first_line
 
 T = TypeVar("T")
+
+_LONGEST_WAIT = timedelta(days=30)  # one process may have hours of work left when another has none
 
 
 @dataclass(frozen=True)
@@ -43,22 +47,32 @@ class Ranks:
         if self.count == 1:
             return [found]
         every: list[Any] = [None] * self.count
-        distributed.all_gather_object(every, found)
+        try:
+            distributed.all_gather_object(every, found)
+        except RuntimeError as error:
+            raise WorkerError(f"another process of the group is lost: {first_line(error)}") from error
         return every
+
+
+ALONE = Ranks()
 
 
 @contextmanager
 def process_group() -> Generator[Ranks]:
-    """The process group of torchrun, on the CPU; this process alone where torchrun did not start it.
+    """The process group of torchrun; this process alone where torchrun did not start it.
+
+    Messages go between CPUs; each process of a machine has an accelerator of its own, where there are as many.
 
     Raises:
         WorkerError: the other processes cannot be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
-        yield Ranks.of_this_process()
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        yield ALONE
         return
     try:
-        distributed.init_process_group("gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        distributed.init_process_group("gloo", timeout=_LONGEST_WAIT)
     except Exception as error:
         raise WorkerError(f"torchrun's other processes cannot be reached: {first_line(error)}") from error
     try:
