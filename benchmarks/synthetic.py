@@ -8,7 +8,8 @@ images: `gaussian-noise`, `uniform-noise`, `cifar-10` (training images of the em
 integer program where the model lowers, and of the simulation where it does not, on 500 photographs of `photos_eval` and
 1,000 of `imagenette_eval`. Prints a table: mean (smallest..largest) over the seeds, beside the float model.
 
-Making 32 images takes a quarter of an hour on two cores; `--results` keeps them, as it keeps every run.
+Images are made first, once for each seed, and then every variant is calibrated on them. Making 32 images takes a quarter
+of an hour on two cores; `--results` keeps them, as it keeps every run.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from real_deit import (
@@ -33,16 +36,31 @@ from real_deit import (
     score_cells,
     spread,
 )
-from runs import Found, add_options, runs_of
+from runs import Found, add_options, key_of, runs_of
 from torch import Tensor
 
 import vitquant
 from vitquant import demo
 from vitquant.engines import default_engine
-from vitquant.tasks.images import batches, load_listing, subset
+from vitquant.tasks.images import batches, load_listing, load_unlabelled, subset
 
 COUNT = 32
-SETS = ("gaussian-noise", "uniform-noise", "cifar-10", "psaq-vit", "photographs")
+MADE = "psaq-vit"
+SETS = ("gaussian-noise", "uniform-noise", "cifar-10", MADE, "photographs")
+
+
+@dataclass(frozen=True)
+class Making:
+    """The images of a seed that are made for the model.
+
+    Arguments:
+        seed, synthesis: see above.
+        folder: where they are kept.
+    """
+
+    seed: int
+    synthesis: tuple[str, ...]
+    folder: Path = field(repr=False)  # nothing that is measured depends on it
 
 
 @dataclass(frozen=True)
@@ -50,15 +68,14 @@ class Job:
     """One run.
 
     Arguments:
-        variant, images, seed, synthesis: see above.
-        results: where images are kept.
+        variant, images, seed: see above.
+        making: how the images were made; None for others.
     """
 
     variant: str
     images: str
     seed: int
-    synthesis: tuple[str, ...]
-    results: Path | None = field(repr=False, default=None)  # nothing that is measured depends on it
+    making: Making | None
 
 
 def main() -> None:
@@ -70,36 +87,61 @@ def main() -> None:
     parser.add_argument("--synthesis", nargs="*", default=[], help="settings of the images that are made")
     add_options(parser)
     given = parser.parse_args()
+    with TemporaryDirectory() as temporary:
+        _measured(given, given.results or Path(temporary))
+
+
+def _measured(given: argparse.Namespace, folder: Path) -> None:
+    makings = {seed: _making(seed, tuple(given.synthesis), folder) for seed in range(given.seeds)}
+    made = runs_of(_make, list(makings.values()), given) if MADE in given.sets else {}
     rows: dict[tuple[str, str], list[Job]] = {}
-    for variant in given.variants:
-        for name in given.sets:
-            settings = tuple(given.synthesis) if name == "psaq-vit" else ()
-            rows[variant, name] = [Job(variant, name, seed, settings, given.results) for seed in range(given.seeds)]
+    for variant, name in product(given.variants, given.sets):
+        rows[variant, name] = [
+            Job(variant, name, seed, makings[seed] if name == MADE else None) for seed in range(given.seeds)
+        ]
     found = runs_of(_measure, [job for draw in zip(*rows.values(), strict=True) for job in draw], given)
     first = found[next(iter(rows.values()))[0]]["scores"]
-    columns = ["variant", "calibrated on", *(f"{measure}, {name}" for name in first for measure in SCORES), "made, s"]
+    columns = ["variant", "calibrated on", *(f"{measure}, {name}" for name in first for measure in SCORES)]
     print(row(columns))
     print("|---" * len(columns) + "|")
-    print(
-        row(
-            ["float", "", *[cell for each in first.values() for cell in (f"{each['float top-1']:.1f}", "", "", "")], ""]
-        )
-    )
+    print(row(["float", "", *[cell for each in first.values() for cell in (f"{each['float top-1']:.1f}", "", "", "")]]))
     for (variant, name), jobs in rows.items():
         draws = [found[job] for job in jobs]
         cells = [cell for each in first for cell in score_cells([draw["scores"][each] for draw in draws])]
-        print(row([variant, name, *cells, spread([draw["seconds"] for draw in draws], 0)]))
+        print(row([variant, name, *cells]))
+    if made:
+        entropies = [[each["losses"]["entropy"][place] for each in made.values()] for place in (0, 1)]
+        seconds = spread([each["seconds"] for each in made.values()], 0)
+        print(
+            f"\n{COUNT} images in {seconds} s; entropy {spread(entropies[0], 1)} at first, {spread(entropies[1], 1)} at last"
+        )
+
+
+def _making(seed: int, synthesis: tuple[str, ...], folder: Path) -> Making:
+    making = Making(seed, synthesis, folder)
+    return replace(making, folder=folder.absolute() / f"{key_of(making)}.images")
+
+
+def _make(making: Making) -> Found:
+    started = time.perf_counter()
+    images = vitquant.synthesize(
+        float_deit(),
+        COUNT,
+        settings=making.synthesis,
+        preprocessing=PREPROCESSING.to_dict(),
+        seed=making.seed,
+        work=making.folder.with_suffix(".work"),
+    )
+    images.save(making.folder, force=True)
+    return {"seconds": time.perf_counter() - started, "losses": images.ends_of_losses}
 
 
 def _measure(job: Job) -> Found:
-    started = time.perf_counter()
-    data = _images(job)
-    seconds = time.perf_counter() - started
     recipe, bits = requested_variant(job.variant)
-    model = vitquant.quantize(float_deit(), recipe, data, bits=str(bits), simulated=True, seed=job.seed)
+    model = vitquant.quantize(float_deit(), recipe, _images(job), bits=str(bits), simulated=True, seed=job.seed)
     _, engine, _ = default_engine(model)
     scores = {name: each.scores(run(engine, each.images)) for name, each in evaluation_sets().items()}
-    return {"variant": job.variant, "images": job.images, "seed": job.seed, "seconds": seconds, "scores": scores}
+    return {"variant": job.variant, "images": job.images, "seed": job.seed, "scores": scores}
 
 
 def _images(job: Job) -> Sequence[Tensor]:
@@ -108,17 +150,10 @@ def _images(job: Job) -> Sequence[Tensor]:
         return [images for images, _ in batches(items, PREPROCESSING, COUNT)]
     if job.images == "cifar-10":
         return _cifar(job.seed)
-    kept = None if job.results is None else job.results / f"{job.images} {' '.join(job.synthesis)} {job.seed}.images"
-    images = vitquant.synthesize(
-        float_deit(),
-        COUNT,
-        job.images,
-        settings=job.synthesis,
-        preprocessing=PREPROCESSING.to_dict(),
-        seed=job.seed,
-        work=kept if job.images == "psaq-vit" else None,
-    )
-    return images.batches(COUNT)
+    if job.making is not None:
+        return [images for images, _ in batches(load_unlabelled(job.making.folder), PREPROCESSING, COUNT)]
+    noise = vitquant.synthesize(float_deit(), COUNT, job.images, preprocessing=PREPROCESSING.to_dict(), seed=job.seed)
+    return noise.batches(COUNT)
 
 
 @cache

@@ -18,7 +18,7 @@ from vitquant.recipe import load_recipe
 RECIPES = ("fq-vit", "repq-vit", "vt-ptq", "minmax")
 OVERLAYS = (
     "fully-integer", "wide-residual", "power-of-two-factor", "uniform-norm-inputs", "uniform-probs", "searched-scales",
-    "twin-steps", "reconstructed-output",
+    "twin-steps", "reconstructed-output", "adversarially-distilled",
 )  # fmt: skip
 TINY = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 5}
 
