@@ -8,8 +8,8 @@ images: `gaussian-noise`, `uniform-noise`, `cifar-10` (training images of the em
 integer program where the model lowers, and of the simulation where it does not, on 500 photographs of `photos_eval` and
 1,000 of `imagenette_eval`. Prints a table: mean (smallest..largest) over the seeds, beside the float model.
 
-Images are made first, once for each seed, and then every variant is calibrated on them. Making 32 images takes a quarter
-of an hour on two cores; `--results` keeps them, as it keeps every run.
+Images are made first, once for each seed, and then every variant is calibrated on them. Making 32 images takes a
+quarter of an hour on two cores; `--results` keeps them, as it keeps every run.
 """
 
 from __future__ import annotations
@@ -110,11 +110,10 @@ def _measured(given: argparse.Namespace, folder: Path) -> None:
         cells = [cell for each in first for cell in score_cells([draw["scores"][each] for draw in draws])]
         print(row([variant, name, *cells]))
     if made:
-        entropies = [[each["losses"]["entropy"][place] for each in made.values()] for place in (0, 1)]
+        begun, ended = (spread([each["losses"]["entropy"][place] for each in made.values()], 1) for place in (0, 1))
         seconds = spread([each["seconds"] for each in made.values()], 0)
-        print(
-            f"\n{COUNT} images in {seconds} s; entropy {spread(entropies[0], 1)} at first, {spread(entropies[1], 1)} at last"
-        )
+        print(f"
+{COUNT} images in {seconds} s; entropy {begun} at first, {ended} at last")
 
 
 def _making(seed: int, synthesis: tuple[str, ...], folder: Path) -> Making:
