@@ -112,8 +112,8 @@ def _measured(given: argparse.Namespace, folder: Path) -> None:
     if made:
         begun, ended = (spread([each["losses"]["entropy"][place] for each in made.values()], 1) for place in (0, 1))
         seconds = spread([each["seconds"] for each in made.values()], 0)
-        print(f"
-{COUNT} images in {seconds} s; entropy {begun} at first, {ended} at last")
+        print()
+        print(f"{COUNT} images in {seconds} s; entropy {begun} at first, {ended} at last")
 
 
 def _making(seed: int, synthesis: tuple[str, ...], folder: Path) -> Making:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -262,7 +262,9 @@ def prepare(
         seconds = time.monotonic() - started
         folder = TemporaryDirectory(prefix="vitquant-")
         images.write_into(Path(folder.name))
-        chosen = _chosen(request, Path(folder.name), recipe)
+        there = len(images) - request.held_out  # fewer than asked for, if the time limit came first
+        asked = None if request.images is None else min(request.images, there)
+        chosen = _chosen(replace(request, images=asked), Path(folder.name), recipe)
         about = {key: value for key, value in images.about.items() if key not in ("losses", "preprocessing")}
         notes = (f"the time limit came while images were made: {images.cut_short}",) if images.cut_short else ()
         origin: dict[str, Any] = {SYNTHETIC: about}

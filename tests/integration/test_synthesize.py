@@ -493,11 +493,17 @@ def test_other_commands_take_them_too_and_refuse_before_they_make_them(
     assert (code, errors.count("\n")) == (2, 1), errors
 
 
-def test_the_time_limit_covers_the_images_and_the_methods(tmp_path: Path, run: Run) -> None:
+def test_the_time_limit_covers_the_images_and_the_methods(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["--recipe", "minmax", "--calibration", "synthetic", "--images", 2, "--output", tmp_path / "out"]
     code, _, errors = run("quantize", *MODEL, *words, "--time-limit", 0)
     assert code == 0, errors
     assert "the time limit came while images were made: 0 of 1000 iterations" in errors
+    monkeypatch.setattr("vitquant.synthetic_images._SET", 2)
+    code, _, errors = run("quantize", *MODEL, *words, "--force", "--images", 5, "--time-limit", 0)
+    assert code == 0, errors
+    assert "images were made: 2 of 5 images, 0 of 1000 iterations" in errors
 
 
 def test_psaq_vit_leaves_probabilities_and_the_input_of_gelu_in_float(model: nn.Module) -> None:
