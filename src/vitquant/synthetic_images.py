@@ -170,7 +170,7 @@ def synthesize(
         preprocessing: of the model, with the keys of timm's data configuration: the size of the images, and how pixels
             are normalized. The common one for ImageNet when None.
         seed: of all random draws. An image depends on the seed and its number, not on how many others there are.
-        progress: called with the entropy, the iterations that are done, and their number.
+        progress: called with the entropy and the loss, the iterations that are done, and their number.
         memory: gigabytes for what gradients need; the result depends on it by the rounding of sums only.
         time_limit: seconds, after which the images so far are the result.
         work: a directory in which the state is saved: after an interruption the same call continues there. It can be

@@ -338,7 +338,7 @@ def optimize(
         at_once: how many images are differentiated at a time. The result depends on it by the rounding of sums only.
         work: where the state is saved; a later call with the same draws continues.
         out_of_time: asked before every iteration; the images so far are then the result.
-        progress: called with the entropy, the iterations that are done, and their number.
+        progress: called with the entropy and the loss, the iterations that are done, and their number.
 
     Returns:
         The images; those of the iteration before, if the loss becomes NaN or infinite.
@@ -375,7 +375,8 @@ def optimize(
             with torch.no_grad():
                 state.images.clamp_(*limits)
             state.trace.append(losses)
-            progress(f"synthesizing, entropy {losses[0]:.2f}", step + 1, settings.steps)
+            total = objective.total(Losses(*map(torch.tensor, losses))).item()
+            progress(f"synthesizing, entropy {losses[0]:.2f}, loss {total:.4g}", step + 1, settings.steps)
             if work.due:
                 state.save(work)
         state.save(work)
