@@ -116,10 +116,11 @@ def quantize(
     said = None if preprocessing is None else Preprocessing.from_dict(preprocessing).to_dict()
     asked_task = None if task is None else task_named(task)
     recipe, widths = requested(recipe, bits, settings)
+    steps = planned(recipe)
     model = unwrapped(model)
     stream = CalibrationData(data, next((parameter.device for parameter in model.parameters()), None))
-    begun = _begun(model, recipe, widths, stream.example, asked_task, simulated)
-    captured, steps, quantized = begun.captured, begun.steps, begun.quantized
+    begun = _begun(model, recipe, widths, steps, stream.example, asked_task, simulated)
+    captured, quantized = begun.captured, begun.quantized
     stream.check(passes(steps, quantized), any(step.definition.needs.labels for step in steps))
     with ExitStack() as held:
         kept = None
@@ -172,11 +173,12 @@ def check_quantizable(
         RecipeError: the recipe needs the classes of the images, which images that are made do not have.
         VitquantError: see `quantize`.
     """
+    steps = planned(recipe)
     model = unwrapped(model)
     like = next((each for each in model.parameters() if each.is_floating_point()), torch.zeros(()))
     example = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(like)
-    begun = _begun(model, recipe, bits, example, None if task is None else task_named(task), simulated)
-    labelled = [step.name for step in begun.steps if step.definition.needs.labels]
+    _begun(model, recipe, bits, steps, example, None if task is None else task_named(task), simulated)
+    labelled = [step.name for step in steps if step.definition.needs.labels]
     if labelled:
         raise RecipeError(
             f"{recipe.name}: {labelled[0]} needs the class of every image, and images that are made have none"
@@ -189,15 +191,19 @@ class _Begun:
 
     captured: CapturedModel
     task: Task
-    steps: tuple[Step, ...]
     teacher: CapturedModel | None
     quantized: QuantizedModel
 
 
 def _begun(
-    model: nn.Module, recipe: Recipe, bits: Bits, example: Tensor, asked: Task | None, simulated: bool
+    model: nn.Module,
+    recipe: Recipe,
+    bits: Bits,
+    steps: Sequence[Step],
+    example: Tensor,
+    asked: Task | None,
+    simulated: bool,
 ) -> _Begun:
-    steps = planned(recipe)
     shape = (int(example.shape[1]), int(example.shape[2]), int(example.shape[3]))
     captured = CapturedModel(capture(model, example), shape)
     task = asked or task_of(model, captured.outputs)
@@ -209,7 +215,7 @@ def _begun(
         step.check(quantized)
     if not simulated:
         check_possible(captured, recipe, bits)
-    return _Begun(captured, task, steps, teacher, quantized)
+    return _Begun(captured, task, teacher, quantized)
 
 
 def evaluate(
