@@ -8,8 +8,8 @@ images: `gaussian-noise`, `uniform-noise`, `cifar-10` (training images of the em
 integer program where the model lowers, and of the simulation where it does not, on 500 photographs of `photos_eval` and
 1,000 of `imagenette_eval`. Prints a table: mean (smallest..largest) over the seeds, beside the float model.
 
-Images are made first, once for each seed, and then every variant is calibrated on them. Making 32 images takes a
-quarter of an hour on two cores; `--results` keeps them, as it keeps every run.
+Images are made first, once for each seed, and then every variant is calibrated on them. Making 32 images takes half an
+hour on two cores; `--results` keeps them, as it keeps every run.
 """
 
 from __future__ import annotations

@@ -310,12 +310,13 @@ def run_sweep(
         by_key = {job.key: job for job in jobs.values()}
         results = Results(directory, _RESULT, CheckpointError)
         failures: dict[str, VitquantError] = {}
+        made: dict[tuple[str, int], VitquantError | None] = {}
         for (_, name, seed), job in jobs.items():
             source = setup.calibration[name]
             if isinstance(source, Synthetic) and results.read(job.key) is None:
-                try:
-                    _make(job.setup, source, seed, progress)
-                except VitquantError as error:
+                if (name, seed) not in made:
+                    made[name, seed] = _make(job.setup, source, seed, progress)
+                if (error := made[name, seed]) is not None:
                     failures[job.key] = error
 
         def forget(key: str, result: dict[str, Any]) -> None:
@@ -335,12 +336,8 @@ def _folder(directory: Path, how: Synthetic, request: Request, seed: int) -> Pat
     return directory / f"{how.method}-{sha256(words.encode()).hexdigest()[:16]}.images"
 
 
-def _make(setup: Setup, how: Synthetic, seed: int, progress: Progress) -> None:
-    """Make the images of a set with a seed, if they are not there.
-
-    Raises:
-        VitquantError: see `synthesize`.
-    """
+def _make(setup: Setup, how: Synthetic, seed: int, progress: Progress) -> VitquantError | None:
+    """Make the images of a set with a seed, if they are not there; returns why they cannot be made, if so."""
     request = setup.request
     folder = Path(str(request.calibration))
     work = folder.with_suffix(".work")
@@ -348,8 +345,12 @@ def _make(setup: Setup, how: Synthetic, seed: int, progress: Progress) -> None:
         named = named_source(request.model, request.weights, request.weights_key, request.model_arguments, seed)
         model = built(named, request.preprocessing, torch.device("cpu"))
         effort = Effort(setup.memory, progress=progress, work=work)
-        images_for(model, how, check_count(request), seed, effort).save(folder)
+        try:
+            images_for(model, how, check_count(request), seed, effort).save(folder)
+        except VitquantError as error:
+            return error
     shutil.rmtree(work, ignore_errors=True)
+    return None
 
 
 def _check(sweep: Sweep, setup: Setup) -> None:

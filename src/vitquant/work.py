@@ -56,6 +56,24 @@ class Saved:
             raise self.damaged()
         return found.to(like.device)
 
+    def adam(self, prefix: str, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of Adam for a parameter, as `torch.optim.Adam` holds it; empty if there is none.
+
+        Arguments:
+            prefix: of its keys, such as `adam/3`.
+            parameter: whose shape, dtype and device the moments have.
+
+        Raises:
+            CheckpointError: a tensor is not valid, the number of steps is none, or a second moment is negative.
+        """
+        if f"{prefix}/step" not in self.tensors:  # Adam has no state for parameters without gradient
+            return {}
+        step, like = self.tensor(f"{prefix}/step", torch.zeros(())), parameter.detach()
+        moments = {key: self.tensor(f"{prefix}/{key}", like) for key in ("exp_avg", "exp_avg_sq")}
+        if step.item() < 1 or step.item() % 1 or bool((moments["exp_avg_sq"] < 0).any()):
+            raise self.damaged()
+        return {"step": step, **moments}
+
     def damaged(self) -> CheckpointError:
         """The error for a state that is not valid."""
         return CheckpointError(f"{self.file} is damaged: remove it, and what it holds is computed again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vitquant
-from vitquant.errors import CalibrationError, ModelError, RecipeError
+from vitquant.errors import CalibrationError, CheckpointError, ModelError, RecipeError
 from vitquant.graph.capture import capture
 from vitquant.graph.captured import CapturedModel
 from vitquant.methods import adversarial_distillation
@@ -130,6 +133,25 @@ def test_a_killed_distillation_continues_bit_for_bit(network, images, tmp_path: 
     assert continued.records[-1] == whole.records[-1]
     assert counted < calls <= 2 * (5 + 3) + 4
     assert not list((tmp_path / "work").glob("*images*"))
+
+
+def test_a_state_that_no_distillation_has_is_a_line(network, images, tmp_path: Path) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what.startswith("distilling") and done == 2:
+            raise KeyboardInterrupt
+
+    recipe, work = "minmax+adversarially-distilled", tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        distilled(network, images, {}, recipe, "w8a8", work=work, progress=interrupt)
+    file = next(work.glob("*.part.safetensors"))
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    values = json.loads(about["values"])
+    for change in ({"made": [7]}, {"made": [-1]}, {"cycle": 2}, {"cycle": 99}, {"errors": [0.1] * 7}):
+        save_file(tensors, file, {**about, "values": json.dumps({**values, **change})})
+        with pytest.raises(CheckpointError, match="is damaged: remove it"):
+            distilled(network, images, {}, recipe, "w8a8", work=work)
 
 
 def test_the_time_limit_leaves_a_valid_model(network, images) -> None:

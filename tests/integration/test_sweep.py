@@ -395,17 +395,20 @@ def test_several_calibration_sets_are_rows_of_one_table(
 def test_images_that_cannot_be_made_are_failures_of_their_rows(
     run: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = written(tmp_path, 'format = 1\n[[grid]]\nrecipes = ["minmax"]')
+    file = written(tmp_path, 'format = 1\n[[grid]]\nrecipes = ["minmax", "omse"]')
+    asked: list[object] = []
 
-    def refuse(*_: object) -> None:
+    def refuse(*given: object) -> None:
+        asked.append(given)
         raise CalibrationError("the loss is not finite")
 
     monkeypatch.setattr("vitquant.sweep.images_for", refuse)
     code, out, _ = run(*words(folder, file, tmp_path / "runs", "--json", "--calibration", "synthetic"))
     assert code == 1
-    there, made = json.loads(out)["rows"]
+    there, made, *others = json.loads(out)["rows"]
     assert there["failures"] == {}
-    assert made["failures"] == {"0": "the loss is not finite"}
+    assert made["failures"] == others[1]["failures"] == {"0": "the loss is not finite"}
+    assert len(asked) == 1  # not once for every recipe
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -120,3 +122,29 @@ def test_saving_that_takes_long_is_done_seldom(tmp_path, monkeypatch) -> None:
         assert not state.due  # a minute in twenty
         now[0] += 200
         assert state.due
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("step", -1.0), ("step", 0.0), ("step", 1.5), ("step", math.nan), ("exp_avg_sq", -1e-9), ("exp_avg", math.inf)],
+)
+def test_a_state_that_adam_cannot_have_is_damaged(tmp_path, key: str, value: float) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.grad = torch.arange(6.0).view(2, 3)
+    optimizer.step()
+    state = optimizer.state[parameter]
+    with WorkDirectory.opened(tmp_path, RUN) as work:
+        work.write("one", {f"adam/{name}": each for name, each in state.items()}, {})
+        found = work.read("one", Plain())
+        assert found is not None
+        assert found.adam("others", parameter) == {}
+        restored = found.adam("adam", parameter)
+        assert {name: each.tolist() for name, each in restored.items()} == {k: v.tolist() for k, v in state.items()}
+        work.write(
+            "one", {f"adam/{name}": torch.full_like(x, value) if name == key else x for name, x in state.items()}, {}
+        )
+        forged = work.read("one", Plain())
+        assert forged is not None
+        with pytest.raises(CheckpointError, match="is damaged: remove it"):
+            forged.adam("adam", parameter)

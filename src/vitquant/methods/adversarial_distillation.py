@@ -84,7 +84,7 @@ class DistillAdversariallySettings:
         if not 0 <= self.disagreement < math.inf:
             raise RecipeError(f"{_NAME}: disagreement = {self.disagreement}: it is 0 or more")
         if self.iterations:
-            _ = self.synthesis
+            _ = self.synthesis  # refuses its own settings
 
     @property
     def synthesis(self) -> PatchSimilaritySettings:
@@ -162,12 +162,8 @@ def distill_adversarially(model: QuantizedModel, context: Context, settings: Dis
             cycle += len(errors) == (cycle + 1) * settings.steps
             _save(student, buffer, context.work, cycle, errors)
     context.progress("distilling", len(errors), total)
-    summary = {
-        "cycles": cycle,
-        "of": settings.cycles,
-        "images made": settings.images * (max(buffer.made, default=-1) + 1),
-    }
-    summary["steps"] = len(errors)
+    made = settings.images * (max(buffer.made, default=-1) + 1)
+    summary = {"cycles": cycle, "of": settings.cycles, "images made": made, "steps": len(errors)}
     if errors:
         first, last = errors[: settings.steps], errors[-settings.steps :]
         summary |= {

@@ -159,12 +159,8 @@ class Student:
             for number, scale in enumerate(self.scales):
                 scale.logarithm.copy_(saved.tensor(f"scale/{number}", scale.logarithm))
         for number, parameter in enumerate(self._parameters()):
-            if f"adam/{number}/step" in saved.tensors:  # Adam has no state for parameters without gradient
-                step, like = torch.zeros(()), parameter.detach()
-                self.optimizer.state[parameter] = {
-                    "step": saved.tensor(f"adam/{number}/step", step),
-                    **{key: saved.tensor(f"adam/{number}/{key}", like) for key in ("exp_avg", "exp_avg_sq")},
-                }
+            if state := saved.adam(f"adam/{number}", parameter):
+                self.optimizer.state[parameter] = state
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])

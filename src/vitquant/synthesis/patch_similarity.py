@@ -296,10 +296,8 @@ class _Optimization:
             raise saved.damaged()
         with torch.no_grad():
             self.images.copy_(saved.tensor("images", self.images))
-        if "adam/step" in saved.tensors:
-            step, like = torch.zeros(()), self.images.detach()
-            moments = {key: saved.tensor(f"adam/{key}", like) for key in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[self.images] = {"step": saved.tensor("adam/step", step), **moments}
+        if state := saved.adam("adam", self.images):
+            self.optimizer.state[self.images] = state
         self.trace.extend(saved.values)
 
 
