@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,12 +54,14 @@ def calibration_named(text: str, settings: Sequence[str] = ()) -> Path | Synthet
 
     Raises:
         RecipeError: there is no such method or setting.
-        DataError: settings, and nothing is made.
+        DataError: settings, and nothing is made; or a word that is nearly `synthetic`, and no directory.
     """
     word, _, method = text.partition(":")
     if word != SYNTHETIC:
         if settings:
             raise DataError(f"{settings[0]}: settings of a synthesis are for {SYNTHETIC}, not for a directory, {text}")
+        if get_close_matches(word, [SYNTHETIC]) and not os.path.lexists(text):
+            raise DataError(f"{text}: no such directory; did you mean {SYNTHETIC}?")
         return Path(text)
     made = Synthetic(method or PATCH_SIMILARITY, tuple(settings))
     check_synthesis(1, made.method, made.settings)

@@ -463,6 +463,7 @@ def test_a_model_is_quantized_without_any_image_in_one_command(tmp_path: Path, r
     ("words", "message"),
     [
         (["--calibration", "synthetic:psaq"], "'psaq' is unknown; did you mean psaq-vit"),
+        (["--calibration", "synthetik"], "synthetik: no such directory; did you mean synthetic?"),
         (["--calibration", "synthetic", "--synthesis", "iterations=0"], "iterations = 0"),
         (["--calibration", "photos", "--synthesis", "iterations=5"], "settings of a synthesis are for synthetic"),
         (["--calibration", "synthetic", "--bits", "w12a8"], "12"),
