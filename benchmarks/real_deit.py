@@ -20,7 +20,7 @@ import vitquant
 from vitquant.recipe import Bits, Recipe, requested
 from vitquant.recipe.recipe import Calibration
 from vitquant.tasks.classification import compare, logits_of
-from vitquant.tasks.images import ImageBatches, Item, batches, load_listing
+from vitquant.tasks.images import Item, batches, load_listing
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.zoo import ModelSource, create
 
@@ -97,15 +97,14 @@ def interval(limits: Sequence[float], digits: int = 1) -> str:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Photographs that nothing is chosen by, and what the float model makes of them."""
+    """Labelled images in batches, and what the float model makes of them."""
 
-    images: ImageBatches
+    images: Iterable[tuple[torch.Tensor, torch.Tensor]]
     labels: torch.Tensor
     reference: torch.Tensor
 
     @classmethod
-    def of(cls, model: torch.nn.Module, name: str) -> EvaluationSet:
-        images = batches(load_listing(SHARED / "images" / name), EVALUATION[name], 50)
+    def of(cls, model: torch.nn.Module, images: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> EvaluationSet:
         return cls(images, torch.cat([label for _, label in images]), run(model, images))
 
     @property
@@ -119,8 +118,11 @@ class EvaluationSet:
 
 @cache
 def evaluation_sets() -> dict[str, EvaluationSet]:
-    """The sets of `EVALUATION`."""
-    return {name: EvaluationSet.of(float_deit(), name) for name in EVALUATION}
+    """The sets of `EVALUATION`, photographs that nothing is chosen by."""
+    listings = {name: load_listing(SHARED / "images" / name) for name in EVALUATION}
+    return {
+        name: EvaluationSet.of(float_deit(), batches(each, EVALUATION[name], 50)) for name, each in listings.items()
+    }
 
 
 def scores(logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from vitquant.image_folders import CalibrationImages
 from vitquant.progress import Progress, silent
 from vitquant.recipe import Recipe
 from vitquant.synthesis.noise import NOISES
-from vitquant.synthetic_images import PATCH_SIMILARITY, SyntheticImages, check_synthesis, synthesize
+from vitquant.synthetic_images import USUAL, SyntheticImages, check_synthesis, synthesize
 from vitquant.tasks.images import ImageBatches
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.zoo import ModelSource, check_name, create, parse_model_arguments, pinned, preprocessing_of
@@ -38,7 +38,7 @@ class Synthetic:
         settings: KEY=VALUE each.
     """
 
-    method: str = PATCH_SIMILARITY
+    method: str = USUAL
     settings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ def calibration_named(text: str, settings: Sequence[str] = ()) -> Path | Synthet
         if get_close_matches(word, [SYNTHETIC]) and not os.path.lexists(text):
             raise DataError(f"{text}: no such directory; did you mean {SYNTHETIC}?")
         return Path(text)
-    made = Synthetic(method or PATCH_SIMILARITY, tuple(settings))
+    made = Synthetic(method or USUAL, tuple(settings))
     check_synthesis(1, made.method, made.settings)
     return made
 
@@ -229,7 +229,7 @@ def check_count(request: Request) -> int:
         DataError: fewer than in a batch.
     """
     count = (request.images or USUAL_COUNT) + request.held_out
-    check_synthesis(count, PATCH_SIMILARITY, ())
+    check_synthesis(count, USUAL, ())
     if request.batch is not None and request.batch > count - request.held_out:
         raise DataError(f"--batch {request.batch}: {count - request.held_out} images are made; give --images or less")
     return count

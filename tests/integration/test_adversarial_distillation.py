@@ -193,7 +193,9 @@ def test_every_cycle_has_draws_of_its_own(network, images, monkeypatch) -> None:
     monkeypatch.setattr(adversarial_distillation, "optimize", kept)
     distilled(network, images, {})
     settings = DistillAdversariallySettings(**SHORT).synthesis
-    starts = [each.start for each in (*drawn, Draws.of(0, range(4), (3, 32, 32), 1, settings))]
+    starts = [
+        each.start for each in (*drawn, Draws.of(0, range(4), (3, 32, 32), (images.amin(), images.amax()), 1, settings))
+    ]
     for number, start in enumerate(starts):
         for other in starts[number + 1 :]:
             assert not torch.isclose(start, other).all(dim=(1, 2, 3)).any()

@@ -30,13 +30,14 @@ from vitquant.objectives.total_variation import total_variation
 from vitquant.synthesis import patch_similarity
 from vitquant.synthesis.patch_similarity import Draws, Objective, PatchSimilaritySettings, optimize
 from vitquant.synthesis.patches import PatchFeatures
-from vitquant.synthetic_images import SynthesisStoppedError, SyntheticImages
+from vitquant.synthetic_images import SynthesisStoppedError, SyntheticImages, check_synthesis
 from vitquant.tasks.images import batches
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.workers.ranks import Ranks
 
 ARGUMENTS = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 10}
 STEPS = {"input_size": [3, 32, 32], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+LIMITS = torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0)
 Run = Callable[..., tuple[int, str, str]]
 SHORT = {"iterations": 4, "warmup": 2}
 MODEL = ["timm:vit_tiny_patch16_224", "--weights", "random"]
@@ -67,7 +68,7 @@ def direct_entropy(features: Tensor, bandwidth: float, points: int) -> Tensor:
 def test_the_optimization_is_the_published_one_in_float64(model: nn.Module) -> None:
     model = timm.create_model("vit_tiny_patch16_224", **ARGUMENTS).double().eval()
     settings = PatchSimilaritySettings(iterations=3, jitter=(15, 100), warmup=2, bandwidth=0.2, variation_weight=0.01)
-    draws = Draws.of(5, (0, 1, 2), (3, 32, 32), 10, settings)
+    draws = Draws.of(5, (0, 1, 2), (3, 32, 32), LIMITS, 10, settings)
     draws = Draws(draws.start.double(), draws.classes, draws.targets, draws.offsets, draws.flips)
     limits = torch.full((3, 1, 1), -1.5).double(), torch.full((3, 1, 1), 1.25).double()
     found = optimize(Objective.of(captured(model), settings, "output"), draws, limits, at_once=2)
@@ -227,8 +228,8 @@ def test_windows_of_an_image_are_gathered() -> None:
 def test_a_model_without_classes_has_no_class_prior(model: nn.Module) -> None:
     headless = timm.create_model("vit_tiny_patch16_224", **{**ARGUMENTS, "num_classes": 0}).eval()
     with pytest.raises(ModelError, match="class_weight = 0"):
-        vitquant.synthesize(headless, 2, settings=SHORT, preprocessing=STEPS)
-    images = vitquant.synthesize(headless, 2, settings={**SHORT, "class_weight": 0}, preprocessing=STEPS)
+        vitquant.synthesize(headless, 2, "psaq-vit", settings=SHORT, preprocessing=STEPS)
+    images = vitquant.synthesize(headless, 2, settings=SHORT, preprocessing=STEPS)
     assert images.ends_of_losses["cross entropy"] == (0.0, 0.0)
 
 
@@ -243,7 +244,9 @@ def test_a_model_without_classes_has_no_class_prior(model: nn.Module) -> None:
         ({"settings": ["rate=nan"]}, RecipeError, "rate"),
         ({"settings": {"jitter": [300]}}, RecipeError, "jitter"),
         ({"settings": {"jitter": []}}, RecipeError, "jitter"),
-        ({"settings": {"precision": "float16"}}, RecipeError, "precision = 'float16': it is float32 or bfloat16"),
+        ({"settings": {"precision": "float16"}}, RecipeError, "precision = 'float16': it is float32, or bfloat16"),
+        ({"settings": {"start": "noise"}}, RecipeError, "start = 'noise': it is gaussian-noise, or uniform-noise, or"),
+        ({"method": "psaq-vit", "settings": {"start": 3}}, RecipeError, "start"),
         ({"method": "uniform-noise", "settings": {"iterations": 5}}, RecipeError, "iterations"),
         ({"memory": 1e-6}, CalibrationError, "a gradient for one image takes .* GB"),
         ({"memory": -1.0}, RecipeError, "memory = -1.0"),
@@ -298,7 +301,7 @@ class LogitsAndFeatures(nn.Module):
 def test_images_are_made_for_the_models_of_every_library(name: str) -> None:
     torch.manual_seed(0)
     network = of_libraries()[name]().eval()
-    images = vitquant.synthesize(network, 2, settings=SHORT, preprocessing=STEPS)
+    images = vitquant.synthesize(network, 2, "psaq-vit", settings=SHORT, preprocessing=STEPS)
     assert images.ends_of_losses["entropy"][0] != images.ends_of_losses["entropy"][1]
     assert images.ends_of_losses["cross entropy"][0] > 0  # each has classes
 
@@ -388,6 +391,22 @@ def test_noise_is_what_it_says() -> None:
     assert abs(uniform.std() - 10 / math.sqrt(12)) < 0.01
 
 
+def test_the_published_method_is_the_published_one() -> None:
+    published = check_synthesis(1, "psaq-vit", ())
+    assert published == PatchSimilaritySettings()
+    assert (published.start, published.iterations, published.jitter) == ("gaussian-noise", 500, (15, 30))
+    assert (published.rate, published.warmup, published.class_weight, published.variation_weight) == (0.2, 100, 1, 0.05)
+    assert check_synthesis(1, "psaq-vit-v2", {"start": "gaussian-noise"}).start == "gaussian-noise"
+
+
+@pytest.mark.parametrize("method", ["psaq-vit", "psaq-vit-v2"])
+@pytest.mark.parametrize("start", ["gaussian-noise", "uniform-noise", "dead-leaves"])
+def test_images_begin_with_what_is_asked_for(model: nn.Module, method: str, start: str) -> None:
+    given: dict = {"count": 2, "preprocessing": STEPS, "seed": 3}
+    begun = vitquant.synthesize(model, method=method, settings=["iterations=1", "rate=0", f"start={start}"], **given)
+    assert torch.equal(begun.pixels, vitquant.synthesize(model, method=start, **given).pixels)
+
+
 def test_saved_images_are_read_as_the_same_tensors(model: nn.Module, tmp_path: Path) -> None:
     images = vitquant.synthesize(model, 3, settings=SHORT, preprocessing={**STEPS, "crop_pct": 0.8})
     images.save(tmp_path / "made")
@@ -443,10 +462,10 @@ def test_a_model_is_quantized_without_any_image_in_one_command(tmp_path: Path, r
     words = ["quantize", *MODEL, "--recipe", "minmax", "--calibration", "synthetic", *settings, "--output", out]
     code, printed, errors = run(*words, "--images", 5)
     assert code == 0, errors
-    assert "5 images of synthetic:psaq-vit iterations=3 warmup=1, 5 in a batch" in " ".join(printed.split())
+    assert "5 images of synthetic:psaq-vit-v2 iterations=3 warmup=1, 5 in a batch" in " ".join(printed.split())
     quantized = vitquant.load(out)
     about = quantized.provenance["calibration"]["synthetic"]
-    assert (about["method"], about["asked"], about["seed"]) == ("psaq-vit", 5, 2)
+    assert (about["method"], about["asked"], about["seed"]) == ("psaq-vit-v2", 5, 2)
     run("synthesize", *MODEL, "--count", 5, "--set", "iterations=3", "--set", "warmup=1", "--seed", 2, "--output", made)
     words[words.index("synthetic")] = made
     given = [word for word in words if word not in settings[:4]]
@@ -501,11 +520,11 @@ def test_the_time_limit_covers_the_images_and_the_methods(
     words = ["--recipe", "minmax", "--calibration", "synthetic", "--images", 2, "--output", tmp_path / "out"]
     code, _, errors = run("quantize", *MODEL, *words, "--time-limit", 0)
     assert code == 0, errors
-    assert "the time limit came while images were made: 0 of 1000 iterations" in errors
+    assert "the time limit came while images were made: 0 of 100 iterations" in errors
     monkeypatch.setattr("vitquant.synthetic_images._SET", 2)
     code, _, errors = run("quantize", *MODEL, *words, "--force", "--images", 5, "--time-limit", 0)
     assert code == 0, errors
-    assert "images were made: 2 of 5 images, 0 of 1000 iterations" in errors
+    assert "images were made: 2 of 5 images, 0 of 100 iterations" in errors
 
 
 def test_psaq_vit_leaves_probabilities_and_the_input_of_gelu_in_float(model: nn.Module) -> None:

@@ -24,8 +24,11 @@ def synthesize(
     output: Output,
     count: Count = 32,
     method: Annotated[
-        str, typer.Option(help="psaq-vit; or gaussian-noise or uniform-noise, as baselines.")
-    ] = "psaq-vit",
+        str,
+        typer.Option(
+            help="psaq-vit-v2; psaq-vit as published; or gaussian-noise, uniform-noise or dead-leaves, as baselines."
+        ),
+    ] = "psaq-vit-v2",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, as in iterations=100; repeat."),

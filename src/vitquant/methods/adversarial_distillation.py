@@ -45,6 +45,7 @@ class DistillAdversariallySettings:
         iterations: of the optimization of these images; 0 makes none, and the student learns from the calibration
             images alone.
         rate, warmup: of the images, see `PatchSimilaritySettings`.
+        start: what images begin with, see `PatchSimilaritySettings`.
         variation_weight: of the images' total variation.
         disagreement: the weight of the student's output error, which the images raise, beside their entropy.
         steps: of the student's training in each cycle.
@@ -61,6 +62,7 @@ class DistillAdversariallySettings:
     iterations: int = 200
     rate: float = 0.2
     warmup: int = 20
+    start: str = "dead-leaves"
     variation_weight: float = 0.05
     disagreement: float = 10.0
     steps: int = 64
@@ -90,7 +92,12 @@ class DistillAdversariallySettings:
     def synthesis(self) -> PatchSimilaritySettings:
         """How the images of a cycle are optimized, in one stage."""
         return PatchSimilaritySettings(
-            self.iterations, (15,), self.rate, self.warmup, variation_weight=self.variation_weight
+            self.iterations,
+            (15,),
+            self.rate,
+            self.warmup,
+            variation_weight=self.variation_weight,
+            start=self.start,
         )
 
 
@@ -242,7 +249,7 @@ def _made(
         objective = Objective.against(context.teacher, settings.synthesis, disagreement, settings.disagreement)
         purpose = f"{_NAME} cycle {cycle} "
         numbers, shape = range(settings.images), context.teacher.input_shape
-        draws = Draws.of(context.seed, numbers, shape, 1, settings.synthesis, purpose)
+        draws = Draws.of(context.seed, numbers, shape, limits, 1, settings.synthesis, purpose)
         found = optimize(
             objective,
             draws,

@@ -19,6 +19,7 @@ from vitquant.objectives.total_variation import total_variation
 from vitquant.progress import Progress, silent
 from vitquant.schema import ListOf, Number
 from vitquant.seeding import generator_for
+from vitquant.synthesis.noise import NOISES
 from vitquant.synthesis.patches import PatchFeatures
 from vitquant.work import WorkState
 
@@ -41,6 +42,7 @@ class PatchSimilaritySettings:
         bandwidth, points: of the density of similarities, see `patch_entropy`.
         class_weight: of the cross entropy with a class drawn for each image; 0 for a model without classes.
         variation_weight: of the distance of the total variation from one drawn between 2500 and 3000.
+        start: what images begin with, one of `NOISES`: `gaussian-noise` as published.
         precision: in which the model is computed, `float32` or `bfloat16`; images and losses are always float32.
 
     Raises:
@@ -57,6 +59,7 @@ class PatchSimilaritySettings:
     points: int = POINTS
     class_weight: float = 1.0
     variation_weight: float = 0.05
+    start: str = "gaussian-noise"
     precision: str = "float32"
 
     def __post_init__(self) -> None:
@@ -79,8 +82,9 @@ class PatchSimilaritySettings:
                 f"synthesis: jitter = {list(jitter)}: it is for each stage a number of pixels, 0 to {_SIDE}"
             )
         object.__setattr__(self, "jitter", jitter)
-        if self.precision not in ("float32", "bfloat16"):
-            raise RecipeError(f"synthesis: precision = {str(self.precision)[:40]!r}: it is float32 or bfloat16")
+        for name, those in (("start", tuple(NOISES)), ("precision", ("float32", "bfloat16"))):
+            if getattr(self, name) not in those:
+                raise RecipeError(f"synthesis: {name} = {str(getattr(self, name))[:40]!r}: it is {', or '.join(those)}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -222,7 +226,7 @@ class Draws:
     """The random numbers of a synthesis: those of an image depend on its number, and not on which others there are.
 
     Arguments:
-        start: where the images begin, (images, channels, height, width), from a normal distribution.
+        start: where the images begin, (images, channels, height, width), noise.
         classes: int64 (images,).
         targets: of the total variation, (images,).
         offsets: by how many pixels all images are rolled in each iteration.
@@ -241,6 +245,7 @@ class Draws:
         seed: int,
         numbers: Sequence[int],
         shape: Sequence[int],
+        limits: tuple[Tensor, Tensor],
         classes: int,
         settings: PatchSimilaritySettings,
         purpose: str = "",
@@ -251,15 +256,17 @@ class Draws:
             seed: of all of them.
             numbers: of the images.
             shape: (channels, height, width).
+            limits: the least and the largest value of every channel, (channels, 1, 1) each.
             classes: how many the model has; 1 where it has none.
-            settings: the number of iterations, and their offsets.
+            settings: the number of iterations, their offsets, and what images begin with.
             purpose: tells these draws from others with the same seed and numbers.
         """
+        limits = (limits[0].cpu(), limits[1].cpu())
         starts, chosen, targets = [], [], []
         low, high = _TARGETS
         for number in numbers:
             generator = generator_for(seed, f"{purpose}image {number}")
-            starts.append(torch.randn(*shape, generator=generator))
+            starts.append(NOISES[settings.start](shape, limits, generator))
             chosen.append(int(torch.randint(classes, (), generator=generator)))
             targets.append(low + (high - low) * float(torch.rand((), generator=generator)))
         generator = generator_for(seed, f"{purpose}jitter")
