@@ -12,7 +12,7 @@ measured on
 - or `embedded`, the model of the package, on all 10,000 test images of CIFAR-10 (see demo/cifar10.py for the folder);
   with `--held-out` on the last 2,000 training images instead.
 
-A set is 32 images, or as many as `--count` says: `gaussian-noise`, `uniform-noise`, `fractal-noise`, `psaq-vit` (made
+A set is 32 images, or as many as `--count` says: `gaussian-noise`, `uniform-noise`, `dead-leaves`, `psaq-vit` (made
 for the model), `photographs` of the model's own domain (photos_calibration, or training images of CIFAR-10) drawn by
 the seed, and for DeiT-Tiny `cifar-10`, images of another domain (32 x 32 pixels, resized). Prints a table: mean
 (smallest..largest) over the seeds, beside the float model.
@@ -61,7 +61,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
 from cifar10 import test_set, train_set
 
 MADE = "psaq-vit"
-NOISES = ("gaussian-noise", "uniform-noise", "fractal-noise")
+NOISES = ("gaussian-noise", "uniform-noise", "dead-leaves")
 SETS = (*NOISES, "cifar-10", MADE, "photographs")
 HELD_OUT = {"deit-tiny": 500, "embedded": 2000}
 BATCH = 32
