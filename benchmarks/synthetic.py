@@ -12,8 +12,8 @@ measured on
 - or `embedded`, the model of the package, on all 10,000 test images of CIFAR-10 (see demo/cifar10.py for the folder);
   with `--held-out` on the last 2,000 training images instead.
 
-A set is 32 images, or as many as `--count` says: `gaussian-noise`, `uniform-noise`, `dead-leaves`, `psaq-vit` (made
-for the model), `photographs` of the model's own domain (photos_calibration, or training images of CIFAR-10) drawn by
+A set is 32 images, or as many as `--count` says: `gaussian-noise`, `uniform-noise`, `dead-leaves`, `psaq-vit` or
+`psaq-vit-v2` (made for the model), `photographs` of the model's own domain (photos_calibration, or training images of CIFAR-10) drawn by
 the seed, and for DeiT-Tiny `cifar-10`, images of another domain (32 x 32 pixels, resized). Prints a table: mean
 (smallest..largest) over the seeds, beside the float model.
 
@@ -60,9 +60,9 @@ from vitquant.tasks.preprocessing import Preprocessing
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
 from cifar10 import test_set, train_set
 
-MADE = "psaq-vit"
+MADE = ("psaq-vit", "psaq-vit-v2")
 NOISES = ("gaussian-noise", "uniform-noise", "dead-leaves")
-SETS = (*NOISES, "cifar-10", MADE, "photographs")
+SETS = (*NOISES, "cifar-10", *MADE, "photographs")
 HELD_OUT = {"deit-tiny": 500, "embedded": 2000}
 BATCH = 32
 
@@ -87,11 +87,12 @@ class Making:
     """The images of a seed that are made for the model.
 
     Arguments:
-        model, seed, count, synthesis: see above.
+        model, method, seed, count, synthesis: see above.
         folder: where they are kept.
     """
 
     model: str
+    method: str
     seed: int
     count: int
     synthesis: tuple[str, ...]
@@ -137,13 +138,16 @@ def main() -> None:
 def _measured(given: argparse.Namespace, folder: Path) -> None:
     subject = Subject(given.on, given.held_out, given.cifar and given.cifar.absolute())
     sets = [name for name in given.sets if (name, subject.name) != ("cifar-10", "embedded")]
-    makings = {seed: _making(subject, seed, given, folder) for seed in range(given.seeds)}
-    made = runs_of(_make, list(makings.values()), given) if MADE in sets else {}
+    makings = {
+        (name, seed): _making(subject, name, seed, given, folder)
+        for seed, name in product(range(given.seeds), sets)
+        if name in MADE
+    }
+    made = runs_of(_make, list(makings.values()), given)
     rows: dict[tuple[str, str], list[Job]] = {}
     for variant, name in product(given.variants, sets):
         rows[variant, name] = [
-            Job(subject, variant, name, given.count, seed, makings[seed] if name == MADE else None)
-            for seed in range(given.seeds)
+            Job(subject, variant, name, given.count, seed, makings.get((name, seed))) for seed in range(given.seeds)
         ]
     found = runs_of(_measure, [job for draw in zip(*rows.values(), strict=True) for job in draw], given)
     first = found[next(iter(rows.values()))[0]]["scores"]
@@ -156,15 +160,16 @@ def _measured(given: argparse.Namespace, folder: Path) -> None:
         draws = [found[job] for job in jobs]
         cells = [cell for each in first for cell in score_cells([draw["scores"][each] for draw in draws])]
         print(row([variant, name, *cells, spread([draw["seconds"] for draw in draws], 0)]))
-    if made:
-        begun, ended = (spread([each["losses"]["entropy"][place] for each in made.values()], 1) for place in (0, 1))
-        seconds = spread([each["seconds"] for each in made.values()], 0)
-        print()
-        print(f"{given.count} images in {seconds} s; entropy {begun} at first, {ended} at last")
+    print()
+    for name in [name for name in sets if name in MADE]:
+        of_it = [made[making] for making in makings.values() if making.method == name]
+        begun, ended = (spread([each["losses"]["entropy"][place] for each in of_it], 1) for place in (0, 1))
+        seconds = spread([each["seconds"] for each in of_it], 0)
+        print(f"{given.count} images by {name} in {seconds} s; entropy {begun} at first, {ended} at last")
 
 
-def _making(subject: Subject, seed: int, given: argparse.Namespace, folder: Path) -> Making:
-    making = Making(subject.name, seed, given.count, tuple(given.synthesis), folder)
+def _making(subject: Subject, method: str, seed: int, given: argparse.Namespace, folder: Path) -> Making:
+    making = Making(subject.name, method, seed, given.count, tuple(given.synthesis), folder)
     return replace(making, folder=folder.absolute() / f"{key_of(making)}.images")
 
 
@@ -173,6 +178,7 @@ def _make(making: Making) -> Found:
     images = vitquant.synthesize(
         _model(making.model),
         making.count,
+        making.method,
         settings=making.synthesis,
         preprocessing=_preprocessing(making.model).to_dict(),
         seed=making.seed,
