@@ -31,7 +31,7 @@ from vitquant.zoo import ModelSource, create
 FILE = Path(__file__).parents[1] / "golden.json"
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 BRIEF = ("search-scales.candidates=12", "search-scales.rounds=2", "search-scales.pairs=16")
-ONCE = ("reconstruct-output.passes=1",)
+BRIEFLY = ("reconstruct-output.steps=4",)
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ RUNS = (
     Run("embedded", "repq-vit+power-of-two-factor"),
     Run("embedded", "repq-vit+searched-scales+fully-integer", "w4a4", BRIEF),
     Run("embedded", "default"),
-    Run("embedded", "default", "w6a6", ONCE),
-    Run("embedded", "default", "w4a8", ONCE),
-    Run("embedded", "default", "w4a4", ONCE),
+    Run("embedded", "default", "w6a6", BRIEFLY),
+    Run("embedded", "default", "w4a8", BRIEFLY),
+    Run("embedded", "default", "w4a4", BRIEFLY),
     Run("deit", "fq-vit"),
     Run("deit", "repq-vit+fully-integer"),
     Run("deit", "vt-ptq+fully-integer", "w8a8s5", BRIEF),

@@ -655,7 +655,7 @@ def _work(folder: Path, canary: Canary) -> Kind:
     recipe = "repq-vit+searched-scales+evolved-scales+reconstructed-output"
     settings = ["search-scales.candidates=2", "search-scales.rounds=1", "search-scales.pairs=4"]
     settings += ["evolve-scales.passes=2", "evolve-scales.cycles=2", "evolve-scales.population=3"]
-    settings += ["reconstruct-output.passes=2", "reconstruct-output.batch=1"]
+    settings += ["reconstruct-output.steps=4", "reconstruct-output.batch=1"]
     asked: dict[str, Any] = {"settings": settings, "work": folder / "work"}
 
     def until(what: str) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from vitquant.recipe import CHOICES, requested
 from vitquant.runtime.on_images import interpreted
 
 TINY = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 5}
-QUICK = {"reconstruct-output": ("reconstruct-output.passes=1",)}
+QUICK = {"reconstruct-output": ("reconstruct-output.steps=2",)}
 
 
 @given(st.integers(2, 8), st.integers(2, 8), st.sampled_from(["", "s3", "s4r8", "S5"]))

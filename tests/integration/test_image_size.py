@@ -68,7 +68,7 @@ def family(request):
 @pytest.mark.parametrize("recipe", ["fq-vit", "default", "repq-vit+reconstructed-output+fully-integer"])
 def test_weights_and_scales_stay_and_the_program_is_the_simulation(family, recipe):
     model, other = family
-    settings = ["reconstruct-output.passes=1"] if "reconstructed" in recipe else []
+    settings = ["reconstruct-output.steps=2"] if "reconstructed" in recipe else []
     quantized = quantized_by(model, recipe, settings=settings)
     before = digest(quantized)
     there = vitquant.at_image_size(quantized, model, other)

@@ -188,7 +188,7 @@ def test_random_numbers_are_of_a_seed_and_a_purpose() -> None:
 # --- nothing is lost ---
 
 LONG = "repq-vit+searched-scales+reconstructed-output+fully-integer"
-STEPS = [*QUICK, "reconstruct-output.passes=2", "reconstruct-output.batch=3"]
+STEPS = [*QUICK, "reconstruct-output.steps=4", "reconstruct-output.batch=3"]
 
 
 class KilledError(Exception):

@@ -174,7 +174,7 @@ def test_reconstruction_and_sensitivity_look_at_every_output():
 
     torch.manual_seed(0)
     model = Beside(True).eval()
-    settings = ["reconstruct-output.passes=1"]
+    settings = ["reconstruct-output.steps=2"]
     learned = vitquant.quantize(model, "repq-vit+reconstructed-output", DATA, bits="w4a4", settings=settings)
     plain = vitquant.quantize(model, "repq-vit", DATA, bits="w4a4")
     weights = (each.graph_module.get_parameter("beside.weight") for each in (learned, plain))

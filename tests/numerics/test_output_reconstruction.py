@@ -146,7 +146,7 @@ def test_the_first_step_goes_down_the_gradient_of_the_mean_error(norms: float) -
 )
 def test_the_error_falls_in_every_library(name: str) -> None:
     model, images = made(name, bits="w3a8")  # what 3-bit weights lose can be learned, the noise of activations not
-    quick = ReconstructOutputSettings(passes=30, weights=1e-2, others=2e-4, scales=1e-3)
+    quick = ReconstructOutputSettings(steps=30, weights=1e-2, others=2e-4, scales=1e-3)
     record = reconstruct_output(model, given_to(model, [images]), quick)
     first, last = (record.summary[f"output error, {which} pass"] for which in ("first", "last"))
     assert last < 0.3 * first
@@ -165,7 +165,7 @@ def test_steps_are_of_the_batch_in_every_pass(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Student, "losses", spied)
     said: list[tuple[int, int]] = []
     context = given_to(model, images.split(5), progress=lambda _, done, total: said.append((done, total)))
-    record = reconstruct_output(model, context, ReconstructOutputSettings(2, batch=2))
+    record = reconstruct_output(model, context, ReconstructOutputSettings(10, batch=2))
     parts = [(0, 2), (2, 4), (4, 5), (5, 7), (7, 8)]
     expected = [images[first:last] for first, last in parts + parts]
     assert all(torch.equal(*pair) for pair in zip(seen, expected, strict=True))
@@ -178,7 +178,7 @@ def test_the_result_is_plain_saves_loads_and_lowers(tmp_path) -> None:
     network = build().eval()
     weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     images = torch.randn(6, 3, size, size, generator=torch.Generator().manual_seed(0))
-    recipe, steps = "repq-vit+reconstructed-output+fully-integer+wide-residual", ["reconstruct-output.passes=3"]
+    recipe, steps = "repq-vit+reconstructed-output+fully-integer+wide-residual", ["reconstruct-output.steps=6"]
     model = vitquant.quantize(network, recipe, images.split(3), bits="w6a6s5", settings=steps)
     again = vitquant.quantize(network, recipe, images.split(3), bits="w6a6s5", settings=steps)
     assert digest(model) == digest(again)
@@ -199,7 +199,7 @@ def test_weights_in_float_stay() -> None:
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     recipe = load_recipe("repq-vit+reconstructed-output")
     recipe = replace(recipe, rules=(*recipe.rules, Rule("head", site=("head",))))
-    model = vitquant.quantize(network, recipe, [images], bits="w4a4")
+    model = vitquant.quantize(network, recipe, [images], bits="w4a4", settings=["reconstruct-output.steps=4"])
     found = dict(model.graph_module.named_parameters())
     assert torch.equal(found["head.weight"], network.head.weight)
     assert not torch.equal(found["head.bias"], network.head.bias)
@@ -207,7 +207,7 @@ def test_weights_in_float_stay() -> None:
 
 def test_scales_that_are_powers_of_two_stay_so() -> None:
     model, images = made("timm deit", "repq-vit+power-of-two-factor")
-    reconstruct_output(model, given_to(model, [images]), ReconstructOutputSettings(passes=2, scales=0.1))
+    reconstruct_output(model, given_to(model, [images]), ReconstructOutputSettings(steps=2, scales=0.1))
     powers = [q.scale for q in model.quantizers.values() if isinstance(q.spec.scheme, PowerOfTwoScale)]
     for scale in powers:
         assert torch.equal(scale.log2(), scale.log2().round())
@@ -223,7 +223,7 @@ def test_what_cannot_be_reconstructed_is_refused() -> None:
         with torch.no_grad():
             parameter.mul_(1e30)
     with pytest.raises(CalibrationError, match=r"step 1 of 2: lower weights, others and scales"):
-        reconstruct_output(model, given_to(model, [images]), ReconstructOutputSettings(passes=2))
+        reconstruct_output(model, given_to(model, [images]), ReconstructOutputSettings(steps=2))
     assert not any(tensor.requires_grad for tensor in model.buffers())
 
 
@@ -251,7 +251,7 @@ def test_a_model_without_gradients_is_refused_in_one_line() -> None:
 def test_in_inference_mode_images_may_be_but_the_model_may_not() -> None:
     model, images = made("timm deit")
     with torch.inference_mode():
-        reconstruct_output(model, given_to(model, [images.clone()]), ReconstructOutputSettings(passes=1))
+        reconstruct_output(model, given_to(model, [images.clone()]), ReconstructOutputSettings(steps=1))
     build, _ = ZOO["timm deit"]
     network = build().eval()
     with torch.inference_mode(), pytest.raises(CalibrationError, match="quantize it outside"):
@@ -261,7 +261,7 @@ def test_in_inference_mode_images_may_be_but_the_model_may_not() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"passes": 0}, "whole number"),
+        ({"steps": 0}, "whole number"),
         ({"batch": 1.5}, "whole number"),
         ({"norms": -1.0}, "at least 0"),
         ({"norms": float("inf")}, "at least 0"),

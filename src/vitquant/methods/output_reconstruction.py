@@ -24,7 +24,7 @@ class ReconstructOutputSettings:
     """The length of the training and its learning rates.
 
     Arguments:
-        passes: how many times to iterate over the calibration images.
+        steps: of the training. The calibration images are gone through as often as that takes.
         batch: the number of images in a step, which are in memory with all activations that their gradients need.
         weights: Adam's initial learning rate of quantized weights, in steps of their quantizers. All rates decay to 0
             along a cosine.
@@ -36,7 +36,7 @@ class ReconstructOutputSettings:
         RecipeError: a number out of range.
     """
 
-    passes: int = 4
+    steps: int = 256
     batch: int = 8
     weights: float = 2e-3
     others: float = 2e-4
@@ -44,7 +44,7 @@ class ReconstructOutputSettings:
     norms: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("passes", "batch"):
+        for name in ("steps", "batch"):
             if not isinstance(getattr(self, name), int) or not 1 <= getattr(self, name) <= 1_000_000:
                 raise RecipeError(
                     f"reconstruct-output: {name} = {getattr(self, name)}: it is a whole number from 1 to 1,000,000"
@@ -60,13 +60,13 @@ def reconstruct_output(model: QuantizedModel, context: Context, settings: Recons
     """Bring the quantized model's output close to the float model's, by gradients through its quantizers.
 
     Quantized weights, biases, norms, embeddings and the scales of activations change; weights in float, scales of
-    weights and all zero points stay. Labels are not used. It takes `passes` times a float forward pass, a forward pass
-    and a backward pass over the data; memory does not grow with the amount of data.
+    weights and all zero points stay. Labels are not used. Each step takes a float forward pass, a forward pass and a
+    backward pass over a batch; neither time nor memory grows with the amount of data.
 
     Arguments:
         model: calibrated, its operations still in float.
-        context: its data are iterated over `passes` times; its teacher is used. After an interruption, a later call
-            with the same work state continues; at the deadline it ends with what is learned so far.
+        context: its data are iterated over as often as the steps take; its teacher is used. After an interruption, a
+            later call with the same work state continues; at the deadline it ends with what is learned so far.
         settings: see `ReconstructOutputSettings`.
 
     Returns:
@@ -85,7 +85,7 @@ def reconstruct_output(model: QuantizedModel, context: Context, settings: Recons
     if not sizes:
         raise CalibrationError("no calibration images: give at least one batch")
     in_a_pass = sum(math.ceil(size / settings.batch) for size in sizes)
-    total = settings.passes * in_a_pass
+    total = settings.steps
     rates = Rates(settings.weights, settings.others, settings.scales)
     with Student.learning(model, context, rates, settings.norms) as student:
         errors = _resumed(student, context.work, total)
@@ -109,7 +109,7 @@ def reconstruct_output(model: QuantizedModel, context: Context, settings: Recons
     context.progress("reconstructing the output", len(errors), total)
     summary = {"images": sum(sizes), "steps": len(errors), "of": total}
     if errors:
-        first, last = errors[:in_a_pass], errors[-in_a_pass:]
+        first, last = errors[:in_a_pass], errors[-in_a_pass:]  # the same images, where the steps are whole passes
         summary |= {
             "output error, first pass": sum(first) / len(first),
             "output error, last pass": sum(last) / len(last),
@@ -133,10 +133,18 @@ def _resumed(student: Student, work: WorkState, total: int) -> list[float]:
 
 
 def _steps(data: Iterable[Tensor], settings: ReconstructOutputSettings) -> Iterator[Tensor]:
-    """The images of every step.
+    """The images of every step, at most `settings.steps`; fewer if the data can be iterated over only once.
 
     A batch is copied, since it may be an inference tensor, which autograd cannot save for backward.
     """
-    for _ in range(settings.passes):
-        for batch in data:
-            yield from batch.clone().split(settings.batch)
+
+    def passes() -> Iterator[Tensor]:
+        while True:
+            empty = True
+            for batch in data:
+                empty = False
+                yield from batch.clone().split(settings.batch)
+            if empty:
+                return
+
+    return islice(passes(), settings.steps)
