@@ -36,7 +36,6 @@ from vitquant.synthesis.patch_similarity import (
     images_at_once,
     optimize,
 )
-from vitquant.tasks.classification import class_count, logits_among
 from vitquant.tasks.folders import ABOUT_SYNTHESIS, CONTACT_SHEET
 from vitquant.tasks.preprocessing import Preprocessing
 from vitquant.tasks.task import task_of
@@ -48,7 +47,7 @@ from vitquant.workers.ranks import ALONE, Ranks
 PUBLISHED, USUAL = "psaq-vit", "psaq-vit-v2"
 METHODS: dict[str, PatchSimilaritySettings | NoiseSettings] = {
     PUBLISHED: PatchSimilaritySettings(),
-    USUAL: PatchSimilaritySettings(iterations=50, warmup=10, class_weight=0.0, start="dead-leaves"),
+    USUAL: PatchSimilaritySettings(iterations=50, warmup=10, start="dead-leaves"),
     **dict.fromkeys(NOISES, NoiseSettings()),
 }
 MOST = 10_000  # images
@@ -222,7 +221,7 @@ def synthesize(
         for number, each in enumerate(sets):
             if done and (done[-1].stopped or time.monotonic() >= deadline):
                 break
-            draws = Draws.of(seed, each, steps.input_size, _limits(steps), subject.classes, chosen)
+            draws = Draws.of(seed, each, steps.input_size, _limits(steps), subject.objective.classes, chosen)
             if at_once is None:
                 at_once = images_at_once(subject.objective, draws, memory)
             found = optimize(
@@ -259,13 +258,11 @@ class _Subject:
 
     Arguments:
         objective: of the images.
-        classes: how many the model has; 1 where it has none.
         device: of the model.
         identity: the digest of its weights and graph.
     """
 
     objective: Objective
-    classes: int
     device: torch.device
     identity: str
 
@@ -276,12 +273,9 @@ class _Subject:
             raise ModelError("the model has no parameters, and nothing to learn images from; noise needs none")
         example = torch.randn(2, *steps.input_size, generator=torch.Generator().manual_seed(0)).to(like)
         captured = copy.deepcopy(CapturedModel(capture(model, example), steps.input_size)).requires_grad_(False)
-        classes = class_count(captured.outputs) if task_of(model, captured.outputs).name == "classification" else None
-        sites = [site.name for site in captured.sites if site.kind == "output"]
-        logits = None if classes is None else logits_among(dict(zip(captured.outputs, sites, strict=True)))
+        logits = task_of(model, captured.outputs).logits(captured.outputs)
         identity = float_digest(captured)
-        objective = Objective.of(captured.to(settings.dtype), settings, logits)
-        return cls(objective, classes or 1, like.device, identity)
+        return cls(Objective.of(captured.to(settings.dtype), settings, logits), like.device, identity)
 
 
 def check_synthesis(

@@ -133,6 +133,7 @@ def quantize(
             stream,
             stream.labelled(),
             begun.task.errors(captured.outputs),
+            begun.task.logits(captured.outputs),
             begun.teacher,
             seed,
             progress,

@@ -227,8 +227,6 @@ def test_windows_of_an_image_are_gathered() -> None:
 
 def test_a_model_without_classes_has_no_class_prior(model: nn.Module) -> None:
     headless = timm.create_model("vit_tiny_patch16_224", **{**ARGUMENTS, "num_classes": 0}).eval()
-    with pytest.raises(ModelError, match="class_weight = 0"):
-        vitquant.synthesize(headless, 2, "psaq-vit", settings=SHORT, preprocessing=STEPS)
     images = vitquant.synthesize(headless, 2, settings=SHORT, preprocessing=STEPS)
     assert images.ends_of_losses["cross entropy"] == (0.0, 0.0)
 

@@ -126,6 +126,7 @@ def subject_of(
         images.calibration,
         images.calibration.labelled(),
         task.errors(teacher.outputs),
+        task.logits(teacher.outputs),
         teacher,
         seed,
         progress,

@@ -47,6 +47,7 @@ class DistillAdversariallySettings:
         rate, warmup: of the images, see `PatchSimilaritySettings`.
         start: what images begin with, see `PatchSimilaritySettings`.
         variation_weight: of the images' total variation.
+        class_weight: of the cross entropy with a class drawn for each image, as in `PatchSimilaritySettings`.
         disagreement: the weight of the student's output error, which the images raise, beside their entropy.
         steps: of the student's training in each cycle.
         batch: the number of images in a step.
@@ -64,6 +65,7 @@ class DistillAdversariallySettings:
     warmup: int = 20
     start: str = "dead-leaves"
     variation_weight: float = 0.05
+    class_weight: float = 1.0
     disagreement: float = 10.0
     steps: int = 64
     batch: int = 8
@@ -96,6 +98,7 @@ class DistillAdversariallySettings:
             (15,),
             self.rate,
             self.warmup,
+            class_weight=self.class_weight,
             variation_weight=self.variation_weight,
             start=self.start,
         )
@@ -116,7 +119,7 @@ def distill_adversarially(model: QuantizedModel, context: Context, settings: Dis
 
     Images are optimized by the entropy of their patch similarities, their total variation, and the output error of the
     student, which they raise. The student is trained on them, on those of earlier cycles and on the calibration images
-    as in `reconstruct_output`. No labels, and no classes.
+    as in `reconstruct_output`. No labels: the class of an image is drawn, where the model has classes.
 
     Arguments:
         model: calibrated, its operations still in float.
@@ -246,10 +249,12 @@ def _made(
 
     student.harden()
     with _frozen(student.model), _frozen(context.teacher):
-        objective = Objective.against(context.teacher, settings.synthesis, disagreement, settings.disagreement)
+        objective = Objective.of(
+            context.teacher, settings.synthesis, context.logits, disagreement, settings.disagreement
+        )
         purpose = f"{_NAME} cycle {cycle} "
         numbers, shape = range(settings.images), context.teacher.input_shape
-        draws = Draws.of(context.seed, numbers, shape, limits, 1, settings.synthesis, purpose)
+        draws = Draws.of(context.seed, numbers, shape, limits, objective.classes, settings.synthesis, purpose)
         found = optimize(
             objective,
             draws,

@@ -27,6 +27,7 @@ class Context:
         labelled: the same batches, each with the classes of its images, (batch,) int64, for methods that need labels.
         output_errors: for each output of the model, the task's error of a quantized one against the float one, both
             (images, ...): (images,), differentiable; `relative_error` for all of them when empty.
+        logits: which of the model's outputs, by name, holds class logits; None where none does.
         teacher: the float model, for methods that need it. It keeps its own weights when methods change those of the
             quantized model; rewrites that preserve the function are applied to both, so that their tensors correspond.
         seed: of all random draws.
@@ -43,6 +44,7 @@ class Context:
     data: Iterable[torch.Tensor]
     labelled: Iterable[tuple[torch.Tensor, torch.Tensor]] = ()
     output_errors: Sequence[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = ()
+    logits: str | None = None
     teacher: CapturedModel | None = None
     seed: int = 0
     progress: Progress = silent

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vitquant.errors import CalibrationError, ModelError, RecipeError, first_line
+from vitquant.errors import CalibrationError, RecipeError, first_line
 from vitquant.graph.captured import CapturedModel
 from vitquant.graph.segments import IMAGES, Segment
 from vitquant.objectives.patch_similarity import BANDWIDTH, BYTES_OF_A_PAIR, POINTS, patch_entropy
@@ -40,7 +40,7 @@ class PatchSimilaritySettings:
         rate: Adam's learning rate after `warmup` iterations of a stage, from where it decays to 0 along a cosine.
         warmup: iterations.
         bandwidth, points: of the density of similarities, see `patch_entropy`.
-        class_weight: of the cross entropy with a class drawn for each image; 0 for a model without classes.
+        class_weight: of the cross entropy with a class drawn for each image; without effect where there are no classes.
         variation_weight: of the distance of the total variation from one drawn between 2500 and 3000.
         start: what images begin with, one of `NOISES`: `gaussian-noise` as published.
         precision: in which the model is computed, `float32` or `bfloat16`; images and losses are always float32.
@@ -121,11 +121,14 @@ Disagreement = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 class Objective:
     """What the images of a float model are optimized by.
 
+    Use `of` to create one.
+
     Arguments:
         segment: computes the contexts of the attentions from images, and then outputs of the model.
         features: which contexts these are.
         settings: the weights.
-        classified: whether the only output is logits, by which images get a class.
+        logits: which of the outputs are logits, by which images get a class; None without classes.
+        classes: how many there are; 1 without.
         disagreement: of a student with the outputs, which the images raise; None without a student.
         disagreement_weight: its weight.
     """
@@ -133,48 +136,45 @@ class Objective:
     segment: Segment
     features: PatchFeatures
     settings: PatchSimilaritySettings
-    classified: bool
+    logits: int | None
+    classes: int
     disagreement: Disagreement | None = None
     disagreement_weight: float = 0.0
 
     @classmethod
-    def of(cls, model: CapturedModel, settings: PatchSimilaritySettings, logits: str | None) -> Objective:
+    def of(
+        cls,
+        model: CapturedModel,
+        settings: PatchSimilaritySettings,
+        logits: str | None,
+        disagreement: Disagreement | None = None,
+        disagreement_weight: float = 0.0,
+    ) -> Objective:
         """The objective of a model.
 
         Arguments:
             model: in float; its parameters need no gradients.
             settings: see `PatchSimilaritySettings`.
-            logits: the site of the output that holds the logits; None for a model without classes.
-
-        Raises:
-            ModelError: the model has no attention between patches, or no classes for a weighted class prior.
-        """
-        if settings.class_weight and logits is None:
-            raise ModelError("the model gives no logits, by which images could get a class: give class_weight = 0")
-        features = PatchFeatures.of(model)
-        classified = bool(settings.class_weight)
-        names = (*features.sites, *([str(logits)] if classified else []))
-        return cls(model.segment(IMAGES, names), features, settings, classified)
-
-    @classmethod
-    def against(
-        cls, model: CapturedModel, settings: PatchSimilaritySettings, student: Disagreement, weight: float
-    ) -> Objective:
-        """The objective of images for which a student is to disagree with the model; they get no class.
-
-        Arguments:
-            model: in float.
-            settings: see `PatchSimilaritySettings`; its `class_weight` has no effect.
-            student: its disagreement with the model's outputs, in graph order.
-            weight: of the disagreement.
+            logits: which of the model's outputs, by name, holds class logits; None for a model without classes.
+            disagreement: of a student with all outputs of the model, in graph order.
+            disagreement_weight: its weight.
 
         Raises:
             ModelError: the model has no attention between patches.
         """
         features = PatchFeatures.of(model)
-        outputs = [site.name for site in model.sites if site.kind == "output"]
-        segment = model.segment(IMAGES, (*features.sites, *outputs))
-        return cls(segment, features, settings, False, student, weight)
+        outputs = dict(zip(model.outputs, (site.name for site in model.sites if site.kind == "output"), strict=True))
+        classified = logits if settings.class_weight else None
+        wanted = [name for name in outputs if disagreement is not None or name == classified]
+        return cls(
+            model.segment(IMAGES, (*features.sites, *(outputs[name] for name in wanted))),
+            features,
+            settings,
+            None if classified is None else wanted.index(classified),
+            1 if classified is None else model.outputs[classified][1],
+            disagreement,
+            disagreement_weight,
+        )
 
     def losses(self, images: Tensor, classes: Tensor, targets: Tensor) -> Losses:
         """The parts of the loss for some images.
@@ -193,8 +193,9 @@ class Objective:
         ]
         variation = (total_variation(images) - targets).abs()
         cross = disagreement = torch.zeros_like(variation)
-        if self.classified:
-            logits = outputs[0].to(torch.promote_types(outputs[0].dtype, images.dtype))
+        if self.logits is not None:
+            logits = outputs[self.logits]
+            logits = logits.to(torch.promote_types(logits.dtype, images.dtype))
             cross = functional.cross_entropy(logits, classes, reduction="none")
         if self.disagreement is not None:
             disagreement = self.disagreement(given, outputs)

@@ -32,6 +32,7 @@ class Task:
         check: refuses a float model whose outputs, of these shapes by name, are not of the task.
         evaluate: evaluates a model, with its float model, on batches.
         errors: from the shapes of a model's outputs by name, for each output its error for methods that learn.
+        logits: from the shapes of a model's outputs by name, the name of the one that holds class logits; None without.
         same: maps the outputs of two forms of a model, tensors by name, to the images with the same answer, bool
             (images,); None if the answers are real numbers, which are never exactly the same.
     """
@@ -41,18 +42,29 @@ class Task:
     check: Callable[[nn.Module, Shapes], None]
     evaluate: Callable[[Model, Model | None, Iterable[Any], Progress, str], Result]
     errors: Callable[[Shapes], tuple[OutputError, ...]]
+    logits: Callable[[Shapes], str | None]
     same: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] | None
 
 
 def _of_logits(outputs: Shapes) -> tuple[OutputError, ...]:
     """A shift of all logits changes no probability; what else the model gives is compared as it is."""
-    logits = classification.logits_among({name: name for name in outputs})
-    shifted = (name == logits and len(shape) == 2 and shape[1] > 1 for name, shape in outputs.items())
+    logits = _name_of_logits(outputs)
+    shifted = (name == logits and shape[1] > 1 for name, shape in outputs.items())
     return tuple(shift_free_error if each else relative_error for each in shifted)
+
+
+def _name_of_logits(outputs: Shapes) -> str | None:
+    if classification.class_count(outputs) is None:
+        return None
+    return classification.logits_among({name: name for name in outputs})
 
 
 def _of_features(outputs: Shapes) -> tuple[OutputError, ...]:
     return tuple(relative_error for _ in outputs)
+
+
+def _no_logits(outputs: Shapes) -> None:
+    """Features have no classes."""
 
 
 def _anything(model: nn.Module, outputs: Shapes) -> None:
@@ -68,9 +80,10 @@ TASKS = {
             classification.check_classifier,
             classification.evaluate,
             _of_logits,
+            _name_of_logits,
             classification.same_classes,
         ),
-        Task("features", False, _anything, features.evaluate, _of_features, None),
+        Task("features", False, _anything, features.evaluate, _of_features, _no_logits, None),
     )
 }
 
