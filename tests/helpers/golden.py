@@ -31,6 +31,8 @@ from vitquant.zoo import ModelSource, create
 FILE = Path(__file__).parents[1] / "golden.json"
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 BRIEF = ("search-scales.candidates=12", "search-scales.rounds=2", "search-scales.pairs=16")
+_GAME = {"cycles": 2, "images": 2, "iterations": 2, "warmup": 1, "steps": 2}
+GAME = tuple(f"distill-adversarially.{key}={value}" for key, value in _GAME.items())
 BRIEFLY = ("reconstruct-output.steps=4",)
 
 
@@ -73,6 +75,8 @@ RUNS = (
     Run("embedded", "default", "w6a6", BRIEFLY),
     Run("embedded", "default", "w4a8", BRIEFLY),
     Run("embedded", "default", "w4a4", BRIEFLY),
+    Run("embedded", "psaq-vit"),
+    Run("embedded", "repq-vit+adversarially-distilled", "w4a4", GAME),
     Run("deit", "fq-vit"),
     Run("deit", "repq-vit+fully-integer"),
     Run("deit", "vt-ptq+fully-integer", "w8a8s5", BRIEF),

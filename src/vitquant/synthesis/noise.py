@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_RADII = (0.04, 0.5)  # of leaves, in the shorter side of the image
+_RADII = (0.04, 0.5)  # of leaves, in the side of a square as large as the image
 _COMMON = 0.7  # the correlation of the channels of a color
 
 
@@ -37,15 +37,16 @@ def uniform_noise(shape: Sequence[int], limits: tuple[Tensor, Tensor], generator
 def dead_leaves(shape: Sequence[int], limits: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
     """An image of discs of one color that cover each other; arguments as of `gaussian_noise`.
 
-    Centers are uniform in the image, radii r have a density proportional to r^-3 between 0.04 and 0.5 of the shorter
-    side, and colors are normal with mean 0, standard deviation 1 and a correlation of 0.7 between channels. So it has
-    the edges, the areas and about the spectrum of photographs. Some values are beyond the limits.
+    Centers are uniform in the image, radii r have a density proportional to r^-3 between 0.04 and 0.5 of the side of a
+    square as large as the image, and colors are normal with mean 0, standard deviation 1 and a correlation of 0.7
+    between channels. So it has the edges, the areas and about the spectrum of photographs. Some values are beyond the
+    limits.
 
     Source: Lee, Mumford and Huang, Occlusion models for natural images, IJCV 2001.
     """
     channels, height, width = shape
     rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
-    least, most = (radius * min(height, width) for radius in _RADII)
+    least, most = (radius * math.sqrt(height * width) for radius in _RADII)
     image, covered = torch.zeros(channels, height, width), torch.zeros(height, width, dtype=torch.bool)
     while not bool(covered.all()):  # the nearest leaf first
         row, column, place = torch.rand(3, generator=generator).tolist()
