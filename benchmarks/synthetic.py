@@ -13,9 +13,9 @@ measured on
   with `--held-out` on the last 2,000 training images instead.
 
 A set is 32 images, or as many as `--count` says: `gaussian-noise`, `uniform-noise`, `dead-leaves`, `psaq-vit` or
-`psaq-vit-v2` (made for the model), `photographs` of the model's own domain (photos_calibration, or training images of
-CIFAR-10) drawn by the seed, and for DeiT-Tiny `cifar-10`, images of another domain (32 x 32 pixels, resized). Prints a
-table: mean (smallest..largest) over the seeds, beside the float model.
+`psaq-vit-leaves` (made for the model), `photographs` of the model's own domain (photos_calibration, or training images
+of CIFAR-10) drawn by the seed, and for DeiT-Tiny `cifar-10`, images of another domain (32 x 32 pixels, resized). Prints
+a table: mean (smallest..largest) over the seeds, beside the float model.
 
 Images are made first, once for each seed, and then every variant is calibrated on them. `--results` keeps them, as it
 keeps every run.
@@ -60,7 +60,7 @@ from vitquant.tasks.preprocessing import Preprocessing
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
 from cifar10 import test_set, train_set
 
-MADE = ("psaq-vit", "psaq-vit-v2")
+MADE = ("psaq-vit", "psaq-vit-leaves")
 NOISES = ("gaussian-noise", "uniform-noise", "dead-leaves")
 SETS = (*NOISES, "cifar-10", *MADE, "photographs")
 HELD_OUT = {"deit-tiny": 500, "embedded": 2000}

@@ -44,7 +44,7 @@ from vitquant.version import __version__
 from vitquant.work import WorkDirectory, WorkState
 from vitquant.workers.ranks import ALONE, Ranks
 
-PUBLISHED, USUAL = "psaq-vit", "psaq-vit-v2"
+PUBLISHED, USUAL = "psaq-vit", "psaq-vit-leaves"
 METHODS: dict[str, PatchSimilaritySettings | NoiseSettings] = {
     PUBLISHED: PatchSimilaritySettings(),
     USUAL: PatchSimilaritySettings(iterations=50, warmup=10, start="dead-leaves"),
@@ -165,7 +165,8 @@ def synthesize(
     Arguments:
         model: any module with attention that takes one batch of images.
         count: how many, at most 10,000.
-        method: `psaq-vit-v2`; `psaq-vit` as published, which takes ten times as long; or a baseline, one of `NOISES`.
+        method: `psaq-vit-leaves`; `psaq-vit` as published, which takes ten times as long; or a baseline, one of
+            `NOISES`.
         settings: of the method, see `PatchSimilaritySettings`: {"iterations": 100}, or ["iterations=100"].
         preprocessing: of the model, with the keys of timm's data configuration: the size of the images, and how pixels
             are normalized. The common one for ImageNet when None.
@@ -186,7 +187,7 @@ def synthesize(
         CheckpointError: the work directory belongs to another run.
         WorkerError: another process of the group was lost.
 
-    Source: PSAQ-ViT, Li et al., ECCV 2022. docs/psaq-vit.md.
+    Source: PSAQ-ViT, Li et al., ECCV 2022; what `psaq-vit-leaves` begins with is ours. docs/psaq-vit.md.
 
     Pitfall: the images show what the model has learned from its training images; they are not free of these.
     """

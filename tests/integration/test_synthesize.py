@@ -394,10 +394,10 @@ def test_the_published_method_is_the_published_one() -> None:
     assert published == PatchSimilaritySettings()
     assert (published.start, published.iterations, published.jitter) == ("gaussian-noise", 500, (15, 30))
     assert (published.rate, published.warmup, published.class_weight, published.variation_weight) == (0.2, 100, 1, 0.05)
-    assert check_synthesis(1, "psaq-vit-v2", {"start": "gaussian-noise"}).start == "gaussian-noise"
+    assert check_synthesis(1, "psaq-vit-leaves", {"start": "gaussian-noise"}).start == "gaussian-noise"
 
 
-@pytest.mark.parametrize("method", ["psaq-vit", "psaq-vit-v2"])
+@pytest.mark.parametrize("method", ["psaq-vit", "psaq-vit-leaves"])
 @pytest.mark.parametrize("start", ["gaussian-noise", "uniform-noise", "dead-leaves"])
 def test_images_begin_with_what_is_asked_for(model: nn.Module, method: str, start: str) -> None:
     given: dict = {"count": 2, "preprocessing": STEPS, "seed": 3}
@@ -460,10 +460,10 @@ def test_a_model_is_quantized_without_any_image_in_one_command(tmp_path: Path, r
     words = ["quantize", *MODEL, "--recipe", "minmax", "--calibration", "synthetic", *settings, "--output", out]
     code, printed, errors = run(*words, "--images", 5)
     assert code == 0, errors
-    assert "5 images of synthetic:psaq-vit-v2 iterations=3 warmup=1, 5 in a batch" in " ".join(printed.split())
+    assert "5 images of synthetic:psaq-vit-leaves iterations=3 warmup=1, 5 in a batch" in " ".join(printed.split())
     quantized = vitquant.load(out)
     about = quantized.provenance["calibration"]["synthetic"]
-    assert (about["method"], about["asked"], about["seed"]) == ("psaq-vit-v2", 5, 2)
+    assert (about["method"], about["asked"], about["seed"]) == ("psaq-vit-leaves", 5, 2)
     run("synthesize", *MODEL, "--count", 5, "--set", "iterations=3", "--set", "warmup=1", "--seed", 2, "--output", made)
     words[words.index("synthetic")] = made
     given = [word for word in words if word not in settings[:4]]

@@ -26,9 +26,9 @@ def synthesize(
     method: Annotated[
         str,
         typer.Option(
-            help="psaq-vit-v2; psaq-vit as published; or gaussian-noise, uniform-noise or dead-leaves, as baselines."
+            help="psaq-vit-leaves; psaq-vit, as published; or the baselines gaussian-noise, uniform-noise, dead-leaves."
         ),
-    ] = "psaq-vit-v2",
+    ] = "psaq-vit-leaves",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, as in iterations=100; repeat."),
