@@ -15,7 +15,8 @@ measured on
 A set is 32 images, or as many as `--count` says: `gaussian-noise`, `uniform-noise`, `dead-leaves`, `psaq-vit` or
 `psaq-vit-leaves` (made for the model), `photographs` of the model's own domain (photos_calibration, or training images
 of CIFAR-10) drawn by the seed, and for DeiT-Tiny `cifar-10`, images of another domain (32 x 32 pixels, resized). Prints
-a table: mean (smallest..largest) over the seeds, beside the float model.
+a table: mean (smallest..largest) over the seeds, beside the float model; contrast is the standard deviation of the
+normalized pixels of an image, the mean over the images.
 
 Images are made first, once for each seed, and then every variant is calibrated on them. `--results` keeps them, as it
 keeps every run.
@@ -74,7 +75,7 @@ class Subject:
     Arguments:
         name: of the model, `deit-tiny` or `embedded`.
         held_out: whether settings are to be chosen by it, and evaluation data are not touched.
-        cifar: the folder of CIFAR-10; for the embedded model.
+        cifar: the folder of CIFAR-10 for the embedded model; None for the other.
     """
 
     name: str
@@ -136,7 +137,7 @@ def main() -> None:
 
 
 def _measured(given: argparse.Namespace, folder: Path) -> None:
-    subject = Subject(given.on, given.held_out, given.cifar and given.cifar.absolute())
+    subject = Subject(given.on, given.held_out, given.cifar.absolute() if given.on == "embedded" else None)
     sets = [name for name in given.sets if (name, subject.name) != ("cifar-10", "embedded")]
     makings = {
         (name, seed): _making(subject, name, seed, given, folder)
@@ -151,15 +152,17 @@ def _measured(given: argparse.Namespace, folder: Path) -> None:
         ]
     found = runs_of(_measure, [job for draw in zip(*rows.values(), strict=True) for job in draw], given)
     first = found[next(iter(rows.values()))[0]]["scores"]
-    columns = ["variant", "calibrated on", *(f"{measure}, {name}" for name in first for measure in SCORES), "seconds"]
+    columns = ["variant", "calibrated on", *(f"{measure}, {name}" for name in first for measure in SCORES)]
+    columns += ["seconds", "contrast"]
     print(row(columns))
     print("|---" * len(columns) + "|")
     known = [cell for each in first.values() for cell in (f"{each['float top-1']:.1f}", "", "", "")]
-    print(row(["float", "", *known, ""]))
+    print(row(["float", "", *known, "", ""]))
     for (variant, name), jobs in rows.items():
         draws = [found[job] for job in jobs]
         cells = [cell for each in first for cell in score_cells([draw["scores"][each] for draw in draws])]
-        print(row([variant, name, *cells, spread([draw["seconds"] for draw in draws], 0)]))
+        cells += [spread([draw["seconds"] for draw in draws], 0), spread([draw["contrast"] for draw in draws], 2)]
+        print(row([variant, name, *cells]))
     print()
     for name in [name for name in sets if name in MADE]:
         of_it = [made[making] for making in makings.values() if making.method == name]
@@ -198,7 +201,8 @@ def _measure(job: Job) -> Found:
     _, engine, _ = default_engine(quantized)
     scores = {name: each.scores(run(engine, each.images)) for name, each in _evaluations(job.subject).items()}
     about = {"variant": job.variant, "images": job.images, "seed": job.seed}
-    return {**about, "scores": scores, "seconds": seconds}
+    contrast = torch.cat(list(images)).std(dim=(1, 2, 3)).mean().item()
+    return {**about, "scores": scores, "seconds": seconds, "contrast": contrast}
 
 
 def _model(name: str) -> nn.Module:

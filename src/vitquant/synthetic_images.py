@@ -44,9 +44,9 @@ from vitquant.version import __version__
 from vitquant.work import WorkDirectory, WorkState
 from vitquant.workers.ranks import ALONE, Ranks
 
-PUBLISHED, USUAL = "psaq-vit", "psaq-vit-leaves"
+USUAL = "psaq-vit-leaves"
 METHODS: dict[str, PatchSimilaritySettings | NoiseSettings] = {
-    PUBLISHED: PatchSimilaritySettings(),
+    "psaq-vit": PatchSimilaritySettings(),
     USUAL: PatchSimilaritySettings(iterations=50, warmup=10, start="dead-leaves"),
     **dict.fromkeys(NOISES, NoiseSettings()),
 }

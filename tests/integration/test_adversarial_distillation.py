@@ -202,6 +202,41 @@ def test_every_cycle_has_draws_of_its_own(network, images, monkeypatch) -> None:
     assert drawn[0].offsets != drawn[1].offsets or drawn[0].flips != drawn[1].flips
 
 
+class WithFeatures(nn.Module):
+    """A model that gives features before its logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        tokens = self.network.forward_features(x)
+        return {"features": tokens[:, 0], "logits": self.network.forward_head(tokens)}
+
+
+@pytest.mark.parametrize("name", ["logits", "features and logits", "features"])
+def test_images_get_a_class_where_the_model_has_classes(network, images, monkeypatch, name: str) -> None:
+    headless = timm.create_model("vit_tiny_patch16_224", **{**ARGUMENTS, "num_classes": 0}).eval()
+    given = {"logits": network, "features and logits": WithFeatures(network).eval(), "features": headless}[name]
+    seen: list[tuple[Objective, Draws]] = []
+    optimize = adversarial_distillation.optimize
+
+    def kept(objective: Objective, draws: Draws, *rest: Any, **named: Any) -> Optimized:
+        seen.append((objective, draws))
+        return optimize(objective, draws, *rest, **named)
+
+    monkeypatch.setattr(adversarial_distillation, "optimize", kept)
+    distilled(given, images, {"images": 40, "iterations": 1})
+    for objective, draws in seen:
+        losses = objective.losses(images, draws.classes[:8], draws.targets[:8])
+        if name == "features":
+            assert not losses.classes.any()
+        else:
+            assert len(draws.classes.unique()) > 5
+            wanted = nn.functional.cross_entropy(network(images), draws.classes[:8], reduction="none")
+            torch.testing.assert_close(losses.classes, wanted)
+
+
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 6))
 def test_the_buffer_keeps_the_latest(most: int, in_a_cycle: int, cycles: int) -> None:
     buffer = adversarial_distillation._Buffer(torch.full((2, 1), -1.0), most, {})

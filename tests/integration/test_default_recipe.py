@@ -9,6 +9,7 @@ from torch import nn
 
 import vitquant
 from vitquant.errors import RecipeError
+from vitquant.methods.output_reconstruction import ReconstructOutputSettings
 from vitquant.model.simulation import ExactSimulation
 from vitquant.recipe import CHOICES, requested
 from vitquant.runtime.on_images import interpreted
@@ -99,6 +100,12 @@ def test_post_norm_transformers_run_in_integers(decoder):
         assert torch.equal(interpreted(vitquant.lower(found))(images), ExactSimulation(found)(images).float())
         assert (found(images) - model(images)).norm() < 0.1 * model(images).norm()
     assert widths == {8, 16}
+
+
+@pytest.mark.parametrize("bits", ["w6a6", "w4a8", "w4a4"])
+def test_its_images_are_learned_from_four_times(bits):
+    recipe, _ = requested("default", bits)
+    assert recipe.calibration.images * 4 == ReconstructOutputSettings().steps * ReconstructOutputSettings().batch
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w8a8s5", "w6a6", "w4a8", "w4a4"])
